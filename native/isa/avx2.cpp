@@ -1,0 +1,214 @@
+// AVX2, FMA and F16C (Haswell and later, Zen and later): sixteen lanes are two registers.
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "../kernels.h"
+
+namespace embpack::avx2 {
+namespace {
+
+struct F32x16 {
+    __m256 low, high;
+};
+struct I32x16 {
+    __m256i low, high;
+};
+using Mask16 = F32x16;   // all bits of a lane set, or none
+struct F64x16 {
+    __m256d quarter[4];
+};
+
+constexpr const char* isa_name = "avx2";
+
+inline __m256i first_lanes_of_eight(size_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+}
+inline Mask16 first_lanes(size_t n) {
+    return {_mm256_castsi256_ps(first_lanes_of_eight(n)),
+            _mm256_castsi256_ps(first_lanes_of_eight(n < 8 ? 0 : n - 8))};
+}
+
+inline F32x16 splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline F32x16 load_first(const float* p, size_t n) {
+    const __m256 low = _mm256_maskload_ps(p, first_lanes_of_eight(n));
+    if (n <= 8) return {low, _mm256_setzero_ps()};
+    return {low, _mm256_maskload_ps(p + 8, first_lanes_of_eight(n - 8))};
+}
+inline void store(float* p, F32x16 x) {
+    _mm256_storeu_ps(p, x.low);
+    _mm256_storeu_ps(p + 8, x.high);
+}
+inline void store_first(float* p, F32x16 x, size_t n) {
+    _mm256_maskstore_ps(p, first_lanes_of_eight(n), x.low);
+    if (n > 8) _mm256_maskstore_ps(p + 8, first_lanes_of_eight(n - 8), x.high);
+}
+
+inline __m128i load_eight_u16(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline F32x16 load_f16(const uint16_t* p) {
+    return {_mm256_cvtph_ps(load_eight_u16(p)), _mm256_cvtph_ps(load_eight_u16(p + 8))};
+}
+inline F32x16 load_bf16(const uint16_t* p) {
+    const auto widen = [](__m128i bits) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    };
+    return {widen(load_eight_u16(p)), widen(load_eight_u16(p + 8))};
+}
+inline void store_f16(uint16_t* p, F32x16 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
+}
+inline F32x16 round_f16(F32x16 x) {
+    return {_mm256_cvtph_ps(_mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT)),
+            _mm256_cvtph_ps(_mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT))};
+}
+
+inline F32x16 add(F32x16 a, F32x16 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline F32x16 sub(F32x16 a, F32x16 b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+inline F32x16 mul(F32x16 a, F32x16 b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline F32x16 div(F32x16 a, F32x16 b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline F32x16 sqrt(F32x16 a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
+inline F32x16 min(F32x16 a, F32x16 b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+inline F32x16 max(F32x16 a, F32x16 b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+
+inline Mask16 less(F32x16 a, F32x16 b) {
+    return {_mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ)};
+}
+inline Mask16 equal(F32x16 a, F32x16 b) {
+    return {_mm256_cmp_ps(a.low, b.low, _CMP_EQ_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_EQ_OQ)};
+}
+inline Mask16 both(Mask16 a, Mask16 b) { return {_mm256_and_ps(a.low, b.low), _mm256_and_ps(a.high, b.high)}; }
+inline Mask16 either(Mask16 a, Mask16 b) { return {_mm256_or_ps(a.low, b.low), _mm256_or_ps(a.high, b.high)}; }
+inline uint32_t lane_bits(Mask16 m) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(m.low)) |
+           (static_cast<uint32_t>(_mm256_movemask_ps(m.high)) << 8);
+}
+inline F32x16 select(Mask16 m, F32x16 yes, F32x16 no) {
+    return {_mm256_blendv_ps(no.low, yes.low, m.low), _mm256_blendv_ps(no.high, yes.high, m.high)};
+}
+inline Mask16 finite(F32x16 x) {
+    const auto below_infinity = [](__m256 y) {
+        const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(y), _mm256_set1_epi32(0x7fffffff));
+        return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7f800000), magnitude));
+    };
+    return {below_infinity(x.low), below_infinity(x.high)};
+}
+
+// Clips to [0, top], then rounds to the nearest integer, ties to even. As integers, the bits of floats order
+// like the floats when one side is not negative; integer min and max leave the multiply ports free.
+inline F32x16 round_code(F32x16 x, F32x16 top) {
+    const auto round_eight = [](__m256 y, __m256 y_top) {
+        const __m256i low = _mm256_max_epi32(_mm256_castps_si256(y), _mm256_setzero_si256());
+        const __m256i clipped = _mm256_min_epi32(low, _mm256_castps_si256(y_top));
+        return _mm256_round_ps(_mm256_castsi256_ps(clipped), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    };
+    return {round_eight(x.low, top.low), round_eight(x.high, top.high)};
+}
+inline I32x16 to_int(F32x16 x) { return {_mm256_cvttps_epi32(x.low), _mm256_cvttps_epi32(x.high)}; }
+inline F32x16 to_float(I32x16 x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
+
+// Sixteen codes of 32 bits as sixteen bytes, in order.
+inline __m128i narrow_codes(I32x16 codes) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(codes.low, codes.high), 0xd8);
+    return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+
+// Sixteen codes as 2 * bits bytes, the first code in the lowest bits.
+template <int bits>
+inline void store_codes(uint8_t* p, I32x16 codes) {
+    const __m128i bytes = narrow_codes(codes);
+    if constexpr (bits == 8) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+        return;
+    }
+    // Each 16-bit lane: the even code plus the odd one shifted above it.
+    const __m128i pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(bits == 4 ? 0x1001 : 0x0401));
+    if constexpr (bits == 4) {
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
+    } else {
+        const __m128i quads = _mm_madd_epi16(pairs, _mm_set1_epi32(0x00100001));
+        const __m128i words = _mm_packus_epi32(quads, quads);
+        _mm_storeu_si32(p, _mm_packus_epi16(words, words));
+    }
+}
+
+template <int bits>
+inline I32x16 load_codes(const uint8_t* p) {
+    if constexpr (bits == 8) {
+        return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+    }
+    const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
+    const auto shift_out = [mask](uint32_t word, __m256i shifts) {
+        return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shifts), mask);
+    };
+    if constexpr (bits == 4) {
+        uint32_t words[2];
+        std::memcpy(words, p, 8);
+        const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+        return {shift_out(words[0], shifts), shift_out(words[1], shifts)};
+    }
+    uint32_t word;
+    std::memcpy(&word, p, 4);
+    const __m256i shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+    return {shift_out(word, shifts), shift_out(word >> 16, shifts)};
+}
+
+inline F64x16 zero_f64() {
+    const __m256d zero = _mm256_setzero_pd();
+    return {{zero, zero, zero, zero}};
+}
+inline F64x16 add_square(F64x16 sum, F32x16 x) {
+    const auto add_four = [](__m256d quarter, __m128 y) {
+        const __m256d wide = _mm256_cvtps_pd(y);
+        return _mm256_fmadd_pd(wide, wide, quarter);
+    };
+    return {{add_four(sum.quarter[0], _mm256_castps256_ps128(x.low)),
+             add_four(sum.quarter[1], _mm256_extractf128_ps(x.low, 1)),
+             add_four(sum.quarter[2], _mm256_castps256_ps128(x.high)),
+             add_four(sum.quarter[3], _mm256_extractf128_ps(x.high, 1))}};
+}
+inline void store_f64(double* p, F64x16 x) {
+    for (size_t i = 0; i < 4; i++) _mm256_storeu_pd(p + 4 * i, x.quarter[i]);
+}
+
+// out[j * 16 + i] = rows[i * stride + j] for 8 rows and 8 columns.
+inline void transpose_8x8(const float* rows, size_t stride, float* out) {
+    __m256 a[8], b[8];
+    for (size_t i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(rows + i * stride);
+    for (size_t i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (size_t i = 0; i < 8; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    for (size_t k = 0; k < 4; k++) {
+        _mm256_storeu_ps(out + 16 * k, _mm256_permute2f128_ps(a[k], a[4 + k], 0x20));
+        _mm256_storeu_ps(out + 16 * (4 + k), _mm256_permute2f128_ps(a[k], a[4 + k], 0x31));
+    }
+}
+
+inline void transpose_16x16(const float* rows, size_t stride, float* out) {
+    for (size_t i = 0; i < 16; i += 8)
+        for (size_t j = 0; j < 16; j += 8) transpose_8x8(rows + i * stride + j, stride, out + j * 16 + i);
+}
+
+#include "../kernels/all-inl.h"
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = make_kernels();
+
+}  // namespace embpack::avx2

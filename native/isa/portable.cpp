@@ -1,0 +1,209 @@
+// Plain C++ for any CPU: sixteen lanes are an array, and the compiler makes of it what it can.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "../kernels.h"
+
+namespace embpack::portable {
+namespace {
+
+struct F32x16 {
+    float lane[16];
+};
+struct I32x16 {
+    int32_t lane[16];
+};
+struct Mask16 {
+    uint32_t bits;
+};
+struct F64x16 {
+    double lane[16];
+};
+
+constexpr const char* isa_name = "portable";
+
+template <class Fn>
+inline F32x16 each_lane(Fn fn) {
+    F32x16 out;
+    for (size_t i = 0; i < 16; i++) out.lane[i] = fn(i);
+    return out;
+}
+template <class Fn>
+inline Mask16 each_lane_bit(Fn fn) {
+    uint32_t bits = 0;
+    for (size_t i = 0; i < 16; i++) bits |= static_cast<uint32_t>(fn(i)) << i;
+    return {bits};
+}
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// To float16, nearest, ties to even; beyond 65519 is infinity, NaN stays NaN.
+inline uint16_t narrow_f16(float x) {
+    const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
+    uint32_t magnitude = bits_of(x) & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+    if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);   // 65536 and above
+    if (magnitude < 0x38800000u) {
+        // Below 2^-14 a float16 is a multiple of 2^-24, the spacing of floats next to 0.5: adding 0.5 rounds.
+        const uint32_t rounded = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+        return static_cast<uint16_t>(sign | rounded);
+    }
+    const uint32_t odd = (magnitude >> 13) & 1u;
+    magnitude += 0x0fffu + odd;                   // carries into the kept bits exactly when it should
+    return static_cast<uint16_t>(sign | ((magnitude >> 13) - (112u << 10)));
+}
+inline float widen_f16(uint16_t half) {
+    const uint32_t sign = (half & 0x8000u) << 16;
+    const uint32_t magnitude = half & 0x7fffu;
+    if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+    if (magnitude < 0x400u) {
+        const float tiny = static_cast<float>(magnitude) * 0x1p-24f;
+        return float_of(sign | bits_of(tiny));
+    }
+    return float_of(sign | ((magnitude << 13) + (112u << 23)));
+}
+
+inline Mask16 first_lanes(size_t n) { return {(1u << n) - 1u}; }
+
+inline F32x16 splat(float x) {
+    return each_lane([x](size_t) { return x; });
+}
+inline F32x16 load(const float* p) {
+    return each_lane([p](size_t i) { return p[i]; });
+}
+inline F32x16 load_first(const float* p, size_t n) {
+    return each_lane([p, n](size_t i) { return i < n ? p[i] : 0.0f; });
+}
+inline void store(float* p, F32x16 x) { std::memcpy(p, x.lane, sizeof x.lane); }
+inline void store_first(float* p, F32x16 x, size_t n) { std::memcpy(p, x.lane, n * sizeof(float)); }
+
+inline F32x16 load_f16(const uint16_t* p) {
+    return each_lane([p](size_t i) { return widen_f16(p[i]); });
+}
+inline F32x16 load_bf16(const uint16_t* p) {
+    return each_lane([p](size_t i) { return float_of(static_cast<uint32_t>(p[i]) << 16); });
+}
+inline void store_f16(uint16_t* p, F32x16 x) {
+    for (size_t i = 0; i < 16; i++) p[i] = narrow_f16(x.lane[i]);
+}
+inline F32x16 round_f16(F32x16 x) {
+    return each_lane([&](size_t i) { return widen_f16(narrow_f16(x.lane[i])); });
+}
+
+inline F32x16 add(F32x16 a, F32x16 b) {
+    return each_lane([&](size_t i) { return a.lane[i] + b.lane[i]; });
+}
+inline F32x16 sub(F32x16 a, F32x16 b) {
+    return each_lane([&](size_t i) { return a.lane[i] - b.lane[i]; });
+}
+inline F32x16 mul(F32x16 a, F32x16 b) {
+    return each_lane([&](size_t i) { return a.lane[i] * b.lane[i]; });
+}
+inline F32x16 div(F32x16 a, F32x16 b) {
+    return each_lane([&](size_t i) { return a.lane[i] / b.lane[i]; });
+}
+// A true fused multiply-add: the C library uses the CPU's instruction where there is one.
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
+    return each_lane([&](size_t i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
+}
+inline F32x16 sqrt(F32x16 a) {
+    return each_lane([&](size_t i) { return __builtin_sqrtf(a.lane[i]); });
+}
+// Second operand on ties and NaN, as the x86 instructions do.
+inline F32x16 min(F32x16 a, F32x16 b) {
+    return each_lane([&](size_t i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline F32x16 max(F32x16 a, F32x16 b) {
+    return each_lane([&](size_t i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+
+inline Mask16 less(F32x16 a, F32x16 b) {
+    return each_lane_bit([&](size_t i) { return a.lane[i] < b.lane[i]; });
+}
+inline Mask16 equal(F32x16 a, F32x16 b) {
+    return each_lane_bit([&](size_t i) { return a.lane[i] == b.lane[i]; });
+}
+inline Mask16 both(Mask16 a, Mask16 b) { return {a.bits & b.bits}; }
+inline Mask16 either(Mask16 a, Mask16 b) { return {a.bits | b.bits}; }
+inline uint32_t lane_bits(Mask16 m) { return m.bits; }
+inline F32x16 select(Mask16 m, F32x16 yes, F32x16 no) {
+    return each_lane([&](size_t i) { return (m.bits >> i) & 1u ? yes.lane[i] : no.lane[i]; });
+}
+inline Mask16 finite(F32x16 x) {
+    return each_lane_bit([&](size_t i) { return (bits_of(x.lane[i]) & 0x7fffffffu) < 0x7f800000u; });
+}
+
+// Clips to [0, top], then rounds to the nearest integer, ties to even. Clips by the floats' bits, as the other
+// instruction sets do, so that NaN ends up the same; rounds by adding and taking away 1.5 * 2^23, which below
+// 2^22 leaves no room for a fraction.
+inline F32x16 round_code(F32x16 x, F32x16 top) {
+    return each_lane([&](size_t i) {
+        const int32_t bits = static_cast<int32_t>(bits_of(x.lane[i]));
+        const int32_t top_bits = static_cast<int32_t>(bits_of(top.lane[i]));
+        const int32_t low = bits > 0 ? bits : 0;
+        const float clipped = float_of(static_cast<uint32_t>(low < top_bits ? low : top_bits));
+        return (clipped + 12582912.0f) - 12582912.0f;
+    });
+}
+inline I32x16 to_int(F32x16 x) {
+    I32x16 out;
+    for (size_t i = 0; i < 16; i++) out.lane[i] = static_cast<int32_t>(x.lane[i]);
+    return out;
+}
+inline F32x16 to_float(I32x16 x) {
+    return each_lane([&](size_t i) { return static_cast<float>(x.lane[i]); });
+}
+
+// Sixteen codes as 2 * bits bytes, the first code in the lowest bits.
+template <int bits>
+inline void store_codes(uint8_t* p, I32x16 codes) {
+    constexpr int per_byte = 8 / bits;
+    for (int byte = 0; byte < 2 * bits; byte++) {
+        int32_t value = 0;
+        for (int k = 0; k < per_byte; k++) value |= codes.lane[byte * per_byte + k] << (k * bits);
+        p[byte] = static_cast<uint8_t>(value);
+    }
+}
+template <int bits>
+inline I32x16 load_codes(const uint8_t* p) {
+    constexpr int per_byte = 8 / bits;
+    I32x16 out;
+    for (int i = 0; i < 16; i++) out.lane[i] = (p[i / per_byte] >> (i % per_byte * bits)) & ((1 << bits) - 1);
+    return out;
+}
+
+inline F64x16 zero_f64() { return {}; }
+// The square of a float is exact in double, so this rounds once, as a fused multiply-add does.
+inline F64x16 add_square(F64x16 sum, F32x16 x) {
+    for (size_t i = 0; i < 16; i++) {
+        const double wide = x.lane[i];
+        sum.lane[i] += wide * wide;
+    }
+    return sum;
+}
+inline void store_f64(double* p, F64x16 x) { std::memcpy(p, x.lane, sizeof x.lane); }
+
+// out[j * 16 + i] = rows[i * stride + j] for 16 rows and 16 columns.
+inline void transpose_16x16(const float* rows, size_t stride, float* out) {
+    for (size_t i = 0; i < 16; i++)
+        for (size_t j = 0; j < 16; j++) out[j * 16 + i] = rows[i * stride + j];
+}
+
+#include "../kernels/all-inl.h"
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = make_kernels();
+
+}  // namespace embpack::portable

@@ -1,0 +1,97 @@
+// What an instruction set provides: one struct of function pointers, filled once in each isa/*.cpp.
+//
+// Kernels know pointers and sizes. They allocate nothing, throw nothing, never read or write past the
+// sizes they are given, and trust their caller (bindings.cpp) to have checked them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace embpack {
+
+// Rows are quantized in blocks of this many, so that a search can put one row in each lane.
+inline constexpr size_t block_rows = 16;
+
+enum class ValueType : uint8_t { f32, f16, bf16 };
+
+// How a clipping range becomes scale and bias, and how these are stored after a row's codes.
+struct Grid {
+    int bits;          // 2, 4 or 8
+    bool f16_params;   // scale and bias as float16, otherwise float32
+};
+
+// What a search may need beside the rows; each reads only its own fields.
+struct SearchParams {
+    int b = 200;                      // greedy: number of steps in the full range
+    double r = 0.16;                  // greedy: the share of the range that may be cut off
+    bool local_minima_only = false;   // greedy: remember what PyTorch and the paper's figures remember
+    float xmin = 0.0f;                // table: the range of the whole table
+    float xmax = 0.0f;
+};
+
+// Up to block_rows rows of embedding_dim float32 values each, contiguous.
+struct RowBlock {
+    const float* rows;
+    size_t num_rows;
+    size_t embedding_dim;
+};
+
+// The row bounds of a block, and once a search has run, its clipping ranges.
+struct Ranges {
+    float xmin[block_rows];
+    float xmax[block_rows];
+};
+
+// Sums over the values of a block: what the normalized l2 loss is made of.
+struct SquaredSums {
+    double error;
+    double norm;
+};
+
+// Narrows ranges from the row bounds to what the method chooses. `scratch` holds
+// block_rows * embedding_dim floats.
+using SearchFn = void (*)(const RowBlock&, Grid, const SearchParams&, Ranges&, float* scratch) noexcept;
+
+struct PackedRows {
+    const uint8_t* bytes;
+    size_t num_rows;
+    size_t embedding_dim;
+    size_t row_bytes;
+    Grid grid;
+};
+
+enum class Pooling : uint8_t { sum, mean, max };
+
+struct Kernels {
+    const char* isa;
+
+    // out[i] = float32(values[i]) for float16 or bfloat16 values.
+    void (*widen_values)(const uint16_t* values, size_t count, ValueType type, float* out) noexcept;
+
+    // Minimum and maximum of each row. False if any value of the block is NaN or infinite.
+    bool (*bound_rows)(const RowBlock&, Ranges&) noexcept;
+
+    SearchFn search_asym;
+    SearchFn search_sym;
+    SearchFn search_table;
+    SearchFn search_greedy;
+
+    // Packs each row under its range to `packed`, row after row. Returns a bit for every row whose scale or
+    // bias is not finite in the grid's parameter type.
+    uint32_t (*encode_rows)(const RowBlock&, Grid, const Ranges&, uint8_t* packed, SquaredSums&) noexcept;
+
+    // out[i] = row indices[i], or row i where indices is null; float32 [count, embedding_dim].
+    void (*decode_rows)(const PackedRows&, const int64_t* indices, size_t count, float* out) noexcept;
+
+    // out = the pooled rows indices[0 .. count), without those equal to padding_index; float32
+    // [embedding_dim]. `weights` may be null.
+    void (*pool_rows)(const PackedRows&, const int64_t* indices, const float* weights, size_t count,
+                      int64_t padding_index, Pooling, float* out) noexcept;
+};
+
+inline constexpr size_t packed_row_bytes(size_t embedding_dim, Grid grid) {
+    const size_t codes = (embedding_dim * static_cast<size_t>(grid.bits) + 7) / 8;
+    return codes + (grid.f16_params ? 4 : 8);
+}
+
+}  // namespace embpack

@@ -1,0 +1,24 @@
+// Every kernel, for the vector types of the file that includes this one. No include guard: each isa/*.cpp
+// includes it once, inside its own anonymous namespace.
+
+#include "grid-inl.h"
+#include "rows-inl.h"
+#include "search_range-inl.h"
+#include "search_greedy-inl.h"
+#include "encode-inl.h"
+#include "decode-inl.h"
+
+constexpr Kernels make_kernels() {
+    return {
+        .isa = isa_name,
+        .widen_values = widen_values,
+        .bound_rows = bound_rows,
+        .search_asym = search_asym,
+        .search_sym = search_sym,
+        .search_table = search_table,
+        .search_greedy = search_greedy,
+        .encode_rows = encode_rows,
+        .decode_rows = decode_rows,
+        .pool_rows = pool_rows,
+    };
+}

@@ -1,0 +1,118 @@
+#include "quantize.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <bit>
+#include <vector>
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace embpack {
+
+namespace {
+
+// Blocks that a thread takes at a time: enough to make asking for more cheap, few enough to share evenly.
+constexpr int blocks_at_a_time = 16;
+
+// Hands out blocks of float32 rows, widening 16-bit ones into the calling thread's part of a buffer.
+class BlockReader {
+public:
+    BlockReader(const Rows& rows, int threads) : rows_(rows) {
+        if (rows.type != ValueType::f32) widened_.resize(static_cast<size_t>(threads) * block_values());
+    }
+
+    size_t num_blocks() const { return (rows_.num_rows + block_rows - 1) / block_rows; }
+    size_t block_values() const { return block_rows * rows_.embedding_dim; }
+
+    RowBlock read(size_t block, const Kernels& k) {
+        const size_t d = rows_.embedding_dim;
+        const size_t first = block * block_rows;
+        const size_t count = std::min(block_rows, rows_.num_rows - first);
+        if (rows_.type == ValueType::f32) return {static_cast<const float*>(rows_.values) + first * d, count, d};
+        float* out = widened_.data() + static_cast<size_t>(omp_get_thread_num()) * block_values();
+        k.widen_values(static_cast<const uint16_t*>(rows_.values) + first * d, count * d, rows_.type, out);
+        return {out, count, d};
+    }
+
+private:
+    const Rows& rows_;
+    std::vector<float> widened_;
+};
+
+size_t first_not_finite_row(const RowBlock& block, const Kernels& k) {
+    Ranges unused{};
+    for (size_t row = 0; row < block.num_rows; row++)
+        if (!k.bound_rows({block.rows + row * block.embedding_dim, 1, block.embedding_dim}, unused)) return row;
+    return 0;
+}
+
+// Keeps the fault of the lowest row, whichever thread meets it first.
+template <class Result>
+void note_fault(Result& result, RowFault fault, size_t row) {
+#pragma omp critical(embpack_fault)
+    if (result.fault == RowFault::none || row < result.faulty_row) {
+        result.fault = fault;
+        result.faulty_row = row;
+    }
+}
+
+}  // namespace
+
+QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const SearchParams& params, Grid grid,
+                             uint8_t* packed) {
+    const Kernels& k = kernels();
+    const int threads = threads_for(rows.num_rows * rows.embedding_dim);
+    BlockReader reader(rows, threads);
+    const size_t block_bytes = block_rows * packed_row_bytes(rows.embedding_dim, grid);
+    std::vector<float> scratch(static_cast<size_t>(threads) * reader.block_values());
+    std::vector<SquaredSums> sums(reader.num_blocks());
+    QuantizeResult result;
+
+#pragma omp parallel for num_threads(threads) schedule(dynamic, blocks_at_a_time)
+    for (size_t i = 0; i < reader.num_blocks(); i++) {
+        const RowBlock block = reader.read(i, k);
+        Ranges ranges{};
+        if (!k.bound_rows(block, ranges)) {
+            note_fault(result, RowFault::not_finite, i * block_rows + first_not_finite_row(block, k));
+            continue;
+        }
+        float* own_scratch = scratch.data() + static_cast<size_t>(omp_get_thread_num()) * reader.block_values();
+        (k.*search)(block, grid, params, ranges, own_scratch);
+        const uint32_t overflows = k.encode_rows(block, grid, ranges, packed + i * block_bytes, sums[i]);
+        if (overflows != 0) {
+            const size_t row = static_cast<size_t>(std::countr_zero(overflows));
+            note_fault(result, RowFault::params_overflow, i * block_rows + row);
+        }
+    }
+    for (const SquaredSums& block : sums) {
+        result.sums.error += block.error;
+        result.sums.norm += block.norm;
+    }
+    return result;
+}
+
+Bounds bound_table(const Rows& rows) {
+    const Kernels& k = kernels();
+    const int threads = threads_for(rows.num_rows * rows.embedding_dim);
+    BlockReader reader(rows, threads);
+    std::vector<Ranges> ranges(reader.num_blocks());
+    Bounds bounds;
+
+#pragma omp parallel for num_threads(threads) schedule(dynamic, blocks_at_a_time)
+    for (size_t i = 0; i < reader.num_blocks(); i++) {
+        const RowBlock block = reader.read(i, k);
+        if (!k.bound_rows(block, ranges[i]))
+            note_fault(bounds, RowFault::not_finite, i * block_rows + first_not_finite_row(block, k));
+    }
+    bounds.xmin = ranges[0].xmin[0];
+    bounds.xmax = ranges[0].xmax[0];
+    for (size_t row = 0; row < rows.num_rows; row++) {
+        bounds.xmin = std::min(bounds.xmin, ranges[row / block_rows].xmin[row % block_rows]);
+        bounds.xmax = std::max(bounds.xmax, ranges[row / block_rows].xmax[row % block_rows]);
+    }
+    return bounds;
+}
+
+}  // namespace embpack

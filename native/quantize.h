@@ -1,0 +1,37 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace embpack {
+
+// Rows as the user has them: contiguous, float32 or one of the 16-bit types.
+struct Rows {
+    const void* values;
+    ValueType type;
+    size_t num_rows;
+    size_t embedding_dim;
+};
+
+enum class RowFault : uint8_t { none, not_finite, params_overflow };
+
+struct QuantizeResult {
+    RowFault fault = RowFault::none;   // of the first faulty row
+    size_t faulty_row = 0;
+    SquaredSums sums = {0.0, 0.0};     // the same for any number of threads
+};
+
+// Searches each row's range, encodes it and writes packed_row_bytes(...) bytes a row.
+QuantizeResult quantize_rows(const Rows&, SearchFn Kernels::*search, const SearchParams&, Grid, uint8_t* packed);
+
+struct Bounds {
+    RowFault fault = RowFault::none;
+    size_t faulty_row = 0;
+    float xmin = 0.0f, xmax = 0.0f;
+};
+
+// The smallest and the largest value of all rows.
+Bounds bound_table(const Rows&);
+
+}  // namespace embpack
