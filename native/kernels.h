@@ -9,8 +9,9 @@
 
 namespace embpack {
 
-// Rows are quantized in blocks of this many, so that a search can put one row in each lane.
-inline constexpr size_t block_rows = 16;
+// Rows are quantized in blocks, so that a search can put one row in each lane of several vectors.
+inline constexpr size_t lanes = 16;
+inline constexpr size_t block_rows = 32;
 
 enum class ValueType : uint8_t { f32, f16, bf16 };
 
@@ -49,7 +50,7 @@ struct SquaredSums {
 };
 
 // Narrows ranges from the row bounds to what the method chooses. `scratch` holds
-// block_rows * embedding_dim floats.
+// 2 * block_rows * embedding_dim floats.
 using SearchFn = void (*)(const RowBlock&, Grid, const SearchParams&, Ranges&, float* scratch) noexcept;
 
 struct PackedRows {
@@ -78,7 +79,7 @@ struct Kernels {
 
     // Packs each row under its range to `packed`, row after row. Returns a bit for every row whose scale or
     // bias is not finite in the grid's parameter type.
-    uint32_t (*encode_rows)(const RowBlock&, Grid, const Ranges&, uint8_t* packed, SquaredSums&) noexcept;
+    uint64_t (*encode_rows)(const RowBlock&, Grid, const Ranges&, uint8_t* packed, SquaredSums&) noexcept;
 
     // out[i] = row indices[i], or row i where indices is null; float32 [count, embedding_dim].
     void (*decode_rows)(const PackedRows&, const int64_t* indices, size_t count, float* out) noexcept;

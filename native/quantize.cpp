@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "dispatch.h"
@@ -15,6 +17,22 @@ namespace {
 
 // Blocks that a thread takes at a time: enough to make asking for more cheap, few enough to share evenly.
 constexpr int blocks_at_a_time = 16;
+
+// Floats on cache lines of their own: a vector across two lines costs two loads, and the search is that tight.
+class AlignedFloats {
+public:
+    explicit AlignedFloats(size_t count)
+        : floats_(static_cast<float*>(operator new(count * sizeof(float), line))) {}
+
+    float* data() { return floats_.get(); }
+
+private:
+    static constexpr std::align_val_t line{64};
+    struct Free {
+        void operator()(float* p) const { operator delete(p, line); }
+    };
+    std::unique_ptr<float, Free> floats_;
+};
 
 // Hands out blocks of float32 rows, widening 16-bit ones into the calling thread's part of a buffer.
 class BlockReader {
@@ -66,7 +84,8 @@ QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const 
     const int threads = threads_for(rows.num_rows * rows.embedding_dim);
     BlockReader reader(rows, threads);
     const size_t block_bytes = block_rows * packed_row_bytes(rows.embedding_dim, grid);
-    std::vector<float> scratch(static_cast<size_t>(threads) * reader.block_values());
+    const size_t scratch_values = 2 * reader.block_values();
+    AlignedFloats scratch(static_cast<size_t>(threads) * scratch_values);
     std::vector<SquaredSums> sums(reader.num_blocks());
     QuantizeResult result;
 
@@ -78,9 +97,9 @@ QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const 
             note_fault(result, RowFault::not_finite, i * block_rows + first_not_finite_row(block, k));
             continue;
         }
-        float* own_scratch = scratch.data() + static_cast<size_t>(omp_get_thread_num()) * reader.block_values();
+        float* own_scratch = scratch.data() + static_cast<size_t>(omp_get_thread_num()) * scratch_values;
         (k.*search)(block, grid, params, ranges, own_scratch);
-        const uint32_t overflows = k.encode_rows(block, grid, ranges, packed + i * block_bytes, sums[i]);
+        const uint64_t overflows = k.encode_rows(block, grid, ranges, packed + i * block_bytes, sums[i]);
         if (overflows != 0) {
             const size_t row = static_cast<size_t>(std::countr_zero(overflows));
             note_fault(result, RowFault::params_overflow, i * block_rows + row);

@@ -111,6 +111,10 @@ inline F32x16 round_code(F32x16 x, F32x16 top) {
     };
     return {round_eight(x.low, top.low), round_eight(x.high, top.high)};
 }
+inline F32x16 round_nearest(F32x16 x) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.low, nearest), _mm256_round_ps(x.high, nearest)};
+}
 inline I32x16 to_int(F32x16 x) { return {_mm256_cvttps_epi32(x.low), _mm256_cvttps_epi32(x.high)}; }
 inline F32x16 to_float(I32x16 x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 
@@ -179,7 +183,7 @@ inline void store_f64(double* p, F64x16 x) {
     for (size_t i = 0; i < 4; i++) _mm256_storeu_pd(p + 4 * i, x.quarter[i]);
 }
 
-// out[j * 16 + i] = rows[i * stride + j] for 8 rows and 8 columns.
+// out[j * lanes + i] = rows[i * stride + j] for 8 rows and 8 columns.
 inline void transpose_8x8(const float* rows, size_t stride, float* out) {
     __m256 a[8], b[8];
     for (size_t i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(rows + i * stride);
@@ -194,14 +198,14 @@ inline void transpose_8x8(const float* rows, size_t stride, float* out) {
         a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
     }
     for (size_t k = 0; k < 4; k++) {
-        _mm256_storeu_ps(out + 16 * k, _mm256_permute2f128_ps(a[k], a[4 + k], 0x20));
-        _mm256_storeu_ps(out + 16 * (4 + k), _mm256_permute2f128_ps(a[k], a[4 + k], 0x31));
+        _mm256_storeu_ps(out + lanes * k, _mm256_permute2f128_ps(a[k], a[4 + k], 0x20));
+        _mm256_storeu_ps(out + lanes * (4 + k), _mm256_permute2f128_ps(a[k], a[4 + k], 0x31));
     }
 }
 
 inline void transpose_16x16(const float* rows, size_t stride, float* out) {
     for (size_t i = 0; i < 16; i += 8)
-        for (size_t j = 0; j < 16; j += 8) transpose_8x8(rows + i * stride + j, stride, out + j * 16 + i);
+        for (size_t j = 0; j < 16; j += 8) transpose_8x8(rows + i * stride + j, stride, out + j * lanes + i);
 }
 
 #include "../kernels/all-inl.h"

@@ -68,6 +68,9 @@ inline F32x16 round_code(F32x16 x, F32x16 top) {
     const __m512i clipped = _mm512_min_epi32(low, _mm512_castps_si512(top));
     return _mm512_roundscale_ps(_mm512_castsi512_ps(clipped), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+inline F32x16 round_nearest(F32x16 x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 inline I32x16 to_int(F32x16 x) { return _mm512_cvttps_epi32(x); }
 inline F32x16 to_float(I32x16 x) { return _mm512_cvtepi32_ps(x); }
 
@@ -118,7 +121,7 @@ inline void store_f64(double* p, F64x16 x) {
     _mm512_storeu_pd(p + 8, x.high);
 }
 
-// out[j * 16 + i] = rows[i * stride + j] for 16 rows and 16 columns.
+// out[j * lanes + i] = rows[i * stride + j] for 16 rows and 16 columns.
 inline void transpose_16x16(const float* rows, size_t stride, float* out) {
     __m512 a[16], b[16];
     for (size_t i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(rows + i * stride);
@@ -144,10 +147,10 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
         const __m512 top23 = _mm512_shuffle_f32x4(a[k], a[4 + k], 0xee);
         const __m512 low01 = _mm512_shuffle_f32x4(a[8 + k], a[12 + k], 0x44);
         const __m512 low23 = _mm512_shuffle_f32x4(a[8 + k], a[12 + k], 0xee);
-        _mm512_storeu_ps(out + 16 * k, _mm512_shuffle_f32x4(top01, low01, 0x88));
-        _mm512_storeu_ps(out + 16 * (4 + k), _mm512_shuffle_f32x4(top01, low01, 0xdd));
-        _mm512_storeu_ps(out + 16 * (8 + k), _mm512_shuffle_f32x4(top23, low23, 0x88));
-        _mm512_storeu_ps(out + 16 * (12 + k), _mm512_shuffle_f32x4(top23, low23, 0xdd));
+        _mm512_storeu_ps(out + lanes * k, _mm512_shuffle_f32x4(top01, low01, 0x88));
+        _mm512_storeu_ps(out + lanes * (4 + k), _mm512_shuffle_f32x4(top01, low01, 0xdd));
+        _mm512_storeu_ps(out + lanes * (8 + k), _mm512_shuffle_f32x4(top23, low23, 0x88));
+        _mm512_storeu_ps(out + lanes * (12 + k), _mm512_shuffle_f32x4(top23, low23, 0xdd));
     }
 }
 

@@ -155,6 +155,10 @@ inline F32x16 round_code(F32x16 x, F32x16 top) {
         return (clipped + 12582912.0f) - 12582912.0f;
     });
 }
+// Right below 2^22 only, where every code is.
+inline F32x16 round_nearest(F32x16 x) {
+    return each_lane([&](size_t i) { return (x.lane[i] + 12582912.0f) - 12582912.0f; });
+}
 inline I32x16 to_int(F32x16 x) {
     I32x16 out;
     for (size_t i = 0; i < 16; i++) out.lane[i] = static_cast<int32_t>(x.lane[i]);
@@ -193,10 +197,10 @@ inline F64x16 add_square(F64x16 sum, F32x16 x) {
 }
 inline void store_f64(double* p, F64x16 x) { std::memcpy(p, x.lane, sizeof x.lane); }
 
-// out[j * 16 + i] = rows[i * stride + j] for 16 rows and 16 columns.
+// out[j * lanes + i] = rows[i * stride + j] for 16 rows and 16 columns.
 inline void transpose_16x16(const float* rows, size_t stride, float* out) {
     for (size_t i = 0; i < 16; i++)
-        for (size_t j = 0; j < 16; j++) out[j * 16 + i] = rows[i * stride + j];
+        for (size_t j = 0; j < 16; j++) out[j * lanes + i] = rows[i * stride + j];
 }
 
 #include "../kernels/all-inl.h"

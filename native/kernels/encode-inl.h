@@ -35,40 +35,55 @@ inline double sum_lanes(F64x16 x) {
     return lane[0];
 }
 
+// What is stored of a block's ranges, and what its rows are encoded with.
+struct BlockParams {
+    float scale[block_rows], bias[block_rows], inverse[block_rows];
+    uint16_t scale_f16[block_rows], bias_f16[block_rows];
+    uint64_t overflows;   // a bit for every row
+};
+
+inline BlockParams make_block_params(const Ranges& ranges, Grid grid) {
+    BlockParams out;
+    out.overflows = 0;
+    for (size_t i = 0; i < block_rows; i += lanes) {
+        const GridParams p = make_grid(load(ranges.xmin + i), load(ranges.xmax + i), grid);
+        store(out.scale + i, p.scale);
+        store(out.bias + i, p.bias);
+        store(out.inverse + i, p.inverse);
+        store_f16(out.scale_f16 + i, p.scale);
+        store_f16(out.bias_f16 + i, p.bias);
+        const uint64_t whole = lane_bits(both(finite(p.scale), finite(p.bias)));
+        out.overflows |= (~whole & 0xffff) << i;
+    }
+    return out;
+}
+
 template <int bits>
-inline uint32_t encode_rows_of(const RowBlock& block, Grid grid, const Ranges& ranges, uint8_t* packed,
+inline uint64_t encode_rows_of(const RowBlock& block, Grid grid, const Ranges& ranges, uint8_t* packed,
                                SquaredSums& sums) {
     const size_t d = block.embedding_dim;
     const size_t row_bytes = packed_row_bytes(d, grid);
     const size_t code_bytes = row_bytes - (grid.f16_params ? 4 : 8);
-    const GridParams params = make_grid(load(ranges.xmin), load(ranges.xmax), grid);
-    float scale[16], bias[16], inverse[16];
-    store(scale, params.scale);
-    store(bias, params.bias);
-    store(inverse, params.inverse);
-    uint16_t scale_f16[16], bias_f16[16];
-    store_f16(scale_f16, params.scale);
-    store_f16(bias_f16, params.bias);
-
+    const BlockParams params = make_block_params(ranges, grid);
     const F32x16 top = top_code(grid);
     F64x16 error = zero_f64(), norm = zero_f64();
     for (size_t row = 0; row < block.num_rows; row++) {
         uint8_t* out = packed + row * row_bytes;
-        encode_row<bits>(block.rows + row * d, d, splat_row(scale, bias, inverse, row), top, out, error, norm);
+        const GridParams p = {splat(params.scale[row]), splat(params.bias[row]), splat(params.inverse[row])};
+        encode_row<bits>(block.rows + row * d, d, p, top, out, error, norm);
         if (grid.f16_params) {
-            std::memcpy(out + code_bytes, scale_f16 + row, 2);
-            std::memcpy(out + code_bytes + 2, bias_f16 + row, 2);
+            std::memcpy(out + code_bytes, params.scale_f16 + row, 2);
+            std::memcpy(out + code_bytes + 2, params.bias_f16 + row, 2);
         } else {
-            std::memcpy(out + code_bytes, scale + row, 4);
-            std::memcpy(out + code_bytes + 4, bias + row, 4);
+            std::memcpy(out + code_bytes, params.scale + row, 4);
+            std::memcpy(out + code_bytes + 4, params.bias + row, 4);
         }
     }
     sums = {sum_lanes(error), sum_lanes(norm)};
-    const Mask16 whole = both(finite(params.scale), finite(params.bias));
-    return ~lane_bits(whole) & ((1u << block.num_rows) - 1);
+    return params.overflows & ((uint64_t{1} << block.num_rows) - 1);
 }
 
-uint32_t encode_rows(const RowBlock& block, Grid grid, const Ranges& ranges, uint8_t* packed,
+uint64_t encode_rows(const RowBlock& block, Grid grid, const Ranges& ranges, uint8_t* packed,
                      SquaredSums& sums) noexcept {
     if (grid.bits == 2) return encode_rows_of<2>(block, grid, ranges, packed, sums);
     if (grid.bits == 4) return encode_rows_of<4>(block, grid, ranges, packed, sums);

@@ -28,8 +28,3 @@ inline GridParams make_grid(F32x16 xmin, F32x16 xmax, Grid grid) {
     const F32x16 range = sub(xmax, xmin);
     return {div(range, top), xmin, div(top, add(range, splat(1e-8f)))};
 }
-
-// One row's parameters, in every lane.
-inline GridParams splat_row(const float* scale, const float* bias, const float* inverse, size_t row) {
-    return {splat(scale[row]), splat(bias[row]), splat(inverse[row])};
-}
