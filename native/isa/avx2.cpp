@@ -179,6 +179,13 @@ inline F64x16 add_square(F64x16 sum, F32x16 x) {
              add_four(sum.quarter[2], _mm256_castps256_ps128(x.high)),
              add_four(sum.quarter[3], _mm256_extractf128_ps(x.high, 1))}};
 }
+inline F64x16 add_f32(F64x16 sum, F32x16 x) {
+    const auto add_four = [](__m256d quarter, __m128 y) { return _mm256_add_pd(quarter, _mm256_cvtps_pd(y)); };
+    return {{add_four(sum.quarter[0], _mm256_castps256_ps128(x.low)),
+             add_four(sum.quarter[1], _mm256_extractf128_ps(x.low, 1)),
+             add_four(sum.quarter[2], _mm256_castps256_ps128(x.high)),
+             add_four(sum.quarter[3], _mm256_extractf128_ps(x.high, 1))}};
+}
 inline void store_f64(double* p, F64x16 x) {
     for (size_t i = 0; i < 4; i++) _mm256_storeu_pd(p + 4 * i, x.quarter[i]);
 }

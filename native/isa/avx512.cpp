@@ -85,7 +85,7 @@ inline void store_codes(uint8_t* p, I32x16 codes) {
     } else {
         const __m512i pairs = _mm512_or_si512(codes, _mm512_srli_epi64(codes, 30));
         const __m128i halves = _mm512_cvtepi64_epi8(pairs);   // eight bytes of two codes
-        const __m128i quads = _mm_or_si128(halves, _mm_srli_epi16(halves, 6));
+        const __m128i quads = _mm_or_si128(halves, _mm_srli_epi16(halves, 4));
         const __m128i even = _mm_setr_epi8(0, 2, 4, 6, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
         _mm_storeu_si32(p, _mm_shuffle_epi8(quads, even));
     }
@@ -115,6 +115,10 @@ inline F64x16 add_square(F64x16 sum, F32x16 x) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
     const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
     return {_mm512_fmadd_pd(low, low, sum.low), _mm512_fmadd_pd(high, high, sum.high)};
+}
+inline F64x16 add_f32(F64x16 sum, F32x16 x) {
+    return {_mm512_add_pd(sum.low, _mm512_cvtps_pd(_mm512_castps512_ps256(x))),
+            _mm512_add_pd(sum.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)))};
 }
 inline void store_f64(double* p, F64x16 x) {
     _mm512_storeu_pd(p, x.low);

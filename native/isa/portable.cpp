@@ -195,6 +195,10 @@ inline F64x16 add_square(F64x16 sum, F32x16 x) {
     }
     return sum;
 }
+inline F64x16 add_f32(F64x16 sum, F32x16 x) {
+    for (size_t i = 0; i < 16; i++) sum.lane[i] += x.lane[i];
+    return sum;
+}
 inline void store_f64(double* p, F64x16 x) { std::memcpy(p, x.lane, sizeof x.lane); }
 
 // out[j * lanes + i] = rows[i * stride + j] for 16 rows and 16 columns.

@@ -1,21 +1,41 @@
 // From rows and their ranges to packed bytes: codes, then scale and bias.
 
-// Codes of one row to `packed`, its squared errors and values to `error` and `norm`.
-template <int bits>
-inline void encode_row(const float* x, size_t d, GridParams p, F32x16 top, uint8_t* packed, F64x16& error,
-                       F64x16& norm) {
+// Squared sums in float32 are twice as fast, and right as long as nothing overflows or vanishes: a run of
+// run_vectors additions at most, then into double.
+inline constexpr size_t run_vectors = 16;
+
+struct NarrowSums {
+    F32x16 error = splat(0.0f), norm = splat(0.0f);
+    void add_to_error(F32x16 x) { error = fma(x, x, error); }
+    void add_to_norm(F32x16 x) { norm = fma(x, x, norm); }
+};
+
+struct WideSums {
+    F64x16 error = zero_f64(), norm = zero_f64();
+    void add_to_error(F32x16 x) { error = add_square(error, x); }
+    void add_to_norm(F32x16 x) { norm = add_square(norm, x); }
+    void take(NarrowSums& run) {
+        error = add_f32(error, run.error);
+        norm = add_f32(norm, run.norm);
+        run = {};
+    }
+};
+
+// Packs the codes of up to a row's values x[0 .. count), of which only the row's last may be no multiple of 16.
+template <int bits, class Sums>
+inline void encode_values(const float* x, size_t count, const GridParams& p, F32x16 top, uint8_t* packed, Sums& sums) {
     const auto encode = [&](F32x16 values) { return round_code(mul(sub(values, p.bias), p.inverse), top); };
     const auto level = [&](F32x16 codes) { return fma(p.scale, codes, p.bias); };
     size_t j = 0;
-    for (; j + 16 <= d; j += 16) {
+    for (; j + 16 <= count; j += 16) {
         const F32x16 values = load(x + j);
         const F32x16 codes = encode(values);
         store_codes<bits>(packed + j / 8 * bits, to_int(codes));
-        error = add_square(error, sub(values, level(codes)));
-        norm = add_square(norm, values);
+        sums.add_to_error(sub(values, level(codes)));
+        sums.add_to_norm(values);
     }
-    if (j == d) return;
-    const size_t rest = d - j;
+    if (j == count) return;
+    const size_t rest = count - j;
     const Mask16 inside = first_lanes(rest);
     const F32x16 zero = splat(0.0f);
     const F32x16 values = load_first(x + j, rest);
@@ -23,8 +43,8 @@ inline void encode_row(const float* x, size_t d, GridParams p, F32x16 top, uint8
     uint8_t last[2 * bits];
     store_codes<bits>(last, to_int(codes));
     std::memcpy(packed + j / 8 * bits, last, (rest * bits + 7) / 8);
-    error = add_square(error, select(inside, sub(values, level(codes)), zero));
-    norm = add_square(norm, values);
+    sums.add_to_error(select(inside, sub(values, level(codes)), zero));
+    sums.add_to_norm(values);
 }
 
 inline double sum_lanes(F64x16 x) {
@@ -58,28 +78,58 @@ inline BlockParams make_block_params(const Ranges& ranges, Grid grid) {
     return out;
 }
 
+// Whether no square of a value or an error can overflow float32, nor the squares of a row vanish in it. Float16
+// parameters bound the values, and a row as wide as 2^-40 has a square of at least 2^-82.
+inline bool squares_fit_float(const RowBlock& block, const Ranges& ranges, Grid grid) {
+    if (!grid.f16_params) return false;
+    for (size_t row = 0; row < block.num_rows; row++)
+        if (!(ranges.xmax[row] - ranges.xmin[row] > 0x1p-40f)) return false;
+    return true;
+}
+
+inline void store_params(const BlockParams& params, size_t row, bool f16_params, uint8_t* after_codes) {
+    if (f16_params) {
+        std::memcpy(after_codes, params.scale_f16 + row, 2);
+        std::memcpy(after_codes + 2, params.bias_f16 + row, 2);
+    } else {
+        std::memcpy(after_codes, params.scale + row, 4);
+        std::memcpy(after_codes + 4, params.bias + row, 4);
+    }
+}
+
 template <int bits>
 inline uint64_t encode_rows_of(const RowBlock& block, Grid grid, const Ranges& ranges, uint8_t* packed,
                                SquaredSums& sums) {
     const size_t d = block.embedding_dim;
     const size_t row_bytes = packed_row_bytes(d, grid);
-    const size_t code_bytes = row_bytes - (grid.f16_params ? 4 : 8);
+    const size_t code_bytes = (d * bits + 7) / 8;
     const BlockParams params = make_block_params(ranges, grid);
+    const bool narrow = squares_fit_float(block, ranges, grid);
     const F32x16 top = top_code(grid);
-    F64x16 error = zero_f64(), norm = zero_f64();
+    WideSums wide;
+    NarrowSums run;
+    size_t vectors_in_run = 0;
     for (size_t row = 0; row < block.num_rows; row++) {
+        const float* x = block.rows + row * d;
         uint8_t* out = packed + row * row_bytes;
         const GridParams p = {splat(params.scale[row]), splat(params.bias[row]), splat(params.inverse[row])};
-        encode_row<bits>(block.rows + row * d, d, p, top, out, error, norm);
-        if (grid.f16_params) {
-            std::memcpy(out + code_bytes, params.scale_f16 + row, 2);
-            std::memcpy(out + code_bytes + 2, params.bias_f16 + row, 2);
-        } else {
-            std::memcpy(out + code_bytes, params.scale + row, 4);
-            std::memcpy(out + code_bytes + 4, params.bias + row, 4);
+        for (size_t j = 0; j < d; j += 16 * run_vectors) {
+            const size_t count = d - j < 16 * run_vectors ? d - j : 16 * run_vectors;
+            if (!narrow) {
+                encode_values<bits>(x + j, count, p, top, out + j / 8 * bits, wide);
+                continue;
+            }
+            vectors_in_run += (count + 15) / 16;
+            if (vectors_in_run > run_vectors) {
+                wide.take(run);
+                vectors_in_run = (count + 15) / 16;
+            }
+            encode_values<bits>(x + j, count, p, top, out + j / 8 * bits, run);
         }
+        store_params(params, row, grid.f16_params, out + code_bytes);
     }
-    sums = {sum_lanes(error), sum_lanes(norm)};
+    wide.take(run);
+    sums = {sum_lanes(wide.error), sum_lanes(wide.norm)};
     return params.overflows & ((uint64_t{1} << block.num_rows) - 1);
 }
 

@@ -12,40 +12,50 @@ void widen_values(const uint16_t* values, size_t count, ValueType type, float* o
     store_first(out + i, widen_sixteen(last), count - i);
 }
 
-inline float min_lane(F32x16 x) {
-    float lane[16];
-    store(lane, x);
-    for (size_t width = 8; width > 0; width /= 2)
-        for (size_t i = 0; i < width; i++) lane[i] = lane[i + width] < lane[i] ? lane[i + width] : lane[i];
-    return lane[0];
-}
+// Bounds of one row, still spread over the lanes.
+struct LaneBounds {
+    F32x16 low, high;
+};
 
-inline float max_lane(F32x16 x) {
-    float lane[16];
-    store(lane, x);
-    for (size_t width = 8; width > 0; width /= 2)
-        for (size_t i = 0; i < width; i++) lane[i] = lane[i] < lane[i + width] ? lane[i + width] : lane[i];
-    return lane[0];
+// Adds x * 0 of every value to zeros_if_finite: NaN for NaN and infinity.
+inline LaneBounds bound_row(const float* x, size_t d, F32x16& zeros_if_finite) {
+    const F32x16 zero = splat(0.0f);
+    F32x16 low = splat(x[0]);
+    F32x16 high = low;
+    const auto take = [&](F32x16 values) {
+        low = min(values, low);
+        high = max(values, high);
+        zeros_if_finite = fma(values, zero, zeros_if_finite);
+    };
+    size_t j = 0;
+    for (; j + 16 <= d; j += 16) take(load(x + j));
+    if (j < d) take(select(first_lanes(d - j), load_first(x + j, d - j), splat(x[0])));
+    return {low, high};
 }
 
 bool bound_rows(const RowBlock& block, Ranges& ranges) noexcept {
-    const size_t d = block.embedding_dim;
     const F32x16 zero = splat(0.0f);
-    F32x16 zeros_if_finite = zero;   // x * 0 is NaN for NaN and infinity
-    for (size_t row = 0; row < block.num_rows; row++) {
-        const float* x = block.rows + row * d;
-        F32x16 low = splat(x[0]);
-        F32x16 high = low;
-        const auto take = [&](F32x16 values) {
-            low = min(values, low);
-            high = max(values, high);
-            zeros_if_finite = fma(values, zero, zeros_if_finite);
-        };
-        size_t j = 0;
-        for (; j + 16 <= d; j += 16) take(load(x + j));
-        if (j < d) take(select(first_lanes(d - j), load_first(x + j, d - j), splat(x[0])));
-        ranges.xmin[row] = min_lane(low);
-        ranges.xmax[row] = max_lane(high);
+    F32x16 zeros_if_finite = zero;
+    for (size_t first = 0; first < block.num_rows; first += lanes) {
+        float low[lanes * lanes] = {}, high[lanes * lanes] = {};
+        const size_t rows = block.num_rows - first < lanes ? block.num_rows - first : lanes;
+        for (size_t i = 0; i < rows; i++) {
+            const float* x = block.rows + (first + i) * block.embedding_dim;
+            const LaneBounds bounds = bound_row(x, block.embedding_dim, zeros_if_finite);
+            store(low + lanes * i, bounds.low);
+            store(high + lanes * i, bounds.high);
+        }
+        // Turned over, the sixteen lanes of a row lie in one lane of sixteen vectors.
+        float turned_low[lanes * lanes], turned_high[lanes * lanes];
+        transpose_16x16(low, lanes, turned_low);
+        transpose_16x16(high, lanes, turned_high);
+        F32x16 xmin = load(turned_low), xmax = load(turned_high);
+        for (size_t k = 1; k < lanes; k++) {
+            xmin = min(load(turned_low + lanes * k), xmin);
+            xmax = max(load(turned_high + lanes * k), xmax);
+        }
+        store(ranges.xmin + first, xmin);
+        store(ranges.xmax + first, xmax);
     }
     return lane_bits(equal(zeros_if_finite, zero)) == 0xffff;
 }

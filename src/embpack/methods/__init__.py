@@ -1,0 +1,43 @@
+"""The methods: how the parameters of a row are chosen. METHODS is the list of them."""
+
+from dataclasses import fields
+
+from embpack.methods.asym import Asym
+from embpack.methods.base import Method
+from embpack.methods.greedy import Greedy, GreedyPaper
+from embpack.methods.sym import Sym
+from embpack.methods.table import Table
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Asym, Sym, Table, Greedy, GreedyPaper)}
+
+
+def parse_method(spec: str | Method) -> Method:
+    """Make a method from its name and parameters, as in ``"greedy"`` or ``"greedy:b=1000,r=0.5"``.
+
+    Args:
+        spec: a name in METHODS, then optionally a colon and parameters; a Method comes back as it is.
+
+    Raises:
+        ValueError: no such method or parameter, or a value out of its range.
+    """
+    if isinstance(spec, Method):
+        return spec
+    name, _, settings = spec.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    types = {field.name: field.type for field in fields(method)}
+    values: dict[str, int | float] = {}
+    for setting in filter(None, settings.split(",")):
+        key, _, text = setting.partition("=")
+        if key not in types:
+            known = ", ".join(types) or "none"
+            raise ValueError(f"method {name!r} has no parameter {key!r}; it has: {known}")
+        try:
+            values[key] = int(text) if types[key] is int else float(text)
+        except ValueError:
+            raise ValueError(f"method {name!r}: {key} is {text!r}, which is not a number") from None
+    return method(**values)
+
+
+__all__ = ["METHODS", "Asym", "Greedy", "GreedyPaper", "Method", "Sym", "Table", "parse_method"]

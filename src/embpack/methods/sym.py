@@ -1,0 +1,24 @@
+"""SYM: a range symmetric about zero (Guan et al. 2019, section 3)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from embpack.layouts import RowFormat
+from embpack.methods.base import Method
+from embpack.reference import Row
+
+
+@dataclass(frozen=True)
+class Sym(Method):
+    """``xmax = max(abs(X))``, ``xmin = -xmax``. Source: the paper's SYM."""
+
+    name: ClassVar[str] = "sym"
+    kernel: ClassVar[str] = "sym"
+    summary: ClassVar[str] = "a range symmetric about zero; for comparison, never better than asym"
+
+    def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
+        """Return minus and plus the largest magnitude of the row."""
+        xmax = np.abs(x).max()
+        return -xmax, xmax

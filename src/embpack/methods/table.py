@@ -1,0 +1,48 @@
+"""TABLE: one range for all rows (Guan et al. 2019, section 3)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from embpack._native import SearchParams
+from embpack.layouts import RowFormat
+from embpack.methods.base import Method
+from embpack.reference import Row
+
+
+@dataclass(frozen=True)
+class Table(Method):
+    """ASYM with the range of the whole table. Source: the paper's TABLE.
+
+    Attributes:
+        xmin: the smallest value of the table; found in a pass of its own unless given.
+        xmax: the largest.
+    """
+
+    name: ClassVar[str] = "table"
+    kernel: ClassVar[str] = "table"
+    summary: ClassVar[str] = "one range for the whole table; for comparison, the largest error"
+
+    xmin: float = math.nan
+    xmax: float = math.nan
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.xmin) != math.isnan(self.xmax) or self.xmin > self.xmax:
+            raise ValueError(
+                f"table: xmin is {self.xmin} and xmax is {self.xmax}; give both, the smaller first, or neither"
+            )
+
+    @property
+    def needs_bounds(self) -> bool:
+        """Whether the range has still to be found."""
+        return math.isnan(self.xmin)
+
+    def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
+        """Return the range of the table."""
+        return np.float32(self.xmin), np.float32(self.xmax)
+
+    def search_params(self) -> SearchParams:
+        """The range of the table."""
+        return SearchParams(xmin=self.xmin, xmax=self.xmax)

@@ -1,0 +1,159 @@
+"""Array in, packed table out."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack import _native
+from embpack.layouts import RowFormat, default_param_dtype
+from embpack.methods import Method, Table, parse_method
+from embpack.rows import as_rows, widen
+from embpack.table import PackedTable
+
+# Values that a call into the kernels gets: enough to keep threads busy, little enough to stream.
+CHUNK_VALUES = 1 << 22
+_BLOCK_ROWS = 32
+_NOT_FINITE = 1
+
+
+def chunk_rows(embedding_dim: int) -> int:
+    """Rows of a chunk. The same wherever rows come from, so that measured losses are the same to the last bit."""
+    return max(1, CHUNK_VALUES // embedding_dim // _BLOCK_ROWS) * _BLOCK_ROWS
+
+
+def iter_chunks(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Split rows [N, d] into chunks."""
+    step = chunk_rows(rows.shape[1])
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
+
+@dataclass
+class RowPacker:
+    """Packs the chunks of one table, in order, and measures the loss over all of them.
+
+    Attributes:
+        method: a fitted one (see fit_method).
+        row_format: of the rows that come out.
+        table_name: for messages.
+    """
+
+    method: Method
+    row_format: RowFormat
+    table_name: str = "weight"
+    rows_packed: int = 0
+    _square_errors: list[float] = field(default_factory=list)
+    _squares: list[float] = field(default_factory=list)
+
+    def pack(self, rows: NDArray[Any], packed: NDArray[np.uint8]) -> None:
+        """Pack a chunk.
+
+        Args:
+            rows: float32, float16 or (bfloat16 as) uint16 [n, embedding_dim].
+            packed: uint8 [n, row_bytes], C-contiguous; filled.
+
+        Raises:
+            ValueError: a value is NaN or infinite, or a scale or bias overflows; row and column are named.
+        """
+        fault, row, square_error, square = _native.quantize(
+            np.ascontiguousarray(rows),
+            self.method.kernel,
+            self.method.search_params(),
+            self.row_format.bits,
+            self.row_format.has_f16_params,
+            packed,
+        )
+        if fault:
+            raise _row_error(fault, rows[row], self.rows_packed + row, self.row_format, self.table_name)
+        self.rows_packed += len(rows)
+        self._square_errors.append(square_error)
+        self._squares.append(square)
+
+    @property
+    def loss(self) -> float:
+        """Normalized l2 loss ||X - Q(X)|| / ||X|| of the rows packed so far; 0 for zeros."""
+        square_error, square = math.fsum(self._square_errors), math.fsum(self._squares)
+        return math.sqrt(square_error / square) if square else 0.0
+
+
+def _row_error(fault: int, row: NDArray[Any], index: int, row_format: RowFormat, name: str) -> ValueError:
+    values = widen(row)
+    if fault == _NOT_FINITE:
+        column = int(np.flatnonzero(~np.isfinite(values))[0])
+        return ValueError(
+            f"{name}[{index}, {column}] is {values[column]}; NaN and infinity cannot be packed, replace them first"
+        )
+    where = f"{name}[{index}] has values from {values.min():.6g} to {values.max():.6g}"
+    if row_format.has_f16_params:
+        return ValueError(
+            f"{where}: its scale or bias overflows float16 (largest: 65504); use param_dtype='float32'"
+        )
+    return ValueError(f"{where}: its scale overflows float32; rescale the table")
+
+
+def fit_method(method: Method, chunks: Callable[[], Iterable[NDArray[Any]]], name: str = "weight") -> Method:
+    """Give a method what it must know of the whole table; only TABLE asks for anything.
+
+    Args:
+        method: as parse_method made it.
+        chunks: yields all rows of the table, each time that it is called.
+        name: of the table, for messages.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    if not isinstance(method, Table) or not method.needs_bounds:
+        return method
+    xmin, xmax, seen = math.inf, -math.inf, 0
+    for rows in chunks():
+        fault, row, chunk_min, chunk_max = _native.bound(np.ascontiguousarray(rows))
+        if fault:
+            raise _row_error(fault, rows[row], seen + row, RowFormat(rows.shape[1]), name)
+        xmin, xmax, seen = min(xmin, chunk_min), max(xmax, chunk_max), seen + len(rows)
+    return Table(xmin, xmax)
+
+
+def make_row_format(embedding_dim: int, bits: int, param_dtype: str | None) -> RowFormat:
+    """Make the format of uniform rows; param_dtype None is PyTorch's and FBGEMM's for these bits."""
+    return RowFormat(embedding_dim, bits, param_dtype or default_param_dtype(bits))
+
+
+def quantize(
+    weight: Any,
+    method: str | Method = "greedy",
+    bits: int = 4,
+    param_dtype: str | None = None,
+) -> PackedTable:
+    """Pack a trained embedding table, each row with its own scale and bias.
+
+    Args:
+        weight: [num_embeddings, embedding_dim] of float32, float16 or bfloat16; NumPy or PyTorch, contiguous or
+            not.
+        method: how each row's range is chosen: a name in embpack.METHODS, with parameters if need be
+            ("greedy:b=1000,r=0.5"), or a Method.
+        bits: a code, 2, 4 or 8.
+        param_dtype: of scale and bias, "float16" or "float32"; None is float16 at 2 and 4 bits and float32 at 8,
+            which makes rows that PyTorch and FBGEMM read.
+
+    Returns:
+        A PackedTable; its ``loss`` is what packing cost.
+
+    Raises:
+        TypeError: weight is of another type.
+        ValueError: weight is not 2-D, is empty or has NaN or infinity; a row's scale or bias overflows
+            param_dtype; no such method or bits.
+
+    Source: Guan et al. 2019; with method="asym" the bytes of torch.ops.quantized.embedding_bag_4bit_prepack.
+    """
+    rows, dtype = as_rows(weight)
+    row_format = make_row_format(rows.shape[1], bits, param_dtype)
+    fitted = fit_method(parse_method(method), lambda: iter_chunks(rows))
+    packer = RowPacker(fitted, row_format)
+    packed = np.empty((len(rows), row_format.row_bytes), np.uint8)
+    for chunk in iter_chunks(rows):
+        packer.pack(chunk, packed[packer.rows_packed : packer.rows_packed + len(chunk)])
+    return PackedTable(packed, row_format, dtype=dtype, method=fitted.spec, loss=packer.loss)

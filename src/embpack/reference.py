@@ -1,0 +1,178 @@
+"""The specification in plain NumPy: what the kernels compute, in the paper's notation.
+
+Guan et al. 2019, section 2: uniform n-bit quantization with clipping range [xmin, xmax] is
+``scale = (xmax - xmin) / (2^n - 1)``, ``bias = xmin``, ``code = round((clip(x) - bias) / scale)`` and
+``value = scale * code + bias``. The order of roundings is that of PyTorch's and FBGEMM's row quantizers, so
+that rows are theirs to the byte. Slow on purpose: one row at a time, nothing clever.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.layouts import RowFormat
+
+F32 = np.float32
+Row = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+
+
+class RangeSearch(Protocol):
+    """A method: chooses the clipping range of a row."""
+
+    def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
+        """Return (xmin, xmax) for the row ``x``, float32 [d]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and bias as they are stored, and what values are multiplied by to get codes."""
+
+    scale: np.float32
+    bias: np.float32
+    inverse: np.float32
+
+
+def make_grid(xmin: np.float32, xmax: np.float32, row_format: RowFormat) -> Grid:
+    """Turn a clipping range into scale and bias.
+
+    Source: the paper's section 2, with the roundings of FBGEMM's
+    FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf (float16 parameters) and FloatToFused8BitRowwiseQuantized
+    (8 bits with float32 parameters, where constant rows get scale 0 and an epsilon guards the division).
+    """
+    top = F32(2**row_format.bits - 1)
+    with np.errstate(all="ignore"):
+        if row_format.bits == 8 and not row_format.has_f16_params:
+            value_range = F32(xmax - xmin)
+            return Grid(value_range / top, F32(xmin), top / (value_range + F32(1e-8)))
+        bias = _store(xmin, row_format)
+        value_range = F32(xmax - bias)
+        scale = F32(1) if value_range == 0 else _store(value_range / top, row_format)
+        if scale == 0:
+            scale = F32(1)
+        inverse = F32(1) / scale
+        if not np.isfinite(inverse):
+            scale = inverse = F32(1)
+    return Grid(scale, bias, inverse)
+
+
+def _store(value: np.float32, row_format: RowFormat) -> np.float32:
+    """Round to the type that a parameter is stored in."""
+    return F32(np.float16(value)) if row_format.has_f16_params else F32(value)
+
+
+def encode(x: Row, grid: Grid, bits: int) -> Codes:
+    """Codes of a row: ties to even, then clipped to 0 .. 2^bits - 1."""
+    return clip_codes(x, grid, bits).astype(np.uint8)
+
+
+def clip_codes(x: Row, grid: Grid, bits: int) -> Row:
+    """Codes of a row as float32; NaN where the grid is not finite."""
+    with np.errstate(all="ignore"):
+        return np.clip(np.rint((x - grid.bias) * grid.inverse), F32(0), F32(2**bits - 1))
+
+
+def decode(codes: NDArray[Any], scale: np.float32, bias: np.float32) -> Row:
+    """Levels of codes: fma(scale, code, bias), rounded once."""
+    return fma(scale, codes.astype(F32), bias)
+
+
+def fma(a: Any, b: Any, c: Any) -> Row:
+    """Fused multiply-add in float32: a * b + c, rounded once, for finite operands.
+
+    The product of two float32 is exact in float64. Their float64 sum with c is made to round to odd (Boldo and
+    Melquiond 2008), after which rounding it to float32 is the only rounding that counts.
+    """
+    with np.errstate(all="ignore"):
+        product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
+        addend = np.asarray(c, np.float64)
+        total = np.asarray(product + addend)
+        of_addend = total - product
+        error = (product - (total - of_addend)) + (addend - of_addend)
+        even = (total.view(np.int64) & 1) == 0
+        toward_error = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+        return np.where((error != 0) & even, toward_error, total).astype(F32)
+
+
+def round_trip(x: Row, xmin: np.float32, xmax: np.float32, row_format: RowFormat) -> Row:
+    """Q(X, xmin, xmax) of the paper: what a row comes back as, float32 [d]."""
+    grid = make_grid(xmin, xmax, row_format)
+    return fma(clip_codes(x, grid, row_format.bits), grid.scale, grid.bias)
+
+
+def normalized_l2_loss(x: NDArray[Any], x_hat: NDArray[Any]) -> float:
+    """||X - Q(X)|| / ||X|| over all values, the paper's figure of merit; 0 for a table of zeros."""
+    error = float(np.linalg.norm(x.astype(np.float64).ravel() - x_hat.astype(np.float64).ravel()))
+    norm = float(np.linalg.norm(x.astype(np.float64).ravel()))
+    return error / norm if norm else error
+
+
+def pack_codes(codes: Codes, bits: int) -> NDArray[np.uint8]:
+    """Pack codes [..., d] into bytes [..., ceil(d * bits / 8)], the first code in the lowest bits."""
+    per_byte = 8 // bits
+    padding = -codes.shape[-1] % per_byte
+    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
+    groups = padded.reshape(*codes.shape[:-1], -1, per_byte)
+    shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(bits)
+    return np.bitwise_or.reduce(groups << shifts, axis=-1).astype(np.uint8)
+
+
+def unpack_codes(packed: NDArray[np.uint8], embedding_dim: int, bits: int) -> Codes:
+    """Undo pack_codes: bytes [..., code_bytes] to codes [..., embedding_dim]."""
+    shifts = np.arange(8 // bits, dtype=np.uint8) * np.uint8(bits)
+    codes = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
+    return codes.reshape(*packed.shape[:-1], -1)[..., :embedding_dim]
+
+
+def pack_row(x: Row, xmin: np.float32, xmax: np.float32, row_format: RowFormat) -> NDArray[np.uint8]:
+    """Pack one row under a clipping range: codes, then scale and bias, little endian; uint8 [row_bytes]."""
+    grid = make_grid(xmin, xmax, row_format)
+    codes = encode(x, grid, row_format.bits)
+    params = np.array([grid.scale, grid.bias], "<f2" if row_format.has_f16_params else "<f4")
+    return np.concatenate([pack_codes(codes, row_format.bits), params.view(np.uint8)])
+
+
+def quantize(weight: NDArray[Any], method: RangeSearch, row_format: RowFormat) -> NDArray[np.uint8]:
+    """Pack a table, float [N, d], row by row; uint8 [N, row_bytes]."""
+    rows = [x.astype(F32) for x in weight]
+    return np.stack([pack_row(x, *method.search(x, row_format), row_format) for x in rows])
+
+
+def dequantize(packed: NDArray[np.uint8], row_format: RowFormat) -> NDArray[np.float32]:
+    """Levels of packed rows, uint8 [N, row_bytes] to float32 [N, d]."""
+    codes = unpack_codes(packed[:, : row_format.code_bytes], row_format.embedding_dim, row_format.bits)
+    param_type = "<f2" if row_format.has_f16_params else "<f4"
+    params = np.ascontiguousarray(packed[:, row_format.code_bytes :]).view(param_type).astype(F32)
+    return fma(codes.astype(F32), params[:, :1], params[:, 1:])
+
+
+def embedding_bag(
+    rows: NDArray[np.float32],
+    bags: list[NDArray[np.int64]],
+    mode: str,
+    per_sample_weights: list[NDArray[np.float32]] | None = None,
+    padding_idx: int | None = None,
+) -> NDArray[np.float32]:
+    """Pool dequantized rows [N, d], one bag of indices after another; float32 [len(bags), d].
+
+    A sum adds rows in index order, column by column, each addition rounded; with weights it is
+    fma(weight, row, sum). A mean is the sum divided by the number of rows that are not padding. An empty bag is
+    zeros. Source: torch.nn.functional.embedding_bag.
+    """
+    out = np.zeros((len(bags), rows.shape[1]), F32)
+    for i, bag in enumerate(bags):
+        kept = [k for k, index in enumerate(bag) if index != padding_idx]
+        if mode == "max" and kept:
+            out[i] = rows[bag[kept]].max(axis=0)
+            continue
+        for k in kept:
+            if per_sample_weights is None:
+                out[i] += rows[bag[k]]
+            else:
+                out[i] = fma(per_sample_weights[i][k], rows[bag[k]], out[i])
+        if mode == "mean" and kept:
+            out[i] /= F32(len(kept))
+    return out

@@ -1,0 +1,55 @@
+"""Weights as the kernels take them: contiguous rows of float32, float16 or bfloat16."""
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# NumPy has no bfloat16: its bits travel as uint16.
+ROW_DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+
+
+def as_rows(weight: Any) -> tuple[NDArray[Any], str]:
+    """View a table as an array that the kernels know the type of.
+
+    Args:
+        weight: [num_embeddings, embedding_dim] of float32, float16 or bfloat16; NumPy (bfloat16 from ml_dtypes)
+            or PyTorch, contiguous or not, on any device.
+
+    Returns:
+        The array, bfloat16 as uint16, without a copy where that is possible; and the name of its type.
+
+    Raises:
+        TypeError: it is of another type.
+        ValueError: it is not 2-D, or has no rows or no columns.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(weight, torch.Tensor):
+        weight = weight.detach().cpu()
+        if weight.dtype == torch.bfloat16:
+            return _check_shape(weight.view(torch.uint16).numpy()), "bfloat16"
+        weight = weight.numpy()
+    array = np.asarray(weight)
+    if array.dtype.name not in ROW_DTYPES:
+        hint = "; convert it with weight.astype(numpy.float32)" if array.dtype.kind in "fiu" else ""
+        raise TypeError(f"weight is {array.dtype.name}, but a table is float32, float16 or bfloat16{hint}")
+    name = array.dtype.name
+    return _check_shape(array.view(np.uint16) if name == "bfloat16" else array), name
+
+
+def _check_shape(array: NDArray[Any]) -> NDArray[Any]:
+    if array.ndim != 2:
+        raise ValueError(
+            f"weight has shape {list(array.shape)}, but a table is 2-D: [num_embeddings, embedding_dim]"
+        )
+    if 0 in array.shape:
+        raise ValueError(f"weight has shape {list(array.shape)}; a table needs at least one row and one column")
+    return array
+
+
+def widen(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Make rows float32; uint16 is taken for bfloat16."""
+    if rows.dtype == np.uint16:
+        return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return rows.astype(np.float32)

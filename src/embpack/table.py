@@ -1,0 +1,272 @@
+"""PackedTable: packed rows and how to read them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack import _native
+from embpack.layouts import RowFormat, default_param_dtype
+
+MODES = ("sum", "mean", "max")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedTable:
+    """An embedding table in packed rows, in memory or mapped from a file.
+
+    Attributes:
+        packed: uint8 [num_embeddings, row_bytes], C-contiguous: the bytes themselves, never copied.
+        row_format: what a row's bytes mean.
+        dtype: what the weights were: "float32", "float16" or "bfloat16".
+        method: name and parameters of the method that chose the ranges; "" where unknown.
+        loss: normalized l2 loss ||X - Q(X)|| / ||X||, measured when packed; None where unknown.
+
+    Raises:
+        ValueError: packed is not what row_format says.
+    """
+
+    packed: NDArray[np.uint8]
+    row_format: RowFormat
+    dtype: str = "float32"
+    method: str = ""
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        packed = self.packed
+        if packed.dtype != np.uint8 or packed.ndim != 2 or not packed.flags.c_contiguous:
+            raise ValueError(
+                f"packed is {packed.dtype} of shape {list(packed.shape)}; it must be C-contiguous uint8 "
+                "[num_embeddings, row_bytes]"
+            )
+        expected = self.row_format.row_bytes
+        if packed.shape[1] != expected:
+            raise ValueError(
+                f"packed has {packed.shape[1]} bytes a row, but embedding_dim {self.embedding_dim} at {self.bits} "
+                f"bits with {self.row_format.param_dtype} parameters takes {expected}"
+            )
+
+    @classmethod
+    def from_packed(
+        cls, packed: Any, embedding_dim: int, bits: int = 4, param_dtype: str | None = None
+    ) -> "PackedTable":
+        """Adopt rows that PyTorch or FBGEMM packed, without a copy.
+
+        Args:
+            packed: uint8 [num_embeddings, row_bytes], NumPy or PyTorch on the CPU, as
+                torch.ops.quantized.embedding_bag_4bit_prepack returns it.
+            embedding_dim: values a row.
+            bits: a code, 2, 4 or 8.
+            param_dtype: of scale and bias; None is float16 at 2 and 4 bits and float32 at 8.
+
+        Raises:
+            ValueError: the bytes a row do not fit.
+        """
+        row_format = RowFormat(embedding_dim, bits, param_dtype or default_param_dtype(bits))
+        return cls(np.asarray(packed), row_format)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Number of rows."""
+        return self.packed.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Values a row."""
+        return self.row_format.embedding_dim
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(num_embeddings, embedding_dim)."""
+        return self.num_embeddings, self.embedding_dim
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.row_format.bits
+
+    @property
+    def layout(self) -> str:
+        """Name of the layout of a row."""
+        return self.row_format.layout
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a packed row."""
+        return self.row_format.row_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed rows."""
+        return self.packed.nbytes
+
+    def __len__(self) -> int:
+        return self.num_embeddings
+
+    def __repr__(self) -> str:
+        loss = "" if self.loss is None else f", loss={self.loss:.5f}"
+        method = f", method={self.method!r}" if self.method else ""
+        return (
+            f"PackedTable({self.num_embeddings} x {self.embedding_dim}, {self.layout}, {self.bits} bits, "
+            f"{self.row_format.param_dtype} parameters, {self.nbytes} bytes{method}{loss})"
+        )
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """Return all rows as float32 [num_embeddings, embedding_dim]."""
+        return self._gather(None, self.num_embeddings)
+
+    def __getitem__(self, indices: Any) -> NDArray[np.float32]:
+        """Look rows up.
+
+        Args:
+            indices: an int, or int32 or int64 of any shape [...], each in [0, num_embeddings).
+
+        Returns:
+            float32 [..., embedding_dim].
+
+        Raises:
+            IndexError: an index is out of range; names its position and value.
+            TypeError: indices are of another type.
+        """
+        array = _as_indices(indices, "indices")
+        return self._gather(array.reshape(-1), array.size).reshape(*array.shape, self.embedding_dim)
+
+    def embedding_bag(
+        self,
+        indices: Any,
+        offsets: Any = None,
+        mode: str = "mean",
+        per_sample_weights: Any = None,
+        *,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+    ) -> NDArray[np.float32]:
+        """Pool bags of rows straight from the packed bytes.
+
+        Args:
+            indices: int32 or int64, each in [0, num_embeddings): 1-D [L] with offsets, or 2-D [B, n] for B bags
+                of n.
+            offsets: int32 or int64 [B], non-decreasing from 0, at most L: where each bag starts in 1-D indices;
+                with include_last_offset [B + 1], the last one being where the last bag ends.
+            mode: "sum", "mean" or "max".
+            per_sample_weights: float32, shaped like indices: what each row is multiplied by; only for "sum".
+            include_last_offset: see offsets.
+            padding_idx: rows of this index are left out, of a mean's count too; negative counts from the end.
+
+        Returns:
+            float32 [B, embedding_dim], C-contiguous; an empty bag is zeros. Rows are added in index order.
+
+        Raises:
+            IndexError: an index is out of range; names its position and value.
+            TypeError: an argument is of another type.
+            ValueError: shapes, offsets, mode or padding_idx are not as above.
+
+        Source: torch.nn.functional.embedding_bag, its meaning and defaults.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+        array = _as_indices(indices, "indices")
+        starts = _bag_starts(array, offsets, include_last_offset=include_last_offset)
+        weights = _as_weights(per_sample_weights, array, mode)
+        padding = self._as_padding(padding_idx)
+        out = np.empty((len(starts) - 1, self.embedding_dim), np.float32)
+        flat = array.reshape(-1)
+        bad = _native.pool(
+            self.packed,
+            self.embedding_dim,
+            self.bits,
+            self.row_format.has_f16_params,
+            flat,
+            starts,
+            weights,
+            padding,
+            mode,
+            out,
+        )
+        self._check_position(bad, flat)
+        return out
+
+    def _gather(self, indices: NDArray[np.int64] | None, count: int) -> NDArray[np.float32]:
+        out = np.empty((count, self.embedding_dim), np.float32)
+        bad = _native.gather(
+            self.packed, self.embedding_dim, self.bits, self.row_format.has_f16_params, indices, out
+        )
+        if indices is not None:
+            self._check_position(bad, indices)
+        return out
+
+    def _check_position(self, bad: int, indices: NDArray[np.int64]) -> None:
+        if bad >= 0:
+            rows = self.num_embeddings
+            raise IndexError(
+                f"indices[{bad}] is {indices[bad]}, but the table has {rows} rows (valid: 0 to {rows - 1})"
+            )
+
+    def _as_padding(self, padding_idx: int | None) -> int:
+        if padding_idx is None:
+            return -1
+        rows = self.num_embeddings
+        if not -rows <= padding_idx < rows:
+            raise ValueError(f"padding_idx is {padding_idx}, but the table has {rows} rows")
+        return padding_idx % rows
+
+
+def _as_indices(values: Any, what: str) -> NDArray[np.int64]:
+    """Make integers of any shape int64 and contiguous."""
+    array = np.asarray(values)
+    if array.size == 0 and not hasattr(values, "dtype"):
+        array = array.astype(np.int64)
+    if array.dtype not in (np.int32, np.int64):
+        raise TypeError(f"{what} are {array.dtype}; they must be int32 or int64")
+    return np.ascontiguousarray(array, np.int64).reshape(array.shape)
+
+
+def _bag_starts(indices: NDArray[np.int64], offsets: Any, *, include_last_offset: bool) -> NDArray[np.int64]:
+    """Return where each bag starts and the last one ends, int64 [B + 1]."""
+    if indices.ndim == 2:
+        if offsets is not None:
+            raise ValueError("offsets are for 1-D indices; each row of 2-D indices is a bag by itself")
+        bags, size = indices.shape
+        return np.arange(bags + 1, dtype=np.int64) * size
+    if indices.ndim != 1:
+        raise ValueError(f"indices have {indices.ndim} dimensions; a bag takes 1-D with offsets, or 2-D")
+    if offsets is None:
+        raise ValueError("1-D indices need offsets: where each bag starts")
+    starts = _as_indices(offsets, "offsets")
+    if starts.ndim != 1:
+        raise ValueError(f"offsets have {starts.ndim} dimensions; they must be 1-D")
+    if include_last_offset and starts.size == 0:
+        raise ValueError("offsets are empty; with include_last_offset they end with where the last bag ends")
+    _check_offsets(starts, len(indices))
+    return starts if include_last_offset else np.append(starts, np.int64(len(indices)))
+
+
+def _check_offsets(starts: NDArray[np.int64], num_indices: int) -> None:
+    if starts.size and starts[0] != 0:
+        raise ValueError(f"offsets[0] is {starts[0]}; the first bag must start at 0")
+    decreases = np.flatnonzero(starts[1:] < starts[:-1])
+    if decreases.size:
+        at = int(decreases[0])
+        raise ValueError(
+            f"offsets[{at + 1}] is {starts[at + 1]}, less than offsets[{at}], {starts[at]}; offsets cannot decrease"
+        )
+    if starts.size and starts[-1] > num_indices:
+        raise ValueError(
+            f"offsets[{len(starts) - 1}] is {starts[-1]}, but there are {num_indices} indices; no offset may be larger"
+        )
+
+
+def _as_weights(values: Any, indices: NDArray[np.int64], mode: str) -> NDArray[np.float32] | None:
+    if values is None:
+        return None
+    if mode != "sum":
+        raise ValueError(f"per_sample_weights go with mode 'sum' only, not {mode!r}")
+    weights = np.asarray(values)
+    if weights.dtype != np.float32:
+        raise TypeError(f"per_sample_weights are {weights.dtype}; they must be float32")
+    if weights.shape != indices.shape:
+        raise ValueError(
+            f"per_sample_weights have shape {list(weights.shape)}, indices {list(indices.shape)}; they must agree"
+        )
+    return np.ascontiguousarray(weights).reshape(-1)
