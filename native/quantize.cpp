@@ -15,8 +15,8 @@ namespace embpack {
 
 namespace {
 
-// Blocks that a thread takes at a time: enough to make asking for more cheap, few enough to share evenly.
-constexpr int blocks_at_a_time = 16;
+// Values that a thread takes at a time: enough to make asking for more cheap, few enough to share evenly.
+constexpr size_t values_at_a_time = size_t{1} << 15;
 
 // Floats on cache lines of their own: a vector across two lines costs two loads, and the search is that tight.
 class AlignedFloats {
@@ -43,6 +43,7 @@ public:
 
     size_t num_blocks() const { return (rows_.num_rows + block_rows - 1) / block_rows; }
     size_t block_values() const { return block_rows * rows_.embedding_dim; }
+    int blocks_at_a_time() const { return static_cast<int>(std::max<size_t>(1, values_at_a_time / block_values())); }
 
     RowBlock read(size_t block, const Kernels& k) {
         const size_t d = rows_.embedding_dim;
@@ -89,7 +90,7 @@ QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const 
     std::vector<SquaredSums> sums(reader.num_blocks());
     QuantizeResult result;
 
-#pragma omp parallel for num_threads(threads) schedule(dynamic, blocks_at_a_time)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, reader.blocks_at_a_time())
     for (size_t i = 0; i < reader.num_blocks(); i++) {
         const RowBlock block = reader.read(i, k);
         Ranges ranges{};
@@ -119,7 +120,7 @@ Bounds bound_table(const Rows& rows) {
     std::vector<Ranges> ranges(reader.num_blocks());
     Bounds bounds;
 
-#pragma omp parallel for num_threads(threads) schedule(dynamic, blocks_at_a_time)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, reader.blocks_at_a_time())
     for (size_t i = 0; i < reader.num_blocks(); i++) {
         const RowBlock block = reader.read(i, k);
         if (!k.bound_rows(block, ranges[i]))

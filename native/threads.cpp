@@ -10,7 +10,7 @@ namespace embpack {
 
 namespace {
 
-// Waking a thread costs some 5 us, in which one core reads about this many values.
+// A thread is woken for no less work than this: about what one core reads in the time that waking takes.
 constexpr size_t values_worth_a_thread = size_t{1} << 14;
 
 std::atomic<int>& thread_count() {

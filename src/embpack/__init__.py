@@ -3,7 +3,9 @@
 import os
 
 from embpack import _native
+from embpack.convert import Report, TableReport, dequantize_file, quantize_file
 from embpack.errors import FormatError, MissingExtraError
+from embpack.files import load, save
 from embpack.methods import METHODS, Method, parse_method
 from embpack.quantize import quantize
 from embpack.table import PackedTable
@@ -24,8 +26,14 @@ __all__ = [
     "Method",
     "MissingExtraError",
     "PackedTable",
+    "Report",
+    "TableReport",
+    "dequantize_file",
     "get_num_threads",
+    "load",
     "parse_method",
     "quantize",
+    "quantize_file",
+    "save",
     "set_num_threads",
 ]

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 # NumPy has no bfloat16: its bits travel as uint16.
 ROW_DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+_LARGEST_BF16 = np.array(0x7F7F0000, np.uint32).view(np.float32)
 
 
 def as_rows(weight: Any) -> tuple[NDArray[Any], str]:
@@ -53,3 +54,17 @@ def widen(rows: NDArray[Any]) -> NDArray[np.float32]:
     if rows.dtype == np.uint16:
         return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return rows.astype(np.float32)
+
+
+def narrow(rows: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Round float32 rows to a type in ROW_DTYPES, to nearest, ties to even; bfloat16 comes as uint16.
+
+    A level may lie a little outside the range of the weights: what the type cannot hold becomes its largest value.
+    """
+    if dtype == "float32":
+        return rows
+    if dtype == "float16":
+        largest = np.finfo(np.float16).max
+        return np.clip(rows, -largest, largest).astype(np.float16)
+    bits = np.clip(rows, -_LARGEST_BF16, _LARGEST_BF16).view(np.uint32)
+    return ((bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)).astype(np.uint16)

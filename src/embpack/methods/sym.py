@@ -16,7 +16,7 @@ class Sym(Method):
 
     name: ClassVar[str] = "sym"
     kernel: ClassVar[str] = "sym"
-    summary: ClassVar[str] = "a range symmetric about zero; for comparison, never better than asym"
+    summary: ClassVar[str] = "a range symmetric about zero; for comparison"
 
     def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
         """Return minus and plus the largest magnitude of the row."""

@@ -1,0 +1,23 @@
+"""The peers: PEERS is the list of them."""
+
+from importlib import import_module
+
+from benchmarks.peers.base import Packed, Peer
+
+# Modules of this package, each with a PEER.
+PEERS = ("pytorch", "fbgemm")
+
+
+def load_peers() -> tuple[list[Peer], dict[str, str]]:
+    """Return the peers that are installed, and of each other one why it is left out."""
+    peers: list[Peer] = []
+    missing: dict[str, str] = {}
+    for name in PEERS:
+        try:
+            peers.append(import_module(f"benchmarks.peers.{name}").PEER)
+        except (ImportError, OSError) as error:  # OSError: its library does not load under this PyTorch.
+            missing[name] = str(error).partition("\n")[0]
+    return peers, missing
+
+
+__all__ = ["PEERS", "Packed", "Peer", "load_peers"]

@@ -1,0 +1,25 @@
+"""embpack, behind the same interface as its peers."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+import embpack
+from benchmarks.peers.base import Packed, Peer
+
+
+class Embpack(Peer):
+    """embpack.quantize."""
+
+    name: ClassVar[str] = "embpack"
+    methods: ClassVar[frozenset[str]] = frozenset(embpack.METHODS)
+
+    def set_num_threads(self, count: int) -> None:
+        """Set embpack's number."""
+        embpack.set_num_threads(count)
+
+    def quantizer(self, method: str, weight: NDArray[np.float32]) -> Callable[[], Packed]:
+        """What users call."""
+        return lambda: embpack.quantize(weight, method).packed

@@ -1,0 +1,89 @@
+"""Packing to 4 bits: speed and loss beside PyTorch and FBGEMM, and the memory that a streaming run takes."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.progress import track
+
+from benchmarks.harness import Timing, describe_machine, race
+from benchmarks.peers import load_peers
+from benchmarks.races import Sizes, make_workloads
+from benchmarks.report import RaceResult, Report, print_report
+from benchmarks.streaming import MemoryUse, measure_streaming
+
+DIMS = (16, 32, 64, 128, 256, 512)
+IN_CACHE_BYTES, PAST_CACHE_BYTES = 8 << 20, 256 << 20
+FULL = Timing(rounds=15, sample_seconds=0.02)
+QUICK_DIMS = (16, 64)
+QUICK = Timing(rounds=3, sample_seconds=0.005)
+
+EPILOG = """
+Everybody packs the same tables of normal values, float32 to 4 bits with float16 scale and bias, output allocated
+inside the timed call, one thread. Answers are compared first: asym must give the same bytes, and no row that
+greedy packs may lose more than it does elsewhere. Then contestants take turns. A ratio is our rate by theirs
+within a round, so it holds on a busy machine, where the rates themselves do not.
+
+  python -m benchmarks.quantize --quick --no-stream               a smoke test, in seconds
+  python -m benchmarks.quantize --no-stream --dims 64 128         two widths only
+  python -m benchmarks.quantize --json q.json --plot q.png        everything, some minutes; 5 GB in $TMPDIR
+"""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quantize",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="few widths and rounds, and no table past the cache")
+    parser.add_argument("--dims", type=int, nargs="+", metavar="D", help=f"values a row (default: {_join(DIMS)})")
+    parser.add_argument("--rounds", type=int, metavar="N", help=f"samples a contestant (default: {FULL.rounds})")
+    parser.add_argument("--no-stream", action="store_true", help="leave out the memory of embpack.quantize_file")
+    parser.add_argument("--stream-gb", type=float, default=4.0, metavar="GB", help="its table (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
+    parser.add_argument("--plot", type=Path, metavar="PATH.png", help="draw them there; needs matplotlib and d = 64")
+    return parser.parse_args(arguments)
+
+
+def _join(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def run_races(options: argparse.Namespace) -> Report:
+    """Run what the options ask for."""
+    timing = QUICK if options.quick else FULL
+    timing = Timing(options.rounds or timing.rounds, timing.sample_seconds)
+    dims = options.dims or (QUICK_DIMS if options.quick else DIMS)
+    sizes = Sizes(dims, (IN_CACHE_BYTES,) if options.quick else (IN_CACHE_BYTES, PAST_CACHE_BYTES))
+    peers, left_out = load_peers()
+    machine = describe_machine()
+    workloads = make_workloads(sizes, peers)
+    races = [RaceResult(work.settings, race(work, timing)) for work in track(workloads, "Racing", transient=True)]
+    return Report(machine, left_out, races, run_streaming(options))
+
+
+def run_streaming(options: argparse.Namespace) -> list[MemoryUse]:
+    """Measure the memory of each method, unless told not to."""
+    return [] if options.no_stream else [measure_streaming(method, options.stream_gb) for method in ("asym", "greedy")]
+
+
+def main() -> None:
+    """Run, print, write."""
+    options = parse_arguments()
+    report = run_races(options)
+    print_report(report)
+    if options.json:
+        options.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    if options.plot:
+        from benchmarks.plot import draw  # matplotlib is only for those who ask for a picture.
+
+        draw(report, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The races of python -m benchmarks.quantize: which tables, who packs them, what counts as the same answer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import embpack
+from benchmarks.harness import Contestant, Workload
+from benchmarks.peers import Packed, Peer
+from benchmarks.peers.ours import Embpack
+
+THREADED_DIMS = (64, 128)
+# The search is bound by arithmetic, so how large a table is does not matter to it; peers get fewer rows.
+SEARCH_VALUES = 1 << 22
+PEER_SEARCH_VALUES = 1 << 17
+# Losses are measured and compared on that many values, which every contestant of a race packs.
+LOSS_VALUES = PEER_SEARCH_VALUES
+
+Values = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The tables to race on.
+
+    Attributes:
+        dims: embedding_dim of each.
+        asym_bytes: fp32 bytes of each table of the asym races: in cache, past it.
+    """
+
+    dims: Sequence[int]
+    asym_bytes: Sequence[int]
+
+    @property
+    def most_values(self) -> int:
+        """Values of the largest table."""
+        return max(SEARCH_VALUES, *(table_bytes // 4 for table_bytes in self.asym_bytes))
+
+
+def make_workloads(sizes: Sizes, peers: Sequence[Peer]) -> Iterator[Workload[Packed]]:
+    """Make every race: asym and greedy against the peers, then two threads against one.
+
+    All tables are views of the same normal values, which is what Figure 1 of Guan et al. 2019 is drawn from.
+    """
+    values = np.random.default_rng(0).standard_normal(sizes.most_values, dtype=np.float32)
+    for table_bytes in sizes.asym_bytes:
+        for d in sizes.dims:
+            yield _race_asym(_as_table(values, table_bytes // 4, d), peers)
+    for d in sizes.dims:
+        yield _race_greedy(_as_table(values, SEARCH_VALUES, d), peers)
+    for method in ("asym", "greedy"):
+        for d in THREADED_DIMS:
+            yield _race_threads(_as_table(values, SEARCH_VALUES, d), method)
+
+
+def _as_table(values: Values, count: int, embedding_dim: int) -> Values:
+    rows = count // embedding_dim
+    return values[: rows * embedding_dim].reshape(rows, embedding_dim)
+
+
+def _race_asym(weight: Values, peers: Sequence[Peer]) -> Workload[Packed]:
+    others = [_contestant(peer, "asym", weight) for peer in peers if "asym" in peer.methods]
+    ours = _contestant(Embpack(), "asym", weight)
+    return Workload(_settings("asym", weight), ours, others, find_other_bytes, lambda p: measure_loss(p, weight))
+
+
+def _race_greedy(weight: Values, peers: Sequence[Peer]) -> Workload[Packed]:
+    fewer = weight[: PEER_SEARCH_VALUES // weight.shape[1]]
+    others = [_contestant(peer, "greedy", fewer) for peer in peers if "greedy" in peer.methods]
+    return Workload(
+        _settings("greedy", weight),
+        _contestant(Embpack(), "greedy", weight),
+        others,
+        lambda ours, theirs: find_worse_row(ours, theirs, weight),
+        lambda packed: measure_loss(packed, weight),
+    )
+
+
+def _race_threads(weight: Values, method: str) -> Workload[Packed]:
+    two = _contestant(Embpack(), method, weight, threads=2)
+    one = _contestant(Embpack(), method, weight, threads=1)
+    settings = _settings(method, weight) | {"threads": 2}
+    return Workload(settings, two, [one], find_other_bytes, lambda packed: measure_loss(packed, weight))
+
+
+def _settings(method: str, weight: Values) -> dict[str, Any]:
+    return {"method": method, "embedding_dim": weight.shape[1], "table_bytes": weight.nbytes, "threads": 1}
+
+
+def _contestant(peer: Peer, method: str, weight: Values, threads: int = 1) -> Contestant[Packed]:
+    name = peer.name if threads == 1 else f"{peer.name}, {threads} threads"
+    call = peer.quantizer(method, weight)
+    return Contestant(name, call, len(weight), lambda: peer.set_num_threads(threads))
+
+
+def measure_loss(packed: Packed, weight: Values) -> float:
+    """Normalized l2 loss ||X - Q(X)|| / ||X|| of the first rows, as many as hold LOSS_VALUES."""
+    rows = min(len(packed), LOSS_VALUES // weight.shape[1])
+    norm = np.square(weight[:rows], dtype=np.float64).sum()
+    return float(np.sqrt(_row_losses(packed[:rows], weight).sum() / norm))
+
+
+def _row_losses(packed: Packed, weight: Values) -> NDArray[np.float64]:
+    """Squared error of each packed row."""
+    table = embpack.PackedTable.from_packed(packed, weight.shape[1])
+    errors = table.dequantize().astype(np.float64) - weight[: len(packed)]
+    return np.einsum("nd,nd->n", errors, errors)
+
+
+def find_other_bytes(ours: Packed, theirs: Packed) -> str | None:
+    """Answers of min/max agree if they are the same bytes."""
+    if ours.shape != theirs.shape:
+        return f"shapes {list(ours.shape)} and {list(theirs.shape)}"
+    rows = np.flatnonzero((ours != theirs).any(axis=1))
+    return f"{len(rows)} of {len(ours)} rows, the first is row {rows[0]}" if len(rows) else None
+
+
+def find_worse_row(ours: Packed, theirs: Packed, weight: Values) -> str | None:
+    """Answers of a search agree if no row of ours loses more.
+
+    Losses that peers compare are float32 sums of d squares, off by (d + 8) / 2 roundings at most, so two losses
+    closer than twice that are the same to them.
+    """
+    if ours.shape[1] != theirs.shape[1]:
+        return f"{ours.shape[1]} and {theirs.shape[1]} bytes a row"
+    rows = min(len(ours), len(theirs), LOSS_VALUES // weight.shape[1])
+    our_losses, their_losses = _row_losses(ours[:rows], weight), _row_losses(theirs[:rows], weight)
+    worse = np.flatnonzero(our_losses > their_losses * (1 + (weight.shape[1] + 8) * 2.0**-24))
+    return f"{len(worse)} of {rows} rows lose more, the first is row {worse[0]}" if len(worse) else None

@@ -1,0 +1,51 @@
+"""The command line: parses and prints; everything else is the library's."""
+
+import sys
+
+import typer
+from rich.markup import escape
+
+import embpack
+from embpack.cli.demo import demo
+from embpack.cli.dequantize import dequantize
+from embpack.cli.inspect import inspect
+from embpack.cli.quantize import quantize
+from embpack.cli.show import errors
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Pack trained embedding tables to 4 bits a value, an eighth of their size.",
+    epilog="Try it on data it makes itself: [bold]embpack demo[/bold]",
+)
+for command in (quantize, inspect, dequantize, demo):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"embpack {embpack.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="On failure, show the whole traceback."),  # main looks for it
+    version: bool = typer.Option(
+        False, "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line. Exit code 2 for wrong usage, 1 for a failure, which is one line on stderr."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        if "--debug" in sys.argv:
+            raise
+        errors.print(f"[bold red]error:[/] {escape(str(error) or type(error).__name__)}", soft_wrap=True)
+        sys.exit(1)

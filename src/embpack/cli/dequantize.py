@@ -1,0 +1,49 @@
+"""embpack dequantize."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from embpack.cli import show
+from embpack.convert import dequantize_file
+from embpack.files import open_packed
+
+
+def dequantize(
+    src: Annotated[
+        Path, typer.Argument(help="What embpack quantize wrote: a file, or a folder of shards.", show_default=False)
+    ],
+    dst: Annotated[
+        Path,
+        typer.Argument(
+            help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin, .npy, .npz or "
+            ".parquet; for a sharded SRC a new folder.",
+            show_default=False,
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Write a packed checkpoint as a plain one that the original program can load.
+
+    [dim]embpack dequantize model-4bit.safetensors model-restored.safetensors[/]
+    """
+    totals = {name: entry.num_embeddings for packed in open_packed(src) for name, entry in packed.entries.items()}
+    with show.row_progress(totals, shown=not as_json) as progress:
+        tables = dequantize_file(src, dst, progress=progress)
+    if as_json:
+        show.print_json({"tables": [dataclasses.asdict(table) for table in tables]})
+        return
+    columns = ["table", "type", "rows", "dim", "before", "after"]
+    shown = show.make_table(f"Unpacked into {dst}", columns, text_columns=2)
+    for table in tables:
+        shown.add_row(
+            table.name,
+            table.dtype,
+            f"{table.num_embeddings:,}",
+            str(table.embedding_dim),
+            show.size(table.bytes_before),
+            show.size(table.bytes_after),
+        )
+    show.output.print(shown)

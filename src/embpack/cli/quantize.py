@@ -1,0 +1,134 @@
+"""embpack quantize."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from embpack.cli import show
+from embpack.convert import Report, plan_file, quantize_file
+from embpack.layouts import BITS, PARAM_BYTES
+from embpack.methods import METHODS, parse_method
+from embpack.rules import Decision, Rules
+from embpack.sources import open_checkpoint
+from embpack.threads import set_num_threads
+
+
+def _check_method(spec: str) -> str:
+    try:
+        parse_method(spec)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return spec
+
+
+def _check_bits(bits: int) -> int:
+    if bits not in BITS:
+        raise typer.BadParameter(f"{bits}; choose 2, 4 or 8")
+    return bits
+
+
+def _check_param_dtype(param_dtype: str | None) -> str | None:
+    if param_dtype is not None and param_dtype not in PARAM_BYTES:
+        raise typer.BadParameter(f"{param_dtype!r}; choose float16 or float32")
+    return param_dtype
+
+
+_METHOD_HELP = (
+    "How each row's range is chosen, with parameters after a colon (greedy:b=1000,r=0.5). "
+    + " ".join(f"[bold]{name}[/]: {method.summary}." for name, method in METHODS.items())
+)
+
+
+def quantize(
+    src: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint: .safetensors, a folder or index of sharded ones, .pt/.pth/.bin, .npy, .npz or .parquet.",
+            show_default=False,
+        ),
+    ],
+    dst: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A .safetensors file (for a sharded SRC a new folder); it appears only once it is whole.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help=_METHOD_HELP, callback=_check_method)] = "greedy",
+    bits: Annotated[int, typer.Option(help="Bits a value: 2, 4 or 8.", callback=_check_bits)] = 4,
+    param_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Type of each row's scale and bias: float16 or float32.",
+            show_default="float16; at 8 bits float32",
+            callback=_check_param_dtype,
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Also pack tensors whose name matches this glob; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Never pack tensors whose name matches this glob; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show which tensors would be packed, and why.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to use.", show_default="all CPUs, or OMP_NUM_THREADS")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Pack the embedding tables of a checkpoint; everything else is copied as it is.
+
+    [dim]embpack quantize model.safetensors model-4bit.safetensors[/]
+    """
+    if dst is None and not dry_run:
+        raise typer.BadParameter("give a destination, or --dry-run", param_hint="DST")
+    if threads is not None:
+        set_num_threads(threads)
+    rules = Rules(tuple(include or ()), tuple(exclude or ()), bits, param_dtype)
+    with open_checkpoint(src) as checkpoint:
+        decisions = plan_file(checkpoint, rules)
+        left_out = checkpoint.left_out
+    if not as_json:
+        show.print_plan(str(src), decisions, left_out)
+    elif dry_run:
+        show.print_json({"plan": [_plan_json(decision) for decision in decisions], "left_out": left_out})
+    if dst is None or dry_run:
+        return
+    totals = {d.tensor.name: d.tensor.shape[0] for d in decisions if d.row_format}
+    with show.row_progress(totals, shown=not as_json) as progress:
+        report = quantize_file(
+            src,
+            dst,
+            method=method,
+            bits=bits,
+            param_dtype=param_dtype,
+            include=rules.include,
+            exclude=rules.exclude,
+            progress=progress,
+        )
+    if as_json:
+        show.print_json(_report_json(report))
+    else:
+        show.output.print()
+        show.print_report(str(dst), report)
+
+
+def _plan_json(decision: Decision) -> dict[str, Any]:
+    return {
+        "name": decision.tensor.name,
+        "shape": decision.tensor.shape,
+        "dtype": decision.tensor.dtype,
+        "pack": decision.row_format is not None,
+        "reason": decision.reason,
+        "bytes_before": decision.bytes_before,
+        "bytes_after": decision.bytes_after,
+    }
+
+
+def _report_json(report: Report) -> dict[str, Any]:
+    value = dataclasses.asdict(report)
+    for table, item in zip(value["tables"], report.tables, strict=True):
+        table["rows_per_second"] = item.rows_per_second
+    return value

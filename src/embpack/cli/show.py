@@ -1,0 +1,146 @@
+"""What the commands print with."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from embpack.convert import Progress as OnRows
+from embpack.convert import Report
+from embpack.rules import Decision
+
+output = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print a value for a program to read; what JSON has no number for is null."""
+    output.print(json.dumps(value, indent=2), soft_wrap=True, markup=False)
+
+
+def size(count: int) -> str:
+    """Bytes for a person to read."""
+    return decimal(count)
+
+
+def share(after: int, before: int) -> str:
+    """A size as a share of another."""
+    return f"{100 * after / before:.2f} %" if before else "-"
+
+
+def loss_text(loss: float | None) -> str:
+    """A normalized l2 loss, to five decimals as in the paper."""
+    return "unknown" if loss is None else f"{loss:.5f}"
+
+
+def rate(rows_per_second: float) -> str:
+    """Rows a second, to three digits."""
+    if not math.isfinite(rows_per_second):
+        return "-"
+    for unit, one in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if rows_per_second >= one:
+            return f"{rows_per_second / one:.3g} {unit}"
+    return f"{rows_per_second:.3g}"
+
+
+def make_table(title: str, columns: Sequence[str], *, text_columns: int = 1) -> Table:
+    """Make a table whose first columns are text and the rest numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
+    return table
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{rate(task.speed)} rows/s" if task.speed else "")
+
+
+@contextmanager
+def row_progress(totals: dict[str, int], *, shown: bool) -> Iterator[OnRows]:
+    """Show a bar with rows a second and time left for each table, on stderr, while it is being worked on."""
+    bars = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        transient=True,
+        disable=not shown,
+    )
+    with bars:
+        tasks = {name: bars.add_task(name, total=total, start=False) for name, total in totals.items()}
+
+        def advance(name: str, rows: int) -> None:
+            bars.start_task(tasks[name])
+            bars.advance(tasks[name], rows)
+
+        yield advance
+
+
+def print_plan(path: str, decisions: Sequence[Decision], left_out: Sequence[str]) -> None:
+    """Print which tensors are packed and which are not, and why."""
+    table = make_table(f"Plan for {path}", ["tensor", "shape", "type", "what", "why"], text_columns=5)
+    for decision in decisions:
+        if decision.row_format:
+            row_format = decision.row_format
+            what = f"pack, {row_format.bits} bits, {row_format.param_dtype} scale and bias"
+            table.add_row(decision.tensor.name, _shape(decision), decision.dtype, what, decision.reason)
+    others = Counter(decision.reason for decision in decisions if decision.row_format is None)
+    for reason, count in others.most_common():
+        named = [d for d in decisions if d.row_format is None and d.reason == reason]
+        first = named[0].tensor.name if count == 1 else f"{count} tensors, {named[0].tensor.name} ..."
+        table.add_row(first, _shape(named[0]) if count == 1 else "", "", "copy", reason, style="dim")
+    for note in left_out:
+        table.add_row(note, "", "", "leave out", "safetensors cannot hold it", style="yellow")
+    output.print(table)
+    output.print(
+        "A table is a 2-D float tensor whose name ends in a word for embedding (word_embeddings.weight, wte.weight, "
+        "user_emb.weight, embed_tokens.weight), or that the format says holds vectors. Change it with --include and "
+        "--exclude.",
+        style="dim",
+    )
+
+
+def _shape(decision: Decision) -> str:
+    return " x ".join(f"{n:,}" for n in decision.tensor.shape)
+
+
+def print_report(path: str, report: Report) -> None:
+    """Print what packing came to."""
+    columns = ["table", "rows", "dim", "before", "after", "ratio", "l2 loss", "rows/s"]
+    table = make_table(f"Packed into {path}", columns)
+    for item in report.tables:
+        table.add_row(
+            item.name,
+            f"{item.num_embeddings:,}",
+            str(item.embedding_dim),
+            size(item.bytes_before),
+            size(item.bytes_after),
+            share(item.bytes_after, item.bytes_before),
+            loss_text(item.loss),
+            rate(item.rows_per_second),
+        )
+    output.print(table)
+    before, after = report.file_bytes_before, report.file_bytes_after
+    copied = f", {len(report.passed_through)} other tensors copied" if report.passed_through else ""
+    output.print(
+        f"[bold]{size(before)} -> {size(after)}[/] ({share(after, before)}) in {report.seconds:.1f} s{copied}"
+    )

@@ -1,0 +1,337 @@
+"""Checkpoint in, checkpoint out: packing and unpacking files, streaming."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.files import (
+    METADATA_KEY,
+    TableEntry,
+    check_digest,
+    format_checksum,
+    make_metadata,
+    read_entries,
+)
+from embpack.methods import Method, parse_method
+from embpack.quantize import RowPacker, chunk_rows, fit_method
+from embpack.rows import ROW_DTYPES, narrow
+from embpack.rules import Decision, Rules, plan
+from embpack.sources import Checkpoint, SourceTensor, open_checkpoint
+from embpack.sources.dtypes import count_bytes
+from embpack.table import PackedTable
+from embpack.targets import OutShard, OutTensor, write_checkpoint
+
+# Told of rows as they are done: the table's name and how many more.
+Progress = Callable[[str, int], None]
+
+_SAFETENSORS_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_COPY_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """What packing one table came to.
+
+    Attributes:
+        bytes_before, bytes_after: of its weights and of its packed rows.
+        loss: normalized l2 loss ||X - Q(X)|| / ||X||.
+        seconds: spent reading, packing and writing it.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    dtype: str
+    method: str
+    bytes_before: int
+    bytes_after: int
+    loss: float
+    seconds: float
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows read, packed and written a second."""
+        return self.num_embeddings / self.seconds
+
+
+@dataclass(frozen=True)
+class Report:
+    """What packing a checkpoint came to.
+
+    Attributes:
+        tables: in file order.
+        passed_through: names of the tensors that were copied as they are.
+        left_out: what the output cannot hold, in words.
+        file_bytes_before, file_bytes_after: of all files read and written.
+        seconds: all in all.
+    """
+
+    tables: tuple[TableReport, ...]
+    passed_through: tuple[str, ...]
+    left_out: tuple[str, ...]
+    file_bytes_before: int
+    file_bytes_after: int
+    seconds: float
+
+
+@dataclass
+class _ShardWriter:
+    """Packs the tables of one shard while it is being written, and gathers what is known only then."""
+
+    decisions: Sequence[Decision]
+    source_metadata: dict[str, str]
+    method: Method
+    progress: Progress
+    entries: dict[str, TableEntry] = field(default_factory=dict)
+    reports: list[TableReport] = field(default_factory=list)
+
+    def out_shard(self, file_name: str) -> OutShard:
+        tensors = tuple(self._out_tensor(decision) for decision in self.decisions)
+        return OutShard(file_name, tensors, self._metadata, self._metadata_room())
+
+    def _out_tensor(self, decision: Decision) -> OutTensor:
+        tensor = decision.tensor
+        if decision.row_format is None:
+            return copy_tensor(tensor)
+        shape = (tensor.shape[0], decision.row_format.row_bytes)
+        return OutTensor(tensor.name, "U8", shape, lambda: self._packed_chunks(decision))
+
+    def _packed_chunks(self, decision: Decision) -> Iterator[NDArray[np.uint8]]:
+        assert decision.row_format is not None
+        started = time.perf_counter()
+        tensor = decision.tensor
+        step = chunk_rows(tensor.shape[1])
+        method = fit_method(self.method, lambda: tensor.read(step), tensor.name)
+        packer = RowPacker(method, decision.row_format, tensor.name)
+        digest = hashlib.sha256()
+        room = np.empty((min(step, tensor.shape[0]), decision.row_format.row_bytes), np.uint8)
+        for rows in tensor.read(step):
+            packed = room[: len(rows)]
+            packer.pack(rows, packed)
+            digest.update(packed.data)
+            yield packed
+            self.progress(tensor.name, len(rows))
+        self._finish(decision, packer, format_checksum(digest), time.perf_counter() - started)
+
+    def _finish(self, decision: Decision, packer: RowPacker, checksum: str, seconds: float) -> None:
+        name = decision.tensor.name
+        entry = _entry(decision, packer.method.spec, packer.loss, checksum)
+        self.entries[name] = entry
+        self.reports.append(
+            TableReport(
+                name,
+                entry.num_embeddings,
+                entry.embedding_dim,
+                entry.dtype,
+                entry.method,
+                decision.bytes_before,
+                decision.bytes_after,
+                packer.loss,
+                seconds,
+            )
+        )
+
+    def _metadata(self) -> dict[str, str]:
+        return {**self.source_metadata, **make_metadata(self.entries)}
+
+    def _metadata_room(self) -> int:
+        """Bytes of metadata whose floats take as many digits as they can."""
+        longest = -1.2345678901234567e-300
+        spec = replace(self.method, **{name: longest for name in ("xmin", "xmax") if hasattr(self.method, name)})
+        checksum = format_checksum(hashlib.sha256())
+        entries = {d.tensor.name: _entry(d, spec.spec, longest, checksum) for d in self.decisions if d.row_format}
+        return len(json.dumps({**self.source_metadata, **make_metadata(entries)}))
+
+
+def _entry(decision: Decision, method: str, loss: float, checksum: str) -> TableEntry:
+    row_format = decision.row_format
+    assert row_format is not None
+    return TableEntry(
+        layout=row_format.layout,
+        bits=row_format.bits,
+        param_dtype=row_format.param_dtype,
+        num_embeddings=decision.tensor.shape[0],
+        embedding_dim=row_format.embedding_dim,
+        dtype=decision.dtype,
+        method=method,
+        loss=loss,
+        checksum=checksum,
+    )
+
+
+def copy_tensor(tensor: SourceTensor) -> OutTensor:
+    """Pass a tensor through, a few megabytes at a time."""
+    entries = tensor.shape[0] if tensor.shape else 1
+    entry_bytes = max(1, count_bytes(tensor.dtype, tensor.shape) // max(1, entries))
+    step = max(1, _COPY_BYTES // entry_bytes)
+    return OutTensor(tensor.name, tensor.dtype, tensor.shape, lambda: tensor.read(step))
+
+
+def quantize_file(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    method: str | Method = "greedy",
+    bits: int = 4,
+    param_dtype: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    progress: Progress = lambda name, rows: None,
+) -> Report:
+    """Pack the embedding tables of a checkpoint, streaming: memory is bounded whatever the size.
+
+    Args:
+        src: .safetensors, a folder or index of sharded ones, a .pt, .pth or .bin state dict, .npy, .npz, or
+            Parquet with fixed-size lists of floats.
+        dst: a .safetensors file, replaced if it exists; for a sharded src a folder, which must not exist or be
+            empty. It is there only once it is whole.
+        method, bits, param_dtype: as for quantize.
+        include, exclude: globs of tensor names; without them a table is a 2-D float tensor whose name says
+            embedding (rules.says_embedding).
+        progress: called with a table's name and a number of rows as they are done.
+
+    Raises:
+        FileNotFoundError: there is no src.
+        FormatError: src is damaged.
+        ValueError: no tensor is a table; dst is src or has the wrong suffix; a value is NaN or infinite, or a
+            parameter overflows; no such method or bits.
+        OSError: dst cannot be written.
+    """
+    src, dst = Path(src), Path(dst)
+    fitted_later = parse_method(method)
+    rules = Rules(tuple(include), tuple(exclude), bits, param_dtype)
+    started = time.perf_counter()
+    with open_checkpoint(src) as checkpoint:
+        decisions = plan_file(checkpoint, rules)
+        _check_destination(src, dst, checkpoint)
+        writers, shards = [], []
+        at = 0
+        for shard in checkpoint.shards:
+            own = decisions[at : at + len(shard.tensors)]
+            at += len(own)
+            writer = _ShardWriter(own, shard.metadata, fitted_later, progress)
+            writers.append(writer)
+            name = dst.name if checkpoint.index_name is None else shard.file_name
+            shards.append(writer.out_shard(name))
+        write_checkpoint(dst, shards, checkpoint.index_name)
+        return Report(
+            tables=tuple(report for writer in writers for report in writer.reports),
+            passed_through=tuple(d.tensor.name for d in decisions if d.row_format is None),
+            left_out=checkpoint.left_out,
+            file_bytes_before=_bytes_on_disk(src),
+            file_bytes_after=_bytes_on_disk(dst),
+            seconds=time.perf_counter() - started,
+        )
+
+
+def plan_file(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
+    """Decide what happens to each tensor of a checkpoint that is to be packed.
+
+    Raises:
+        ValueError: nothing would be packed, or it is packed already.
+    """
+    for shard in checkpoint.shards:
+        if METADATA_KEY in shard.metadata:
+            raise ValueError(f"{checkpoint.path}: is packed already; unpack it first with: embpack dequantize")
+    return plan(checkpoint, rules)
+
+
+def _check_destination(src: Path, dst: Path, checkpoint: Checkpoint) -> None:
+    if checkpoint.index_name is None:
+        if dst.suffix != ".safetensors":
+            raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors")
+    elif dst.suffix == ".safetensors" or dst.suffix == ".json":
+        raise ValueError(f"{dst}: {src} is sharded, so the destination is a folder")
+    _check_not_same(src, dst)
+
+
+def _check_not_same(src: Path, dst: Path) -> None:
+    sources = [src, src.parent] if src.suffix == ".json" else [src]
+    for source in sources:
+        if dst.exists() and os.path.samefile(source, dst):
+            raise ValueError(f"{dst}: the destination is the source; choose another name")
+
+
+def _bytes_on_disk(path: Path) -> int:
+    if path.suffix == ".json":
+        path = path.parent
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir() if file.suffix == ".safetensors")
+    return path.stat().st_size
+
+
+@dataclass(frozen=True)
+class UnpackedTable:
+    """A table that dequantize_file wrote."""
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    dtype: str
+    bytes_before: int
+    bytes_after: int
+
+
+def dequantize_file(
+    src: str | Path, dst: str | Path, *, progress: Progress = lambda name, rows: None
+) -> tuple[UnpackedTable, ...]:
+    """Write a packed checkpoint as a plain one that the original program can load, streaming.
+
+    Args:
+        src: what quantize_file or save wrote; a file, or a folder of shards.
+        dst: .safetensors, .pt, .pth, .bin, .npy, .npz or .parquet, by its suffix; for a sharded src a folder.
+        progress: called with a table's name and a number of rows as they are done.
+
+    Raises:
+        FileNotFoundError: there is no src.
+        FormatError: src is damaged, altered, or not packed.
+        ValueError: dst is src, or its format cannot hold the tensors.
+        OSError: dst cannot be written.
+    """
+    src, dst = Path(src), Path(dst)
+    with open_checkpoint(src) as checkpoint:
+        _check_not_same(src, dst)
+        shards, unpacked = [], []
+        for shard in checkpoint.shards:
+            path = checkpoint.path.parent / shard.file_name
+            entries = read_entries(path, shard)
+            unpacked += [_unpacked_table(name, entry) for name, entry in entries.items()]
+            tensors = tuple(
+                _unpack(path, tensor, entries[tensor.name], progress) if tensor.name in entries else copy_tensor(tensor)
+                for tensor in shard.tensors
+            )
+            plain = {key: value for key, value in shard.metadata.items() if key != METADATA_KEY}
+            name = dst.name if checkpoint.index_name is None else shard.file_name
+            shards.append(OutShard(name, tensors, lambda plain=plain: plain, len(json.dumps(plain))))
+        write_checkpoint(dst, shards, checkpoint.index_name)
+    return tuple(unpacked)
+
+
+def _unpack(path: Path, tensor: SourceTensor, entry: TableEntry, progress: Progress) -> OutTensor:
+    """Decode a table chunk by chunk; its checksum is compared at the end, before the output gets its name."""
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        digest = hashlib.sha256()
+        for packed in tensor.read(chunk_rows(entry.embedding_dim)):
+            digest.update(packed.data)
+            yield narrow(PackedTable(packed, entry.row_format).dequantize(), entry.dtype)
+            progress(tensor.name, len(packed))
+        check_digest(path, tensor.name, entry, digest)
+
+    shape = (entry.num_embeddings, entry.embedding_dim)
+    return OutTensor(tensor.name, _SAFETENSORS_DTYPE[entry.dtype], shape, chunks)
+
+
+def _unpacked_table(name: str, entry: TableEntry) -> UnpackedTable:
+    values = entry.num_embeddings * entry.embedding_dim
+    packed = entry.num_embeddings * entry.row_format.row_bytes
+    plain = values * ROW_DTYPES[entry.dtype].itemsize
+    return UnpackedTable(name, entry.num_embeddings, entry.embedding_dim, entry.dtype, packed, plain)

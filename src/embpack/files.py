@@ -1,0 +1,251 @@
+"""embpack's files: safetensors with one JSON value of metadata (docs/format.md)."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.errors import FormatError
+from embpack.layouts import RowFormat
+from embpack.sources import Shard, open_checkpoint
+from embpack.sources.safetensors import INDEX_SUFFIX
+from embpack.rows import ROW_DTYPES
+from embpack.table import PackedTable
+from embpack.targets import OutShard, OutTensor, write_checkpoint
+
+METADATA_KEY = "embpack"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """What a file's metadata says of one table.
+
+    Attributes:
+        layout, bits, param_dtype, embedding_dim: the RowFormat.
+        num_embeddings: rows.
+        dtype: what the weights were: "float32", "float16" or "bfloat16".
+        method: name and parameters of the method.
+        loss: normalized l2 loss, measured when packed; None where unknown.
+        checksum: "sha256:" and the hexadecimal digest of the packed bytes.
+    """
+
+    layout: str
+    bits: int
+    param_dtype: str
+    num_embeddings: int
+    embedding_dim: int
+    dtype: str
+    method: str
+    loss: float | None
+    checksum: str
+
+    @property
+    def row_format(self) -> RowFormat:
+        """The format of the rows."""
+        return RowFormat(self.embedding_dim, self.bits, self.param_dtype, self.layout)
+
+    @classmethod
+    def describe(cls, table: PackedTable, checksum: str) -> "TableEntry":
+        """Make the entry of a table."""
+        row_format = table.row_format
+        return cls(
+            layout=row_format.layout,
+            bits=row_format.bits,
+            param_dtype=row_format.param_dtype,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=row_format.embedding_dim,
+            dtype=table.dtype,
+            method=table.method,
+            loss=table.loss,
+            checksum=checksum,
+        )
+
+
+def make_metadata(entries: Mapping[str, TableEntry]) -> dict[str, str]:
+    """Make a file's metadata from the entries of its tables."""
+    tables = {name: asdict(entry) for name, entry in entries.items()}
+    return {METADATA_KEY: json.dumps({"version": FORMAT_VERSION, "tables": tables})}
+
+
+def format_checksum(digest: "hashlib._Hash") -> str:
+    """Write a digest as metadata has it."""
+    return f"{digest.name}:{digest.hexdigest()}"
+
+
+_ENTRY_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("layout", "param_dtype", "dtype", "method", "checksum"), (str,)),
+    **dict.fromkeys(("bits", "num_embeddings", "embedding_dim"), (int,)),
+    "loss": (float, int, type(None)),
+}
+
+
+def read_entries(path: Path, shard: Shard) -> dict[str, TableEntry]:
+    """Read and check what a file says of its tables, against the tensors it has.
+
+    Raises:
+        FormatError: it has no tables of ours, is of a future version, or says what is not so.
+    """
+    text = shard.metadata.get(METADATA_KEY)
+    if text is None:
+        raise FormatError(
+            f"{path}: holds no packed tables (no {METADATA_KEY!r} metadata); pack it with: embpack quantize"
+        )
+    try:
+        value = json.loads(text)
+        version, tables = value["version"], value["tables"]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise FormatError(f"{path}: its {METADATA_KEY!r} metadata is damaged ({error!r})") from None
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: format version {version}, but this embpack reads version {FORMAT_VERSION}; update embpack"
+        )
+    if not isinstance(tables, dict):
+        raise FormatError(f"{path}: its {METADATA_KEY!r} metadata is damaged (tables are {type(tables).__name__})")
+    tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
+    return {name: _read_entry(f"{path}: table {name!r}", raw, tensors.get(name)) for name, raw in tables.items()}
+
+
+def _read_entry(where: str, raw: Any, tensor: tuple[str, tuple[int, ...]] | None) -> TableEntry:
+    if not isinstance(raw, dict) or set(raw) != {field.name for field in fields(TableEntry)}:
+        raise FormatError(f"{where}: its metadata does not have the fields of format version {FORMAT_VERSION}")
+    for key, types in _ENTRY_TYPES.items():
+        if not isinstance(raw[key], types) or isinstance(raw[key], bool):
+            raise FormatError(f"{where}: its metadata says {key} is {raw[key]!r}")
+    entry = TableEntry(**raw)
+    try:
+        row_bytes = entry.row_format.row_bytes
+    except ValueError as error:
+        raise FormatError(f"{where}: its metadata says {error}") from None
+    if entry.dtype not in ROW_DTYPES:
+        raise FormatError(f"{where}: its metadata says dtype is {entry.dtype!r}")
+    if tensor is None:
+        raise FormatError(f"{where} is in the metadata but not in the file")
+    promised = (entry.num_embeddings, row_bytes)
+    if tensor != ("U8", promised) or entry.num_embeddings < 1:
+        dtype, shape = tensor
+        raise FormatError(f"{where}: the metadata promises U8 {list(promised)}, the file has {dtype} {list(shape)}")
+    return entry
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """One file of ours, mapped and checked.
+
+    Attributes:
+        entries: what it says of its tables.
+        packed: their bytes, views of the file.
+        others: names of its other tensors.
+    """
+
+    path: Path
+    entries: dict[str, TableEntry]
+    packed: dict[str, NDArray[np.uint8]]
+    others: tuple[str, ...]
+
+    def table(self, name: str) -> PackedTable:
+        """Return a table whose bytes stay in the file."""
+        entry = self.entries[name]
+        return PackedTable(self.packed[name], entry.row_format, entry.dtype, entry.method, entry.loss)
+
+    def verify(self, name: str) -> None:
+        """Read a table through and compare its checksum.
+
+        Raises:
+            FormatError: the bytes are not those that were written.
+        """
+        check_digest(self.path, name, self.entries[name], hashlib.sha256(self.packed[name].data))
+
+
+def check_digest(path: Path, name: str, entry: TableEntry, digest: "hashlib._Hash") -> None:
+    """Compare the digest of a table's bytes with the one in its file.
+
+    Raises:
+        FormatError: they differ.
+    """
+    found = format_checksum(digest)
+    if found != entry.checksum:
+        raise FormatError(
+            f"{path}: table {name!r} was altered: its bytes are {found}, the file promises {entry.checksum}; "
+            "copy it again"
+        )
+
+
+def open_packed(path: str | Path) -> list[PackedFile]:
+    """Map a file of ours, or each shard of a folder of them.
+
+    Raises:
+        FileNotFoundError: there is nothing at path.
+        FormatError: it is damaged, truncated, not ours, or of a future version.
+    """
+    path = Path(path)
+    if path.is_file() and not path.name.endswith((".safetensors", INDEX_SUFFIX)):
+        raise FormatError(f"{path}: a file of packed tables ends in .safetensors; pack this one: embpack quantize")
+    with open_checkpoint(path) as checkpoint:
+        return [_map_shard(checkpoint.path.parent / shard.file_name, shard) for shard in checkpoint.shards]
+
+
+def _map_shard(path: Path, shard: Shard) -> PackedFile:
+    entries = read_entries(path, shard)
+    # One chunk of all rows is a view of the mapped file, and keeps it mapped.
+    packed = {tensor.name: next(tensor.read(tensor.shape[0])) for tensor in shard.tensors if tensor.name in entries}
+    others = tuple(tensor.name for tensor in shard.tensors if tensor.name not in entries)
+    return PackedFile(path, entries, packed, others)
+
+
+def load(path: str | Path, *, verify: bool = False) -> dict[str, PackedTable]:
+    """Open the tables of a file without reading them: rows are read where they are looked up.
+
+    Args:
+        path: a file written by save or quantize_file; for a sharded one its folder or index.
+        verify: read everything through once and compare checksums.
+
+    Returns:
+        Name to table. The tables' bytes are read-only and mapped; they live as long as the tables do, also when
+        the file is replaced (but not when it is overwritten in place).
+
+    Raises:
+        FileNotFoundError: there is nothing at path.
+        FormatError: the file is damaged, truncated, not ours or of a future version; with verify, altered.
+    """
+    tables = {}
+    for file in open_packed(path):
+        for name in file.entries:
+            if verify:
+                file.verify(name)
+            tables[name] = file.table(name)
+    return tables
+
+
+def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
+    """Write tables to one safetensors file, all or nothing.
+
+    Args:
+        path: ends in .safetensors; an existing file is replaced at once, when everything is on the disk.
+        tables: name to table.
+
+    Raises:
+        ValueError: there are no tables, or path has another suffix.
+        OSError: the disk is full, the folder cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a file of packed tables ends in .safetensors")
+    if not tables:
+        raise ValueError(f"{path}: there are no tables to save")
+    entries = {
+        name: TableEntry.describe(table, format_checksum(hashlib.sha256(table.packed.data)))
+        for name, table in tables.items()
+    }
+    metadata = make_metadata(entries)
+    tensors = [
+        OutTensor(name, "U8", table.packed.shape, lambda packed=table.packed: iter([packed]))
+        for name, table in tables.items()
+    ]
+    room = len(json.dumps(metadata))
+    write_checkpoint(path, [OutShard(path.name, tuple(tensors), lambda: metadata, room)])

@@ -1,0 +1,147 @@
+"""Which tensors of a checkpoint are embedding tables.
+
+A tensor is packed if it is a 2-D table of float32, float16 or bfloat16 and its name says embedding, or the file
+format says that it holds vectors, or the user names it; and if packing makes it smaller.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from embpack.layouts import RowFormat, default_param_dtype
+from embpack.sources import Checkpoint, SourceTensor
+from embpack.sources.dtypes import count_bytes
+
+# The types that can be packed, by their safetensors names.
+PACKABLE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+_EMBEDDING_WORDS = {"embedding", "embeddings", "embed", "embeds", "emb", "embs", "embeddingbag", "wte", "wpe"}
+# After a first word such as "embed" or "embedding": what a table holds, never what a layer does.
+_ITEM_WORDS = {
+    *("token", "tokens", "word", "words", "position", "positions", "segment", "segments", "type", "types"),
+    *("user", "users", "item", "items", "id", "ids", "feature", "features", "category", "categories", "field"),
+    *("bag", "bags", "table", "tables", "entity", "entities", "relation", "relations", "l"),
+}
+
+
+def says_embedding(name: str) -> bool:
+    """Whether a parameter's name says that it is an embedding table.
+
+    The name before ``.weight``, numbers left out, must end with a word for embedding ("word_embeddings", "wte",
+    "user_emb"), or begin with one and go on with what is embedded ("embed_tokens", "embedding_user", "emb_l");
+    or the parameter lies in an ``embedding_bags`` module (TorchRec). Layers that only work on embeddings
+    ("embed_proj", "embedding_hidden_mapping_in", "time_embedding.linear_1") do not match.
+    """
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    if parts and parts[-1] == "weight":
+        parts = parts[:-1]
+    if len(parts) > 1 and parts[-2] == "embedding_bags":
+        return True
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", parts[-1]) if parts else ""
+    words = [word for word in re.split(r"[^a-z]+", spaced.lower()) if word]
+    if not words:
+        return False
+    if words[-1] in _EMBEDDING_WORDS:
+        return True
+    return words[0] in _EMBEDDING_WORDS and all(word in _ITEM_WORDS for word in words[1:])
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to a tensor, and why.
+
+    Attributes:
+        row_format: of its packed rows; None if it is passed through as it is.
+        reason: for the user to read.
+    """
+
+    tensor: SourceTensor
+    row_format: RowFormat | None
+    reason: str
+
+    @property
+    def dtype(self) -> str:
+        """What a table's weights are: "float32", "float16" or "bfloat16"."""
+        return PACKABLE_DTYPES[self.tensor.dtype]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the tensor."""
+        return count_bytes(self.tensor.dtype, self.tensor.shape)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the tensor in the output."""
+        return self.tensor.shape[0] * self.row_format.row_bytes if self.row_format else self.bytes_before
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How tables are chosen and what their rows become.
+
+    Attributes:
+        include: globs of names to pack whatever they say.
+        exclude: globs of names never to pack.
+        bits: a code.
+        param_dtype: of scale and bias; None is PyTorch's and FBGEMM's for these bits.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    bits: int = 4
+    param_dtype: str | None = None
+
+    def decide(self, tensor: SourceTensor) -> Decision:
+        """Decide on one tensor."""
+        included = _match(tensor.name, self.include)
+        if _match(tensor.name, self.exclude):
+            return Decision(tensor, None, "excluded")
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            return Decision(tensor, None, f"shape {list(tensor.shape)} is no table")
+        if tensor.dtype not in PACKABLE_DTYPES:
+            return Decision(tensor, None, f"{tensor.dtype}, not float32, float16 or bfloat16")
+        if not (included or tensor.is_vectors or says_embedding(tensor.name)):
+            return Decision(tensor, None, "its name does not say embedding")
+        param_dtype = self.param_dtype or default_param_dtype(self.bits)
+        row_format = RowFormat(tensor.shape[1], self.bits, param_dtype)
+        before = count_bytes(tensor.dtype, tensor.shape[1:])
+        if row_format.row_bytes >= before and not included:
+            return Decision(tensor, None, f"a packed row is not smaller: {row_format.row_bytes} of {before} bytes")
+        if included:
+            return Decision(tensor, row_format, "included")
+        why = "its format holds vectors" if tensor.is_vectors else "its name says embedding"
+        return Decision(tensor, row_format, why)
+
+
+def _match(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def plan(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
+    """Decide on every tensor of a checkpoint, in file order.
+
+    Raises:
+        ValueError: a glob of ``include`` matches nothing that can be packed, or there is no table at all.
+    """
+    decisions = [rules.decide(tensor) for shard in checkpoint.shards for tensor in shard.tensors]
+    packed = [decision.tensor.name for decision in decisions if decision.row_format]
+    for glob in rules.include:
+        if not _match_any(glob, packed):
+            named = [f"{d.tensor.name} ({d.reason})" for d in decisions if fnmatchcase(d.tensor.name, glob)]
+            what = f"only matches {_list(named)}" if named else "matches no tensor"
+            raise ValueError(f"{checkpoint.path}: include {glob!r} {what}")
+    if not packed:
+        tables = [d.tensor.name for d in decisions if len(d.tensor.shape) == 2]
+        hint = f"its 2-D tensors are {_list(tables)}; name tables with --include" if tables else "it has no 2-D tensor"
+        raise ValueError(f"{checkpoint.path}: nothing to pack among {len(decisions)} tensors; {hint}")
+    return decisions
+
+
+def _match_any(glob: str, names: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names)
+
+
+def _list(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

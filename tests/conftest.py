@@ -1,0 +1,41 @@
+"""Fixtures that several test files use."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import embpack
+from embpack import _native
+
+# The same examples in every run, and no time limit on one: the reference is slow on purpose. A test's `isa`
+# stays the same for all of its examples.
+settings.register_profile(
+    "embpack",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("embpack")
+
+
+@pytest.fixture(params=_native.available_isas())
+def isa(request):
+    """Each instruction set of this CPU in turn, in use for the test."""
+    before = _native.isa()
+    assert _native.use_isa(request.param)
+    yield request.param
+    _native.use_isa(before)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(2019)
+
+
+@pytest.fixture
+def restore_threads():
+    """Puts the number of threads back after the test."""
+    before = embpack.get_num_threads()
+    yield
+    embpack.set_num_threads(before)

@@ -1,0 +1,97 @@
+"""The package as a whole: what importing it does, and that its lists agree."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import pytest
+
+import embpack
+from embpack import _native
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("package", ["torch", "pyarrow", "matplotlib", "ml_dtypes", "fbgemm_gpu"])
+def test_importing_embpack_does_not_import(package):
+    done = run_python(f"import sys, embpack; print({package!r} in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_quantizing_and_looking_up_does_not_import_torch():
+    code = (
+        "import sys, numpy, embpack; "
+        "table = embpack.quantize(numpy.ones((2, 3), numpy.float16)); "
+        "table[[0, 1]]; table.embedding_bag([0, 1], [0]); print('torch' in sys.modules)"
+    )
+    done = run_python(code)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_the_isa_fixture_is_what_runs(isa):
+    assert _native.isa() == isa
+
+
+@pytest.mark.parametrize("name", _native.available_isas())
+def test_embpack_isa_forces(name):
+    done = run_python("import embpack; print(embpack._native.isa())", EMBPACK_ISA=name)
+    assert done.stdout == f"{name}\n", done.stderr
+
+
+@pytest.mark.parametrize("unset", [{}, {"EMBPACK_ISA": ""}], ids=["unset", "empty"])
+def test_without_embpack_isa_the_best_one_runs(unset, monkeypatch):
+    monkeypatch.delenv("EMBPACK_ISA", raising=False)
+    done = run_python("import embpack; print(embpack._native.isa())", **unset)
+    assert done.stdout == f"{_native.available_isas()[0]}\n", done.stderr
+
+
+def test_portable_is_always_available():
+    assert _native.available_isas()[-1] == "portable"
+
+
+def test_an_unknown_embpack_isa_is_an_error_that_names_the_choices():
+    done = run_python("import embpack", EMBPACK_ISA="mmx")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: EMBPACK_ISA is 'mmx', which this CPU or build does not have; choose one of "
+        f"{', '.join(_native.available_isas())}, or unset it"
+    )
+
+
+def test_an_unknown_isa_is_refused_and_changes_nothing():
+    before = _native.isa()
+    assert not _native.use_isa("mmx")
+    assert _native.isa() == before
+
+
+def test_methods_and_native_searches_agree():
+    assert {method.kernel for method in embpack.METHODS.values()} == set(_native.searches())
+
+
+def test_each_method_is_listed_under_its_name_and_says_what_it_is_for():
+    for name, method in embpack.METHODS.items():
+        assert method.name == name
+        assert method.summary
+
+
+def test_version_is_that_of_the_distribution():
+    assert embpack.__version__ == importlib.metadata.version("embpack")
+
+
+def test_public_names_exist():
+    assert [name for name in embpack.__all__ if not hasattr(embpack, name)] == []
+
+
+def test_a_missing_extra_says_how_to_install_it():
+    error = embpack.MissingExtraError("Reading Parquet", "pyarrow", "parquet")
+    assert isinstance(error, ImportError)
+    assert str(error) == "Reading Parquet needs pyarrow: pip install 'embpack[parquet]'"
