@@ -88,6 +88,8 @@ class Standing:
     """What a race found of one contestant.
 
     Attributes:
+        rows_per_second: in its fastest round, the least disturbed one.
+        loss: of its answer.
         ratio: our rate by its rate; None for ours.
     """
 
@@ -137,7 +139,8 @@ def _compare_answers(workload: Workload[Answer]) -> dict[str, float]:
         answer = _answer(other)
         wrong = workload.disagreement(ours, answer)
         if wrong:
-            raise AnswersDifferError(f"{workload.settings}: {workload.ours.name} and {other.name} differ: {wrong}")
+            names = f"{workload.ours.name} and {other.name}"
+            raise AnswersDifferError(f"{workload.settings}: {names} differ: {wrong}")
         losses[other.name] = workload.loss(answer)
     return losses
 
@@ -158,14 +161,12 @@ def _sample_rate(contestant: Contestant[Any], sample_seconds: float) -> float:
     return calls * contestant.rows / elapsed
 
 
-def _judge(
-    contestant: Contestant[Any], rates: dict[str, list[float]], ours: str, losses: dict[str, float]
-) -> Standing:
+def _judge(contestant: Contestant[Any], rates: dict[str, list[float]], ours: str, losses: dict[str, float]) -> Standing:
     own = rates[contestant.name]
     ratio = None
     if contestant.name != ours:
         ratio = measure_spread([our_rate / rate for our_rate, rate in zip(rates[ours], own, strict=True)])
-    return Standing(contestant.name, contestant.rows, statistics.median(own), losses[contestant.name], ratio)
+    return Standing(contestant.name, contestant.rows, max(own), losses[contestant.name], ratio)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -12,19 +12,20 @@ from benchmarks.harness import Timing, describe_machine, race
 from benchmarks.peers import load_peers
 from benchmarks.races import Sizes, make_workloads
 from benchmarks.report import RaceResult, Report, print_report
-from benchmarks.streaming import MemoryUse, measure_streaming
+from benchmarks.streaming import measure_streaming
 
 DIMS = (16, 32, 64, 128, 256, 512)
 IN_CACHE_BYTES, PAST_CACHE_BYTES = 8 << 20, 256 << 20
 FULL = Timing(rounds=15, sample_seconds=0.02)
+STREAMED_METHODS = ("asym", "greedy")
 QUICK_DIMS = (16, 64)
 QUICK = Timing(rounds=3, sample_seconds=0.005)
 
 EPILOG = """
-Everybody packs the same tables of normal values, float32 to 4 bits with float16 scale and bias, output allocated
-inside the timed call, one thread. Answers are compared first: asym must give the same bytes, and no row that
-greedy packs may lose more than it does elsewhere. Then contestants take turns. A ratio is our rate by theirs
-within a round, so it holds on a busy machine, where the rates themselves do not.
+Everybody packs the same tables of normal values, float32 to 4 bits with float16 scale and bias, one thread,
+output allocated inside the timed call. Answers are compared first: asym must give the same bytes, and no row
+that greedy packs may lose more than it does elsewhere. Then contestants take turns. A ratio is our rate by
+theirs within a round, so it holds on a busy machine, where the rates themselves do not.
 
   python -m benchmarks.quantize --quick --no-stream               a smoke test, in seconds
   python -m benchmarks.quantize --no-stream --dims 64 128         two widths only
@@ -40,13 +41,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="few widths and rounds, and no table past the cache")
-    parser.add_argument("--dims", type=int, nargs="+", metavar="D", help=f"values a row (default: {_join(DIMS)})")
-    parser.add_argument("--rounds", type=int, metavar="N", help=f"samples a contestant (default: {FULL.rounds})")
-    parser.add_argument("--no-stream", action="store_true", help="leave out the memory of embpack.quantize_file")
-    parser.add_argument("--stream-gb", type=float, default=4.0, metavar="GB", help="its table (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
-    parser.add_argument("--plot", type=Path, metavar="PATH.png", help="draw them there; needs matplotlib and d = 64")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="few widths and rounds, and no table past the cache")
+    add("--dims", type=int, nargs="+", metavar="D", help=f"values a row (default: {_join(DIMS)})")
+    add("--rounds", type=int, metavar="N", help=f"samples a contestant (default: {FULL.rounds})")
+    add("--no-stream", action="store_true", help="leave out the memory of embpack.quantize_file")
+    add("--stream-gb", type=float, default=4.0, metavar="GB", help="its table (default: %(default)s)")
+    add("--json", type=Path, metavar="PATH", help="write all figures there")
+    add("--plot", type=Path, metavar="PATH.png", help="draw them there; needs matplotlib and d = 64")
     return parser.parse_args(arguments)
 
 
@@ -63,13 +65,10 @@ def run_races(options: argparse.Namespace) -> Report:
     peers, left_out = load_peers()
     machine = describe_machine()
     workloads = make_workloads(sizes, peers)
-    races = [RaceResult(work.settings, race(work, timing)) for work in track(workloads, "Racing", transient=True)]
-    return Report(machine, left_out, races, run_streaming(options))
-
-
-def run_streaming(options: argparse.Namespace) -> list[MemoryUse]:
-    """Measure the memory of each method, unless told not to."""
-    return [] if options.no_stream else [measure_streaming(method, options.stream_gb) for method in ("asym", "greedy")]
+    races = [RaceResult(workload.settings, race(workload, timing)) for workload in track(workloads, "Racing")]
+    methods = () if options.no_stream else STREAMED_METHODS
+    streaming = [measure_streaming(method, options.stream_gb) for method in methods]
+    return Report(machine, left_out, races, streaming)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The races of python -m benchmarks.quantize: which tables, who packs them, what counts as the same answer."""
+"""The races of python -m benchmarks.quantize: the tables, who packs them, which answers agree."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,8 +63,13 @@ def _as_table(values: Values, count: int, embedding_dim: int) -> Values:
 
 def _race_asym(weight: Values, peers: Sequence[Peer]) -> Workload[Packed]:
     others = [_contestant(peer, "asym", weight) for peer in peers if "asym" in peer.methods]
-    ours = _contestant(Embpack(), "asym", weight)
-    return Workload(_settings("asym", weight), ours, others, find_other_bytes, lambda p: measure_loss(p, weight))
+    return Workload(
+        _settings("asym", weight),
+        _contestant(Embpack(), "asym", weight),
+        others,
+        find_other_bytes,
+        lambda packed: measure_loss(packed, weight),
+    )
 
 
 def _race_greedy(weight: Values, peers: Sequence[Peer]) -> Workload[Packed]:
@@ -97,7 +102,7 @@ def _contestant(peer: Peer, method: str, weight: Values, threads: int = 1) -> Co
 
 
 def measure_loss(packed: Packed, weight: Values) -> float:
-    """Normalized l2 loss ||X - Q(X)|| / ||X|| of the first rows, as many as hold LOSS_VALUES."""
+    """Measure the normalized l2 loss ||X - Q(X)|| / ||X|| of the first rows, of LOSS_VALUES in all."""
     rows = min(len(packed), LOSS_VALUES // weight.shape[1])
     norm = np.square(weight[:rows], dtype=np.float64).sum()
     return float(np.sqrt(_row_losses(packed[:rows], weight).sum() / norm))
@@ -107,7 +112,8 @@ def _row_losses(packed: Packed, weight: Values) -> NDArray[np.float64]:
     """Squared error of each packed row."""
     table = embpack.PackedTable.from_packed(packed, weight.shape[1])
     errors = table.dequantize().astype(np.float64) - weight[: len(packed)]
-    return np.einsum("nd,nd->n", errors, errors)
+    losses: NDArray[np.float64] = np.square(errors).sum(axis=1)
+    return losses
 
 
 def find_other_bytes(ours: Packed, theirs: Packed) -> str | None:
@@ -121,8 +127,8 @@ def find_other_bytes(ours: Packed, theirs: Packed) -> str | None:
 def find_worse_row(ours: Packed, theirs: Packed, weight: Values) -> str | None:
     """Answers of a search agree if no row of ours loses more.
 
-    Losses that peers compare are float32 sums of d squares, off by (d + 8) / 2 roundings at most, so two losses
-    closer than twice that are the same to them.
+    A search compares float32 sums of d squares, which carry up to (d + 8) / 2 roundings each: losses that are
+    closer than both together are the same to it.
     """
     if ours.shape[1] != theirs.shape[1]:
         return f"{ours.shape[1]} and {theirs.shape[1]} bytes a row"

@@ -33,9 +33,9 @@ class Report:
 def print_report(report: Report) -> None:
     """Print the machine and the tables."""
     console = Console()
-    versions = ", ".join(f"{name} {version or '(missing)'}" for name, version in report.machine["versions"].items())
+    versions = (f"{name} {version or '(missing)'}" for name, version in report.machine["versions"].items())
     console.print(f"{report.machine['cpu']}, {report.machine['isa']}, Python {report.machine['python']}")
-    console.print(versions)
+    console.print(", ".join(versions))
     for peer, reason in report.left_out.items():
         console.print(f"{peer} is left out: {reason}")
     console.print(_make_races_table(report.races))
@@ -54,7 +54,7 @@ def _make_table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
 
 def _make_races_table(races: Iterable[RaceResult]) -> Table:
     table = _make_table(
-        "Packing to 4 bits. Ratio: our rate by theirs, median over rounds",
+        "Packing to 4 bits. Rows/s: fastest round; ratio: our rate by theirs, median of rounds",
         ("method", "d", "MB", "contestant"),
         ("M rows/s", "loss", "ratio", "quartiles"),
     )

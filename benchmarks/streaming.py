@@ -51,10 +51,10 @@ class MemoryUse:
 
 @contextmanager
 def table_file(num_embeddings: int, embedding_dim: int) -> Iterator[Path]:
-    """A safetensors file of one float32 table, for as long as the context lasts; normal values, repeated."""
+    """Write a safetensors file of one float32 table, normal values repeated, and remove it in the end."""
     table_bytes = num_embeddings * embedding_dim * 4
     entry = {"dtype": "F32", "shape": [num_embeddings, embedding_dim], "data_offsets": [0, table_bytes]}
-    header = json.dumps({"weight": entry}).encode()
+    header = json.dumps({"embedding.weight": entry}).encode()
     header += b" " * (-len(header) % 8)
     chunk = np.random.default_rng(0).standard_normal(_CHUNK_BYTES // 4, dtype=np.float32).tobytes()
     with TemporaryDirectory(prefix="embpack-benchmark-") as folder:

@@ -171,10 +171,15 @@ NB_MODULE(_native, m) {
              nb::kw_only(), nb::arg("b") = SearchParams{}.b, nb::arg("r") = SearchParams{}.r,
              nb::arg("local_minima_only") = false, nb::arg("xmin") = 0.0f, nb::arg("xmax") = 0.0f);
 
+    // Written out where the generated signature would not say what an array holds.
     m.def("quantize", &quantize, nb::arg("rows"), nb::arg("search"), nb::arg("params"), nb::arg("bits"),
           nb::arg("f16_params"), nb::arg("packed"),
+          nb::sig("def quantize(rows: numpy.typing.NDArray[typing.Any], search: str, params: SearchParams, bits: int, "
+                  "f16_params: bool, packed: numpy.typing.NDArray[numpy.uint8]) -> tuple[int, int, float, float]"),
           "Pack rows into `packed`. Returns (fault, faulty row, sum of squared errors, sum of squares).");
-    m.def("bound", &bound, nb::arg("rows"), "Bounds of all values: (fault, faulty row, smallest, largest).");
+    m.def("bound", &bound, nb::arg("rows"),
+          nb::sig("def bound(rows: numpy.typing.NDArray[typing.Any]) -> tuple[int, int, float, float]"),
+          "Bounds of all values: (fault, faulty row, smallest, largest).");
     m.def("gather", &gather, nb::arg("packed"), nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("f16_params"),
           nb::arg("indices").none(), nb::arg("out"),
           "Decode the rows `indices` (None: all) into `out`. Returns the position of the first index out of range, "

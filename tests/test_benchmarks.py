@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.harness import AnswersDifferError, Contestant, Timing, Workload, measure_spread, race
-from benchmarks.races import find_other_bytes, find_worse_row
 
 import embpack
+from benchmarks.harness import AnswersDifferError, Contestant, Timing, Workload, measure_spread, race
+from benchmarks.races import find_other_bytes, find_worse_row
 
 pytest.importorskip("torch")
 

@@ -70,24 +70,26 @@ def test_of_several_faults_the_first_row_is_named(isa, restore_threads):
 @pytest.mark.parametrize(
     ("values", "bounds"),
     [
-        ([65520, 65519], "65519 to 65520"),  # nothing overflows but the range's own ends; see below
         ([70000, 80000], "70000 to 80000"),
         ([-70000, 0], "-70000 to 0"),
+        ([-65520, 0], "-65520 to 0"),
         ([0, 15 * 65520.0], "0 to 982800"),
     ],
 )
 def test_overflow_of_float16_names_the_row_and_the_way_out(isa, small_chunks, values, bounds):
     weight = np.tile(np.float32([0, 1]), (165, 10))
     weight[129] = np.tile(np.float32(values), 10)
-    if values == [65520, 65519]:
-        # 65519 still rounds to 65504, the largest float16, so this row fits.
-        assert embpack.quantize(weight, "asym").packed[129, 12:].tobytes().hex() == "1100ff7b"[2:4] or True
-        return
     assert message_of(ValueError, weight, "asym") == (
         f"weight[129] has values from {bounds}: its scale or bias overflows float16 (largest: 65504); "
         "use param_dtype='float32'"
     )
     assert embpack.quantize(weight, "asym", param_dtype="float32").loss < 0.05
+
+
+@pytest.mark.parametrize(("values", "scale", "bias"), [([-65519, 0], 65504 / 15, -65504), ([0, 15 * 65519.0], 65504, 0)])
+def test_up_to_65519_rounds_to_the_largest_float16(isa, values, scale, bias):
+    packed = embpack.quantize(np.float32([values]), "asym").packed
+    np.testing.assert_array_equal(packed[0, 1:].copy().view("<f2"), np.float16([scale, bias]))
 
 
 def test_overflow_of_float32_says_to_rescale(isa):

@@ -75,16 +75,16 @@ def test_a_float_table_is_packed(dtype):
     assert decision.row_format.row_bytes == 36
     assert decision.bytes_after == 3600
     assert decision.bytes_before == 100 * 64 * (4 if dtype == "F32" else 2)
-    assert decision.reason == "its name says embedding"
+    assert decision.reason == "name says embedding"
 
 
 @pytest.mark.parametrize(
     ("tensor", "reason"),
     [
-        (make_tensor("emb.weight", (64,)), r"shape \[64\] is no table"),
-        (make_tensor("emb.weight", (2, 3, 4)), r"shape \[2, 3, 4\] is no table"),
-        (make_tensor("emb.weight", (0, 4)), r"shape \[0, 4\] is no table"),
-        (make_tensor("emb.weight", (5, 0)), r"shape \[5, 0\] is no table"),
+        (make_tensor("emb.weight", (64,)), "^1-D, a table is 2-D$"),
+        (make_tensor("emb.weight", (2, 3, 4)), "^3-D, a table is 2-D$"),
+        (make_tensor("emb.weight", (0, 4)), "^empty$"),
+        (make_tensor("emb.weight", (5, 0)), "^empty$"),
         (make_tensor("emb.weight", dtype="I64"), "I64, not float32"),
         (make_tensor("emb.weight", dtype="F64"), "F64, not float32"),
         (make_tensor("linear.weight"), "does not say embedding"),
@@ -107,7 +107,7 @@ def test_include_and_exclude():
 
 
 def test_vectors_need_no_name():
-    assert decide(make_tensor("glove", is_vectors=True)).reason == "its format holds vectors"
+    assert decide(make_tensor("glove", is_vectors=True)).reason == "format holds vectors"
 
 
 def test_plan_keeps_every_tensor_in_order():
@@ -127,7 +127,7 @@ def test_an_include_that_packs_nothing_is_an_error():
     checkpoint = make_checkpoint(make_tensor("emb.weight"), make_tensor("ids", (9,), "I64"))
     with pytest.raises(ValueError, match=r"include 'user\*' matches no tensor"):
         plan(checkpoint, Rules(include=("user*",)))
-    with pytest.raises(ValueError, match=r"include 'ids' only matches ids \(shape \[9\] is no table\)"):
+    with pytest.raises(ValueError, match=r"include 'ids' only matches ids \(1-D, a table is 2-D\)"):
         plan(checkpoint, Rules(include=("ids",)))
 
 

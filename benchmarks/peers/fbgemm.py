@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import ClassVar
 
-import fbgemm_gpu  # noqa: F401 (registers the operator)
+import fbgemm_gpu  # type: ignore[import-untyped]  # noqa: F401 (registers the operator)
 import numpy as np
 import torch
 from numpy.typing import NDArray

@@ -21,5 +21,5 @@ class Embpack(Peer):
         embpack.set_num_threads(count)
 
     def quantizer(self, method: str, weight: NDArray[np.float32]) -> Callable[[], Packed]:
-        """What users call."""
+        """Make the call that users make."""
         return lambda: embpack.quantize(weight, method).packed

@@ -21,13 +21,22 @@ struct WideSums {
     }
 };
 
+// Asks for the cache line `bytes` after p, which may lie past the end of the table: a prefetch never faults. Into the
+// second-level cache: a block may be larger than the first.
+inline void prefetch_after(const float* p, size_t bytes) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0, 2);
+}
+
 // Packs the codes of up to a row's values x[0 .. count), of which only the row's last may be no multiple of 16.
+// Encoding leaves the memory idle, and the next block is most likely `next_bytes` away.
 template <int bits, class Sums>
-inline void encode_values(const float* x, size_t count, const GridParams& p, F32x16 top, uint8_t* packed, Sums& sums) {
+inline void encode_values(const float* x, size_t count, size_t next_bytes, const GridParams& p, F32x16 top,
+                          uint8_t* packed, Sums& sums) {
     const auto encode = [&](F32x16 values) { return round_code(mul(sub(values, p.bias), p.inverse), top); };
     const auto level = [&](F32x16 codes) { return fma(p.scale, codes, p.bias); };
     size_t j = 0;
     for (; j + 16 <= count; j += 16) {
+        prefetch_after(x + j, next_bytes);
         const F32x16 values = load(x + j);
         const F32x16 codes = encode(values);
         store_codes<bits>(packed + j / 8 * bits, to_int(codes));
@@ -105,6 +114,7 @@ inline uint64_t encode_rows_of(const RowBlock& block, Grid grid, const Ranges& r
     const size_t code_bytes = (d * bits + 7) / 8;
     const BlockParams params = make_block_params(ranges, grid);
     const bool narrow = squares_fit_float(block, ranges, grid);
+    const size_t next_bytes = block.num_rows * d * sizeof(float);
     const F32x16 top = top_code(grid);
     WideSums wide;
     NarrowSums run;
@@ -116,7 +126,7 @@ inline uint64_t encode_rows_of(const RowBlock& block, Grid grid, const Ranges& r
         for (size_t j = 0; j < d; j += 16 * run_vectors) {
             const size_t count = d - j < 16 * run_vectors ? d - j : 16 * run_vectors;
             if (!narrow) {
-                encode_values<bits>(x + j, count, p, top, out + j / 8 * bits, wide);
+                encode_values<bits>(x + j, count, next_bytes, p, top, out + j / 8 * bits, wide);
                 continue;
             }
             vectors_in_run += (count + 15) / 16;
@@ -124,7 +134,7 @@ inline uint64_t encode_rows_of(const RowBlock& block, Grid grid, const Ranges& r
                 wide.take(run);
                 vectors_in_run = (count + 15) / 16;
             }
-            encode_values<bits>(x + j, count, p, top, out + j / 8 * bits, run);
+            encode_values<bits>(x + j, count, next_bytes, p, top, out + j / 8 * bits, run);
         }
         store_params(params, row, grid.f16_params, out + code_bytes);
     }

@@ -17,15 +17,15 @@ struct LaneBounds {
     F32x16 low, high;
 };
 
-// Adds x * 0 of every value to zeros_if_finite: NaN for NaN and infinity.
-inline LaneBounds bound_row(const float* x, size_t d, F32x16& zeros_if_finite) {
-    const F32x16 zero = splat(0.0f);
+// Takes the largest magnitude of any value into `largest`. As integers: a minimum or maximum of floats would lose NaN,
+// and a sum would wait for itself.
+inline LaneBounds bound_row(const float* x, size_t d, I32x16& largest) {
     F32x16 low = splat(x[0]);
     F32x16 high = low;
     const auto take = [&](F32x16 values) {
         low = min(values, low);
         high = max(values, high);
-        zeros_if_finite = fma(values, zero, zeros_if_finite);
+        largest = max_magnitude(largest, values);
     };
     size_t j = 0;
     for (; j + 16 <= d; j += 16) take(load(x + j));
@@ -34,14 +34,13 @@ inline LaneBounds bound_row(const float* x, size_t d, F32x16& zeros_if_finite) {
 }
 
 bool bound_rows(const RowBlock& block, Ranges& ranges) noexcept {
-    const F32x16 zero = splat(0.0f);
-    F32x16 zeros_if_finite = zero;
+    I32x16 largest = zero_i32();
     for (size_t first = 0; first < block.num_rows; first += lanes) {
         float low[lanes * lanes] = {}, high[lanes * lanes] = {};
         const size_t rows = block.num_rows - first < lanes ? block.num_rows - first : lanes;
         for (size_t i = 0; i < rows; i++) {
             const float* x = block.rows + (first + i) * block.embedding_dim;
-            const LaneBounds bounds = bound_row(x, block.embedding_dim, zeros_if_finite);
+            const LaneBounds bounds = bound_row(x, block.embedding_dim, largest);
             store(low + lanes * i, bounds.low);
             store(high + lanes * i, bounds.high);
         }
@@ -57,5 +56,5 @@ bool bound_rows(const RowBlock& block, Ranges& ranges) noexcept {
         store(ranges.xmin + first, xmin);
         store(ranges.xmax + first, xmax);
     }
-    return lane_bits(equal(zeros_if_finite, zero)) == 0xffff;
+    return lane_bits(finite(as_float(largest))) == 0xffff;
 }

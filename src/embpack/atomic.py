@@ -42,10 +42,8 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
     temporary = _name_temporary(path)
-    try:
+    with _explained_place(path):
         file = temporary.open("xb")
-    except OSError as error:
-        raise _explain_place(error, path) from error
     with _removed_on_failure(temporary, path):
         with file:
             yield file
@@ -74,10 +72,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path).absolute()
     _refuse_occupied(path)
     temporary = _name_temporary(path)
-    try:
+    with _explained_place(path):
         temporary.mkdir()
-    except OSError as error:
-        raise _explain_place(error, path) from error
     with _removed_on_failure(temporary, path):
         yield temporary
         for written in [*temporary.rglob("*"), temporary]:
@@ -120,12 +116,16 @@ def _removed_on_failure(temporary: Path, path: Path) -> Iterator[None]:
         raise
 
 
-def _explain_place(error: OSError, path: Path) -> OSError:
-    """Say why nothing can be created beside path; the type and errno stay."""
-    reason = _NO_PLACE.get(error.errno or 0)
-    if reason is None:
-        return error
-    return _reword(error, f"cannot write {path}: {reason.format(folder=path.parent)}")
+@contextmanager
+def _explained_place(path: Path) -> Iterator[None]:
+    """Say why nothing can be created beside path."""
+    try:
+        yield
+    except OSError as error:
+        reason = _NO_PLACE.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise _reword(error, f"cannot write {path}: {reason.format(folder=path.parent)}") from error
 
 
 def _explain_space(error: BaseException, path: Path, temporary: Path) -> OSError | None:
@@ -137,12 +137,13 @@ def _explain_space(error: BaseException, path: Path, temporary: Path) -> OSError
     free = shutil.disk_usage(path.parent).free
     return _reword(
         error,
-        f"cannot write {path}: {_NO_SPACE[error.errno]}, {written} bytes into it and with {free} bytes free in "
+        f"cannot write {path}: {_NO_SPACE[error.errno]}, after {written} bytes and with {free} bytes free in "
         f"{path.parent}; nothing was kept, make space or choose another folder",
     )
 
 
 def _reword(error: OSError, message: str) -> OSError:
+    """Make an error of the same type and errno whose message stands alone."""
     reworded = type(error)(message)
     reworded.errno = error.errno
     return reworded

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from embpack.methods import Method, parse_method
 from embpack.quantize import RowPacker, chunk_rows, fit_method
 from embpack.rows import ROW_DTYPES, narrow
 from embpack.rules import Decision, Rules, plan
-from embpack.sources import Checkpoint, SourceTensor, open_checkpoint
+from embpack.sources import Checkpoint, Shard, SourceTensor, open_checkpoint
 from embpack.sources.dtypes import count_bytes
 from embpack.table import PackedTable
-from embpack.targets import OutShard, OutTensor, write_checkpoint
+from embpack.targets import WRITERS, OutShard, OutTensor, write_checkpoint
 
 # Told of rows as they are done: the table's name and how many more.
 Progress = Callable[[str, int], None]
@@ -193,9 +193,12 @@ def quantize_file(
             Parquet with fixed-size lists of floats.
         dst: a .safetensors file, replaced if it exists; for a sharded src a folder, which must not exist or be
             empty. It is there only once it is whole.
-        method, bits, param_dtype: as for quantize.
-        include, exclude: globs of tensor names; without them a table is a 2-D float tensor whose name says
-            embedding (rules.says_embedding).
+        method: as for quantize.
+        bits: as for quantize.
+        param_dtype: as for quantize.
+        include: globs of tensor names to pack too; otherwise a table is a 2-D float tensor whose name says embedding
+            (rules.says_embedding).
+        exclude: globs of tensor names never to pack.
         progress: called with a table's name and a number of rows as they are done.
 
     Raises:
@@ -226,8 +229,8 @@ def quantize_file(
             tables=tuple(report for writer in writers for report in writer.reports),
             passed_through=tuple(d.tensor.name for d in decisions if d.row_format is None),
             left_out=checkpoint.left_out,
-            file_bytes_before=_bytes_on_disk(src),
-            file_bytes_after=_bytes_on_disk(dst),
+            file_bytes_before=_bytes_on_disk(checkpoint.path.parent, checkpoint.shards),
+            file_bytes_after=_bytes_on_disk(dst if checkpoint.index_name else dst.parent, shards),
             seconds=time.perf_counter() - started,
         )
 
@@ -245,27 +248,22 @@ def plan_file(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
 
 
 def _check_destination(src: Path, dst: Path, checkpoint: Checkpoint) -> None:
-    if checkpoint.index_name is None:
-        if dst.suffix != ".safetensors":
-            raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors")
-    elif dst.suffix == ".safetensors" or dst.suffix == ".json":
-        raise ValueError(f"{dst}: {src} is sharded, so the destination is a folder")
-    _check_not_same(src, dst)
+    if checkpoint.index_name is None and dst.suffix != ".safetensors":
+        raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors")
+    _check_place(src, dst, checkpoint)
 
 
-def _check_not_same(src: Path, dst: Path) -> None:
+def _check_place(src: Path, dst: Path, checkpoint: Checkpoint) -> None:
+    if checkpoint.index_name is not None and dst.suffix.lower() in {*WRITERS, ".json"}:
+        raise ValueError(f"{dst}: {src} is sharded, so the destination is a folder; leave {dst.suffix} out")
     sources = [src, src.parent] if src.suffix == ".json" else [src]
     for source in sources:
-        if dst.exists() and os.path.samefile(source, dst):
+        if dst.exists() and source.samefile(dst):
             raise ValueError(f"{dst}: the destination is the source; choose another name")
 
 
-def _bytes_on_disk(path: Path) -> int:
-    if path.suffix == ".json":
-        path = path.parent
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.iterdir() if file.suffix == ".safetensors")
-    return path.stat().st_size
+def _bytes_on_disk(folder: Path, shards: Sequence[Shard | OutShard]) -> int:
+    return sum((folder / shard.file_name).stat().st_size for shard in shards)
 
 
 @dataclass(frozen=True)
@@ -298,7 +296,7 @@ def dequantize_file(
     """
     src, dst = Path(src), Path(dst)
     with open_checkpoint(src) as checkpoint:
-        _check_not_same(src, dst)
+        _check_place(src, dst, checkpoint)
         shards, unpacked = [], []
         for shard in checkpoint.shards:
             path = checkpoint.path.parent / shard.file_name
@@ -310,7 +308,7 @@ def dequantize_file(
             )
             plain = {key: value for key, value in shard.metadata.items() if key != METADATA_KEY}
             name = dst.name if checkpoint.index_name is None else shard.file_name
-            shards.append(OutShard(name, tensors, lambda plain=plain: plain, len(json.dumps(plain))))
+            shards.append(OutShard(name, tensors, partial(dict, plain), len(json.dumps(plain))))
         write_checkpoint(dst, shards, checkpoint.index_name)
     return tuple(unpacked)
 

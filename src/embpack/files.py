@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 
 from embpack.errors import FormatError
 from embpack.layouts import RowFormat
+from embpack.rows import ROW_DTYPES
 from embpack.sources import Shard, open_checkpoint
 from embpack.sources.safetensors import INDEX_SUFFIX
-from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 from embpack.targets import OutShard, OutTensor, write_checkpoint
 
@@ -78,10 +79,23 @@ def format_checksum(digest: "hashlib._Hash") -> str:
     return f"{digest.name}:{digest.hexdigest()}"
 
 
-_ENTRY_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("layout", "param_dtype", "dtype", "method", "checksum"), (str,)),
-    **dict.fromkeys(("bits", "num_embeddings", "embedding_dim"), (int,)),
-    "loss": (float, int, type(None)),
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 63
+
+
+def _is_loss(value: Any) -> bool:
+    """A finite number, or null; JSON as Python reads it may have NaN, Infinity and integers of any size."""
+    return value is None or (type(value) in (int, float) and 0 <= value < 1e300)
+
+
+_ENTRY_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("layout", "param_dtype", "dtype", "method", "checksum"), _is_text),
+    **dict.fromkeys(("bits", "num_embeddings", "embedding_dim"), _is_count),
+    "loss": _is_loss,
 }
 
 
@@ -101,6 +115,8 @@ def read_entries(path: Path, shard: Shard) -> dict[str, TableEntry]:
         version, tables = value["version"], value["tables"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise FormatError(f"{path}: its {METADATA_KEY!r} metadata is damaged ({error!r})") from None
+    if type(version) is not int:
+        raise FormatError(f"{path}: its {METADATA_KEY!r} metadata is damaged (version is {version!r})")
     if version != FORMAT_VERSION:
         raise FormatError(
             f"{path}: format version {version}, but this embpack reads version {FORMAT_VERSION}; update embpack"
@@ -114,8 +130,8 @@ def read_entries(path: Path, shard: Shard) -> dict[str, TableEntry]:
 def _read_entry(where: str, raw: Any, tensor: tuple[str, tuple[int, ...]] | None) -> TableEntry:
     if not isinstance(raw, dict) or set(raw) != {field.name for field in fields(TableEntry)}:
         raise FormatError(f"{where}: its metadata does not have the fields of format version {FORMAT_VERSION}")
-    for key, types in _ENTRY_TYPES.items():
-        if not isinstance(raw[key], types) or isinstance(raw[key], bool):
+    for key, is_valid in _ENTRY_CHECKS.items():
+        if not is_valid(raw[key]):
             raise FormatError(f"{where}: its metadata says {key} is {raw[key]!r}")
     entry = TableEntry(**raw)
     try:
@@ -127,7 +143,7 @@ def _read_entry(where: str, raw: Any, tensor: tuple[str, tuple[int, ...]] | None
     if tensor is None:
         raise FormatError(f"{where} is in the metadata but not in the file")
     promised = (entry.num_embeddings, row_bytes)
-    if tensor != ("U8", promised) or entry.num_embeddings < 1:
+    if tensor != ("U8", promised):
         dtype, shape = tensor
         raise FormatError(f"{where}: the metadata promises U8 {list(promised)}, the file has {dtype} {list(shape)}")
     return entry
@@ -230,7 +246,7 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
         tables: name to table.
 
     Raises:
-        ValueError: there are no tables, or path has another suffix.
+        ValueError: there are no tables, one has no rows, or path has another suffix.
         OSError: the disk is full, the folder cannot be written to.
     """
     path = Path(path)
@@ -238,14 +254,16 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
         raise ValueError(f"{path}: a file of packed tables ends in .safetensors")
     if not tables:
         raise ValueError(f"{path}: there are no tables to save")
+    empty = [name for name, table in tables.items() if table.num_embeddings == 0]
+    if empty:
+        raise ValueError(f"{path}: table {empty[0]!r} has no rows; leave it out")
     entries = {
         name: TableEntry.describe(table, format_checksum(hashlib.sha256(table.packed.data)))
         for name, table in tables.items()
     }
     metadata = make_metadata(entries)
     tensors = [
-        OutTensor(name, "U8", table.packed.shape, lambda packed=table.packed: iter([packed]))
-        for name, table in tables.items()
+        OutTensor(name, "U8", table.packed.shape, partial(iter, [table.packed])) for name, table in tables.items()
     ]
     room = len(json.dumps(metadata))
     write_checkpoint(path, [OutShard(path.name, tuple(tensors), lambda: metadata, room)])

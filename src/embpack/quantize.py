@@ -89,9 +89,7 @@ def _row_error(fault: int, row: NDArray[Any], index: int, row_format: RowFormat,
         )
     where = f"{name}[{index}] has values from {values.min():.6g} to {values.max():.6g}"
     if row_format.has_f16_params:
-        return ValueError(
-            f"{where}: its scale or bias overflows float16 (largest: 65504); use param_dtype='float32'"
-        )
+        return ValueError(f"{where}: its scale or bias overflows float16 (largest: 65504); use param_dtype='float32'")
     return ValueError(f"{where}: its scale overflows float32; rescale the table")
 
 

@@ -72,7 +72,8 @@ def encode(x: Row, grid: Grid, bits: int) -> Codes:
 def clip_codes(x: Row, grid: Grid, bits: int) -> Row:
     """Codes of a row as float32; NaN where the grid is not finite."""
     with np.errstate(all="ignore"):
-        return np.clip(np.rint((x - grid.bias) * grid.inverse), F32(0), F32(2**bits - 1))
+        codes: Row = np.clip(np.rint((x - grid.bias) * grid.inverse), F32(0), F32(2**bits - 1))
+    return codes
 
 
 def decode(codes: NDArray[Any], scale: np.float32, bias: np.float32) -> Row:
@@ -117,7 +118,8 @@ def pack_codes(codes: Codes, bits: int) -> NDArray[np.uint8]:
     padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
     groups = padded.reshape(*codes.shape[:-1], -1, per_byte)
     shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(bits)
-    return np.bitwise_or.reduce(groups << shifts, axis=-1).astype(np.uint8)
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(groups << shifts, axis=-1)
+    return packed
 
 
 def unpack_codes(packed: NDArray[np.uint8], embedding_dim: int, bits: int) -> Codes:

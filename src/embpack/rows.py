@@ -7,7 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 # NumPy has no bfloat16: its bits travel as uint16.
-ROW_DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+ROW_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
 _LARGEST_BF16 = np.array(0x7F7F0000, np.uint32).view(np.float32)
 
 
@@ -41,9 +45,7 @@ def as_rows(weight: Any) -> tuple[NDArray[Any], str]:
 
 def _check_shape(array: NDArray[Any]) -> NDArray[Any]:
     if array.ndim != 2:
-        raise ValueError(
-            f"weight has shape {list(array.shape)}, but a table is 2-D: [num_embeddings, embedding_dim]"
-        )
+        raise ValueError(f"weight has shape {list(array.shape)}, but a table is 2-D: [num_embeddings, embedding_dim]")
     if 0 in array.shape:
         raise ValueError(f"weight has shape {list(array.shape)}; a table needs at least one row and one column")
     return array

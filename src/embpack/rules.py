@@ -20,7 +20,19 @@ _EMBEDDING_WORDS = {"embedding", "embeddings", "embed", "embeds", "emb", "embs",
 # After a first word such as "embed" or "embedding": what a table holds, never what a layer does.
 _ITEM_WORDS = {
     *("token", "tokens", "word", "words", "position", "positions", "segment", "segments", "type", "types"),
-    *("user", "users", "item", "items", "id", "ids", "feature", "features", "category", "categories", "field"),
+    *(
+        "user",
+        "users",
+        "item",
+        "items",
+        "id",
+        "ids",
+        "feature",
+        "features",
+        "category",
+        "categories",
+        "field",
+    ),
     *("bag", "bags", "table", "tables", "entity", "entities", "relation", "relations", "l"),
 }
 
@@ -97,12 +109,14 @@ class Rules:
         included = _match(tensor.name, self.include)
         if _match(tensor.name, self.exclude):
             return Decision(tensor, None, "excluded")
-        if len(tensor.shape) != 2 or 0 in tensor.shape:
-            return Decision(tensor, None, f"shape {list(tensor.shape)} is no table")
+        if len(tensor.shape) != 2:
+            return Decision(tensor, None, f"{len(tensor.shape)}-D, a table is 2-D")
+        if 0 in tensor.shape:
+            return Decision(tensor, None, "empty")
         if tensor.dtype not in PACKABLE_DTYPES:
             return Decision(tensor, None, f"{tensor.dtype}, not float32, float16 or bfloat16")
         if not (included or tensor.is_vectors or says_embedding(tensor.name)):
-            return Decision(tensor, None, "its name does not say embedding")
+            return Decision(tensor, None, "name does not say embedding")
         param_dtype = self.param_dtype or default_param_dtype(self.bits)
         row_format = RowFormat(tensor.shape[1], self.bits, param_dtype)
         before = count_bytes(tensor.dtype, tensor.shape[1:])
@@ -110,8 +124,7 @@ class Rules:
             return Decision(tensor, None, f"a packed row is not smaller: {row_format.row_bytes} of {before} bytes")
         if included:
             return Decision(tensor, row_format, "included")
-        why = "its format holds vectors" if tensor.is_vectors else "its name says embedding"
-        return Decision(tensor, row_format, why)
+        return Decision(tensor, row_format, "format holds vectors" if tensor.is_vectors else "name says embedding")
 
 
 def _match(name: str, globs: Iterable[str]) -> bool:
@@ -132,7 +145,7 @@ def plan(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
             what = f"only matches {_list(named)}" if named else "matches no tensor"
             raise ValueError(f"{checkpoint.path}: include {glob!r} {what}")
     if not packed:
-        tables = [d.tensor.name for d in decisions if len(d.tensor.shape) == 2]
+        tables = [f"{d.tensor.name} ({d.reason})" for d in decisions if len(d.tensor.shape) == 2]
         hint = f"its 2-D tensors are {_list(tables)}; name tables with --include" if tables else "it has no 2-D tensor"
         raise ValueError(f"{checkpoint.path}: nothing to pack among {len(decisions)} tensors; {hint}")
     return decisions

@@ -13,12 +13,12 @@ def make_table(rng: np.random.Generator, num_embeddings: int, embedding_dim: int
     and row norms follow a power law of the row's rank: frequent ids have been pushed further.
     """
     values = rng.standard_normal((num_embeddings, embedding_dim), dtype=np.float32)
-    tails = rng.chisquare(6, (num_embeddings, embedding_dim)).astype(np.float32) / 6
-    values /= np.sqrt(tails)
+    values /= np.sqrt(rng.chisquare(6, values.shape) / 6).astype(np.float32)
     values *= rng.uniform(0.5, 1.5, embedding_dim).astype(np.float32)
     values += rng.normal(0, 0.2, embedding_dim).astype(np.float32)
-    ranks = rng.permutation(num_embeddings).astype(np.float32) + 1
-    return values * (ranks[:, None] / num_embeddings) ** np.float32(-0.2) * np.float32(0.05)
+    ranks = (1 + rng.permutation(num_embeddings)) / num_embeddings
+    values *= (0.05 * ranks[:, None] ** -0.2).astype(np.float32)
+    return values
 
 
 def make_checkpoint(rng: np.random.Generator) -> dict[str, NDArray[Any]]:

@@ -69,7 +69,7 @@ class PackedTable:
     @property
     def num_embeddings(self) -> int:
         """Number of rows."""
-        return self.packed.shape[0]
+        return len(self.packed)
 
     @property
     def embedding_dim(self) -> int:
@@ -189,9 +189,7 @@ class PackedTable:
 
     def _gather(self, indices: NDArray[np.int64] | None, count: int) -> NDArray[np.float32]:
         out = np.empty((count, self.embedding_dim), np.float32)
-        bad = _native.gather(
-            self.packed, self.embedding_dim, self.bits, self.row_format.has_f16_params, indices, out
-        )
+        bad = _native.gather(self.packed, self.embedding_dim, self.bits, self.row_format.has_f16_params, indices, out)
         if indices is not None:
             self._check_position(bad, indices)
         return out
@@ -219,7 +217,8 @@ def _as_indices(values: Any, what: str) -> NDArray[np.int64]:
         array = array.astype(np.int64)
     if array.dtype not in (np.int32, np.int64):
         raise TypeError(f"{what} are {array.dtype}; they must be int32 or int64")
-    return np.ascontiguousarray(array, np.int64).reshape(array.shape)
+    contiguous: NDArray[np.int64] = np.ascontiguousarray(array, np.int64)
+    return contiguous.reshape(array.shape)
 
 
 def _bag_starts(indices: NDArray[np.int64], offsets: Any, *, include_last_offset: bool) -> NDArray[np.int64]:
@@ -228,7 +227,8 @@ def _bag_starts(indices: NDArray[np.int64], offsets: Any, *, include_last_offset
         if offsets is not None:
             raise ValueError("offsets are for 1-D indices; each row of 2-D indices is a bag by itself")
         bags, size = indices.shape
-        return np.arange(bags + 1, dtype=np.int64) * size
+        starts: NDArray[np.int64] = np.arange(bags + 1, dtype=np.int64) * size
+        return starts
     if indices.ndim != 1:
         raise ValueError(f"indices have {indices.ndim} dimensions; a bag takes 1-D with offsets, or 2-D")
     if offsets is None:

@@ -14,6 +14,7 @@ from embpack.cli.show import errors
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -47,5 +48,5 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         if "--debug" in sys.argv:
             raise
-        errors.print(f"[bold red]error:[/] {escape(str(error) or type(error).__name__)}", soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error) or type(error).__name__)}", markup=True, soft_wrap=True)
         sys.exit(1)

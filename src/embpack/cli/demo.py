@@ -38,7 +38,7 @@ def _print_rows(weight: np.ndarray, table: PackedTable) -> None:
     show.output.print('>>> tables["user_embedding.weight"][[7, 42]]', style="bold cyan")
     indices = np.array([7, 42])
     columns = ["row", *(f"[{i}]" for i in range(5)), "cosine"]
-    shown = show.make_table("", columns)
+    shown = show.start_table("", columns)
     for index, packed in zip(indices, table[indices], strict=True):
         original = weight[index]
         shown.add_row(f"{index}, trained", *(f"{value:.4f}" for value in original[:5]), "")
@@ -55,7 +55,7 @@ def _print_bag(weight: np.ndarray, table: PackedTable) -> None:
 
 
 def _print_methods(weight: np.ndarray) -> None:
-    shown = show.make_table("The same rows by method", ["method", "l2 loss", "what it does"])
+    shown = show.start_table("The same rows by method", ["method", "l2 loss", "what it does"])
     for name, method in embpack.METHODS.items():
         shown.add_row(name, show.loss_text(embpack.quantize(weight, name).loss), method.summary)
     shown.columns[2].justify = "left"

@@ -13,7 +13,8 @@ from embpack.files import open_packed
 
 def dequantize(
     src: Annotated[
-        Path, typer.Argument(help="What embpack quantize wrote: a file, or a folder of shards.", show_default=False)
+        Path,
+        typer.Argument(help="What embpack quantize wrote: a file, or a folder of shards.", show_default=False),
     ],
     dst: Annotated[
         Path,
@@ -36,7 +37,7 @@ def dequantize(
         show.print_json({"tables": [dataclasses.asdict(table) for table in tables]})
         return
     columns = ["table", "type", "rows", "dim", "before", "after"]
-    shown = show.make_table(f"Unpacked into {dst}", columns, text_columns=2)
+    shown = show.start_table(f"Unpacked into {dst}", columns, text_columns=2)
     for table in tables:
         shown.add_row(
             table.name,

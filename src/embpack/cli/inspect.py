@@ -13,7 +13,8 @@ from embpack.rows import ROW_DTYPES
 
 def inspect(
     file: Annotated[
-        Path, typer.Argument(help="What embpack quantize wrote: a file, or a folder of shards.", show_default=False)
+        Path,
+        typer.Argument(help="What embpack quantize wrote: a file, or a folder of shards.", show_default=False),
     ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every table through and compare its checksum.")
@@ -49,20 +50,18 @@ def _others(files: list[PackedFile]) -> list[str]:
 
 
 def _print(path: str, files: list[PackedFile], *, verified: bool) -> None:
-    columns = ["table", "method", "layout", "rows", "dim", "bits", "scale, bias", "bytes", "of original", "l2 loss"]
-    table = show.make_table(path, columns, text_columns=3)
+    columns = ["table", "layout", "method", "rows", "dim", "bytes", "ratio", "l2 loss"]
+    table = show.start_table(path, columns, text_columns=3)
     for packed in files:
         for name, entry in packed.entries.items():
             nbytes = entry.num_embeddings * entry.row_format.row_bytes
             original = entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize
             table.add_row(
                 name,
+                f"{entry.layout}, {entry.bits} bits, {entry.param_dtype}",
                 entry.method or "unknown",
-                entry.layout,
                 f"{entry.num_embeddings:,}",
                 str(entry.embedding_dim),
-                str(entry.bits),
-                entry.param_dtype,
                 show.size(nbytes),
                 f"{show.share(nbytes, original)} of {entry.dtype}",
                 show.loss_text(entry.loss),
@@ -72,4 +71,4 @@ def _print(path: str, files: list[PackedFile], *, verified: bool) -> None:
     if others:
         show.output.print(f"{len(others)} other tensors, as they were", style="dim")
     if verified:
-        show.output.print("[green]every checksum agrees[/]")
+        show.output.print("every checksum agrees", style="green")

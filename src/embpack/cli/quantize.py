@@ -35,9 +35,8 @@ def _check_param_dtype(param_dtype: str | None) -> str | None:
     return param_dtype
 
 
-_METHOD_HELP = (
-    "How each row's range is chosen, with parameters after a colon (greedy:b=1000,r=0.5). "
-    + " ".join(f"[bold]{name}[/]: {method.summary}." for name, method in METHODS.items())
+_METHOD_HELP = "How each row's range is chosen, with parameters after a colon (greedy:b=1000,r=0.5). " + " ".join(
+    f"[bold]{name}[/]: {method.summary}." for name, method in METHODS.items()
 )
 
 
@@ -67,12 +66,16 @@ def quantize(
         ),
     ] = None,
     include: Annotated[
-        list[str] | None, typer.Option(help="Also pack tensors whose name matches this glob; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Also pack tensors whose name matches this glob; may be repeated."),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Never pack tensors whose name matches this glob; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Never pack tensors whose name matches this glob; may be repeated."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show which tensors would be packed, and why.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show which tensors would be packed, and why.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads to use.", show_default="all CPUs, or OMP_NUM_THREADS")
     ] = None,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import Counter
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,13 +25,15 @@ from embpack.convert import Progress as OnRows
 from embpack.convert import Report
 from embpack.rules import Decision
 
-output = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+# Names of tensors and files are shown as they are: "[red]" and ":smile:" in them mean nothing.
+# Where no terminal sets a width, lines are long enough for the names of tensors.
+output = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
-    """Print a value for a program to read; what JSON has no number for is null."""
-    output.print(json.dumps(value, indent=2), soft_wrap=True, markup=False)
+    """Print a value for a program to read."""
+    output.print(json.dumps(value, indent=2, allow_nan=False), soft_wrap=True)
 
 
 def size(count: int) -> str:
@@ -59,9 +61,11 @@ def rate(rows_per_second: float) -> str:
     return f"{rows_per_second:.3g}"
 
 
-def make_table(title: str, columns: Sequence[str], *, text_columns: int = 1) -> Table:
-    """Make a table whose first columns are text and the rest numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+def start_table(title: str, columns: Sequence[str], *, text_columns: int = 1) -> Table:
+    """Make a table under a line of its own, whose first columns are text and the rest numbers."""
+    if title:
+        output.print(title, style="bold", soft_wrap=True)
+    table = Table(header_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
     return table
@@ -97,26 +101,31 @@ def row_progress(totals: dict[str, int], *, shown: bool) -> Iterator[OnRows]:
 
 def print_plan(path: str, decisions: Sequence[Decision], left_out: Sequence[str]) -> None:
     """Print which tensors are packed and which are not, and why."""
-    table = make_table(f"Plan for {path}", ["tensor", "shape", "type", "what", "why"], text_columns=5)
+    table = start_table(f"Plan for {path}", ["to pack", "shape", "type", "why"], text_columns=4)
     for decision in decisions:
         if decision.row_format:
-            row_format = decision.row_format
-            what = f"pack, {row_format.bits} bits, {row_format.param_dtype} scale and bias"
-            table.add_row(decision.tensor.name, _shape(decision), decision.dtype, what, decision.reason)
-    others = Counter(decision.reason for decision in decisions if decision.row_format is None)
-    for reason, count in others.most_common():
-        named = [d for d in decisions if d.row_format is None and d.reason == reason]
-        first = named[0].tensor.name if count == 1 else f"{count} tensors, {named[0].tensor.name} ..."
-        table.add_row(first, _shape(named[0]) if count == 1 else "", "", "copy", reason, style="dim")
-    for note in left_out:
-        table.add_row(note, "", "", "leave out", "safetensors cannot hold it", style="yellow")
+            table.add_row(decision.tensor.name, _shape(decision), decision.dtype, decision.reason)
     output.print(table)
+    for reason, names in _group_copied(decisions).items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        output.print(f"copied: {names[0]}{more} ({reason})", style="dim", soft_wrap=True)
+    for note in left_out:
+        output.print(f"left out: {note}", style="yellow", soft_wrap=True)
     output.print(
         "A table is a 2-D float tensor whose name ends in a word for embedding (word_embeddings.weight, wte.weight, "
         "user_emb.weight, embed_tokens.weight), or that the format says holds vectors. Change it with --include and "
         "--exclude.",
         style="dim",
     )
+
+
+def _group_copied(decisions: Sequence[Decision]) -> dict[str, list[str]]:
+    """Names of the tensors that are not packed, by the reason."""
+    groups: dict[str, list[str]] = {}
+    for decision in decisions:
+        if decision.row_format is None:
+            groups.setdefault(decision.reason, []).append(decision.tensor.name)
+    return groups
 
 
 def _shape(decision: Decision) -> str:
@@ -126,7 +135,7 @@ def _shape(decision: Decision) -> str:
 def print_report(path: str, report: Report) -> None:
     """Print what packing came to."""
     columns = ["table", "rows", "dim", "before", "after", "ratio", "l2 loss", "rows/s"]
-    table = make_table(f"Packed into {path}", columns)
+    table = start_table(f"Packed into {path}", columns)
     for item in report.tables:
         table.add_row(
             item.name,
@@ -142,5 +151,6 @@ def print_report(path: str, report: Report) -> None:
     before, after = report.file_bytes_before, report.file_bytes_after
     copied = f", {len(report.passed_through)} other tensors copied" if report.passed_through else ""
     output.print(
-        f"[bold]{size(before)} -> {size(after)}[/] ({share(after, before)}) in {report.seconds:.1f} s{copied}"
+        f"{size(before)} -> {size(after)} ({share(after, before)}) in {report.seconds:.1f} s{copied}",
+        style="bold",
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 from embpack.errors import FormatError, MissingExtraError
 from embpack.sources.base import Checkpoint, Shard, SourceTensor
 from embpack.sources.numpy import open_npy, open_npz
-from embpack.sources.safetensors import INDEX_SUFFIX, open_safetensors, open_sharded_safetensors
+from embpack.sources.safetensors import INDEX_SUFFIX, open_safetensors
+from embpack.sources.sharded import find_index, open_sharded
 
 __all__ = ["READERS", "Checkpoint", "Shard", "SourceTensor", "open_checkpoint"]
 
@@ -32,7 +33,7 @@ def _open_parquet(path: Path) -> AbstractContextManager[Checkpoint]:
 
 
 READERS: dict[str, Reader] = {
-    INDEX_SUFFIX: open_sharded_safetensors,
+    INDEX_SUFFIX: open_sharded,
     ".safetensors": open_safetensors,
     ".pt": _open_torch,
     ".pth": _open_torch,
@@ -49,7 +50,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     """Open a checkpoint of any format that can be read.
 
     Args:
-        path: of a file whose name ends with one of READERS, or of a folder with one "*.safetensors.index.json".
+        path: of a file whose name ends with one of READERS, or of a folder with one index,
+            "*.safetensors.index.json".
 
     Yields:
         The checkpoint; its tensors can be read until the block ends.
@@ -62,7 +64,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     """
     path = Path(path)
     if path.is_dir():
-        path = _find_index(path)
+        path = find_index(path)
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file; {_readable()}")
     reader = next((reader for suffix, reader in READERS.items() if path.name.lower().endswith(suffix)), None)
@@ -72,19 +74,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
         raise FormatError(f"{path}: the file is empty, 0 bytes; copy it again")
     with reader(path) as checkpoint:
         yield checkpoint
-
-
-def _find_index(folder: Path) -> Path:
-    found = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    if not found:
-        files = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in READERS)
-        hint = f"choose one of its files: {', '.join(files[:8])}" if files else _readable()
-        raise FileNotFoundError(f"{folder}: no *{INDEX_SUFFIX} in this folder; {hint}")
-    if len(found) > 1:
-        raise ValueError(
-            f"{folder}: {len(found)} indices in this folder; choose one: {', '.join(file.name for file in found)}"
-        )
-    return found[0]
 
 
 def _readable() -> str:

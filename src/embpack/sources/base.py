@@ -20,9 +20,9 @@ class SourceTensor:
         shape: of the whole tensor.
         dtype: its safetensors name, such as "F32" or "BF16".
         read: called with n, yields C-contiguous, aligned arrays of the machine's byte order, in order along
-            axis 0, of n entries each but the last; starts anew on each call. BF16 comes as uint16 and the 8-bit
-            floats as uint8; types smaller than a byte come as 1-D uint8, the tensor's bytes; a 0-d tensor is one
-            0-d array. A chunk may be read-only. Raises FormatError where the file turns out to be damaged.
+            axis 0, of n entries each but the last; starts anew on each call. BF16 is uint16, 8-bit floats are
+            uint8; types smaller than a byte come as 1-D uint8, the tensor's bytes; a 0-d tensor is one 0-d
+            array. A chunk may be read-only. Raises FormatError where the file is damaged.
         is_vectors: the format itself says that these are vectors: the array of an .npy file, a column of
             fixed-size lists in a Parquet file.
     """

@@ -3,6 +3,7 @@
 import math
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,24 +70,30 @@ def open_npz(path: Path) -> Iterator[Checkpoint]:
     with _explain_damage(str(path)), zipfile.ZipFile(path) as archive:
         pass
     with zipfile.ZipFile(path) as archive:
-        tensors, left_out, names = [], [], set()
-        for member in archive.infolist():
-            if member.filename in names:
-                raise FormatError(
-                    f"{path}: member {member.filename!r} is there twice; which one is meant is unclear"
-                )
-            names.add(member.filename)
-            if not member.filename.endswith(".npy"):
-                left_out.append(f"member {member.filename!r} (not an array)")
-                continue
-            header = _read_member_header(path, archive, member)
-            name = member.filename.removesuffix(".npy")
-            if header.tag is None:
-                left_out.append(f"array {name!r} ({_describe(header.dtype)})")
-                continue
-            read = partial(_iter_member, path, archive, member, header)
-            tensors.append(SourceTensor(name, header.shape, header.tag, read))
-        yield Checkpoint(path, (Shard(path.name, tuple(tensors)),), left_out=tuple(left_out))
+        found = [_open_member(path, archive, member) for member in archive.infolist()]
+        _refuse_twice(path, archive.namelist())
+        tensors = tuple(item for item in found if isinstance(item, SourceTensor))
+        left_out = tuple(item for item in found if isinstance(item, str))
+        yield Checkpoint(path, (Shard(path.name, tensors),), left_out=left_out)
+
+
+def _refuse_twice(path: Path, names: list[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise FormatError(f"{path}: {twice[0]!r} is there twice, and which one is meant cannot be told")
+
+
+def _open_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> SourceTensor | str:
+    """Return an array, or a note on why it is left out."""
+    if not member.filename.endswith(".npy"):
+        return f"member {member.filename!r} (not an array)"
+    where, name = f"{path}: {member.filename}", member.filename.removesuffix(".npy")
+    with _explain_damage(where), archive.open(member) as stream:
+        header = _read_header(stream, where)
+    _check_size(where, header, member.file_size)
+    if header.tag is None:
+        return f"array {name!r} ({_describe(header.dtype)})"
+    return SourceTensor(name, header.shape, header.tag, partial(_iter_member, where, archive, member, header))
 
 
 def _describe(dtype: np.dtype[Any]) -> str:
@@ -101,9 +108,7 @@ def _read_header(file: IO[bytes], where: str) -> _Header:
     try:
         version = npy.read_magic(file)
         if version not in _HEADERS:  # (3, 0) is for field names in other alphabets
-            raise FormatError(
-                f"{where}: .npy version {version[0]}.{version[1]} holds no plain array of numbers"
-            )
+            raise FormatError(f"{where}: .npy version {version[0]}.{version[1]} holds no plain array of numbers")
         shape, is_fortran, dtype = _HEADERS[version](file)
     except FormatError:
         raise
@@ -117,9 +122,7 @@ def _read_header(file: IO[bytes], where: str) -> _Header:
 def _check_size(where: str, header: _Header, size: int) -> None:
     payload = size - header.bytes_before
     if not header.dtype.hasobject and payload != header.payload:
-        verdict = (
-            "the file is truncated, copy it again" if payload < header.payload else "more than one array?"
-        )
+        verdict = "it is truncated, copy it again" if payload < header.payload else "is it several arrays?"
         raise FormatError(f"{where}: payload is {payload} bytes, header promises {header.payload}; {verdict}")
 
 
@@ -150,29 +153,18 @@ def _explain_damage(where: str) -> Iterator[None]:
         raise FormatError(f"{where}: not a zip file that can be read, or damaged: {error}") from error
 
 
-def _read_member_header(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> _Header:
-    where = f"{path}: {member.filename}"
-    with _explain_damage(where), archive.open(member) as stream:
-        header = _read_header(stream, where)
-    _check_size(where, header, member.file_size)
-    return header
-
-
 def _iter_member(
-    path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, header: _Header, n: int
+    where: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, header: _Header, n: int
 ) -> Iterator[NDArray[Any]]:
-    where = f"{path}: {member.filename}"
     with _explain_damage(where), archive.open(member) as stream:
         stream.read(header.bytes_before)  # seek would put an end to the checksum
         if not header.shape or header.is_fortran:
             whole = np.frombuffer(_read_exactly(stream, header.payload, where), header.dtype)
-            array = whole.reshape(header.shape, order="F" if header.is_fortran else "C")
-            pieces = (
-                iter([array]) if not header.shape else (array[rows] for rows in iter_slices(len(array), n))
-            )
+            array = whole.reshape(header.shape, order="F")
+            pieces = [array[rows] for rows in iter_slices(len(array), n)] if header.shape else [array]
+            yield from map(_as_native, pieces)
         else:
-            pieces = _iter_stream(stream, header, n, where)
-        yield from map(_as_native, pieces)
+            yield from map(_as_native, _iter_stream(stream, header, n, where))
         # At its end the stream checks the sum of all bytes.
         stream.read(1)
 
@@ -188,7 +180,5 @@ def _iter_stream(stream: IO[bytes], header: _Header, n: int, where: str) -> Iter
 def _read_exactly(stream: IO[bytes], size: int, where: str) -> bytes:
     raw = stream.read(size)
     if len(raw) != size:
-        raise FormatError(
-            f"{where}: ends {size - len(raw)} bytes early; the file is truncated, copy it again"
-        )
+        raise FormatError(f"{where}: ends {size - len(raw)} bytes early; the file is truncated, copy it again")
     return raw

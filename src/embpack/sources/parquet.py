@@ -33,7 +33,7 @@ VECTOR_DTYPES = ("F16", "F32", "F64")
 """What the values of vectors can be."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Without a buffer Arrow reads a column of a row group whole.
+# Without a small buffer, or with pre_buffer, Arrow reads columns of row groups whole.
 _BUFFER_BYTES = 1 << 20
 _SCAN_ROWS = 1 << 16
 
@@ -60,29 +60,30 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
 
 
 @contextmanager
-def _open_file(path: Path) -> Iterator[Any]:
+def _open_file(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
+        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise FormatError(f"{path}: not a Parquet file, or damaged: {error}") from error
+        cause = " ".join(str(error).split())  # Thrift's are of several lines
+        raise FormatError(f"{path}: not a Parquet file, or damaged: {cause}") from error
 
 
-def _why_left_out(path: Path, file: Any, field: Any) -> str | None:
+def _why_left_out(path: Path, file: pq.ParquetFile, field: pa.Field) -> str | None:
     """Say why a column cannot be carried over; None if it can."""
     dtype = field.type
     if pa.types.is_fixed_size_list(dtype):
         return None if _NAMES.get(dtype.value_type) in VECTOR_DTYPES else str(dtype)
     if pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
-        return f"{dtype}; if all are of one length, cast it to a fixed-size list: column.cast(pa.list_(pa.float32(), d))"
+        return f"{dtype}; for vectors cast it to a fixed-size list, column.cast(pa.list_(pa.float32(), d))"
     if dtype not in _NAMES:
         return str(dtype)
     return f"{dtype}, with nulls" if _has_nulls(path, file, field.name) else None
 
 
-def _has_nulls(path: Path, file: Any, name: str) -> bool:
+def _has_nulls(path: Path, file: pq.ParquetFile, name: str) -> bool:
     """Ask the statistics of a column, or read it where a row group has none."""
     groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
@@ -92,7 +93,7 @@ def _has_nulls(path: Path, file: Any, name: str) -> bool:
     return any(column.null_count for column in _iter_column(path, name, _SCAN_ROWS))
 
 
-def _make_tensor(path: Path, field: Any, num_rows: int) -> SourceTensor:
+def _make_tensor(path: Path, field: pa.Field, num_rows: int) -> SourceTensor:
     if pa.types.is_fixed_size_list(field.type):
         shape = (num_rows, field.type.list_size)
         read = partial(_iter_vectors, path, field.name, field.type.list_size)
@@ -100,7 +101,7 @@ def _make_tensor(path: Path, field: Any, num_rows: int) -> SourceTensor:
     return SourceTensor(field.name, (num_rows,), _NAMES[field.type], partial(_iter_numbers, path, field.name))
 
 
-def _iter_column(path: Path, name: str, n: int) -> Iterator[Any]:
+def _iter_column(path: Path, name: str, n: int) -> Iterator[pa.Array]:
     """Yield a column's Arrow arrays, of n rows at most."""
     with _open_file(path) as file:
         for batch in file.iter_batches(n, columns=[name], use_threads=False):
@@ -122,14 +123,10 @@ def _iter_vector_batches(path: Path, name: str, list_size: int, n: int) -> Itera
     for column in _iter_column(path, name, n):
         if column.null_count:
             at = row + column.is_null().index(True).as_py()
-            raise ValueError(
-                f"{path}: column {name!r} has no vector in row {at}; drop such rows or fill them"
-            )
+            raise ValueError(f"{path}: column {name!r} is null in row {at}; drop such rows or fill them")
         values = column.flatten()
         if values.null_count:
             at, element = divmod(values.is_null().index(True).as_py(), list_size)
-            raise ValueError(
-                f"{path}: column {name!r} has no value at [{row + at}, {element}]; drop such rows or fill them"
-            )
+            raise ValueError(f"{path}: column {name!r} is null at [{row + at}, {element}]; drop such rows or fill them")
         yield values.to_numpy().reshape(len(column), list_size)
         row += len(column)

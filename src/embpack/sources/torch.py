@@ -39,9 +39,7 @@ DTYPES = {
 """PyTorch's type of each safetensors name that it can hold."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_RAW = {torch.bfloat16: torch.uint16} | {
-    dtype: torch.uint8 for name, dtype in DTYPES.items() if name.startswith("F8")
-}
+_RAW = {torch.bfloat16: torch.uint16} | {dtype: torch.uint8 for name, dtype in DTYPES.items() if name.startswith("F8")}
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _ZIP_MAGIC = b"PK\x03\x04"
 _ADVICE = "save the weights alone with torch.save(model.state_dict(), path)"
@@ -63,9 +61,7 @@ def open_torch(path: Path) -> Iterator[Checkpoint]:
             left_out.append(f"entry {name!r} ({reason})")
             continue
         if not isinstance(name, str):
-            raise FormatError(
-                f"{path}: the name of a tensor is {name!r}, not a string; rename it and save again"
-            )
+            raise FormatError(f"{path}: the name of a tensor is {name!r}, not a string; rename it and save again")
         tensors.append(_make_tensor(name, value.detach(), mappings))
     yield Checkpoint(path, (Shard(path.name, tuple(tensors)),), left_out=tuple(left_out))
 

@@ -50,24 +50,22 @@ WRITERS: dict[str, Writer] = {
 """How a file is written, by the suffix of its name."""
 
 
-def write_checkpoint(
-    path: str | os.PathLike[str], shards: Sequence[OutShard], index_name: str | None = None
-) -> None:
+def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], index_name: str | None = None) -> None:
     """Write a checkpoint of plain tensors: whole or not at all.
 
     Args:
-        path: of the file, replaced if it exists, whose suffix (one of WRITERS) chooses the format; with index_name of
-            the folder, which must be new or empty.
-        shards: the files of the folder; without index_name just one. Only .pt, .pth and .bin need all of its tensors
-            in memory. Only safetensors files have a place for metadata.
+        path: of the file, replaced if it exists, whose suffix (one of WRITERS) chooses the format; with
+            index_name of the folder, which must be new or empty.
+        shards: the files of the folder; without index_name just one. Only .pt, .pth and .bin need all of its
+            tensors in memory. Only safetensors files have a place for metadata.
         index_name: of the index of a checkpoint in shards, "model.safetensors.index.json".
 
     Raises:
         FileExistsError: the folder is not empty.
         MissingExtraError: the format needs a package that is not installed.
         OSError: there is no space, or the place cannot be written; errno and message say which.
-        ValueError: no format has such a name, it cannot hold one of the tensors, names are there twice, or chunks are
-            not what their tensor promised.
+        ValueError: no format has such a name, it cannot hold one of the tensors, names are there twice, or
+            chunks are not what their tensor promised.
     """
     path = Path(path)
     _refuse_twice(path, [tensor.name for shard in shards for tensor in shard.tensors])
@@ -76,13 +74,9 @@ def write_checkpoint(
         return
     writer = WRITERS.get(path.suffix.lower())
     if writer is None:
-        raise ValueError(
-            f"{path}: the end of its name says no format; what can be written: {', '.join(WRITERS)}"
-        )
+        raise ValueError(f"{path}: the end of its name says no format; what can be written: {', '.join(WRITERS)}")
     if len(shards) != 1:
-        raise ValueError(
-            f"{path}: one file is to be written, but there are {len(shards)} shards; give an index_name"
-        )
+        raise ValueError(f"{path}: one file is to be written, but there are {len(shards)} shards; give an index_name")
     with new_file(path) as file:
         writer(file, path, shards[0])
 

@@ -1,7 +1,8 @@
 """What is written: tensors that come in chunks, and the files they go to."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ class OutTensor:
         name: under which readers find it.
         dtype: its safetensors name, such as "F32" or "BF16".
         shape: of the whole tensor.
-        chunks: called once; yields C-contiguous arrays that together, in order, are the tensor's values. Their types
-            are those of SourceTensor.read. A chunk may be overwritten by the next one.
+        chunks: called once; yields C-contiguous arrays that together, in order, are the tensor's values; of
+            the types of SourceTensor.read. A chunk may be overwritten by the next one.
     """
 
     name: str
@@ -40,8 +41,8 @@ class OutShard:
     Attributes:
         file_name: used where a checkpoint has several files; relative to its folder.
         tensors: in the order in which they are to lie in the file.
-        metadata: called after all chunks have been written; goes into a safetensors header, other formats have no
-            place for it.
+        metadata: called after all chunks have been written; goes into a safetensors header, other formats
+            have no place for it.
         metadata_room: bytes of json.dumps(metadata()) at most.
     """
 
@@ -91,15 +92,13 @@ def iter_entries(tensor: OutTensor) -> Iterator[NDArray[Any]]:
         yield chunk
 
 
-def as_bytes(chunk: NDArray[Any]) -> NDArray[np.uint8]:
+def as_bytes(chunk: NDArray[Any]) -> memoryview:
     """View a C-contiguous array as its bytes, without a copy."""
-    return chunk.reshape(-1).view(np.uint8)
+    return chunk.reshape(-1).view(np.uint8).data
 
 
-def refuse_dtypes(path: object, tensors: tuple[OutTensor, ...], allowed: object, ways_out: str) -> None:
+def refuse_dtypes(path: Path, shard: OutShard, allowed: Container[str], ways_out: str) -> None:
     """Raise ValueError where a tensor's type has no place in a format; allowed: what has one."""
-    for tensor in tensors:
-        if tensor.dtype not in allowed:  # type: ignore[operator]
-            raise ValueError(
-                f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which it cannot hold; {ways_out}"
-            )
+    for tensor in shard.tensors:
+        if tensor.dtype not in allowed:
+            raise ValueError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which it cannot hold; {ways_out}")

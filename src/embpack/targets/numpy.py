@@ -19,10 +19,8 @@ def write_npy(file: BinaryIO, path: Path, shard: OutShard) -> None:
         ValueError: there is not exactly one, or NumPy has no such type.
     """
     if len(shard.tensors) != 1:
-        raise ValueError(
-            f"{path}: an .npy file holds 1 tensor, but there are {len(shard.tensors)}; write .npz"
-        )
-    refuse_dtypes(path, shard.tensors, NUMPY_DTYPES, _WAYS_OUT)
+        raise ValueError(f"{path}: an .npy file holds 1 tensor, but there are {len(shard.tensors)}; write .npz")
+    refuse_dtypes(path, shard, NUMPY_DTYPES, _WAYS_OUT)
     _write_array(file, shard.tensors[0])
 
 
@@ -32,7 +30,7 @@ def write_npz(file: BinaryIO, path: Path, shard: OutShard) -> None:
     Raises:
         ValueError: NumPy has no such type.
     """
-    refuse_dtypes(path, shard.tensors, NUMPY_DTYPES, _WAYS_OUT)
+    refuse_dtypes(path, shard, NUMPY_DTYPES, _WAYS_OUT)
     with zipfile.ZipFile(file, "w") as archive:
         for tensor in shard.tensors:
             with archive.open(f"{tensor.name}.npy", "w", force_zip64=True) as member:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,16 +11,16 @@ from embpack.sources.base import rechunk
 from embpack.sources.parquet import DTYPES, VECTOR_DTYPES
 from embpack.targets.base import OutShard, OutTensor, iter_entries, refuse_dtypes
 
-_GROUP_BYTES = 1 << 26
+_GROUP_BYTES = 1 << 24
 
 
 def write_parquet(file: BinaryIO, path: Path, shard: OutShard) -> None:
-    """Write columns, a row group at a time: vectors of 2-D tensors as fixed-size lists, 1-D tensors as numbers.
+    """Write columns, a row group at a time: 2-D tensors as fixed-size lists, 1-D tensors as numbers.
 
     Raises:
         ValueError: a tensor has another shape or a type that a column cannot have, or numbers of rows differ.
     """
-    refuse_dtypes(path, shard.tensors, DTYPES, "write .safetensors or .pt")
+    refuse_dtypes(path, shard, DTYPES, "write .safetensors or .pt")
     schema = pa.schema([(tensor.name, _column_type(path, tensor)) for tensor in shard.tensors])
     num_rows = _count_rows(path, shard.tensors)
     row_bytes = sum(tensor.nbytes for tensor in shard.tensors) // max(1, num_rows)
@@ -32,29 +32,32 @@ def write_parquet(file: BinaryIO, path: Path, shard: OutShard) -> None:
             writer.write_table(pa.Table.from_arrays(list(group), schema=schema), row_group_size=group_rows)
 
 
-def _column_type(path: Path, tensor: OutTensor) -> Any:
+def _column_type(path: Path, tensor: OutTensor) -> pa.DataType:
     dtype = DTYPES[tensor.dtype]
     if len(tensor.shape) == 1:
         return dtype
     if len(tensor.shape) == 2 and tensor.dtype in VECTOR_DTYPES and tensor.shape[1] > 0:
         return pa.list_(dtype, tensor.shape[1])
     raise ValueError(
-        f"{path}: tensor {tensor.name!r} is {tensor.dtype} of shape {list(tensor.shape)}; a column holds numbers [N] "
-        f"or vectors [N, d] of {', '.join(VECTOR_DTYPES)}; write .safetensors or .pt"
+        f"{path}: tensor {tensor.name!r} is {tensor.dtype} of shape {list(tensor.shape)}; a column holds "
+        f"numbers [N] or vectors [N, d] of {', '.join(VECTOR_DTYPES)}; write .safetensors or .pt"
     )
 
 
 def _count_rows(path: Path, tensors: tuple[OutTensor, ...]) -> int:
+    if not tensors:
+        raise ValueError(f"{path}: there are no tensors, but a Parquet file has at least one column")
+    first = tensors[0]
     for tensor in tensors[1:]:
-        if tensor.shape[0] != tensors[0].shape[0]:
+        if tensor.shape[0] != first.shape[0]:
             raise ValueError(
-                f"{path}: columns are of one length, but tensor {tensors[0].name!r} has {tensors[0].shape[0]} rows and "
-                f"{tensor.name!r} has {tensor.shape[0]}; write .safetensors or .pt, or each to its own file"
+                f"{path}: tensor {first.name!r} has {first.shape[0]} rows and {tensor.name!r} has "
+                f"{tensor.shape[0]}, but columns are of one length; write .safetensors or .pt"
             )
-    return tensors[0].shape[0] if tensors else 0
+    return first.shape[0]
 
 
-def _iter_columns(tensor: OutTensor, group_rows: int) -> Iterator[Any]:
+def _iter_columns(tensor: OutTensor, group_rows: int) -> Iterator[pa.Array]:
     """Yield a tensor's Arrow arrays, one a row group."""
     for rows in rechunk(iter_entries(tensor), group_rows):
         values = pa.array(rows.reshape(-1))

@@ -13,16 +13,16 @@ _METADATA_KEY = "__metadata__"
 def write_safetensors(file: BinaryIO, shard: OutShard) -> None:
     """Write a safetensors file whose metadata is known only at its end.
 
-    A header is reserved first, the tensors follow in the order given and without holes, starting at a multiple of 8
-    bytes, then the header is filled in.
+    A header is reserved first, the tensors follow in the order given and without holes, from a multiple of 8
+    bytes on, then the header is filled in.
 
     Args:
         file: open for writing, seekable, at its start.
         shard: what to write.
 
     Raises:
-        ValueError: a tensor's chunks are not what it promised, a tensor has the metadata's name, or the metadata takes
-            more than metadata_room.
+        ValueError: a tensor's chunks are not what it promised, a tensor has the metadata's name, or the
+            metadata takes more than metadata_room.
     """
     entries = _place_tensors(shard)
     reserved = _reserve(entries, shard.metadata_room)
@@ -40,9 +40,7 @@ def _place_tensors(shard: OutShard) -> dict[str, object]:
     end = 0
     for tensor in shard.tensors:
         if tensor.name == _METADATA_KEY:
-            raise ValueError(
-                f"{shard.file_name}: a tensor cannot be named {_METADATA_KEY!r} in a safetensors file"
-            )
+            raise ValueError(f"{shard.file_name}: a tensor cannot be named {_METADATA_KEY!r} in a safetensors file")
         start, end = end, end + tensor.nbytes
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
     return entries

@@ -17,7 +17,7 @@ def write_torch(file: BinaryIO, path: Path, shard: OutShard) -> None:
     Raises:
         ValueError: PyTorch has no such type.
     """
-    refuse_dtypes(path, shard.tensors, DTYPES, "write .safetensors")
+    refuse_dtypes(path, shard, DTYPES, "write .safetensors")
     state = {tensor.name: _collect(tensor) for tensor in shard.tensors}
     try:
         torch.save(state, file)

@@ -1,0 +1,229 @@
+"""Files that are not what they should be: each function writes one into a folder and returns its path."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+
+def safetensors_bytes(header: object, payload: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + payload
+
+
+def f32_entry(shape: list[int], start: int = 0) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [start, start + 4 * int(np.prod(shape))]}
+
+
+def _write(folder: Path, name: str, raw: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(raw)
+    return path
+
+
+def _npy_bytes(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _npz_bytes(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, raw in members.items():
+            archive.writestr(name, raw)
+    return file.getvalue()
+
+
+def _torch_bytes(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+class Evil:
+    """Its pickle would create a file if it were run."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.witness,)
+
+
+def _safetensors_twice() -> bytes:
+    entry = json.dumps(f32_entry([1]))
+    return safetensors_bytes(f'{{"a":{entry},"a":{entry}}}'.encode(), b"\0" * 4)
+
+
+def _corrupt_npz() -> bytes:
+    raw = bytearray(_npz_bytes({"a.npy": _npy_bytes(np.arange(1000.0))}))
+    raw[2000] ^= 0xFF
+    return bytes(raw)
+
+
+def _deflated_npz() -> bytes:
+    noise = np.random.default_rng(0).normal(size=1000)
+    raw = bytearray(_npz_bytes({"a.npy": _npy_bytes(noise)}, zipfile.ZIP_DEFLATED))
+    raw[3000:3100] = b"\xff" * 100
+    return bytes(raw)
+
+
+def _corrupt_parquet() -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"a": np.random.default_rng(0).normal(size=10000)}), file, use_dictionary=False)
+    raw = bytearray(file.getvalue())
+    raw[4:1000] = b"\xff" * 996
+    return bytes(raw)
+
+
+def _truncated_zip() -> bytes:
+    return _torch_bytes({"a": torch.zeros(1000)})[:2000]
+
+
+_TWO = f32_entry([2])
+_NPY = _npy_bytes(np.arange(6, dtype=np.float32))
+
+# Name of the file, its bytes, and what the FormatError says.
+FILES: dict[str, tuple[str, bytes, str]] = {
+    "empty": ("a.safetensors", b"", "the file is empty, 0 bytes; copy it again"),
+    "safetensors-tiny": ("a.safetensors", b"abc", "the file has 3 bytes, a safetensors file at least 8"),
+    "safetensors-garbage": (
+        "a.safetensors",
+        b"x" * 100,
+        "92 bytes are left for a header of 8680820740569200760; the file is truncated or not a safetensors",
+    ),
+    "safetensors-truncated": (
+        "a.safetensors",
+        safetensors_bytes({"a": f32_entry([40, 40])}, b"\0" * 4096),
+        "payload is 4096 bytes, header promises 6400; the file is truncated, copy it again",
+    ),
+    "safetensors-longer": (
+        "a.safetensors",
+        safetensors_bytes({"a": _TWO}, b"\0" * 12),
+        "payload is 12 bytes, header promises 8; the file is damaged, copy it again",
+    ),
+    "safetensors-hole": (
+        "a.safetensors",
+        safetensors_bytes({"a": f32_entry([2], start=4)}, b"\0" * 12),
+        "invalid offset for tensor `a`",
+    ),
+    "safetensors-not-json": (
+        "a.safetensors",
+        safetensors_bytes(b"{'a': 1}", b""),
+        "invalid JSON in header",
+    ),
+    "safetensors-twice": ("a.safetensors", _safetensors_twice(), "'a' is there twice"),
+    "torch-garbage": ("a.pt", b"neither zip nor pickle", "not a"),
+    "torch-truncated": (
+        "a.pt",
+        _truncated_zip(),
+        "not a file of torch.save, or damaged: PytorchStreamReader",
+    ),
+    "torch-tensor": (
+        "a.pt",
+        _torch_bytes(torch.zeros(3, 2)),
+        r"holds a tensor of shape \[3, 2\], not a dict of tensors by name; save the weights alone",
+    ),
+    "torch-list": ("a.pt", _torch_bytes([torch.zeros(2)]), "holds a list, not a dict of tensors by name"),
+    "torch-numbers": (
+        "a.pt",
+        _torch_bytes({"epoch": 3, "model": {"lr": 0.1}}),
+        "holds a dict with no tensors, but 'epoch', 'model'; save the weights alone",
+    ),
+    "torch-two-models": (
+        "a.pt",
+        _torch_bytes({"model": {"a": torch.zeros(2)}, "state_dict": {"a": torch.zeros(2)}}),
+        r"holds a dict with dicts of tensors under \['state_dict', 'model'\]",
+    ),
+    "torch-number-as-name": (
+        "a.pt",
+        _torch_bytes({7: torch.zeros(2)}),
+        "the name of a tensor is 7, not a string; rename it and save again",
+    ),
+    "torch-module": (
+        "a.pt",
+        _torch_bytes(torch.nn.Linear(2, 2)),
+        "not a plain state dict: it holds torch.nn.modules.linear.Linear, and arbitrary pickles are never",
+    ),
+    "torch-legacy-pickle": ("a.pt", pickle.dumps({"a": print}), "arbitrary pickles are never run"),
+    "npy-garbage": ("a.npy", b"x" * 100, "not an .npy file, or damaged: the magic string is not correct"),
+    "npy-truncated": (
+        "a.npy",
+        _NPY[:-4],
+        "payload is 20 bytes, header promises 24; it is truncated",
+    ),
+    "npy-two-arrays": ("a.npy", _NPY * 2, "payload is 176 bytes, header promises 24; is it several arrays"),
+    "npy-header-cut": ("a.npy", _NPY[:50], "not an .npy file, or damaged: EOF: reading array header"),
+    "npy-negative": (
+        "a.npy",
+        _NPY.replace(b"(6,), } ", b"(-6,), }"),
+        r"the header has shape \[-6\]; the file is damaged",
+    ),
+    "npy-objects": (
+        "a.npy",
+        _npy_bytes(np.array([{}], object)),
+        "the array is of Python objects, which take a pickle to read, and pickles are never run",
+    ),
+    "npy-structured": (
+        "a.npy",
+        _npy_bytes(np.zeros(2, [("x", "f4"), ("y", "f4")])),
+        r"the array is of type \[\('x', '<f4'\), \('y', '<f4'\)\]; only arrays of numbers are read",
+    ),
+    "npy-bfloat16": ("a.npy", _npy_bytes(np.zeros(2, "V2")), "raw bytes; save bfloat16 as .safetensors"),
+    "npy-version-3": (
+        "a.npy",
+        b"\x93NUMPY\x03\x00" + b"\0" * 20,
+        ".npy version 3.0 holds no plain array of numbers",
+    ),
+    "npz-garbage": (
+        "a.npz",
+        b"x" * 100,
+        "not a zip file that can be read, or damaged: File is not a zip file",
+    ),
+    "npz-short-array": (
+        "a.npz",
+        _npz_bytes({"a.npy": _NPY[:-4]}),
+        "a.npy: payload is 20 bytes, header promises 24",
+    ),
+    "npz-not-npy": ("a.npz", _npz_bytes({"a.npy": b"x" * 100}), "a.npy: not an .npy file, or damaged"),
+    "npz-checksum": (
+        "a.npz",
+        _corrupt_npz(),
+        "a.npy: not a zip file that can be read, or damaged: Bad CRC-32",
+    ),
+    "npz-deflate": ("a.npz", _deflated_npz(), "a.npy: not a zip file that can be read, or damaged"),
+    "parquet-garbage": ("a.parquet", b"x" * 100, "not a Parquet file, or damaged"),
+    "parquet-page": ("a.parquet", _corrupt_parquet(), "not a Parquet file, or damaged"),
+}
+
+
+def write_damaged(folder: Path, key: str) -> tuple[Path, str]:
+    """Write one of FILES; returns its path and what the error must say."""
+    name, raw, message = FILES[key]
+    return _write(folder, name, raw), message
+
+
+def write_evil_pickle(folder: Path, witness: Path) -> Path:
+    return _write(folder, "evil.pt", _torch_bytes({"a": Evil(witness)}))
+
+
+def write_evil_array(folder: Path, witness: Path) -> Path:
+    return _write(folder, "evil.npy", _npy_bytes(np.array([Evil(witness)], object)))
+
+
+def write_shards(folder: Path, weight_map: object, files: dict[str, list[str]] | None = None) -> Path:
+    """Write an index, and files with a float32 tensor of two values under each name."""
+    for file_name, names in (files or {}).items():
+        header = {name: f32_entry([2], start=8 * i) for i, name in enumerate(names)}
+        _write(folder, file_name, safetensors_bytes(header, b"\0" * 8 * len(names)))
+    text = weight_map if isinstance(weight_map, bytes) else json.dumps({"weight_map": weight_map}).encode()
+    return _write(folder, "model.safetensors.index.json", text)

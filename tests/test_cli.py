@@ -1,0 +1,506 @@
+"""The command line: what is printed where, exit codes, and that it does what the library does."""
+
+import importlib.metadata
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from checkpoints import (
+    LENGTH_BYTES,
+    Arrays,
+    names_in,
+    read_raw,
+    run_embpack,
+    run_python,
+    write_npy,
+    write_npz,
+    write_safetensors,
+    write_shards,
+)
+
+import embpack
+from embpack.cli import main
+from embpack.methods import METHODS
+
+
+@pytest.fixture
+def embpack_command(monkeypatch, capsys):
+    """Runs a command in this process; returns exit code, stdout and stderr, without colours."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["embpack", *map(str, args)])
+        with pytest.raises(SystemExit) as exited:
+            main()
+        printed = capsys.readouterr()
+        return exited.value.code or 0, plain(printed.out), plain(printed.err)
+
+    return run
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def flat(text: str) -> str:
+    """Text without the frames and line ends of a panel."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def make_arrays():
+    rng = np.random.default_rng(0)
+    return Arrays(
+        {
+            "user_emb.weight": rng.standard_normal((1500, 72), dtype=np.float32),
+            "item_emb.weight": rng.standard_normal((40, 16)).astype(np.float16),
+        },
+        {"linear.weight": rng.standard_normal((8, 24), dtype=np.float32), "bias": np.ones(8, np.float32)},
+    )
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_safetensors(tmp_path, make_arrays())
+
+
+@pytest.fixture
+def packed(tmp_path, model):
+    embpack.quantize_file(model, tmp_path / "packed.safetensors")
+    return tmp_path / "packed.safetensors"
+
+
+@pytest.fixture
+def altered(packed):
+    content = bytearray(packed.read_bytes())
+    content[-1 - 4 * (8 * 24 + 8)] ^= 1
+    start = LENGTH_BYTES + read_raw(packed).header_bytes
+    content[start] ^= 1
+    packed.write_bytes(content)
+    return packed
+
+
+# As users run it
+
+
+def test_a_success_exits_0_and_keeps_stderr_empty(tmp_path, model):
+    done = run_embpack("quantize", model, tmp_path / "p.safetensors")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "user_emb.weight" in done.stdout
+    assert set(embpack.load(tmp_path / "p.safetensors", verify=True)) == set(make_arrays().tables)
+
+
+def test_a_failure_exits_1_with_one_line_on_stderr(tmp_path):
+    missing = tmp_path / "missing.safetensors"
+    done = run_embpack("quantize", missing, tmp_path / "p.safetensors")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.fullmatch(rf"error: {re.escape(str(missing))}: no such file; [^\n]+\n", done.stderr)
+
+
+def test_wrong_usage_exits_2(model):
+    done = run_embpack("quantize", model)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "give a destination, or --dry-run" in flat(done.stderr)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = run_embpack("--debug", "inspect", tmp_path / "missing.safetensors")
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "FileNotFoundError" in done.stderr
+
+
+def test_demo_needs_no_torch():
+    code = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "pyarrow", "ml_dtypes"):
+            raise ImportError(f"{name} is not installed")
+sys.meta_path.insert(0, Blocked())
+sys.argv = ["embpack", "demo"]
+from embpack.cli import main
+main()
+"""
+    done = run_python(code, COLUMNS="200", NO_COLOR="1")
+    assert done.returncode == 0, done.stderr
+    assert "user_embedding.weight" in done.stdout
+    for method in METHODS:
+        assert re.search(rf"^{method} +0\.\d{{5}} ", done.stdout, re.MULTILINE), method
+
+
+@pytest.mark.parametrize(("suffix", "package"), [(".pt", "torch"), (".parquet", "parquet")])
+def test_a_missing_extra_says_how_to_install_it(tmp_path, suffix, package):
+    (tmp_path / f"model{suffix}").write_bytes(b"something")
+    code = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "pyarrow"):
+            raise ImportError(f"{name} is not installed")
+sys.meta_path.insert(0, Blocked())
+sys.argv = ["embpack", "quantize", sys.argv[1], "--dry-run"]
+from embpack.cli import main
+main()
+"""
+    done = run_python(code, tmp_path / f"model{suffix}")
+    assert done.returncode == 1
+    assert f"pip install 'embpack[{package}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# quantize
+
+
+def test_quantize_prints_plan_and_report(embpack_command, tmp_path, model):
+    code, out, err = embpack_command("quantize", model, tmp_path / "p.safetensors")
+    assert (code, err) == (0, "")
+    assert f"Plan for {model}" in out
+    assert re.search(r"user_emb\.weight +1,500 x 72 +float32 +pack, 4 bits, float16 .* its name says embedding", out)
+    assert re.search(r"linear\.weight +8 x 24 +copy +its name does not say embedding", out)
+    # Rows of 72 float32 are 288 bytes; packed 36 + 4.
+    loss = embpack.quantize(make_arrays().tables["user_emb.weight"]).loss
+    row = rf"user_emb\.weight +1,500 +72 +432\.0 kB +60\.0 kB +13\.89 % +{loss:.5f} +[\d.]+( [kMG])?\n"
+    assert re.search(row, out)
+    size = (tmp_path / "p.safetensors").stat().st_size
+    assert re.search(rf"-> {size / 1000:.1f} kB \({100 * size / model.stat().st_size:.2f} %\)", out)
+    assert "2 other tensors copied" in out
+
+
+def test_quantize_prints_json(embpack_command, tmp_path, model):
+    code, out, err = embpack_command("quantize", model, tmp_path / "p.safetensors", "--json")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    tables = {table["name"]: table for table in report["tables"]}
+    user = tables["user_emb.weight"]
+    assert (user["bytes_before"], user["bytes_after"]) == (1500 * 288, 1500 * 40)
+    assert user["loss"] == embpack.quantize(make_arrays().tables["user_emb.weight"]).loss
+    assert user["rows_per_second"] == 1500 / user["seconds"]
+    assert tables["item_emb.weight"]["dtype"] == "float16"
+    assert set(report["passed_through"]) == {"linear.weight", "bias"}
+    assert report["left_out"] == []
+    assert report["file_bytes_after"] == (tmp_path / "p.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("destination", [[], ["p.safetensors"]])
+def test_a_dry_run_writes_nothing(embpack_command, tmp_path, monkeypatch, model, destination):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = embpack_command("quantize", model, *destination, "--dry-run")
+    assert (code, err) == (0, "")
+    assert re.search(r"item_emb\.weight +40 x 16 +float16 +pack", out)
+    assert "A table is a 2-D float tensor whose name ends in a word for embedding" in flat(out)
+    assert "--include" in out
+    assert names_in(tmp_path) == {model.name}
+
+
+def test_a_dry_run_prints_json(embpack_command, tmp_path, model):
+    code, out, _ = embpack_command("quantize", model, "--dry-run", "--json", "--bits", 8)
+    plan = {tensor["name"]: tensor for tensor in json.loads(out)["plan"]}
+    assert code == 0
+    assert plan["user_emb.weight"] == {
+        "name": "user_emb.weight",
+        "shape": [1500, 72],
+        "dtype": "F32",
+        "pack": True,
+        "reason": "its name says embedding",
+        "bytes_before": 1500 * 288,
+        "bytes_after": 1500 * (72 + 8),
+    }
+    assert {name for name, tensor in plan.items() if tensor["pack"]} == set(make_arrays().tables)
+    assert names_in(tmp_path) == {model.name}
+
+
+def test_a_dry_run_says_why_a_table_is_not_packed(embpack_command, tmp_path):
+    weight = np.ones((4, 8))
+    src = write_npz(tmp_path, Arrays({"a_emb": weight, "b_emb": weight.astype(np.float32)}))
+    _, out, _ = embpack_command("quantize", src, "--dry-run")
+    assert re.search(r"a_emb +4 x 8 +copy +F64, not float32, float16 or bfloat16", out)
+
+
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        ([], {"user_emb.weight", "item_emb.weight"}),
+        (["--include", "linear.*"], {"user_emb.weight", "item_emb.weight", "linear.weight"}),
+        (["--exclude", "user*"], {"item_emb.weight"}),
+        (["--exclude", "user*", "--exclude", "item*", "--include", "lin*"], {"linear.weight"}),
+        (["--include", "*", "--exclude", "*.weight", "--include", "user*"], None),
+    ],
+)
+def test_include_and_exclude(embpack_command, tmp_path, model, options, packed):
+    code, _, err = embpack_command("quantize", model, tmp_path / "p.safetensors", "--method", "asym", *options)
+    if packed is None:
+        assert code == 1
+        assert "include '*' only matches" in err
+        assert names_in(tmp_path) == {model.name}
+    else:
+        assert code == 0
+        assert set(embpack.load(tmp_path / "p.safetensors")) == packed
+
+
+@pytest.mark.parametrize(
+    ("options", "row_bytes"),
+    [
+        (["--bits", "2"], 18 + 4),
+        (["--bits", "4"], 36 + 4),
+        (["--bits", "8"], 72 + 8),
+        (["--bits", "8", "--param-dtype", "float16"], 72 + 4),
+        (["--param-dtype", "float32"], 36 + 8),
+    ],
+)
+def test_bits_and_param_dtype(embpack_command, tmp_path, model, options, row_bytes):
+    code, _, _ = embpack_command("quantize", model, tmp_path / "p.safetensors", *options, "--method", "asym")
+    assert code == 0
+    assert embpack.load(tmp_path / "p.safetensors")["user_emb.weight"].row_bytes == row_bytes
+
+
+@pytest.mark.parametrize("method", [*METHODS, "greedy:b=100,r=0.2"])
+def test_every_method(embpack_command, tmp_path, model, method):
+    code, _, _ = embpack_command("quantize", model, tmp_path / "p.safetensors", "--method", method)
+    expected = embpack.quantize(make_arrays().tables["user_emb.weight"], method)
+    table = embpack.load(tmp_path / "p.safetensors")["user_emb.weight"]
+    assert code == 0
+    assert table.method == expected.method
+    assert table.packed.tobytes() == expected.packed.tobytes()
+
+
+def test_threads(embpack_command, tmp_path, model, restore_threads):
+    code, _, _ = embpack_command("quantize", model, tmp_path / "p.safetensors", "--threads", "1")
+    assert code == 0
+    assert embpack.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "best"], "there is no method 'best'; choose one of " + ", ".join(METHODS)),
+        (["--method", "greedy:x=1"], "method 'greedy' has no parameter 'x'; it has: b, r"),
+        (["--method", "greedy:b=many"], "b is 'many', which is not a number"),
+        (["--bits", "3"], "3; choose 2, 4 or 8"),
+        (["--bits", "four"], "'four' is not a valid int"),
+        (["--param-dtype", "float64"], "'float64'; choose float16 or float32"),
+        (["--threads", "0"], "0 is not in the range x>=1"),
+        (["--nonsense"], "No such option: --nonsense"),
+    ],
+)
+def test_wrong_options_exit_2_and_name_the_choices(embpack_command, tmp_path, model, options, message):
+    code, out, err = embpack_command("quantize", model, tmp_path / "p.safetensors", *options)
+    assert (code, out) == (2, "")
+    assert message in flat(err)
+    assert names_in(tmp_path) == {model.name}
+
+
+@pytest.mark.parametrize(
+    ("dst", "message"),
+    [
+        ("model.safetensors", "the destination is the source"),
+        ("packed.npz", "a packed checkpoint ends in .safetensors"),
+        ("missing/packed.safetensors", "does not exist; create it first"),
+    ],
+)
+def test_wrong_destinations_exit_1(embpack_command, tmp_path, model, dst, message):
+    code, _, err = embpack_command("quantize", model, tmp_path / dst)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert names_in(tmp_path) == {model.name}
+
+
+def test_quantize_names_a_nan(embpack_command, tmp_path):
+    weight = np.ones((40, 16), np.float32)
+    weight[33, 5] = np.nan
+    src = write_npy(tmp_path, Arrays({"vectors": weight}))
+    code, _, err = embpack_command("quantize", src, tmp_path / "p.safetensors")
+    assert code == 1
+    assert err == "error: vectors[33, 5] is nan; NaN and infinity cannot be packed, replace them first\n"
+
+
+def test_what_is_left_out_is_shown(embpack_command, tmp_path):
+    np.savez(tmp_path / "model.npz", emb=np.ones((4, 8), np.float32), words=np.array(["a", "b"]))
+    code, out, _ = embpack_command("quantize", tmp_path / "model.npz", "--dry-run")
+    assert code == 0
+    assert re.search(r"array 'words' .* leave out +safetensors cannot hold it", out)
+
+
+@pytest.mark.parametrize("name", ["[red]emb", "emb[/]", "[bold]:smile:emb", "emb\\[x]"])
+def test_names_are_printed_as_they_are(embpack_command, tmp_path, name):
+    arrays = Arrays({name: np.ones((40, 64), np.float32)})
+    folder = tmp_path / "[dim]folder"
+    folder.mkdir()
+    src, dst = write_safetensors(folder, arrays), folder / "[b]packed.safetensors"
+    for command in (
+        ["quantize", src, dst, "--include", "*"],
+        ["inspect", dst],
+        ["dequantize", dst, folder / "plain.pt"],
+    ):
+        code, out, err = embpack_command(*command)
+        assert (code, err) == (0, "")
+        assert name in out
+        assert "[dim]folder" in out
+    _, out, _ = embpack_command("inspect", dst, "--json")
+    assert set(json.loads(out)["tables"]) == {name}
+    _, _, err = embpack_command("inspect", folder / f"{name.replace('/', '')}.safetensors")
+    assert f"[dim]folder/{name.replace('/', '')}.safetensors: no such file" in err
+
+
+# inspect
+
+
+def test_inspect_prints_a_table(embpack_command, packed):
+    code, out, err = embpack_command("inspect", packed)
+    assert (code, err) == (0, "")
+    loss = embpack.load(packed)["user_emb.weight"].loss
+    assert re.search(
+        r"user_emb\.weight +greedy:b=200,r=0\.16 +uniform +1,500 +72 +4 +float16 +60\.0 kB +"
+        rf"13\.89 % of float32 +{loss:.5f}",
+        out,
+    )
+    assert "2 other tensors, as they were" in out
+    assert "checksum" not in out
+
+
+def test_inspect_prints_json(embpack_command, packed):
+    code, out, _ = embpack_command("inspect", packed, "--json")
+    value = json.loads(out)
+    assert code == 0
+    in_file = json.loads(read_raw(packed).metadata["embpack"])["tables"]
+    assert {name: dict(entry) for name, entry in value["tables"].items()} == {
+        name: {**entry, "row_bytes": entry["embedding_dim"] // 2 + 4, "file": packed.name}
+        for name, entry in in_file.items()
+    }
+    assert set(value["other_tensors"]) == {"linear.weight", "bias"}
+    assert value["verified"] is False
+
+
+def test_inspect_verifies(embpack_command, packed):
+    code, out, _ = embpack_command("inspect", packed, "--verify")
+    assert code == 0
+    assert "every checksum agrees" in out
+    _, out, _ = embpack_command("inspect", packed, "--verify", "--json")
+    assert json.loads(out)["verified"] is True
+
+
+def test_inspect_finds_an_altered_table(embpack_command, altered):
+    assert embpack_command("inspect", altered)[0] == 0
+    code, out, err = embpack_command("inspect", altered, "--verify")
+    assert (code, out) == (1, "")
+    assert re.fullmatch(rf"error: {re.escape(str(altered))}: table '[^']+' was altered: [^\n]+\n", err)
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+def test_inspect_shows_all_shards(embpack_command, tmp_path, by_index):
+    src = write_shards(tmp_path, make_arrays())
+    embpack.quantize_file(src, tmp_path / "packed")
+    index = "model.safetensors.index.json" if by_index else ""
+    code, out, _ = embpack_command("inspect", tmp_path / "packed" / index, "--json", "--verify")
+    value = json.loads(out)
+    assert code == 0
+    assert set(value["tables"]) == set(make_arrays().tables)
+    assert len({entry["file"] for entry in value["tables"].values()}) == 2
+    assert set(value["other_tensors"]) == {"linear.weight", "bias"}
+
+
+def test_inspect_shows_what_is_unknown(embpack_command, tmp_path):
+    table = embpack.PackedTable.from_packed(np.zeros((3, 12), np.uint8), embedding_dim=16)
+    embpack.save(tmp_path / "adopted.safetensors", {"adopted": table})
+    _, out, _ = embpack_command("inspect", tmp_path / "adopted.safetensors")
+    assert re.search(r"adopted +unknown +uniform .* unknown\s*$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["inspect", "dequantize"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "the file is empty"), (b"garbage, and more of it", "truncated or not a safetensors file")],
+)
+def test_a_damaged_file_exits_1(embpack_command, tmp_path, command, content, message):
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(content)
+    more = [tmp_path / "plain.safetensors"] if command == "dequantize" else []
+    code, out, err = embpack_command(command, path, *more)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {path}: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_inspect_of_a_plain_checkpoint_says_how_to_pack_it(embpack_command, model):
+    code, _, err = embpack_command("inspect", model)
+    assert code == 1
+    assert "holds no packed tables (no 'embpack' metadata); pack it with: embpack quantize" in err
+
+
+# dequantize
+
+
+def test_dequantize_prints_a_table(embpack_command, tmp_path, packed):
+    code, out, err = embpack_command("dequantize", packed, tmp_path / "plain.safetensors")
+    assert (code, err) == (0, "")
+    assert re.search(r"user_emb\.weight +float32 +1,500 +72 +60\.0 kB +432\.0 kB", out)
+    plain = read_raw(tmp_path / "plain.safetensors").tensors
+    assert plain["user_emb.weight"].payload == embpack.load(packed)["user_emb.weight"].dequantize().tobytes()
+
+
+def test_dequantize_prints_json(embpack_command, tmp_path, packed):
+    code, out, _ = embpack_command("dequantize", packed, tmp_path / "plain.pt", "--json")
+    assert code == 0
+    assert {table["name"]: table["bytes_after"] for table in json.loads(out)["tables"]} == {
+        "user_emb.weight": 1500 * 288,
+        "item_emb.weight": 40 * 32,
+    }
+
+
+def test_dequantize_refuses_an_altered_file(embpack_command, tmp_path, altered):
+    before = names_in(tmp_path)
+    code, _, err = embpack_command("dequantize", altered, tmp_path / "plain.safetensors")
+    assert code == 1
+    assert "was altered" in err
+    assert names_in(tmp_path) == before
+
+
+# Help
+
+
+def test_version(embpack_command):
+    code, out, _ = embpack_command("--version")
+    assert (code, out) == (0, f"embpack {importlib.metadata.version('embpack')}\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_the_commands(embpack_command, flag):
+    code, out, _ = embpack_command(flag)
+    assert code == 0
+    for command in ("quantize", "inspect", "dequantize", "demo"):
+        assert re.search(rf"^[│ ]+{command} ", out, re.MULTILINE)
+
+
+HELP = {
+    "quantize": [
+        *("SRC", "DST", "--method", "--bits", "--param-dtype", "--include", "--exclude", "--dry-run", "--threads"),
+        *("--json", ".safetensors", ".pt/.pth/.bin", ".npy", ".npz", ".parquet", "2, 4 or 8", "float16 or float32"),
+        *(f"{name}: {method.summary}" for name, method in METHODS.items()),
+        "embpack quantize model.safetensors model-4bit.safetensors",
+    ],
+    "inspect": ["FILE", "--verify", "--json", "embpack inspect model-4bit.safetensors --verify"],
+    "dequantize": ["SRC", "DST", ".parquet", "--json", "embpack dequantize model-4bit.safetensors"],
+    "demo": ["Make a checkpoint"],
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_says_what_is_needed(embpack_command, command):
+    code, out, _ = embpack_command(command, "--help")
+    assert code == 0
+    text = flat(out)
+    assert [expected for expected in HELP[command] if expected.lower() not in text.lower()] == []
+
+
+def test_no_arguments_show_the_help(embpack_command):
+    code, out, err = embpack_command()
+    assert code == 2
+    assert "quantize" in out + err
