@@ -93,8 +93,7 @@ class Kind:
     def make_arrays(self) -> Arrays:
         names = ("word_embeddings.weight", "user_emb.weight", "wte.weight")
         tables = {
-            name: make_weight(dtype, seed=i)
-            for i, (name, dtype) in enumerate(zip(names, self.dtypes, strict=False))
+            name: make_weight(dtype, seed=i) for i, (name, dtype) in enumerate(zip(names, self.dtypes, strict=False))
         }
         return Arrays(tables, self.make_others(np.random.default_rng(1)))
 
@@ -550,9 +549,7 @@ def test_the_destination_changes_only_at_the_end(tmp_path, small_chunks, dst_nam
     (tmp_path / "old.safetensors").write_bytes(b"old")
     src, dst = write_npy(tmp_path, Arrays({"vectors": make_weight()})), tmp_path / dst_name
     meanwhile = []
-    embpack.quantize_file(
-        src, dst, progress=lambda *_: meanwhile.append(dst.read_bytes() if dst.exists() else None)
-    )
+    embpack.quantize_file(src, dst, progress=lambda *_: meanwhile.append(dst.read_bytes() if dst.exists() else None))
     assert meanwhile == [b"old" if dst_name.startswith("old") else None] * 3
     assert set(embpack.load(dst, verify=True)) == {"vectors"}
 

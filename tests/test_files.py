@@ -127,7 +127,7 @@ def test_any_safetensors_reader_opens_it(saved):
     by_numpy = safetensors.numpy.load_file(saved)
     by_torch = safetensors.torch.load_file(saved)
     with safe_open(saved, framework="np") as file:
-        by_safe_open = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        by_safe_open = {name: file.get_tensor(name) for name in file.keys()}
     for name, packed in expected.items():
         assert by_numpy[name].tobytes() == packed.tobytes()
         assert by_torch[name].numpy().tobytes() == packed.tobytes()

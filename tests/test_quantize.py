@@ -86,7 +86,9 @@ def test_overflow_of_float16_names_the_row_and_the_way_out(isa, small_chunks, va
     assert embpack.quantize(weight, "asym", param_dtype="float32").loss < 0.05
 
 
-@pytest.mark.parametrize(("values", "scale", "bias"), [([-65519, 0], 65504 / 15, -65504), ([0, 15 * 65519.0], 65504, 0)])
+@pytest.mark.parametrize(
+    ("values", "scale", "bias"), [([-65519, 0], 65504 / 15, -65504), ([0, 15 * 65519.0], 65504, 0)]
+)
 def test_up_to_65519_rounds_to_the_largest_float16(isa, values, scale, bias):
     packed = embpack.quantize(np.float32([values]), "asym").packed
     np.testing.assert_array_equal(packed[0, 1:].copy().view("<f2"), np.float16([scale, bias]))
@@ -116,8 +118,7 @@ def test_a_table_has_rows_and_columns(shape):
 @pytest.mark.parametrize("dtype", ["float64", "int32", "int8", "uint8", "uint16"])
 def test_another_type_says_how_to_convert(dtype):
     assert message_of(TypeError, np.ones((2, 3), dtype)) == (
-        f"weight is {dtype}, but a table is float32, float16 or bfloat16; "
-        "convert it with weight.astype(numpy.float32)"
+        f"weight is {dtype}, but a table is float32, float16 or bfloat16; convert it with weight.astype(numpy.float32)"
     )
 
 

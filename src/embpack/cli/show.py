@@ -27,7 +27,7 @@ from embpack.rules import Decision
 
 # Names of tensors and files are shown as they are: "[red]" and ":smile:" in them mean nothing.
 # Where no terminal sets a width, lines are long enough for the names of tensors.
-output = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
+output = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
@@ -87,7 +87,8 @@ def row_progress(totals: dict[str, int], *, shown: bool) -> Iterator[OnRows]:
         TimeRemainingColumn(),
         console=errors,
         transient=True,
-        disable=not shown,
+        # Where there is no terminal, bars would leave an empty line.
+        disable=not (shown and errors.is_terminal),
     )
     with bars:
         tasks = {name: bars.add_task(name, total=total, start=False) for name, total in totals.items()}
