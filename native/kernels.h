@@ -37,7 +37,7 @@ struct RowBlock {
     size_t embedding_dim;
 };
 
-// The row bounds of a block, and once a search has run, its clipping ranges.
+// A range for each row of a block: its bounds, or what a search has made of them.
 struct Ranges {
     float xmin[block_rows];
     float xmax[block_rows];
@@ -77,9 +77,10 @@ struct Kernels {
     SearchFn search_table;
     SearchFn search_greedy;
 
-    // Packs each row under its range to `packed`, row after row. Returns a bit for every row whose scale or
-    // bias is not finite in the grid's parameter type.
-    uint64_t (*encode_rows)(const RowBlock&, Grid, const Ranges&, uint8_t* packed, SquaredSums&) noexcept;
+    // Packs each row, whose bounds are given, under its range to `packed`, row after row. Returns a bit for every
+    // row whose scale or bias is not finite in the grid's parameter type.
+    uint64_t (*encode_rows)(const RowBlock&, Grid, const Ranges& bounds, const Ranges&, uint8_t* packed,
+                            SquaredSums&) noexcept;
 
     // out[i] = row indices[i], or row i where indices is null; float32 [count, embedding_dim].
     void (*decode_rows)(const PackedRows&, const int64_t* indices, size_t count, float* out) noexcept;

@@ -93,14 +93,15 @@ QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const 
 #pragma omp parallel for num_threads(threads) schedule(dynamic, reader.blocks_at_a_time())
     for (size_t i = 0; i < reader.num_blocks(); i++) {
         const RowBlock block = reader.read(i, k);
-        Ranges ranges{};
-        if (!k.bound_rows(block, ranges)) {
+        Ranges bounds{};
+        if (!k.bound_rows(block, bounds)) {
             note_fault(result, RowFault::not_finite, i * block_rows + first_not_finite_row(block, k));
             continue;
         }
         float* own_scratch = scratch.data() + static_cast<size_t>(omp_get_thread_num()) * scratch_values;
+        Ranges ranges = bounds;
         (k.*search)(block, grid, params, ranges, own_scratch);
-        const uint64_t overflows = k.encode_rows(block, grid, ranges, packed + i * block_bytes, sums[i]);
+        const uint64_t overflows = k.encode_rows(block, grid, bounds, ranges, packed + i * block_bytes, sums[i]);
         if (overflows != 0) {
             const size_t row = static_cast<size_t>(std::countr_zero(overflows));
             note_fault(result, RowFault::params_overflow, i * block_rows + row);

@@ -368,10 +368,20 @@ def test_a_tensor_that_is_no_packed_table(tmp_path, saved, dtype, shape):
     assert f"the metadata promises U8 [50, 16], the file has {dtype} {shape}" in error_of(saved)
 
 
-@pytest.mark.parametrize("header", [b"[" * 100_000, b'{"a":' * 100_000], ids=["lists", "objects"])
-def test_a_header_nested_too_deep(tmp_path, header):
-    write_raw(tmp_path / "deep.safetensors", header)
-    assert error_of(tmp_path / "deep.safetensors")
+DAMAGED_HEADERS = {
+    "nested lists": b"[" * 100_000,
+    "nested objects": b'{"a":' * 100_000,
+    "offsets are text": b'{"user":{"dtype":"U8","shape":[1],"data_offsets":["0","1"]}}',
+    "offsets are endless": b'{"user":{"dtype":"U8","shape":[1],"data_offsets":[0,1e400]}}',
+    "metadata is no text": b'{"__metadata__":{"embpack":{"version":1}}}',
+    "not UTF-8": b'{"\xff":1}',
+}
+
+
+@pytest.mark.parametrize("header", DAMAGED_HEADERS.values(), ids=DAMAGED_HEADERS)
+def test_a_damaged_header(tmp_path, header):
+    write_raw(tmp_path / "header.safetensors", header)
+    assert error_of(tmp_path / "header.safetensors")
 
 
 def test_a_checkpoint_that_is_not_packed(tmp_path):

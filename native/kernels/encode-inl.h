@@ -29,10 +29,13 @@ inline void prefetch_after(const float* p, size_t bytes) {
 
 // Packs the codes of up to a row's values x[0 .. count), of which only the row's last may be no multiple of 16.
 // Encoding leaves the memory idle, and the next block is most likely `next_bytes` away.
-template <int bits, class Sums>
+template <int bits, bool clips, class Sums>
 inline void encode_values(const float* x, size_t count, size_t next_bytes, const GridParams& p, F32x16 top,
                           uint8_t* packed, Sums& sums) {
-    const auto encode = [&](F32x16 values) { return round_code(mul(sub(values, p.bias), p.inverse), top); };
+    const auto encode = [&](F32x16 values) {
+        const F32x16 codes = mul(sub(values, p.bias), p.inverse);
+        return clips ? round_code(codes, top) : round_nearest(codes);
+    };
     const auto level = [&](F32x16 codes) { return fma(p.scale, codes, p.bias); };
     size_t j = 0;
     for (; j + 16 <= count; j += 16) {
@@ -69,11 +72,14 @@ struct BlockParams {
     float scale[block_rows], bias[block_rows], inverse[block_rows];
     uint16_t scale_f16[block_rows], bias_f16[block_rows];
     uint64_t overflows;   // a bit for every row
+    uint64_t fits;        // a bit for every row whose values all get their codes by rounding alone
 };
 
-inline BlockParams make_block_params(const Ranges& ranges, Grid grid) {
+inline BlockParams make_block_params(const Ranges& bounds, const Ranges& ranges, Grid grid) {
     BlockParams out;
     out.overflows = 0;
+    out.fits = 0;
+    const F32x16 top = top_code(grid);
     for (size_t i = 0; i < block_rows; i += lanes) {
         const GridParams p = make_grid(load(ranges.xmin + i), load(ranges.xmax + i), grid);
         store(out.scale + i, p.scale);
@@ -83,6 +89,11 @@ inline BlockParams make_block_params(const Ranges& ranges, Grid grid) {
         store_f16(out.bias_f16 + i, p.bias);
         const uint64_t whole = lane_bits(both(finite(p.scale), finite(p.bias)));
         out.overflows |= (~whole & 0xffff) << i;
+        // Rounding is monotone: what lies between the bounds gets a code between theirs.
+        const F32x16 first = round_nearest(mul(sub(load(bounds.xmin + i), p.bias), p.inverse));
+        const F32x16 last = round_nearest(mul(sub(load(bounds.xmax + i), p.bias), p.inverse));
+        const uint64_t fit = lane_bits(both(equal(first, splat(0.0f)), equal(last, top)));
+        out.fits |= fit << i;
     }
     return out;
 }
@@ -106,14 +117,12 @@ inline void store_params(const BlockParams& params, size_t row, bool f16_params,
     }
 }
 
-template <int bits>
-inline uint64_t encode_rows_of(const RowBlock& block, Grid grid, const Ranges& ranges, uint8_t* packed,
-                               SquaredSums& sums) {
+template <int bits, bool clips>
+inline SquaredSums encode_block(const RowBlock& block, Grid grid, const BlockParams& params, bool narrow,
+                                uint8_t* packed) {
     const size_t d = block.embedding_dim;
     const size_t row_bytes = packed_row_bytes(d, grid);
     const size_t code_bytes = (d * bits + 7) / 8;
-    const BlockParams params = make_block_params(ranges, grid);
-    const bool narrow = squares_fit_float(block, ranges, grid);
     const size_t next_bytes = block.num_rows * d * sizeof(float);
     const F32x16 top = top_code(grid);
     WideSums wide;
@@ -126,7 +135,7 @@ inline uint64_t encode_rows_of(const RowBlock& block, Grid grid, const Ranges& r
         for (size_t j = 0; j < d; j += 16 * run_vectors) {
             const size_t count = d - j < 16 * run_vectors ? d - j : 16 * run_vectors;
             if (!narrow) {
-                encode_values<bits>(x + j, count, next_bytes, p, top, out + j / 8 * bits, wide);
+                encode_values<bits, clips>(x + j, count, next_bytes, p, top, out + j / 8 * bits, wide);
                 continue;
             }
             vectors_in_run += (count + 15) / 16;
@@ -134,18 +143,28 @@ inline uint64_t encode_rows_of(const RowBlock& block, Grid grid, const Ranges& r
                 wide.take(run);
                 vectors_in_run = (count + 15) / 16;
             }
-            encode_values<bits>(x + j, count, next_bytes, p, top, out + j / 8 * bits, run);
+            encode_values<bits, clips>(x + j, count, next_bytes, p, top, out + j / 8 * bits, run);
         }
         store_params(params, row, grid.f16_params, out + code_bytes);
     }
     wide.take(run);
-    sums = {sum_lanes(wide.error), sum_lanes(wide.norm)};
-    return params.overflows & ((uint64_t{1} << block.num_rows) - 1);
+    return {sum_lanes(wide.error), sum_lanes(wide.norm)};
 }
 
-uint64_t encode_rows(const RowBlock& block, Grid grid, const Ranges& ranges, uint8_t* packed,
+template <int bits>
+inline uint64_t encode_rows_of(const RowBlock& block, Grid grid, const Ranges& bounds, const Ranges& ranges,
+                               uint8_t* packed, SquaredSums& sums) {
+    const BlockParams params = make_block_params(bounds, ranges, grid);
+    const bool narrow = squares_fit_float(block, ranges, grid);
+    const uint64_t rows = (uint64_t{1} << block.num_rows) - 1;
+    sums = (params.fits & rows) == rows ? encode_block<bits, false>(block, grid, params, narrow, packed)
+                                        : encode_block<bits, true>(block, grid, params, narrow, packed);
+    return params.overflows & rows;
+}
+
+uint64_t encode_rows(const RowBlock& block, Grid grid, const Ranges& bounds, const Ranges& ranges, uint8_t* packed,
                      SquaredSums& sums) noexcept {
-    if (grid.bits == 2) return encode_rows_of<2>(block, grid, ranges, packed, sums);
-    if (grid.bits == 4) return encode_rows_of<4>(block, grid, ranges, packed, sums);
-    return encode_rows_of<8>(block, grid, ranges, packed, sums);
+    if (grid.bits == 2) return encode_rows_of<2>(block, grid, bounds, ranges, packed, sums);
+    if (grid.bits == 4) return encode_rows_of<4>(block, grid, bounds, ranges, packed, sums);
+    return encode_rows_of<8>(block, grid, bounds, ranges, packed, sums);
 }

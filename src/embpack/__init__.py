@@ -1,8 +1,6 @@
 """Pack trained embedding tables to 4 bits a value, and look rows up straight from the packed bytes."""
 
-import os
-
-from embpack import _native
+from embpack import _core  # noqa: F401  (first: it says how the core is loaded)
 from embpack.convert import Report, TableReport, dequantize_file, quantize_file
 from embpack.errors import FormatError, MissingExtraError
 from embpack.files import load, save
@@ -12,13 +10,6 @@ from embpack.table import PackedTable
 from embpack.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
-
-_isa = os.environ.get("EMBPACK_ISA")
-if _isa and not _native.use_isa(_isa):
-    raise ImportError(
-        f"EMBPACK_ISA is {_isa!r}, which this CPU or build does not have; choose one of "
-        f"{', '.join(_native.available_isas())}, or unset it"
-    )
 
 __all__ = [
     "METHODS",
