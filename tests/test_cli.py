@@ -213,7 +213,7 @@ def test_a_dry_run_prints_json(embpack_command, tmp_path, model):
 
 
 def test_a_dry_run_says_why_a_table_is_not_packed(embpack_command, tmp_path):
-    weight = np.ones((4, 8))
+    weight = np.ones((40, 8))
     src = write_npz(tmp_path, Arrays({"a_emb": weight, "b_emb": weight.astype(np.float32)}))
     _, out, _ = embpack_command("quantize", src, "--dry-run")
     assert "copied: a_emb (F64, not float32, float16 or bfloat16)\n" in out
@@ -319,7 +319,7 @@ def test_quantize_names_a_nan(embpack_command, tmp_path):
 
 
 def test_what_is_left_out_is_shown(embpack_command, tmp_path):
-    np.savez(tmp_path / "model.npz", emb=np.ones((4, 8), np.float32), words=np.array(["a", "b"]))
+    np.savez(tmp_path / "model.npz", emb=np.ones((40, 8), np.float32), words=np.array(["a", "b"]))
     code, out, _ = embpack_command("quantize", tmp_path / "model.npz", "--dry-run")
     assert code == 0
     assert re.search(r"^left out: array 'words' \(.+\)$", out, re.MULTILINE)

@@ -523,6 +523,16 @@ def test_save_refuses_a_table_without_rows(tmp_path):
     assert names_in(tmp_path) == set()
 
 
+@pytest.mark.parametrize("attributes", [{"loss": float("nan")}, {"loss": -1.0}, {"method": None}])
+def test_save_refuses_what_load_would(tmp_path, attributes):
+    table = make_table()
+    odd = embpack.PackedTable(table.packed, table.row_format, **attributes)
+    [(key, value)] = attributes.items()
+    with pytest.raises(ValueError, match=f"table 'user': its metadata says {key} is {value!r}"):
+        embpack.save(tmp_path / "t.safetensors", {"user": odd})
+    assert names_in(tmp_path) == set()
+
+
 def test_save_refuses_the_name_of_the_metadata(tmp_path):
     with pytest.raises(ValueError, match="__metadata__"):
         embpack.save(tmp_path / "t.safetensors", {"__metadata__": make_table()})

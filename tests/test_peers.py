@@ -147,11 +147,11 @@ def pooling_bound(table, indices, offsets, weights=None):
     most u M each: (n + 1) u M. PyTorch's acc = fma(w * scale, code, acc + w * bias) rounds both products, at most
     u M altogether, and adds twice a row: (2 n + 1) u M. Together (3 n + 2) u M; one u M more covers the terms in
     u^2, as n u is far below 1. Roundings to subnormals are off by half the smallest one each instead, a product's
-    up to 255 times, the largest code.
+    up to 255 times, the largest code. The magnitudes are read off rounded levels, which 1e-6 makes up for.
     """
     fmt = table.row_format
     params = np.ascontiguousarray(table.packed[:, fmt.code_bytes :]).view("<f2" if fmt.has_f16_params else "<f4")
-    scale, bias = params.astype(np.float64).T[:, :, None]
+    bias = params[:, 1:].astype(np.float64)
     dequantized = table.dequantize().astype(np.float64)
     magnitudes = np.abs(dequantized - bias) + np.abs(bias)
     weight = np.ones(len(indices)) if weights is None else np.abs(weights.astype(np.float64))
@@ -208,7 +208,7 @@ def test_fbgemm_dequantizes_our_rows_exactly(isa, rng, bits, embedding_dim):
 def test_fbgemm_dequantizes_our_8_bit_rows(isa, rng, embedding_dim):
     table = embpack.quantize(random_rows(rng, embedding_dim), "asym", 8)
     fbgemms = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(torch.from_numpy(table.packed)).numpy()
-    scale, bias = np.ascontiguousarray(table.packed[:, embedding_dim:]).view("<f4").astype(np.float64).T[:, :, None]
+    scale = np.ascontiguousarray(table.packed[:, embedding_dim:]).view("<f4")[:, :1].astype(np.float64)
     # Rounding scale * code costs u of it, which is a level less its bias; each of the two sums then u of a level.
     levels = np.abs(table.dequantize().astype(np.float64))
     bound = UNIT_ROUNDOFF * (1 + 1e-6) * (np.abs(scale) * 255 + 2 * levels) + SMALLEST

@@ -88,6 +88,7 @@ def test_a_float_table_is_packed(dtype):
         (make_tensor("emb.weight", dtype="I64"), "I64, not float32"),
         (make_tensor("emb.weight", dtype="F64"), "F64, not float32"),
         (make_tensor("linear.weight"), "does not say embedding"),
+        (make_tensor("token_type_embeddings.weight", (15, 64)), "^fewer than 16 rows"),
         (make_tensor("emb.weight", (100, 1)), "not smaller: 5 of 4 bytes"),
         (make_tensor("emb.weight", (100, 2), dtype="F16"), "not smaller: 5 of 4 bytes"),
     ],
@@ -102,8 +103,13 @@ def test_what_is_not_packed_says_why(tensor, reason):
 def test_include_and_exclude():
     assert decide(make_tensor("linear.weight"), include=("lin*",)).reason == "included"
     assert decide(make_tensor("emb.weight", (100, 1)), include=("emb*",)).row_format is not None
+    assert decide(make_tensor("emb.weight", (2, 64)), include=("emb*",)).row_format is not None
     assert decide(make_tensor("emb.weight"), exclude=("emb.*",)).reason == "excluded"
     assert decide(make_tensor("emb.weight"), include=("*",), exclude=("emb.*",)).row_format is None
+
+
+def test_sixteen_rows_are_enough():
+    assert decide(make_tensor("emb.weight", (16, 64))).row_format is not None
 
 
 def test_vectors_need_no_name():

@@ -231,8 +231,8 @@ def test_bags_by_hand(isa):
 
 
 def test_the_maximum_of_negative_rows_is_negative(isa):
-    table = embpack.quantize(np.float32([[-3, -1], [-2, -17]]), "asym")
-    np.testing.assert_array_equal(table.embedding_bag([[0, 1]], mode="max"), [[-2, -1]])
+    table = embpack.quantize(np.float32([[-3, -18], [-17, -2]]), "asym")
+    np.testing.assert_array_equal(table.embedding_bag([[0, 1]], mode="max"), [[-3, -2]])
 
 
 def draw_bags(data, num_rows, embedding_dim, bits):
@@ -434,3 +434,8 @@ def test_embedding_bag_says_what_is_wrong(table, what):
     error, arguments, message = BAG_ERRORS[what]
     arguments = {"indices": [0, 1, 2], "offsets": [0], "mode": "sum"} | arguments
     assert message_of(error, table.embedding_bag, **arguments) == message
+
+
+def test_a_dtype_that_no_weights_have_is_refused(table):
+    message = message_of(ValueError, PackedTable, table.packed, table.row_format, "float64")
+    assert message == "dtype is 'float64'; the weights were one of float32, float16, bfloat16"

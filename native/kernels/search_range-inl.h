@@ -7,7 +7,7 @@ void search_asym(const RowBlock&, Grid, const SearchParams&, Ranges&, float*) no
 
 void search_sym(const RowBlock& block, Grid, const SearchParams&, Ranges& ranges, float*) noexcept {
     for (size_t row = 0; row < block.num_rows; row++) {
-        const float low = -ranges.xmin[row], high = ranges.xmax[row];
+        const float low = __builtin_fabsf(ranges.xmin[row]), high = __builtin_fabsf(ranges.xmax[row]);
         const float xmax = low < high ? high : low;
         ranges.xmin[row] = -xmax;
         ranges.xmax[row] = xmax;

@@ -246,7 +246,8 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
         tables: name to table.
 
     Raises:
-        ValueError: there are no tables, one has no rows, or path has another suffix.
+        ValueError: there are no tables, one has no rows or attributes that no file can have, or path has another
+            suffix.
         OSError: the disk is full, the folder cannot be written to.
     """
     path = Path(path)
@@ -261,6 +262,9 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
         name: TableEntry.describe(table, format_checksum(hashlib.sha256(table.packed.data)))
         for name, table in tables.items()
     }
+    for name, entry in entries.items():
+        # What load would refuse is not written.
+        _read_entry(f"{path}: table {name!r}", asdict(entry), ("U8", tables[name].packed.shape))
     metadata = make_metadata(entries)
     tensors = [
         OutTensor(name, "U8", table.packed.shape, partial(iter, [table.packed])) for name, table in tables.items()

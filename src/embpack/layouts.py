@@ -1,6 +1,7 @@
 """How a packed row lies in memory (the bytes themselves: docs/format.md)."""
 
 from dataclasses import dataclass
+from operator import index
 
 BITS = (2, 4, 8)
 PARAM_BYTES = {"float16": 2, "float32": 4}
@@ -37,6 +38,7 @@ class RowFormat:
         layout: a name in LAYOUTS.
 
     Raises:
+        TypeError: embedding_dim or bits is no integer.
         ValueError: a value is none of the above.
     """
 
@@ -46,6 +48,9 @@ class RowFormat:
     layout: str = "uniform"
 
     def __post_init__(self) -> None:
+        # NumPy's integers are welcome, but JSON has no place for them.
+        object.__setattr__(self, "embedding_dim", index(self.embedding_dim))
+        object.__setattr__(self, "bits", index(self.bits))
         if self.embedding_dim < 1:
             raise ValueError(f"embedding_dim is {self.embedding_dim}; a row needs at least one value")
         if self.bits not in BITS:

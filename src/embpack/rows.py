@@ -20,7 +20,7 @@ def as_rows(weight: Any) -> tuple[NDArray[Any], str]:
 
     Args:
         weight: [num_embeddings, embedding_dim] of float32, float16 or bfloat16; NumPy (bfloat16 from ml_dtypes)
-            or PyTorch, contiguous or not, on any device.
+            or PyTorch, contiguous or not, of any byte order, on any device.
 
     Returns:
         The array, bfloat16 as uint16, without a copy where that is possible; and the name of its type.
@@ -40,6 +40,8 @@ def as_rows(weight: Any) -> tuple[NDArray[Any], str]:
         hint = "; convert it with weight.astype(numpy.float32)" if array.dtype.kind in "fiu" else ""
         raise TypeError(f"weight is {array.dtype.name}, but a table is float32, float16 or bfloat16{hint}")
     name = array.dtype.name
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     return _check_shape(array.view(np.uint16) if name == "bfloat16" else array), name
 
 

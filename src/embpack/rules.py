@@ -1,7 +1,8 @@
 """Which tensors of a checkpoint are embedding tables.
 
 A tensor is packed if it is a 2-D table of float32, float16 or bfloat16 and its name says embedding, or the file
-format says that it holds vectors, or the user names it; and if packing makes it smaller.
+format says that it holds vectors, or the user names it; and, unless the user names it, if it has at least MIN_ROWS rows
+and packing makes them smaller.
 """
 
 import re
@@ -15,6 +16,10 @@ from embpack.sources.dtypes import count_bytes
 
 # The types that can be packed, by their safetensors names.
 PACKABLE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+# Each row of a small table (token types, say) is in a large part of all inputs: an error there costs the most, and
+# packing it saves the least.
+MIN_ROWS = 16
 
 _EMBEDDING_WORDS = {"embedding", "embeddings", "embed", "embeds", "emb", "embs", "embeddingbag", "wte", "wpe"}
 # After a first word such as "embed" or "embedding": what a table holds, never what a layer does.
@@ -119,6 +124,8 @@ class Rules:
             return Decision(tensor, None, "name does not say embedding")
         param_dtype = self.param_dtype or default_param_dtype(self.bits)
         row_format = RowFormat(tensor.shape[1], self.bits, param_dtype)
+        if tensor.shape[0] < MIN_ROWS and not (included or tensor.is_vectors):
+            return Decision(tensor, None, f"fewer than {MIN_ROWS} rows: much used, and little to save")
         before = count_bytes(tensor.dtype, tensor.shape[1:])
         if row_format.row_bytes >= before and not included:
             return Decision(tensor, None, f"a packed row is not smaller: {row_format.row_bytes} of {before} bytes")

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from embpack import _native
 from embpack.layouts import RowFormat, default_param_dtype
+from embpack.rows import ROW_DTYPES
 
 MODES = ("sum", "mean", "max")
 
@@ -24,7 +25,7 @@ class PackedTable:
         loss: normalized l2 loss ||X - Q(X)|| / ||X||, measured when packed; None where unknown.
 
     Raises:
-        ValueError: packed is not what row_format says.
+        ValueError: packed is not what row_format says, or there is no such dtype.
     """
 
     packed: NDArray[np.uint8]
@@ -40,6 +41,8 @@ class PackedTable:
                 f"packed is {packed.dtype} of shape {list(packed.shape)}; it must be C-contiguous uint8 "
                 "[num_embeddings, row_bytes]"
             )
+        if self.dtype not in ROW_DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; the weights were one of {', '.join(ROW_DTYPES)}")
         expected = self.row_format.row_bytes
         if packed.shape[1] != expected:
             raise ValueError(

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 import embpack
 from embpack.cli import show
 from embpack.convert import quantize_file
+from embpack.rules import says_embedding
 from embpack.samples import make_checkpoint
 from embpack.table import PackedTable
 
@@ -22,7 +23,7 @@ def demo() -> None:
         save_file(tensors, src)
 
         show.output.print("\n$ embpack quantize model.safetensors model-4bit.safetensors", style="bold cyan")
-        totals = {name: len(weight) for name, weight in tensors.items() if weight.ndim == 2}
+        totals = {name: len(weight) for name, weight in tensors.items() if says_embedding(name)}
         with show.row_progress(totals, shown=True) as progress:
             report = quantize_file(src, dst, progress=progress)
         show.print_report(dst.name, report)

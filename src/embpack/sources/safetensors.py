@@ -93,8 +93,8 @@ def _promised_bytes(header: bytes) -> int | None:
     """Return where the last tensor ends; None where the header does not say."""
     try:
         entries = json.loads(header).items()
-        return max((entry["data_offsets"][1] for name, entry in entries if name != _METADATA_KEY), default=0)
-    except (ValueError, TypeError, LookupError, AttributeError):
+        return int(max((entry["data_offsets"][1] for name, entry in entries if name != _METADATA_KEY), default=0))
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return None
 
 

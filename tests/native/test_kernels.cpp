@@ -1,0 +1,440 @@
+// Every kernel of every instruction set that this CPU runs, on memory that ends where the last value does, against
+// the portable ones, bit for bit. Built with the address and undefined-behaviour sanitizers.
+//
+// Each case runs three times: with buffers from the heap, where the address sanitizer watches every byte around
+// them; and with buffers that end, then start, at a page that cannot be touched, because the sanitizer does not see
+// the masked loads and stores.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "kernels.h"
+#include "lookup.h"
+#include "quantize.h"
+#include "threads.h"
+
+namespace {
+
+using namespace embpack;
+
+int failures = 0;
+std::string where;   // what is being tested, for messages
+
+#define CHECK(condition)                                                                             \
+    do {                                                                                             \
+        if (!(condition)) {                                                                          \
+            std::printf("%s:%d: %s, in %s\n", __FILE__, __LINE__, #condition, where.c_str());        \
+            failures++;                                                                              \
+        }                                                                                            \
+    } while (false)
+
+// Small and fast, the same everywhere.
+class Random {
+public:
+    explicit Random(uint64_t seed) : state_(seed * 2 + 1) {}
+
+    uint32_t bits() {
+        state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+        return static_cast<uint32_t>(state_ >> 32);
+    }
+    float uniform() { return static_cast<float>(bits() >> 8) * 0x1p-24f; }
+    // Roughly normal.
+    float normal() { return uniform() + uniform() + uniform() + uniform() - 2.0f; }
+
+private:
+    uint64_t state_;
+};
+
+enum class Placement { heap, before_a_guard, after_a_guard };
+
+// Memory between two pages that cannot be touched.
+class Arena {
+public:
+    Arena() : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
+        void* memory = mmap(nullptr, page_ + usable + page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) std::abort();
+        start_ = static_cast<uint8_t*>(memory) + page_;
+        if (mprotect(start_, usable, PROT_READ | PROT_WRITE) != 0) std::abort();
+    }
+    ~Arena() { munmap(start_ - page_, page_ + usable + page_); }
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+
+    uint8_t* place(size_t bytes, Placement placement) {
+        if (bytes > usable) std::abort();
+        return placement == Placement::before_a_guard ? start_ + usable - bytes : start_;
+    }
+
+private:
+    static constexpr size_t usable = size_t{1} << 21;
+    size_t page_;
+    uint8_t* start_;
+};
+
+// `count` values and not a byte more. Buffers that live at the same time need arenas of their own.
+template <class T>
+class Buffer {
+public:
+    Buffer(size_t count, Placement placement, Arena& arena) : count_(count) {
+        if (placement == Placement::heap) {
+            owned_ = std::make_unique<T[]>(count);
+            values_ = owned_.get();
+        } else {
+            values_ = reinterpret_cast<T*>(arena.place(count * sizeof(T), placement));
+            std::memset(values_, 0, count * sizeof(T));
+        }
+    }
+    Buffer(const std::vector<T>& from, Placement placement, Arena& arena) : Buffer(from.size(), placement, arena) {
+        if (!from.empty()) std::memcpy(values_, from.data(), from.size() * sizeof(T));
+    }
+
+    T* get() { return values_; }
+    std::vector<T> copy() const { return {values_, values_ + count_}; }
+
+private:
+    size_t count_;
+    std::unique_ptr<T[]> owned_;
+    T* values_;
+};
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+bool same_bits(double a, double b) { return std::memcmp(&a, &b, sizeof a) == 0; }
+
+struct Case {
+    size_t embedding_dim;
+    size_t num_rows;
+    Grid grid;
+
+    std::string describe(const char* isa, Placement placement) const {
+        const char* places[] = {"heap", "before a guard page", "after a guard page"};
+        return std::string(isa) + ", embedding_dim " + std::to_string(embedding_dim) + ", " +
+               std::to_string(num_rows) + " rows, " + std::to_string(grid.bits) + " bits, " +
+               (grid.f16_params ? "float16" : "float32") + " parameters, " + places[static_cast<int>(placement)];
+    }
+};
+
+// Rows of several kinds, one after the other.
+std::vector<float> make_rows(const Case& c) {
+    Random random(c.embedding_dim * 64 + c.num_rows);
+    std::vector<float> rows;
+    for (size_t row = 0; row < c.num_rows; row++) {
+        for (size_t j = 0; j < c.embedding_dim; j++) {
+            const float x = random.normal();
+            const float kinds[] = {x, 0.3f, 1000.0f + 0.01f * x, 1e-4f * x, 0.0f, 5e3f * x, x * x * x, -2.5f};
+            rows.push_back(kinds[row % 8]);
+        }
+    }
+    return rows;
+}
+
+struct Search {
+    const char* name;
+    SearchFn Kernels::*search;
+    SearchParams params;
+};
+// Few steps: the walk is the same, and the portable kernels are slow under sanitizers.
+const Search searches[] = {
+    {"asym", &Kernels::search_asym, {}},
+    {"sym", &Kernels::search_sym, {}},
+    {"table", &Kernels::search_table, {.xmin = -0.7f, .xmax = 1.1f}},
+    {"greedy", &Kernels::search_greedy, {.b = 20, .r = 0.3}},
+    {"greedy-paper", &Kernels::search_greedy, {.b = 20, .r = 0.3, .local_minima_only = true}},
+};
+
+// Everything that the kernels return for a case; comparing two of these compares two instruction sets.
+struct Results {
+    std::vector<float> bounds;
+    std::vector<std::vector<float>> ranges, decoded, pooled;
+    std::vector<std::vector<uint8_t>> packed;
+    std::vector<double> sums;
+    std::vector<uint64_t> overflows;
+};
+
+std::vector<float> used_ranges(const Ranges& ranges, size_t num_rows) {
+    std::vector<float> used(ranges.xmin, ranges.xmin + num_rows);
+    used.insert(used.end(), ranges.xmax, ranges.xmax + num_rows);
+    return used;
+}
+
+struct Arenas {
+    Arena rows, scratch, packed, out, indices, weights;
+};
+
+void quantize_block(const Kernels& k, const Case& c, Placement placement, Arenas& arenas, Results& results) {
+    Buffer<float> rows(make_rows(c), placement, arenas.rows);
+    const RowBlock block{rows.get(), c.num_rows, c.embedding_dim};
+    Ranges bounds{};
+    CHECK(k.bound_rows(block, bounds));
+    results.bounds = used_ranges(bounds, c.num_rows);
+    for (const Search& search : searches) {
+        Ranges ranges = bounds;
+        Buffer<float> scratch(2 * block_rows * c.embedding_dim, placement, arenas.scratch);
+        (k.*search.search)(block, c.grid, search.params, ranges, scratch.get());
+        results.ranges.push_back(used_ranges(ranges, c.num_rows));
+
+        Buffer<uint8_t> packed(c.num_rows * packed_row_bytes(c.embedding_dim, c.grid), placement, arenas.packed);
+        SquaredSums sums{};
+        results.overflows.push_back(k.encode_rows(block, c.grid, bounds, ranges, packed.get(), sums));
+        results.packed.push_back(packed.copy());
+        results.sums.push_back(sums.error);
+        results.sums.push_back(sums.norm);
+    }
+}
+
+void look_up(const Kernels& k, const Case& c, Placement placement, Arenas& arenas, Results& results) {
+    Buffer<uint8_t> packed(results.packed.back(), placement, arenas.packed);
+    const PackedRows rows{packed.get(), c.num_rows, c.embedding_dim, packed_row_bytes(c.embedding_dim, c.grid), c.grid};
+    Random random(c.embedding_dim);
+    std::vector<int64_t> some_indices;
+    std::vector<float> some_weights;
+    for (size_t i = 0; i < c.num_rows + 3; i++) {
+        some_indices.push_back(random.bits() % c.num_rows);
+        some_weights.push_back(random.normal());
+    }
+    some_indices.back() = static_cast<int64_t>(c.num_rows - 1);
+    Buffer<int64_t> indices(some_indices, placement, arenas.indices);
+    Buffer<float> weights(some_weights, placement, arenas.weights);
+    const size_t count = some_indices.size();
+
+    Buffer<float> all(c.num_rows * c.embedding_dim, placement, arenas.out);
+    k.decode_rows(rows, nullptr, c.num_rows, all.get());
+    results.decoded.push_back(all.copy());
+    Buffer<float> gathered(count * c.embedding_dim, placement, arenas.out);
+    k.decode_rows(rows, indices.get(), count, gathered.get());
+    results.decoded.push_back(gathered.copy());
+
+    const auto pool = [&](const float* bag_weights, size_t bag, int64_t padding, Pooling pooling) {
+        Buffer<float> out(c.embedding_dim, placement, arenas.out);
+        k.pool_rows(rows, indices.get(), bag_weights, bag, padding, pooling, out.get());
+        results.pooled.push_back(out.copy());
+    };
+    for (Pooling pooling : {Pooling::sum, Pooling::mean, Pooling::max}) {
+        for (size_t bag : {size_t{0}, size_t{1}, count}) pool(nullptr, bag, -1, pooling);
+        pool(nullptr, count, some_indices[0], pooling);
+    }
+    pool(weights.get(), count, -1, Pooling::sum);
+}
+
+Results run(const Kernels& k, const Case& c, Placement placement, Arenas& arenas) {
+    where = c.describe(k.isa, placement);
+    Results results;
+    quantize_block(k, c, placement, arenas, results);
+    look_up(k, c, placement, arenas, results);
+    return results;
+}
+
+void compare(const Results& got, const Results& wanted) {
+    CHECK(same_bits(got.bounds, wanted.bounds));
+    for (size_t i = 0; i < std::size(searches); i++) {
+        const std::string outside = where;
+        where += std::string(", ") + searches[i].name;
+        CHECK(same_bits(got.ranges[i], wanted.ranges[i]));
+        CHECK(same_bits(got.packed[i], wanted.packed[i]));
+        CHECK(same_bits(got.sums[2 * i], wanted.sums[2 * i]));
+        CHECK(same_bits(got.sums[2 * i + 1], wanted.sums[2 * i + 1]));
+        CHECK(got.overflows[i] == 0);
+        where = outside;
+    }
+    for (size_t i = 0; i < wanted.decoded.size(); i++) CHECK(same_bits(got.decoded[i], wanted.decoded[i]));
+    for (size_t i = 0; i < wanted.pooled.size(); i++) CHECK(same_bits(got.pooled[i], wanted.pooled[i]));
+}
+
+// The kernels of each instruction set that this CPU runs, portable first.
+std::vector<const Kernels*> all_kernels() {
+    std::vector<const Kernels*> all;
+    for (std::string_view name : available_isas()) {
+        CHECK(use_isa(name));
+        CHECK(name == kernels().isa);
+        all.insert(all.begin(), &kernels());
+    }
+    return all;
+}
+
+void test_case(const Case& c, const std::vector<const Kernels*>& isas, Arenas& arenas) {
+    const Results wanted = run(*isas.front(), c, Placement::heap, arenas);
+    for (const Kernels* k : isas) {
+        for (Placement placement : {Placement::heap, Placement::before_a_guard, Placement::after_a_guard}) {
+            // Plain C++ is seen by the sanitizer: no need for guard pages.
+            if (k == isas.front() && placement != Placement::heap) continue;
+            compare(run(*k, c, placement, arenas), wanted);
+        }
+    }
+}
+
+// The numbers of rows to try: all of them at a few widths; at the others one of them and the block's boundaries.
+std::vector<size_t> row_counts(size_t embedding_dim) {
+    std::vector<size_t> counts = {1 + embedding_dim % block_rows, block_rows};
+    if (embedding_dim == 1 || embedding_dim == 17 || embedding_dim == 32)
+        for (size_t rows = 1; rows < block_rows; rows++) counts.push_back(rows);
+    return counts;
+}
+
+std::vector<size_t> embedding_dims() {
+    std::vector<size_t> dims;
+    for (size_t d = 1; d <= 130; d++) dims.push_back(d);
+    for (size_t d : {255, 256, 257, 511, 1030}) dims.push_back(d);
+    return dims;
+}
+
+void test_all_cases(const std::vector<const Kernels*>& isas) {
+    Arenas arenas;
+    for (size_t d : embedding_dims())
+        for (int bits : {2, 4, 8})
+            for (bool f16_params : {true, false})
+                for (size_t rows : row_counts(d)) test_case({d, rows, {bits, f16_params}}, isas, arenas);
+}
+
+void test_widen_values(const std::vector<const Kernels*>& isas) {
+    Arenas arenas;
+    Random random(1);
+    for (size_t count = 0; count <= 130; count++) {
+        std::vector<uint16_t> halves;
+        for (size_t i = 0; i < count; i++) halves.push_back(static_cast<uint16_t>(random.bits()) & 0xbbff);   // no NaN
+        for (ValueType type : {ValueType::f16, ValueType::bf16}) {
+            std::vector<float> wanted;
+            for (const Kernels* k : isas) {
+                for (Placement placement : {Placement::heap, Placement::before_a_guard, Placement::after_a_guard}) {
+                    where = std::string("widen_values, ") + k->isa + ", " + std::to_string(count);
+                    Buffer<uint16_t> from(halves, placement, arenas.rows);
+                    Buffer<float> to(count, placement, arenas.out);
+                    k->widen_values(from.get(), count, type, to.get());
+                    if (wanted.empty()) wanted = to.copy();
+                    CHECK(same_bits(to.copy(), wanted));
+                }
+            }
+        }
+    }
+}
+
+// A value that is not finite is found wherever it is.
+void test_not_finite(const std::vector<const Kernels*>& isas) {
+    Arenas arenas;
+    const float infinity = std::numeric_limits<float>::infinity();
+    for (size_t d : {1, 7, 16, 17, 33, 130}) {
+        for (size_t num_rows : {1, 16, 17, 32}) {
+            const Case c{d, num_rows, {4, true}};
+            const std::vector<float> rows = make_rows(c);
+            for (size_t at = 0; at < rows.size(); at += rows.size() / 40 + 1) {
+                for (float bad : {std::nanf(""), infinity, -infinity}) {
+                    Buffer<float> with_bad(rows, Placement::before_a_guard, arenas.rows);
+                    with_bad.get()[at] = bad;
+                    for (const Kernels* k : isas) {
+                        where = c.describe(k->isa, Placement::before_a_guard) + ", value " + std::to_string(at);
+                        Ranges unused{};
+                        CHECK(!k->bound_rows({with_bad.get(), num_rows, d}, unused));
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Rows whose scale or bias overflow are reported, each by its bit, and only they.
+void test_overflows(const std::vector<const Kernels*>& isas) {
+    for (size_t num_rows : {1, 16, 17, 32}) {
+        const size_t d = 19;
+        std::vector<float> rows(num_rows * d, 1.0f);
+        uint64_t wanted = 0;
+        for (size_t row = 0; row < num_rows; row += 3) {
+            rows[row * d + row % d] = row % 2 == 0 ? -70000.0f : 2e6f;   // bias, scale
+            wanted |= uint64_t{1} << row;
+        }
+        for (const Kernels* k : isas) {
+            where = std::string("overflows, ") + k->isa + ", " + std::to_string(num_rows) + " rows";
+            const RowBlock block{rows.data(), num_rows, d};
+            Ranges ranges{};
+            CHECK(k->bound_rows(block, ranges));
+            SquaredSums sums{};
+            std::vector<uint8_t> packed(num_rows * packed_row_bytes(d, {4, true}));
+            CHECK(k->encode_rows(block, {4, true}, ranges, ranges, packed.data(), sums) == wanted);
+            packed.resize(num_rows * packed_row_bytes(d, {4, false}));
+            CHECK(k->encode_rows(block, {4, false}, ranges, ranges, packed.data(), sums) == 0);
+        }
+    }
+}
+
+// What bindings.cpp calls, over the end of a block and in several threads.
+void test_core() {
+    for (size_t num_rows : {1, 31, 32, 33, 65, 3000}) {
+        const Case c{21, num_rows, {4, true}};
+        const std::vector<float> values = make_rows(c);
+        const Rows rows{values.data(), ValueType::f32, num_rows, c.embedding_dim};
+        const size_t row_bytes = packed_row_bytes(c.embedding_dim, c.grid);
+        std::vector<uint8_t> wanted_packed;
+        std::vector<float> wanted_sums;
+        QuantizeResult wanted;
+        for (int threads : {1, 2, 3}) {
+            where = "core, " + std::to_string(num_rows) + " rows, " + std::to_string(threads) + " threads";
+            set_num_threads(threads);
+            std::vector<uint8_t> packed(num_rows * row_bytes);
+            const QuantizeResult result = quantize_rows(rows, &Kernels::search_greedy, {.b = 20}, c.grid, packed.data());
+            const PackedRows view{packed.data(), num_rows, c.embedding_dim, row_bytes, c.grid};
+            std::vector<float> all(values.size()), sums(c.embedding_dim * 2);
+            gather_rows(view, nullptr, num_rows, all.data());
+            std::vector<int64_t> indices;
+            for (size_t i = 0; i < num_rows; i++) indices.push_back(static_cast<int64_t>(num_rows - 1 - i));
+            const int64_t starts[] = {0, 1, static_cast<int64_t>(num_rows)};
+            pool_bags(view, {indices.data(), nullptr, starts, 2, -1, Pooling::sum}, sums.data());
+            const Bounds bounds = bound_table(rows);
+            CHECK(result.fault == RowFault::none && bounds.fault == RowFault::none);
+            CHECK(bounds.xmin <= values[0] && values[0] <= bounds.xmax);
+            if (threads == 1) {
+                wanted_packed = packed;
+                wanted = result;
+                wanted_sums = sums;
+                for (size_t j = 0; j < c.embedding_dim; j++)
+                    CHECK(sums[j] == all[(num_rows - 1) * c.embedding_dim + j]);
+            }
+            CHECK(same_bits(packed, wanted_packed) && same_bits(sums, wanted_sums));
+            CHECK(same_bits(result.sums.error, wanted.sums.error) && same_bits(result.sums.norm, wanted.sums.norm));
+        }
+    }
+}
+
+// Of several faults the one of the lowest row is kept.
+void test_first_fault() {
+    std::vector<float> values(5000 * 21, 1.0f);
+    values[4000 * 21 + 3] = std::nanf("");
+    values[777 * 21] = 1e9f;
+    for (int threads : {1, 3}) {
+        where = "first fault, " + std::to_string(threads) + " threads";
+        set_num_threads(threads);
+        const Grid grid{4, true};
+        std::vector<uint8_t> packed(5000 * packed_row_bytes(21, grid));
+        const Rows rows{values.data(), ValueType::f32, 5000, 21};
+        const QuantizeResult result = quantize_rows(rows, &Kernels::search_asym, {}, grid, packed.data());
+        CHECK(result.fault == RowFault::params_overflow && result.faulty_row == 777);
+        const Bounds bounds = bound_table(rows);
+        CHECK(bounds.fault == RowFault::not_finite && bounds.faulty_row == 4000);
+    }
+}
+
+}  // namespace
+
+int main() {
+    const std::vector<const Kernels*> isas = all_kernels();
+    CHECK(std::string(isas.front()->isa) == "portable");
+    test_all_cases(isas);
+    test_widen_values(isas);
+    test_not_finite(isas);
+    test_overflows(isas);
+    for (const Kernels* k : isas) {
+        use_isa(k->isa);
+        test_core();
+        test_first_fault();
+    }
+    if (failures == 0) std::printf("%zu instruction sets agree\n", isas.size());
+    return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,134 @@
+"""README and the other pages: what they show runs, and what they point at is there."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import Arrays, run_embpack, write_safetensors
+
+from embpack.layouts import RowFormat
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_there_is_python_to_run():
+    assert len(blocks("python")) >= 1
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=range(len(blocks("python"))))
+def test_python_runs_and_prints_what_its_comments_say(tmp_path, monkeypatch, capsys, code):
+    """A comment after print(...) is what it prints, up to "..." or a colon with an explanation."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out.splitlines()
+    comments = re.findall(r"^print\(.*\)  +# (.*)$", code, re.MULTILINE)
+    expected = [re.split(r"\.\.\.|: ", comment)[0].rstrip(" ,") for comment in comments]
+    assert [line[: len(start)] for line, start in zip(printed, expected, strict=True)] == expected
+
+
+def test_the_command_lines_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_safetensors(tmp_path, Arrays({"user_emb.weight": np.ones((50, 64), np.float32)}))
+    lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("embpack ")]
+    assert {shlex.split(line)[1] for line in lines} == {"quantize", "inspect", "dequantize"}
+    for line in lines:
+        done = run_embpack(*shlex.split(line, comments=True)[1:])
+        assert done.returncode == 0, (line, done.stderr)
+
+
+# The blocks that CI runs
+
+
+def ci_block(name: str) -> str:
+    [block] = re.findall(rf"^<!-- ci: {name} -->\n```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return block
+
+
+CI_RUN = (ROOT / ".ci" / "run").read_text()
+
+
+def test_ci_runs_the_blocks_that_there_are():
+    named = re.findall(r"^<!-- ci: (\w+) -->$", README, re.MULTILINE)
+    assert named == re.findall(r'\$\(readme_command (\w+)\)"$', CI_RUN, re.MULTILINE) == ["install", "test"]
+
+
+@pytest.mark.parametrize("name", ["install", "test"])
+def test_ci_finds_the_whole_block(name):
+    [function] = re.findall(r"^readme_command\(\) \{\n.*?^\}$", CI_RUN, re.MULTILINE | re.DOTALL)
+    done = subprocess.run(
+        ["bash", "-c", f"{function}\nreadme_command {name}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ci_block(name)
+
+
+def test_the_blocks_install_and_test():
+    assert ".venv/bin/pip install ." in ci_block("install").splitlines()
+    assert ".venv/bin/python -m pytest" in ci_block("test").splitlines()
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize(("embedding_dim", "percent"), [(32, "15.62"), (64, "14.06"), (72, "13.89"), (128, "13.28")])
+def test_the_share_of_float32_is_what_is_claimed(embedding_dim, percent):
+    assert f"{100 * RowFormat(embedding_dim).row_bytes / (4 * embedding_dim):.2f}" == percent
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_shares_on_the_pages_are_right(page):
+    """Wherever a page says "12.34 % at d=56", of float32 at 4 bits."""
+    wrong = [
+        (percent, dim)
+        for percent, dim in re.findall(r"([\d.]+) % at d ?= ?(\d+)", page.read_text())
+        if f"{100 * RowFormat(int(dim)).row_bytes / (4 * int(dim)):.2f}" != percent
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("embedding_dim", [1, 2, 63, 64])
+def test_a_row_has_the_bytes_that_are_described(embedding_dim):
+    assert "`ceil(embedding_dim / 2)` bytes of codes, low nibble first, then scale and bias as float16" in " ".join(
+        README.split()
+    )
+    assert RowFormat(embedding_dim).row_bytes == -(-embedding_dim // 2) + 2 * 2
+
+
+# Links
+
+
+def links(page: Path) -> list[str]:
+    """Targets of links and pictures that are files of ours."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r'src="([^"]+)"', prose)
+    return [target.partition("#")[0] for target in targets if not re.match(r"https?:|mailto:|#", target)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_linked_is_there(page):
+    assert [target for target in links(page) if not (page.parent / target).exists()] == []
+
+
+def test_readme_links_the_other_pages():
+    assert {"docs/format.md", "docs/kernels.md", "docs/design.md", "CONTRIBUTING.md"} <= set(links(ROOT / "README.md"))
+
+
+def test_the_map_of_contributing_is_right():
+    [tree] = [block for block in blocks("", (ROOT / "CONTRIBUTING.md").read_text()) if "src/embpack/" in block]
+    outer, missing = Path(), []
+    for line in tree.splitlines():
+        # Names, with a comma between them, up to two spaces; names in a folder are indented under it.
+        indent, names = re.match(r"( *)([^\s,]+(?:, [^\s,]+)*)", line).groups()
+        paths = [(outer if indent else Path()) / name for name in names.split(", ")]
+        missing += [str(path) for path in paths if not (ROOT / path).exists()]
+        if not indent:
+            outer = paths[0]
+    assert missing == []

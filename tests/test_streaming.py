@@ -1,0 +1,102 @@
+"""Memory stays bounded: a 400 MB table is packed and unpacked in a fraction of that."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from checkpoints import run_python, write_sparse_table
+
+import embpack
+
+ROWS, DIM = 1_600_000, 64
+TABLE_BYTES = ROWS * DIM * 4
+# Anonymous memory, and all that is resident, pages of mapped files included.
+MOST_ANONYMOUS = 150_000_000
+MOST_RESIDENT = 300_000_000
+
+# Samples RssAnon and VmRSS of /proc/self/status every 2 ms in a thread while the file is converted, and prints how
+# much more there was at the peak than after the imports.
+MEASURE = """
+import json, sys, threading
+from pathlib import Path
+import numpy, embpack
+import embpack.sources.numpy, embpack.targets.numpy
+
+def sample():
+    status = Path("/proc/self/status").read_text()
+    return [int(status.split(key)[1].split()[0]) * 1024 for key in ("RssAnon:", "VmRSS:")]
+
+def watch():
+    while not done.wait(0.002):
+        samples.append(sample())
+
+function, src, dst = sys.argv[1:4]
+options = {"method": sys.argv[4]} if len(sys.argv) > 4 else {}
+done, before, samples = threading.Event(), sample(), []
+watcher = threading.Thread(target=watch)
+watcher.start()
+getattr(embpack, function)(src, dst, **options)
+done.set()
+watcher.join()
+anonymous, resident = (max(peak) - start for peak, start in zip(zip(*samples), before))
+print(json.dumps({"samples": len(samples), "anonymous": anonymous, "resident": resident}))
+"""
+
+
+def measure(*args: object) -> dict[str, int]:
+    done = run_python(MEASURE, *args)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check(growth: dict[str, int]) -> None:
+    assert growth["samples"] >= 20
+    assert growth["anonymous"] < MOST_ANONYMOUS
+    assert growth["resident"] < MOST_RESIDENT
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A table of zeros that takes no room on the disk."""
+    path = tmp_path_factory.mktemp("large") / "model.safetensors"
+    write_sparse_table(path, "user_emb.weight", ROWS, DIM)
+    assert path.stat().st_size > TABLE_BYTES
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(table):
+    path = table.with_name("packed.safetensors")
+    embpack.quantize_file(table, path, method="asym")
+    return path
+
+
+@pytest.mark.parametrize("method", ["asym", "table"])
+def test_packing_a_safetensors_file(table, tmp_path, method):
+    check(measure("quantize_file", table, tmp_path / "packed.safetensors", method))
+
+
+def test_packing_an_npy_file(tmp_path):
+    np.lib.format.open_memmap(tmp_path / "vectors.npy", "w+", np.float32, (ROWS, DIM))
+    check(measure("quantize_file", tmp_path / "vectors.npy", tmp_path / "packed.safetensors", "asym"))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def test_packing_an_npz_file(tmp_path, compression):
+    with (
+        zipfile.ZipFile(tmp_path / "model.npz", "w", compression, compresslevel=1) as archive,
+        archive.open("user_emb.npy", "w", force_zip64=True) as member,
+    ):
+        header = {"descr": "<f4", "fortran_order": False, "shape": (ROWS, DIM)}
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(16):
+            member.write(bytes(TABLE_BYTES // 16))
+    check(measure("quantize_file", tmp_path / "model.npz", tmp_path / "packed.safetensors", "asym"))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".npz"])
+def test_unpacking(packed, tmp_path, suffix):
+    plain = tmp_path / f"plain{suffix}"
+    check(measure("dequantize_file", packed, plain))
+    assert plain.stat().st_size > TABLE_BYTES
