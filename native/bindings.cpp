@@ -85,19 +85,22 @@ int64_t first_bad_index(const Indices& indices, size_t num_rows) {
     return -1;
 }
 
-std::tuple<int, size_t, double, double> quantize(const RowsArray& rows, const std::string& search,
-                                                 const SearchParams& params, int bits, bool f16_params,
-                                                 const PackedOut& packed) {
+std::tuple<int, size_t, std::vector<std::tuple<double, double>>> quantize(
+    const RowsArray& rows, const std::string& search, const SearchParams& params, int bits, bool f16_params,
+    size_t span_rows, const PackedOut& packed) {
     const Rows view = view_rows(rows);
     const Grid grid = make_grid(bits, f16_params);
     require(params.b > 0, "b must be positive");
     require(packed.shape(0) == view.num_rows && packed.shape(1) == packed_row_bytes(view.embedding_dim, grid),
             "packed has the wrong shape");
+    require(span_rows > 0 && span_rows % block_rows == 0, "span_rows must be a multiple of the rows of a block");
     SearchFn Kernels::*fn = find_search(search);
     uint8_t* out = packed.data();
     nb::gil_scoped_release release;
-    const QuantizeResult result = quantize_rows(view, fn, params, grid, out);
-    return {static_cast<int>(result.fault), result.faulty_row, result.sums.error, result.sums.norm};
+    const QuantizeResult result = quantize_rows(view, fn, params, grid, span_rows, out);
+    std::vector<std::tuple<double, double>> sums;
+    for (const SquaredSums& span : result.sums) sums.emplace_back(span.error, span.norm);
+    return {static_cast<int>(result.fault), result.faulty_row, sums};
 }
 
 std::tuple<int, size_t, float, float> bound(const RowsArray& rows) {
@@ -173,10 +176,12 @@ NB_MODULE(_native, m) {
 
     // Written out where the generated signature would not say what an array holds.
     m.def("quantize", &quantize, nb::arg("rows"), nb::arg("search"), nb::arg("params"), nb::arg("bits"),
-          nb::arg("f16_params"), nb::arg("packed"),
+          nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed"),
           nb::sig("def quantize(rows: numpy.typing.NDArray[typing.Any], search: str, params: SearchParams, bits: int, "
-                  "f16_params: bool, packed: numpy.typing.NDArray[numpy.uint8]) -> tuple[int, int, float, float]"),
-          "Pack rows into `packed`. Returns (fault, faulty row, sum of squared errors, sum of squares).");
+                  "f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
+                  "-> tuple[int, int, list[tuple[float, float]]]"),
+          "Pack rows into `packed`. Returns (fault, faulty row, sums of squared errors and of squares for each span).");
+    m.attr("block_rows") = block_rows;
     m.def("bound", &bound, nb::arg("rows"),
           nb::sig("def bound(rows: numpy.typing.NDArray[typing.Any]) -> tuple[int, int, float, float]"),
           "Bounds of all values: (fault, faulty row, smallest, largest).");

@@ -80,7 +80,7 @@ void note_fault(Result& result, RowFault fault, size_t row) {
 }  // namespace
 
 QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const SearchParams& params, Grid grid,
-                             uint8_t* packed) {
+                             size_t span_rows, uint8_t* packed) {
     const Kernels& k = kernels();
     const int threads = threads_for(rows.num_rows * rows.embedding_dim);
     BlockReader reader(rows, threads);
@@ -107,9 +107,11 @@ QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const 
             note_fault(result, RowFault::params_overflow, i * block_rows + row);
         }
     }
-    for (const SquaredSums& block : sums) {
-        result.sums.error += block.error;
-        result.sums.norm += block.norm;
+    const size_t span_blocks = span_rows / block_rows;
+    result.sums.resize((sums.size() + span_blocks - 1) / span_blocks);
+    for (size_t i = 0; i < sums.size(); i++) {
+        result.sums[i / span_blocks].error += sums[i].error;
+        result.sums[i / span_blocks].norm += sums[i].norm;
     }
     return result;
 }

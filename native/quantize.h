@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 
@@ -19,11 +20,13 @@ enum class RowFault : uint8_t { none, not_finite, params_overflow };
 struct QuantizeResult {
     RowFault fault = RowFault::none;   // of the first faulty row
     size_t faulty_row = 0;
-    SquaredSums sums = {0.0, 0.0};     // the same for any number of threads
+    std::vector<SquaredSums> sums;     // of each span of rows; the same for any number of threads
 };
 
-// Searches each row's range, encodes it and writes packed_row_bytes(...) bytes a row.
-QuantizeResult quantize_rows(const Rows&, SearchFn Kernels::*search, const SearchParams&, Grid, uint8_t* packed);
+// Searches each row's range, encodes it and writes packed_row_bytes(...) bytes a row. A span is span_rows rows, a
+// multiple of block_rows, but the last one.
+QuantizeResult quantize_rows(const Rows&, SearchFn Kernels::*search, const SearchParams&, Grid, size_t span_rows,
+                             uint8_t* packed);
 
 struct Bounds {
     RowFault fault = RowFault::none;

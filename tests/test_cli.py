@@ -277,7 +277,7 @@ def test_threads(embpack_command, tmp_path, model, restore_threads):
     [
         (["--method", "best"], "there is no method 'best'; choose one of " + ", ".join(METHODS)),
         (["--method", "greedy:x=1"], "method 'greedy' has no parameter 'x'; it has: b, r"),
-        (["--method", "greedy:b=many"], "b is 'many', which is not a number"),
+        (["--method", "greedy:b=many"], "b is 'many', which is not a whole number"),
         (["--bits", "3"], "3; choose 2, 4 or 8"),
         (["--bits", "four"], "Invalid value for '--bits'"),
         (["--param-dtype", "float64"], "'float64'; choose float16 or float32"),

@@ -15,10 +15,12 @@ NOT_FINITE = [np.nan, np.inf, -np.inf]
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 64 rows at embedding_dim 20, so that small tables have several."""
+    """Chunks of two spans of 32 rows at embedding_dim 20, so that small tables have several."""
     # The function embpack.quantize hides its module.
-    monkeypatch.setattr(sys.modules["embpack.quantize"], "CHUNK_VALUES", 64 * 20)
-    assert sys.modules["embpack.quantize"].chunk_rows(20) == 64
+    module = sys.modules["embpack.quantize"]
+    monkeypatch.setattr(module, "SPAN_VALUES", 32 * 20)
+    monkeypatch.setattr(module, "SPANS_OF_AN_ARRAY", 2)
+    assert module.span_rows(20) == 32
 
 
 def message_of(error, weight, *args, **kwargs) -> str:
@@ -51,10 +53,11 @@ def test_a_half_that_is_not_finite_is_named(isa, small_chunks, dtype, value):
 
 
 def test_a_value_in_a_later_chunk_of_real_size_is_named():
-    weight = np.ones((40, 1 << 17), np.float32)
-    assert sys.modules["embpack.quantize"].chunk_rows(1 << 17) == 32
-    weight[39, 100_000] = np.nan
-    assert message_of(ValueError, weight, "asym").startswith("weight[39, 100000] is nan; ")
+    # Not contiguous, so that each chunk is copied and chunks are those of files.
+    weight = np.ones((520, 1 << 14), np.float32)[:, ::2]
+    assert sys.modules["embpack.quantize"].chunk_rows(1 << 13) == 512
+    weight[519, 1000] = np.nan
+    assert message_of(ValueError, weight, "asym").startswith("weight[519, 1000] is nan; ")
 
 
 def test_of_several_faults_the_first_row_is_named(isa, restore_threads):
@@ -188,11 +191,13 @@ def test_chunks_change_nothing(rng, small_chunks, monkeypatch, method):
     assert in_chunks.loss == pytest.approx(whole.loss, rel=1e-14)
 
 
-def test_chunks_have_whole_blocks():
-    chunk_rows = sys.modules["embpack.quantize"].chunk_rows
+def test_spans_have_whole_blocks_and_chunks_whole_spans():
+    module = sys.modules["embpack.quantize"]
     for embedding_dim in (1, 3, 64, 1000, 1 << 22, 1 << 23):
-        assert chunk_rows(embedding_dim) % 32 == 0
-        assert chunk_rows(embedding_dim) > 0
+        span = module.span_rows(embedding_dim)
+        assert span % 32 == 0
+        assert span > 0
+        assert module.chunk_rows(embedding_dim) % span == 0
 
 
 def test_a_parameter_that_requires_grad_packs(rng):

@@ -14,20 +14,28 @@ from embpack.methods import Method, Table, parse_method
 from embpack.rows import as_rows, widen
 from embpack.table import PackedTable
 
-# Values that a call into the kernels gets: enough to keep threads busy, little enough to stream.
-CHUNK_VALUES = 1 << 22
-_BLOCK_ROWS = 32
+# Values of a span: what losses are summed over, so that they are the same to the last bit for arrays and for files.
+SPAN_VALUES = 1 << 18
+# Spans that a call into the kernels gets from a file, and from an array: little enough to stream and to be interrupted,
+# enough for waking the threads not to count.
+SPANS_OF_A_FILE, SPANS_OF_AN_ARRAY = 16, 256
 _NOT_FINITE = 1
 
 
+def span_rows(embedding_dim: int) -> int:
+    """Rows of a span."""
+    return max(1, SPAN_VALUES // embedding_dim // _native.block_rows) * _native.block_rows
+
+
 def chunk_rows(embedding_dim: int) -> int:
-    """Rows of a chunk. The same wherever rows come from, so that measured losses are the same to the last bit."""
-    return max(1, CHUNK_VALUES // embedding_dim // _BLOCK_ROWS) * _BLOCK_ROWS
+    """Rows of a chunk of a file."""
+    return SPANS_OF_A_FILE * span_rows(embedding_dim)
 
 
-def iter_chunks(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Split rows [N, d] into chunks."""
-    step = chunk_rows(rows.shape[1])
+def _iter_chunks(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Split an array [N, d] into chunks; smaller ones if each has to be copied."""
+    spans = SPANS_OF_AN_ARRAY if rows.flags.c_contiguous else SPANS_OF_A_FILE
+    step = spans * span_rows(rows.shape[1])
     for start in range(0, len(rows), step):
         yield rows[start : start + step]
 
@@ -46,11 +54,10 @@ class RowPacker:
     row_format: RowFormat
     table_name: str = "weight"
     rows_packed: int = 0
-    _square_errors: list[float] = field(default_factory=list)
-    _squares: list[float] = field(default_factory=list)
+    _sums: list[tuple[float, float]] = field(default_factory=list)
 
     def pack(self, rows: NDArray[Any], packed: NDArray[np.uint8]) -> None:
-        """Pack a chunk.
+        """Pack a chunk: any number of whole spans, and the last one.
 
         Args:
             rows: float32, float16 or (bfloat16 as) uint16 [n, embedding_dim].
@@ -59,24 +66,24 @@ class RowPacker:
         Raises:
             ValueError: a value is NaN or infinite, or a scale or bias overflows; row and column are named.
         """
-        fault, row, square_error, square = _native.quantize(
+        fault, row, sums = _native.quantize(
             np.ascontiguousarray(rows),
             self.method.kernel,
             self.method.search_params(),
             self.row_format.bits,
             self.row_format.has_f16_params,
+            span_rows(self.row_format.embedding_dim),
             packed,
         )
         if fault:
             raise _row_error(fault, rows[row], self.rows_packed + row, self.row_format, self.table_name)
         self.rows_packed += len(rows)
-        self._square_errors.append(square_error)
-        self._squares.append(square)
+        self._sums += sums
 
     @property
     def loss(self) -> float:
         """Normalized l2 loss ||X - Q(X)|| / ||X|| of the rows packed so far; 0 for zeros."""
-        square_error, square = math.fsum(self._square_errors), math.fsum(self._squares)
+        square_error, square = (math.fsum(sums) for sums in zip(*self._sums, strict=True))
         return math.sqrt(square_error / square) if square else 0.0
 
 
@@ -149,9 +156,9 @@ def quantize(
     """
     rows, dtype = as_rows(weight)
     row_format = make_row_format(rows.shape[1], bits, param_dtype)
-    fitted = fit_method(parse_method(method), lambda: iter_chunks(rows))
+    fitted = fit_method(parse_method(method), lambda: _iter_chunks(rows))
     packer = RowPacker(fitted, row_format)
     packed = np.empty((len(rows), row_format.row_bytes), np.uint8)
-    for chunk in iter_chunks(rows):
+    for chunk in _iter_chunks(rows):
         packer.pack(chunk, packed[packer.rows_packed : packer.rows_packed + len(chunk)])
     return PackedTable(packed, row_format, dtype=dtype, method=fitted.spec, loss=packer.loss)

@@ -108,7 +108,7 @@ def normalized_l2_loss(x: NDArray[Any], x_hat: NDArray[Any]) -> float:
     """||X - Q(X)|| / ||X|| over all values, the paper's figure of merit; 0 for a table of zeros."""
     error = float(np.linalg.norm(x.astype(np.float64).ravel() - x_hat.astype(np.float64).ravel()))
     norm = float(np.linalg.norm(x.astype(np.float64).ravel()))
-    return error / norm if norm else error
+    return error / norm if norm else 0.0
 
 
 def pack_codes(codes: Codes, bits: int) -> NDArray[np.uint8]:

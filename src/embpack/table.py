@@ -200,9 +200,8 @@ class PackedTable:
     def _check_position(self, bad: int, indices: NDArray[np.int64]) -> None:
         if bad >= 0:
             rows = self.num_embeddings
-            raise IndexError(
-                f"indices[{bad}] is {indices[bad]}, but the table has {rows} rows (valid: 0 to {rows - 1})"
-            )
+            valid = f" (valid: 0 to {rows - 1})" if rows else ""
+            raise IndexError(f"indices[{bad}] is {indices[bad]}, but the table has {rows} rows{valid}")
 
     def _as_padding(self, padding_idx: int | None) -> int:
         if padding_idx is None:
@@ -265,7 +264,7 @@ def _as_weights(values: Any, indices: NDArray[np.int64], mode: str) -> NDArray[n
         return None
     if mode != "sum":
         raise ValueError(f"per_sample_weights go with mode 'sum' only, not {mode!r}")
-    weights = np.asarray(values)
+    weights = np.asarray(values.detach() if hasattr(values, "detach") else values)
     if weights.dtype != np.float32:
         raise TypeError(f"per_sample_weights are {weights.dtype}; they must be float32")
     if weights.shape != indices.shape:

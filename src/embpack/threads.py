@@ -1,6 +1,10 @@
 """How many threads the kernels use."""
 
+from operator import index
+
 from embpack import _native
+
+MOST_THREADS = 4096
 
 
 def get_num_threads() -> int:
@@ -9,11 +13,13 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(count: int) -> None:
-    """Use this many threads, at least 1; small calls use fewer.
+    """Use this many threads, from 1 to MOST_THREADS; small calls use fewer.
 
     Raises:
-        ValueError: count is less than 1.
+        TypeError: count is no integer.
+        ValueError: count is out of range.
     """
-    if count < 1:
-        raise ValueError(f"count is {count}; use at least 1 thread")
+    count = index(count)
+    if not 1 <= count <= MOST_THREADS:
+        raise ValueError(f"count is {count}; use 1 to {MOST_THREADS} threads")
     _native.set_num_threads(count)

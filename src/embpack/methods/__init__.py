@@ -36,7 +36,8 @@ def parse_method(spec: str | Method) -> Method:
         try:
             values[key] = int(text) if types[key] is int else float(text)
         except ValueError:
-            raise ValueError(f"method {name!r}: {key} is {text!r}, which is not a number") from None
+            wanted = "whole number" if types[key] is int else "number"
+            raise ValueError(f"method {name!r}: {key} is {text!r}, which is not a {wanted}") from None
     return method(**values)
 
 

@@ -96,7 +96,8 @@ class Greedy(_GreedySearch):
     It remembers the best range it measured, wherever on the walk that was (as printed, Algorithm 1 stores only
     the end that moved, so what it returns may be a pair whose loss was never measured). And where the loss still
     falls at the limit r, which is what happens from embedding_dim 1024 on, it goes on until it has risen for
-    PATIENCE moves. On every row its loss is at most GREEDY-PAPER's.
+    PATIENCE moves. On every row its loss is at most GREEDY-PAPER's, as long as squares are seen at all: with float32
+    parameters and values below 1e-18 they vanish in float32.
     """
 
     name: ClassVar[str] = "greedy"

@@ -33,6 +33,9 @@ class Table(Method):
             raise ValueError(
                 f"table: xmin is {self.xmin} and xmax is {self.xmax}; give both, the smaller first, or neither"
             )
+        largest = float(np.finfo(np.float32).max)
+        if max(abs(self.xmin), abs(self.xmax)) > largest:
+            raise ValueError(f"table: xmin is {self.xmin} and xmax is {self.xmax}; no float32 is beyond {largest:.6g}")
 
     @property
     def needs_bounds(self) -> bool:
