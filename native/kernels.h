@@ -69,16 +69,18 @@ struct Kernels {
     // out[i] = float32(values[i]) for float16 or bfloat16 values.
     void (*widen_values)(const uint16_t* values, size_t count, ValueType type, float* out) noexcept;
 
-    // Minimum and maximum of each row. False if any value of the block is NaN or infinite.
-    bool (*bound_rows)(const RowBlock&, Ranges&) noexcept;
+    // Minimum and maximum of each row, and the sum of all squares as far as float32 can tell. False if any value of
+    // the block is NaN or infinite.
+    bool (*bound_rows)(const RowBlock&, Ranges&, double& norm) noexcept;
 
     SearchFn search_asym;
     SearchFn search_sym;
     SearchFn search_table;
     SearchFn search_greedy;
 
-    // Packs each row, whose bounds are given, under its range to `packed`, row after row. Returns a bit for every
-    // row whose scale or bias is not finite in the grid's parameter type.
+    // Packs each row, whose bounds are given, under its range to `packed`, row after row. Fills in sums.error, and
+    // sums.norm anew where float32 could not tell. Returns a bit for every row whose scale or bias is not finite in
+    // the grid's parameter type.
     uint64_t (*encode_rows)(const RowBlock&, Grid, const Ranges& bounds, const Ranges&, uint8_t* packed,
                             SquaredSums&) noexcept;
 

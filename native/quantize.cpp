@@ -62,8 +62,9 @@ private:
 
 size_t first_not_finite_row(const RowBlock& block, const Kernels& k) {
     Ranges unused{};
+    double unused_norm;
     for (size_t row = 0; row < block.num_rows; row++)
-        if (!k.bound_rows({block.rows + row * block.embedding_dim, 1, block.embedding_dim}, unused)) return row;
+        if (!k.bound_rows({block.rows + row * block.embedding_dim, 1, block.embedding_dim}, unused, unused_norm)) return row;
     return 0;
 }
 
@@ -94,7 +95,7 @@ QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const 
     for (size_t i = 0; i < reader.num_blocks(); i++) {
         const RowBlock block = reader.read(i, k);
         Ranges bounds{};
-        if (!k.bound_rows(block, bounds)) {
+        if (!k.bound_rows(block, bounds, sums[i].norm)) {
             note_fault(result, RowFault::not_finite, i * block_rows + first_not_finite_row(block, k));
             continue;
         }
@@ -126,7 +127,8 @@ Bounds bound_table(const Rows& rows) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, reader.blocks_at_a_time())
     for (size_t i = 0; i < reader.num_blocks(); i++) {
         const RowBlock block = reader.read(i, k);
-        if (!k.bound_rows(block, ranges[i]))
+        double unused_norm;
+        if (!k.bound_rows(block, ranges[i], unused_norm))
             note_fault(bounds, RowFault::not_finite, i * block_rows + first_not_finite_row(block, k));
     }
     bounds.xmin = ranges[0].xmin[0];

@@ -101,15 +101,6 @@ inline Mask16 finite(F32x16 x) {
     return {below_infinity(x.low), below_infinity(x.high)};
 }
 
-inline I32x16 zero_i32() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-// The larger one of `largest` and the bits of |x|.
-inline I32x16 max_magnitude(I32x16 largest, F32x16 x) {
-    const __m256i mask = _mm256_set1_epi32(0x7fffffff);
-    return {_mm256_max_epu32(largest.low, _mm256_and_si256(_mm256_castps_si256(x.low), mask)),
-            _mm256_max_epu32(largest.high, _mm256_and_si256(_mm256_castps_si256(x.high), mask))};
-}
-inline F32x16 as_float(I32x16 bits) { return {_mm256_castsi256_ps(bits.low), _mm256_castsi256_ps(bits.high)}; }
-
 // Clips to [0, top], then rounds to the nearest integer, ties to even. As integers, the bits of floats order
 // like the floats when one side is not negative; integer min and max leave the multiply ports free.
 inline F32x16 round_code(F32x16 x, F32x16 top) {

@@ -61,14 +61,6 @@ inline Mask16 finite(F32x16 x) {
     return _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
 }
 
-inline I32x16 zero_i32() { return _mm512_setzero_si512(); }
-// The larger one of `largest` and the bits of |x|.
-inline I32x16 max_magnitude(I32x16 largest, F32x16 x) {
-    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
-    return _mm512_max_epu32(largest, magnitude);
-}
-inline F32x16 as_float(I32x16 bits) { return _mm512_castsi512_ps(bits); }
-
 // Clips to [0, top], then rounds to the nearest integer, ties to even. As integers, the bits of floats order
 // like the floats when one side is not negative; integer min and max leave the two multiply ports free.
 inline F32x16 round_code(F32x16 x, F32x16 top) {

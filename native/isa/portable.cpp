@@ -143,19 +143,6 @@ inline Mask16 finite(F32x16 x) {
     return each_lane_bit([&](size_t i) { return (bits_of(x.lane[i]) & 0x7fffffffu) < 0x7f800000u; });
 }
 
-inline I32x16 zero_i32() { return {}; }
-// The larger one of `largest` and the bits of |x|.
-inline I32x16 max_magnitude(I32x16 largest, F32x16 x) {
-    for (size_t i = 0; i < 16; i++) {
-        const int32_t magnitude = static_cast<int32_t>(bits_of(x.lane[i]) & 0x7fffffffu);
-        if (largest.lane[i] < magnitude) largest.lane[i] = magnitude;
-    }
-    return largest;
-}
-inline F32x16 as_float(I32x16 bits) {
-    return each_lane([&](size_t i) { return float_of(static_cast<uint32_t>(bits.lane[i])); });
-}
-
 // Clips to [0, top], then rounds to the nearest integer, ties to even. Clips by the floats' bits, as the other
 // instruction sets do, so that NaN ends up the same; rounds by adding and taking away 1.5 * 2^23, which below
 // 2^22 leaves no room for a fraction.

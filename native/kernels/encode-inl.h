@@ -1,23 +1,18 @@
 // From rows and their ranges to packed bytes: codes, then scale and bias.
 
-// Squared sums in float32 are twice as fast, and right as long as nothing overflows or vanishes: a run of
-// run_vectors additions at most, then into double.
-inline constexpr size_t run_vectors = 16;
-
+// Where float32 would do, a block's squares have been summed with its bounds.
 struct NarrowSums {
-    F32x16 error = splat(0.0f), norm = splat(0.0f);
-    void add_to_error(F32x16 x) { error = fma(x, x, error); }
-    void add_to_norm(F32x16 x) { norm = fma(x, x, norm); }
+    SquaredSum error;
+    void expect(size_t additions) { error.expect(additions); }
+    void add(F32x16, F32x16 difference) { error.even = fma(difference, difference, error.even); }
 };
 
 struct WideSums {
     F64x16 error = zero_f64(), norm = zero_f64();
-    void add_to_error(F32x16 x) { error = add_square(error, x); }
-    void add_to_norm(F32x16 x) { norm = add_square(norm, x); }
-    void take(NarrowSums& run) {
-        error = add_f32(error, run.error);
-        norm = add_f32(norm, run.norm);
-        run = {};
+    void expect(size_t) {}
+    void add(F32x16 values, F32x16 difference) {
+        error = add_square(error, difference);
+        norm = add_square(norm, values);
     }
 };
 
@@ -43,8 +38,7 @@ inline void encode_values(const float* x, size_t count, size_t next_bytes, const
         const F32x16 values = load(x + j);
         const F32x16 codes = encode(values);
         store_codes<bits>(packed + j / 8 * bits, to_int(codes));
-        sums.add_to_error(sub(values, level(codes)));
-        sums.add_to_norm(values);
+        sums.add(values, sub(values, level(codes)));
     }
     if (j == count) return;
     const size_t rest = count - j;
@@ -55,16 +49,7 @@ inline void encode_values(const float* x, size_t count, size_t next_bytes, const
     uint8_t last[2 * bits];
     store_codes<bits>(last, to_int(codes));
     std::memcpy(packed + j / 8 * bits, last, (rest * bits + 7) / 8);
-    sums.add_to_error(select(inside, sub(values, level(codes)), zero));
-    sums.add_to_norm(values);
-}
-
-inline double sum_lanes(F64x16 x) {
-    double lane[16];
-    store_f64(lane, x);
-    for (size_t width = 8; width > 0; width /= 2)
-        for (size_t i = 0; i < width; i++) lane[i] += lane[i + width];
-    return lane[0];
+    sums.add(values, select(inside, sub(values, level(codes)), zero));
 }
 
 // What is stored of a block's ranges, and what its rows are encoded with.
@@ -99,11 +84,11 @@ inline BlockParams make_block_params(const Ranges& bounds, const Ranges& ranges,
 }
 
 // Whether no square of a value or an error can overflow float32, nor the squares of a row vanish in it. Float16
-// parameters bound the values, and a row as wide as 2^-40 has a square of at least 2^-82.
-inline bool squares_fit_float(const RowBlock& block, const Ranges& ranges, Grid grid) {
+// parameters bound the values of rows that are not refused, and a row as wide as 2^-40 has a square of at least 2^-82.
+inline bool squares_fit_float(const RowBlock& block, const Ranges& bounds, Grid grid) {
     if (!grid.f16_params) return false;
     for (size_t row = 0; row < block.num_rows; row++)
-        if (!(ranges.xmax[row] - ranges.xmin[row] > 0x1p-40f)) return false;
+        if (!(bounds.xmax[row] - bounds.xmin[row] > 0x1p-40f)) return false;
     return true;
 }
 
@@ -117,48 +102,50 @@ inline void store_params(const BlockParams& params, size_t row, bool f16_params,
     }
 }
 
-template <int bits, bool clips>
-inline SquaredSums encode_block(const RowBlock& block, Grid grid, const BlockParams& params, bool narrow,
-                                uint8_t* packed) {
+template <int bits, bool clips, class Sums>
+inline void encode_block(const RowBlock& block, Grid grid, const BlockParams& params, uint8_t* packed, Sums& sums) {
     const size_t d = block.embedding_dim;
     const size_t row_bytes = packed_row_bytes(d, grid);
     const size_t code_bytes = (d * bits + 7) / 8;
     const size_t next_bytes = block.num_rows * d * sizeof(float);
     const F32x16 top = top_code(grid);
-    WideSums wide;
-    NarrowSums run;
-    size_t vectors_in_run = 0;
     for (size_t row = 0; row < block.num_rows; row++) {
         const float* x = block.rows + row * d;
         uint8_t* out = packed + row * row_bytes;
         const GridParams p = {splat(params.scale[row]), splat(params.bias[row]), splat(params.inverse[row])};
         for (size_t j = 0; j < d; j += 16 * run_vectors) {
             const size_t count = d - j < 16 * run_vectors ? d - j : 16 * run_vectors;
-            if (!narrow) {
-                encode_values<bits, clips>(x + j, count, next_bytes, p, top, out + j / 8 * bits, wide);
-                continue;
-            }
-            vectors_in_run += (count + 15) / 16;
-            if (vectors_in_run > run_vectors) {
-                wide.take(run);
-                vectors_in_run = (count + 15) / 16;
-            }
-            encode_values<bits, clips>(x + j, count, next_bytes, p, top, out + j / 8 * bits, run);
+            sums.expect((count + 15) / 16);
+            encode_values<bits, clips>(x + j, count, next_bytes, p, top, out + j / 8 * bits, sums);
         }
         store_params(params, row, grid.f16_params, out + code_bytes);
     }
-    wide.take(run);
-    return {sum_lanes(wide.error), sum_lanes(wide.norm)};
+}
+
+template <int bits, bool clips>
+inline void encode_and_sum(const RowBlock& block, Grid grid, const BlockParams& params, bool narrow, uint8_t* packed,
+                           SquaredSums& sums) {
+    if (narrow) {
+        NarrowSums run;
+        encode_block<bits, clips>(block, grid, params, packed, run);
+        sums.error = run.error.value();
+    } else {
+        WideSums wide;
+        encode_block<bits, clips>(block, grid, params, packed, wide);
+        sums = {sum_lanes(wide.error), sum_lanes(wide.norm)};
+    }
 }
 
 template <int bits>
 inline uint64_t encode_rows_of(const RowBlock& block, Grid grid, const Ranges& bounds, const Ranges& ranges,
                                uint8_t* packed, SquaredSums& sums) {
     const BlockParams params = make_block_params(bounds, ranges, grid);
-    const bool narrow = squares_fit_float(block, ranges, grid);
+    const bool narrow = squares_fit_float(block, bounds, grid);
     const uint64_t rows = (uint64_t{1} << block.num_rows) - 1;
-    sums = (params.fits & rows) == rows ? encode_block<bits, false>(block, grid, params, narrow, packed)
-                                        : encode_block<bits, true>(block, grid, params, narrow, packed);
+    if ((params.fits & rows) == rows)
+        encode_and_sum<bits, false>(block, grid, params, narrow, packed, sums);
+    else
+        encode_and_sum<bits, true>(block, grid, params, narrow, packed, sums);
     return params.overflows & rows;
 }
 

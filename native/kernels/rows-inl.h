@@ -12,35 +12,87 @@ void widen_values(const uint16_t* values, size_t count, ValueType type, float* o
     store_first(out + i, widen_sixteen(last), count - i);
 }
 
+inline double sum_lanes(F64x16 x) {
+    double lane[16];
+    store_f64(lane, x);
+    for (size_t width = 8; width > 0; width /= 2)
+        for (size_t i = 0; i < width; i++) lane[i] += lane[i + width];
+    return lane[0];
+}
+
+// A sum of squares: in float32, which is twice as fast, for runs of at most run_vectors additions, then in double. Two
+// runs at a time, as additions to one wait for each other.
+inline constexpr size_t run_vectors = 16;
+
+struct SquaredSum {
+    F32x16 even = splat(0.0f), odd = splat(0.0f);
+    F64x16 total = zero_f64();
+    size_t vectors = 0;
+
+    void end_runs() {
+        total = add_f32(add_f32(total, even), odd);
+        even = odd = splat(0.0f);
+        vectors = 0;
+    }
+    // To be called before up to run_vectors additions.
+    void expect(size_t additions) {
+        if (vectors + additions > run_vectors) end_runs();
+        vectors += additions;
+    }
+    double value() {
+        end_runs();
+        return sum_lanes(total);
+    }
+};
+
 // Bounds of one row, still spread over the lanes.
 struct LaneBounds {
     F32x16 low, high;
 };
 
-// Takes the largest magnitude of any value into `largest`. As integers: a minimum or maximum of floats would lose NaN,
-// and a sum would wait for itself.
-inline LaneBounds bound_row(const float* x, size_t d, I32x16& largest) {
-    F32x16 low = splat(x[0]);
-    F32x16 high = low;
-    const auto take = [&](F32x16 values) {
-        low = min(values, low);
-        high = max(values, high);
-        largest = max_magnitude(largest, values);
-    };
-    size_t j = 0;
-    for (; j + 16 <= d; j += 16) take(load(x + j));
-    if (j < d) take(select(first_lanes(d - j), load_first(x + j, d - j), splat(x[0])));
-    return {low, high};
+inline LaneBounds bound_row(const float* x, size_t d, SquaredSum& squares) {
+    const F32x16 any = splat(x[0]);
+    F32x16 low = any, high = any, other_low = any, other_high = any;
+    for (size_t start = 0; start < d; start += 16 * run_vectors) {
+        const size_t end = d - start < 16 * run_vectors ? d : start + 16 * run_vectors;
+        squares.expect((end - start + 15) / 16);
+        size_t j = start;
+        for (; j + 32 <= end; j += 32) {
+            const F32x16 values = load(x + j), others = load(x + j + 16);
+            low = min(values, low);
+            high = max(values, high);
+            other_low = min(others, other_low);
+            other_high = max(others, other_high);
+            squares.even = fma(values, values, squares.even);
+            squares.odd = fma(others, others, squares.odd);
+        }
+        for (; j < end; j += 16) {
+            const size_t count = end - j < 16 ? end - j : 16;
+            const F32x16 values = load_first(x + j, count);
+            const F32x16 padded = select(first_lanes(count), values, any);
+            low = min(padded, low);
+            high = max(padded, high);
+            squares.even = fma(values, values, squares.even);
+        }
+    }
+    return {min(other_low, low), max(other_high, high)};
 }
 
-bool bound_rows(const RowBlock& block, Ranges& ranges) noexcept {
-    I32x16 largest = zero_i32();
+inline bool all_finite(const RowBlock& block) {
+    const size_t count = block.num_rows * block.embedding_dim;
+    for (size_t i = 0; i < count; i += 16)
+        if (lane_bits(finite(load_first(block.rows + i, count - i < 16 ? count - i : 16))) != 0xffff) return false;
+    return true;
+}
+
+bool bound_rows(const RowBlock& block, Ranges& ranges, double& norm) noexcept {
+    SquaredSum squares;
     for (size_t first = 0; first < block.num_rows; first += lanes) {
-        float low[lanes * lanes] = {}, high[lanes * lanes] = {};
-        const size_t rows = block.num_rows - first < lanes ? block.num_rows - first : lanes;
-        for (size_t i = 0; i < rows; i++) {
-            const float* x = block.rows + (first + i) * block.embedding_dim;
-            const LaneBounds bounds = bound_row(x, block.embedding_dim, largest);
+        float low[lanes * lanes], high[lanes * lanes];
+        for (size_t i = 0; i < lanes; i++) {
+            LaneBounds bounds = {splat(0.0f), splat(0.0f)};
+            if (first + i < block.num_rows)
+                bounds = bound_row(block.rows + (first + i) * block.embedding_dim, block.embedding_dim, squares);
             store(low + lanes * i, bounds.low);
             store(high + lanes * i, bounds.high);
         }
@@ -56,5 +108,7 @@ bool bound_rows(const RowBlock& block, Ranges& ranges) noexcept {
         store(ranges.xmin + first, xmin);
         store(ranges.xmax + first, xmax);
     }
-    return lane_bits(finite(as_float(largest))) == 0xffff;
+    norm = squares.value();
+    // A finite sum has nothing but finite values in it; an infinite one may come from large values.
+    return norm - norm == 0.0 || all_finite(block);
 }
