@@ -152,14 +152,10 @@ class _ShardWriter:
 
 
 def _entry(decision: Decision, method: str, loss: float, checksum: str) -> TableEntry:
-    row_format = decision.row_format
-    assert row_format is not None
-    return TableEntry(
-        layout=row_format.layout,
-        bits=row_format.bits,
-        param_dtype=row_format.param_dtype,
+    assert decision.row_format is not None
+    return TableEntry.make(
+        decision.row_format,
         num_embeddings=decision.tensor.shape[0],
-        embedding_dim=row_format.embedding_dim,
         dtype=decision.dtype,
         method=method,
         loss=loss,
@@ -209,7 +205,7 @@ def quantize_file(
         OSError: dst cannot be written.
     """
     src, dst = Path(src), Path(dst)
-    fitted_later = parse_method(method)
+    chosen = parse_method(method)
     rules = Rules(tuple(include), tuple(exclude), bits, param_dtype)
     started = time.perf_counter()
     with open_checkpoint(src) as checkpoint:
@@ -220,7 +216,7 @@ def quantize_file(
         for shard in checkpoint.shards:
             own = decisions[at : at + len(shard.tensors)]
             at += len(own)
-            writer = _ShardWriter(own, shard.metadata, fitted_later, progress)
+            writer = _ShardWriter(own, shard.metadata, chosen, progress)
             writers.append(writer)
             name = dst.name if checkpoint.index_name is None else shard.file_name
             shards.append(writer.out_shard(name))

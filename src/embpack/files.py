@@ -52,18 +52,19 @@ class TableEntry:
         return RowFormat(self.embedding_dim, self.bits, self.param_dtype, self.layout)
 
     @classmethod
-    def describe(cls, table: PackedTable, checksum: str) -> "TableEntry":
-        """Make the entry of a table."""
-        row_format = table.row_format
+    def make(
+        cls, row_format: RowFormat, *, num_embeddings: int, dtype: str, method: str, loss: float | None, checksum: str
+    ) -> "TableEntry":
+        """Make the entry of a table whose rows have a format."""
         return cls(
             layout=row_format.layout,
             bits=row_format.bits,
             param_dtype=row_format.param_dtype,
-            num_embeddings=table.num_embeddings,
+            num_embeddings=num_embeddings,
             embedding_dim=row_format.embedding_dim,
-            dtype=table.dtype,
-            method=table.method,
-            loss=table.loss,
+            dtype=dtype,
+            method=method,
+            loss=loss,
             checksum=checksum,
         )
 
@@ -259,7 +260,14 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
     if empty:
         raise ValueError(f"{path}: table {empty[0]!r} has no rows; leave it out")
     entries = {
-        name: TableEntry.describe(table, format_checksum(hashlib.sha256(table.packed.data)))
+        name: TableEntry.make(
+            table.row_format,
+            num_embeddings=table.num_embeddings,
+            dtype=table.dtype,
+            method=table.method,
+            loss=table.loss,
+            checksum=format_checksum(hashlib.sha256(table.packed.data)),
+        )
         for name, table in tables.items()
     }
     for name, entry in entries.items():
