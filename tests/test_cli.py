@@ -190,7 +190,7 @@ def test_a_dry_run_writes_nothing(embpack_command, tmp_path, monkeypatch, model,
     code, out, err = embpack_command("quantize", model, *destination, "--dry-run")
     assert (code, err) == (0, "")
     assert re.search(r"^item_emb\.weight +40 x 16 +float16 +name says embedding$", out, re.MULTILINE)
-    assert "A table is a 2-D float tensor whose name ends in a word for embedding" in flat(out)
+    assert "A table is a 2-D float tensor of at least 16 rows whose name ends in a word for embedding" in flat(out)
     assert "--include" in out
     assert names_in(tmp_path) == {model.name}
 

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from embpack.convert import Progress as OnRows
 from embpack.convert import Report
-from embpack.rules import Decision
+from embpack.rules import MIN_ROWS, Decision
 
 # Names of tensors and files are shown as they are: "[red]" and ":smile:" in them mean nothing.
 # Where no terminal sets a width, lines are long enough for the names of tensors.
@@ -113,9 +113,9 @@ def print_plan(path: str, decisions: Sequence[Decision], left_out: Sequence[str]
     for note in left_out:
         output.print(f"left out: {note}", style="yellow", soft_wrap=True)
     output.print(
-        "A table is a 2-D float tensor whose name ends in a word for embedding (word_embeddings.weight, wte.weight, "
-        "user_emb.weight, embed_tokens.weight), or that the format says holds vectors. Change it with --include and "
-        "--exclude.",
+        f"A table is a 2-D float tensor of at least {MIN_ROWS} rows whose name ends in a word for embedding "
+        "(word_embeddings.weight, wte.weight, user_emb.weight, embed_tokens.weight), or that the format says holds "
+        "vectors. Change it with --include and --exclude.",
         style="dim",
     )
 
