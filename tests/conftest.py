@@ -1,5 +1,8 @@
 """Fixtures that several test files use."""
 
+import builtins
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -39,3 +42,22 @@ def restore_threads():
     before = embpack.get_num_threads()
     yield
     embpack.set_num_threads(before)
+
+
+@pytest.fixture
+def hide_package(monkeypatch):
+    """Makes a package look as if it were not installed; the modules that import it are imported anew."""
+
+    def hide(package, *modules):
+        real_import = builtins.__import__
+
+        def without_package(name, *args, **kwargs):
+            if name.partition(".")[0] == package:
+                raise ModuleNotFoundError(f"No module named {package!r}")
+            return real_import(name, *args, **kwargs)
+
+        for module in modules:
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setattr(builtins, "__import__", without_package)
+
+    return hide

@@ -1,8 +1,6 @@
 """Other people's checkpoints: every format and type comes out bit for bit, damage is told in one message."""
 
-import builtins
 import json
-import sys
 import zipfile
 from pathlib import Path
 
@@ -128,17 +126,8 @@ def test_suffix_in_capitals(tmp_path):
         (".parquet", "pyarrow", r"reading .parquet files needs PyArrow: pip install 'embpack\[parquet\]'"),
     ],
 )
-def test_missing_extra(tmp_path, monkeypatch, suffix, package, message):
-    real_import = builtins.__import__
-
-    def without_package(name, *args, **kwargs):
-        if name.partition(".")[0] == package:
-            raise ModuleNotFoundError(f"No module named {package!r}")
-        return real_import(name, *args, **kwargs)
-
-    for module in ("embpack.sources.torch", "embpack.sources.parquet"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setattr(builtins, "__import__", without_package)
+def test_missing_extra(tmp_path, hide_package, suffix, package, message):
+    hide_package(package, "embpack.sources.torch", "embpack.sources.parquet")
     (tmp_path / f"a{suffix}").write_bytes(b"x")
     with pytest.raises(MissingExtraError, match=message):
         open_checkpoint(tmp_path / f"a{suffix}").__enter__()

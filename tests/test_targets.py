@@ -1,6 +1,5 @@
 """Plain checkpoints: what is written is what the formats' own libraries and our readers read."""
 
-import builtins
 import json
 import subprocess
 import sys
@@ -289,17 +288,8 @@ def test_unknown_suffix(tmp_path):
         (".parquet", "pyarrow", r"writing .parquet files needs PyArrow: pip install 'embpack\[parquet\]'"),
     ],
 )
-def test_missing_extra(tmp_path, monkeypatch, suffix, package, message):
-    real_import = builtins.__import__
-
-    def without_package(name, *args, **kwargs):
-        if name.partition(".")[0] == package:
-            raise ModuleNotFoundError(f"No module named {package!r}")
-        return real_import(name, *args, **kwargs)
-
-    for module in ("embpack.targets.torch", "embpack.targets.parquet"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setattr(builtins, "__import__", without_package)
+def test_missing_extra(tmp_path, hide_package, suffix, package, message):
+    hide_package(package, "embpack.targets.torch", "embpack.targets.parquet")
     with pytest.raises(MissingExtraError, match=message):
         write(tmp_path / f"a{suffix}", out_tensor("a", np.arange(3.0), "F64"))
     assert list(tmp_path.iterdir()) == []
