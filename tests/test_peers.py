@@ -104,6 +104,38 @@ def test_greedy_paper_takes_pytorchs_bins_and_ratio(isa, rng, b, r):
     assert_same_rows(packed, torch_pack[4](torch.from_numpy(rows), True, b, r), rows)
 
 
+def mirrored(rng, shape):
+    half = rng.standard_normal((shape[0], shape[1] // 2))
+    return np.concatenate([half, -half[:, ::-1]], axis=1)
+
+
+# Rows whose losses are close to each other or whose values are close to the middle of two levels: where a search that
+# computed a loss a little differently would take another path.
+CLOSE_CALLS = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "mirrored": mirrored,
+    "few values": lambda rng, shape: rng.choice([-1.5, -1, -0.25, 0.125, 1, 2], shape),
+    "integers": lambda rng, shape: rng.integers(-20, 21, shape),
+    "half steps": lambda rng, shape: np.clip(rng.integers(-1, 31, shape) / 2, 0, 15),
+    "bfloat16": lambda rng, shape: torch.from_numpy(rng.standard_normal(shape)).bfloat16().double().numpy(),
+    "of 8 bits": lambda rng, shape: np.rint(rng.standard_normal(shape) * 40) * 0.01,
+    "nearly constant": lambda rng, shape: 0.5 + 1e-4 * rng.standard_normal(shape),
+    "wide": lambda rng, shape: (rng.standard_normal(shape) * np.exp(3 * rng.standard_normal(shape))).clip(-6e4, 6e4),
+    "off centre": lambda rng, shape: 40 + rng.standard_normal(shape),
+    "one side": lambda rng, shape: np.abs(rng.standard_normal(shape)),
+}
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("embedding_dim", [8, 16, 64, 132, 512])
+@pytest.mark.parametrize("kind", CLOSE_CALLS)
+def test_greedy_paper_takes_pytorchs_path_at_close_calls(isa, rng, kind, embedding_dim, bits):
+    rows = CLOSE_CALLS[kind](rng, (32_000 // embedding_dim, embedding_dim)).astype(np.float32)
+    rows = searchable(rows)
+    packed = embpack.quantize(rows, "greedy-paper", bits).packed
+    assert_same_rows(packed, torch_pack[bits](torch.from_numpy(rows), True), rows)
+
+
 DISTRIBUTIONS = {
     "normal": lambda rng, shape: rng.standard_normal(shape),
     "small": lambda rng, shape: 1e-3 * rng.standard_normal(shape),

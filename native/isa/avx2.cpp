@@ -22,6 +22,7 @@ struct F64x16 {
 };
 
 constexpr const char* isa_name = "avx2";
+constexpr bool has_fast_fma = true;
 
 inline __m256i first_lanes_of_eight(size_t n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -75,6 +76,10 @@ inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 inline F32x16 sqrt(F32x16 a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
+inline F32x16 magnitude(F32x16 a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
+}
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
 
@@ -86,6 +91,9 @@ inline Mask16 equal(F32x16 a, F32x16 b) {
 }
 inline Mask16 both(Mask16 a, Mask16 b) { return {_mm256_and_ps(a.low, b.low), _mm256_and_ps(a.high, b.high)}; }
 inline Mask16 either(Mask16 a, Mask16 b) { return {_mm256_or_ps(a.low, b.low), _mm256_or_ps(a.high, b.high)}; }
+inline Mask16 except(Mask16 a, Mask16 b) {
+    return {_mm256_andnot_ps(b.low, a.low), _mm256_andnot_ps(b.high, a.high)};
+}
 inline uint32_t lane_bits(Mask16 m) {
     return static_cast<uint32_t>(_mm256_movemask_ps(m.low)) |
            (static_cast<uint32_t>(_mm256_movemask_ps(m.high)) << 8);
@@ -115,6 +123,7 @@ inline F32x16 round_nearest(F32x16 x) {
     constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(x.low, nearest), _mm256_round_ps(x.high, nearest)};
 }
+inline F32x16 from_nearest(F32x16 x) { return sub(x, round_nearest(x)); }
 inline I32x16 to_int(F32x16 x) { return {_mm256_cvttps_epi32(x.low), _mm256_cvttps_epi32(x.high)}; }
 inline F32x16 to_float(I32x16 x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 

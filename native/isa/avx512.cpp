@@ -18,6 +18,7 @@ struct F64x16 {
 };
 
 constexpr const char* isa_name = "avx512";
+constexpr bool has_fast_fma = true;
 
 inline Mask16 first_lanes(size_t n) { return static_cast<Mask16>((1u << n) - 1); }
 
@@ -47,6 +48,7 @@ inline F32x16 mul(F32x16 a, F32x16 b) { return _mm512_mul_ps(a, b); }
 inline F32x16 div(F32x16 a, F32x16 b) { return _mm512_div_ps(a, b); }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32x16 sqrt(F32x16 a) { return _mm512_sqrt_ps(a); }
+inline F32x16 magnitude(F32x16 a) { return _mm512_abs_ps(a); }
 inline F32x16 min(F32x16 a, F32x16 b) { return _mm512_min_ps(a, b); }
 inline F32x16 max(F32x16 a, F32x16 b) { return _mm512_max_ps(a, b); }
 
@@ -54,6 +56,7 @@ inline Mask16 less(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT
 inline Mask16 equal(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline Mask16 both(Mask16 a, Mask16 b) { return static_cast<Mask16>(a & b); }
 inline Mask16 either(Mask16 a, Mask16 b) { return static_cast<Mask16>(a | b); }
+inline Mask16 except(Mask16 a, Mask16 b) { return static_cast<Mask16>(a & ~b); }
 inline uint32_t lane_bits(Mask16 m) { return m; }
 inline F32x16 select(Mask16 m, F32x16 yes, F32x16 no) { return _mm512_mask_blend_ps(m, no, yes); }
 inline Mask16 finite(F32x16 x) {
@@ -70,6 +73,10 @@ inline F32x16 round_code(F32x16 x, F32x16 top) {
 }
 inline F32x16 round_nearest(F32x16 x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// x - round_nearest(x), in one operation where rounding takes two.
+inline F32x16 from_nearest(F32x16 x) {
+    return _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 inline I32x16 to_int(F32x16 x) { return _mm512_cvttps_epi32(x); }
 inline F32x16 to_float(I32x16 x) { return _mm512_cvtepi32_ps(x); }

@@ -22,6 +22,11 @@ struct F64x16 {
 };
 
 constexpr const char* isa_name = "portable";
+#ifdef __FP_FAST_FMAF
+constexpr bool has_fast_fma = true;
+#else
+constexpr bool has_fast_fma = false;   // the C library's, which may be a function of many operations
+#endif
 
 template <class Fn>
 inline F32x16 each_lane(Fn fn) {
@@ -119,6 +124,9 @@ inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
 inline F32x16 sqrt(F32x16 a) {
     return each_lane([&](size_t i) { return __builtin_sqrtf(a.lane[i]); });
 }
+inline F32x16 magnitude(F32x16 a) {
+    return each_lane([&](size_t i) { return __builtin_fabsf(a.lane[i]); });
+}
 // Second operand on ties and NaN, as the x86 instructions do.
 inline F32x16 min(F32x16 a, F32x16 b) {
     return each_lane([&](size_t i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
@@ -135,6 +143,7 @@ inline Mask16 equal(F32x16 a, F32x16 b) {
 }
 inline Mask16 both(Mask16 a, Mask16 b) { return {a.bits & b.bits}; }
 inline Mask16 either(Mask16 a, Mask16 b) { return {a.bits | b.bits}; }
+inline Mask16 except(Mask16 a, Mask16 b) { return {a.bits & ~b.bits}; }
 inline uint32_t lane_bits(Mask16 m) { return m.bits; }
 inline F32x16 select(Mask16 m, F32x16 yes, F32x16 no) {
     return each_lane([&](size_t i) { return (m.bits >> i) & 1u ? yes.lane[i] : no.lane[i]; });
@@ -159,6 +168,7 @@ inline F32x16 round_code(F32x16 x, F32x16 top) {
 inline F32x16 round_nearest(F32x16 x) {
     return each_lane([&](size_t i) { return (x.lane[i] + 12582912.0f) - 12582912.0f; });
 }
+inline F32x16 from_nearest(F32x16 x) { return sub(x, round_nearest(x)); }
 inline I32x16 to_int(F32x16 x) {
     I32x16 out;
     for (size_t i = 0; i < 16; i++) out.lane[i] = static_cast<int32_t>(x.lane[i]);

@@ -4,6 +4,8 @@
 #include "grid-inl.h"
 #include "rows-inl.h"
 #include "search_range-inl.h"
+#include "greedy_walk-inl.h"
+#include "greedy_quick-inl.h"
 #include "search_greedy-inl.h"
 #include "encode-inl.h"
 #include "decode-inl.h"
