@@ -1,6 +1,7 @@
 """The races of python -m benchmarks.quantize: the tables, who packs them, which answers agree."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +86,24 @@ def _race_greedy(weight: Values, peers: Sequence[Peer]) -> Workload[Packed]:
 
 
 def _race_threads(weight: Values, method: str) -> Workload[Packed]:
+    """Two threads against one, and against two callers of one thread each: what the machine gives at most."""
     two = _contestant(Embpack(), method, weight, threads=2)
-    one = _contestant(Embpack(), method, weight, threads=1)
+    others = [_contestant(Embpack(), method, weight, threads=1), _two_callers(method, weight)]
     settings = _settings(method, weight) | {"threads": 2}
-    return Workload(settings, two, [one], find_other_bytes, lambda packed: measure_loss(packed, weight))
+    return Workload(settings, two, others, find_other_bytes, lambda packed: measure_loss(packed, weight))
+
+
+def _two_callers(method: str, weight: Values) -> Contestant[Packed]:
+    """Both pack the whole table, wait for nothing but their own work, and share nothing but the memory."""
+    pack = Embpack().quantizer(method, weight)
+    callers = ThreadPoolExecutor(2)
+
+    def call() -> Packed:
+        first, second = (callers.submit(pack) for _ in range(2))
+        second.result()
+        return first.result()
+
+    return Contestant("embpack, two callers", call, 2 * len(weight), lambda: Embpack().set_num_threads(1))
 
 
 def _settings(method: str, weight: Values) -> dict[str, Any]:
