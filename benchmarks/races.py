@@ -103,7 +103,7 @@ def _two_callers(method: str, weight: Values) -> Contestant[Packed]:
         second.result()
         return first.result()
 
-    return Contestant("embpack, two callers", call, 2 * len(weight), lambda: Embpack().set_num_threads(1))
+    return Contestant("embpack, 2 callers", call, 2 * len(weight), lambda: Embpack().set_num_threads(1))
 
 
 def _settings(method: str, weight: Values) -> dict[str, Any]:
