@@ -30,6 +30,9 @@ using PackedOut = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cp
 using FloatOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Clusters = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using RowClusters = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using CodebookValues = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // A method's search, by the name that src/embpack/methods gives it.
 struct NamedSearch {
@@ -43,6 +46,15 @@ constexpr NamedSearch searches[] = {
     {"greedy", &Kernels::search_greedy},
 };
 
+struct NamedCodebookSearch {
+    const char* name;
+    CodebookFn Kernels::*search;
+};
+constexpr NamedCodebookSearch codebook_searches[] = {
+    {"kmeans", &Kernels::search_kmeans},
+    {"kmeans-lloyd", &Kernels::search_kmeans_lloyd},
+};
+
 void require(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
 }
@@ -51,6 +63,12 @@ SearchFn Kernels::*find_search(const std::string& name) {
     for (const NamedSearch& known : searches)
         if (name == known.name) return known.search;
     throw std::invalid_argument("no kernel for search '" + name + "'");
+}
+
+CodebookFn Kernels::*find_codebook_search(const std::string& name) {
+    for (const NamedCodebookSearch& known : codebook_searches)
+        if (name == known.name) return known.search;
+    throw std::invalid_argument("no kernel for codebook search '" + name + "'");
 }
 
 Grid make_grid(int bits, bool f16_params) {
@@ -70,37 +88,121 @@ Rows view_rows(const RowsArray& rows) {
     return view;
 }
 
-PackedRows view_packed(const PackedArray& packed, size_t embedding_dim, int bits, bool f16_params) {
-    const Grid grid = make_grid(bits, f16_params);
-    require(embedding_dim > 0, "embedding_dim must be positive");
-    require(packed.shape(1) == packed_row_bytes(embedding_dim, grid), "packed has the wrong number of bytes a row");
-    return {packed.data(), packed.shape(0), embedding_dim, packed.shape(1), grid};
+Layout parse_layout(const std::string& name) {
+    if (name == "uniform") return Layout::uniform;
+    if (name == "codebook") return Layout::codebook;
+    require(name == "clustered", "layout must be uniform, codebook or clustered");
+    return Layout::clustered;
 }
 
-// Position of the first index outside [0, num_rows), or -1.
-int64_t first_bad_index(const Indices& indices, size_t num_rows) {
-    const int64_t* index = indices.data();
-    for (size_t i = 0; i < indices.shape(0); i++)
-        if (static_cast<uint64_t>(index[i]) >= num_rows) return static_cast<int64_t>(i);
+// Packed rows, and the arrays that they lie in.
+struct PackedView {
+    PackedArray packed;
+    std::optional<Clusters> clusters;
+    std::optional<PackedArray> codebooks;
+    PackedRows rows;
+
+    PackedView(const PackedArray& packed, size_t embedding_dim, int bits, bool f16_params, const std::string& layout,
+               const std::optional<Clusters>& clusters, const std::optional<PackedArray>& codebooks)
+        : packed(packed), clusters(clusters), codebooks(codebooks) {
+        const Grid grid = make_grid(bits, f16_params);
+        rows = {packed.data(), packed.shape(0), embedding_dim, packed.shape(1), grid, parse_layout(layout)};
+        require(embedding_dim > 0, "embedding_dim must be positive");
+        require(rows.row_bytes == packed_row_bytes(embedding_dim, grid, rows.layout), "packed has the wrong row bytes");
+        const bool is_clustered = rows.layout == Layout::clustered;
+        require(is_clustered == clusters.has_value() && is_clustered == codebooks.has_value(),
+                "clusters and codebooks go with the clustered layout");
+        if (!is_clustered) return;
+        const bool is_u8 = clusters->dtype() == nb::dtype<uint8_t>();
+        require(is_u8 || clusters->dtype() == nb::dtype<uint16_t>(), "clusters must be uint8 or uint16");
+        require(clusters->shape(0) == rows.num_rows, "clusters must have one number for each row");
+        require(codebooks->shape(1) == (size_t{1} << bits) * (f16_params ? 2 : 4), "codebooks have the wrong size");
+        rows.codebooks = codebooks->data();
+        rows.clusters = static_cast<const uint8_t*>(clusters->data());
+        rows.cluster_bytes = is_u8 ? 1 : 2;
+        rows.num_codebooks = codebooks->shape(0);
+    }
+};
+
+bool has_codebook(const PackedRows& rows, size_t row) {
+    return rows.layout != Layout::clustered || cluster_of(rows, row) < rows.num_codebooks;
+}
+
+// The first index that cannot be looked up: its position if it is outside [0, num_rows), -2 - position if its row has
+// no codebook; -1 if all can. Null indices are all rows.
+int64_t first_bad_index(const int64_t* indices, size_t count, const PackedRows& rows) {
+    for (size_t i = 0; indices && i < count; i++)
+        if (static_cast<uint64_t>(indices[i]) >= rows.num_rows) return static_cast<int64_t>(i);
+    if (rows.layout != Layout::clustered) return -1;
+    for (size_t i = 0; i < count; i++)
+        if (!has_codebook(rows, indices ? static_cast<size_t>(indices[i]) : i)) return -2 - static_cast<int64_t>(i);
     return -1;
 }
 
-std::tuple<int, size_t, std::vector<std::tuple<double, double>>> quantize(
-    const RowsArray& rows, const std::string& search, const SearchParams& params, int bits, bool f16_params,
-    size_t span_rows, const PackedOut& packed) {
-    const Rows view = view_rows(rows);
-    const Grid grid = make_grid(bits, f16_params);
-    require(params.b > 0, "b must be positive");
-    require(packed.shape(0) == view.num_rows && packed.shape(1) == packed_row_bytes(view.embedding_dim, grid),
-            "packed has the wrong shape");
-    require(span_rows > 0 && span_rows % block_rows == 0, "span_rows must be a multiple of the rows of a block");
-    SearchFn Kernels::*fn = find_search(search);
-    uint8_t* out = packed.data();
-    nb::gil_scoped_release release;
-    const QuantizeResult result = quantize_rows(view, fn, params, grid, span_rows, out);
+using QuantizeAnswer = std::tuple<int, size_t, std::vector<std::tuple<double, double>>>;
+
+QuantizeAnswer make_answer(const QuantizeResult& result) {
     std::vector<std::tuple<double, double>> sums;
     for (const SquaredSums& span : result.sums) sums.emplace_back(span.error, span.norm);
     return {static_cast<int>(result.fault), result.faulty_row, sums};
+}
+
+// What every way of packing asks of its arguments.
+void require_room(const Rows& rows, Grid grid, Layout layout, size_t span_rows, const PackedOut& packed) {
+    require(packed.shape(0) == rows.num_rows && packed.shape(1) == packed_row_bytes(rows.embedding_dim, grid, layout),
+            "packed has the wrong shape");
+    require(span_rows > 0 && span_rows % block_rows == 0, "span_rows must be a multiple of the rows of a block");
+}
+
+QuantizeAnswer quantize(const RowsArray& rows, const std::string& search, const SearchParams& params, int bits,
+                        bool f16_params, size_t span_rows, const PackedOut& packed) {
+    const Rows view = view_rows(rows);
+    const Grid grid = make_grid(bits, f16_params);
+    require(params.b > 0, "b must be positive");
+    require_room(view, grid, Layout::uniform, span_rows, packed);
+    SearchFn Kernels::*fn = find_search(search);
+    uint8_t* out = packed.data();
+    nb::gil_scoped_release release;
+    return make_answer(quantize_rows(view, fn, params, grid, span_rows, out));
+}
+
+QuantizeAnswer quantize_with_codebooks(const RowsArray& rows, const std::string& search, int bits, bool f16_params,
+                                       size_t span_rows, const PackedOut& packed) {
+    const Rows view = view_rows(rows);
+    const Grid grid = make_grid(bits, f16_params);
+    require_room(view, grid, Layout::codebook, span_rows, packed);
+    CodebookFn Kernels::*fn = find_codebook_search(search);
+    uint8_t* out = packed.data();
+    nb::gil_scoped_release release;
+    return make_answer(quantize_by_codebooks(view, fn, grid, span_rows, out));
+}
+
+QuantizeAnswer quantize_with_clusters(const RowsArray& rows, const RowClusters& clusters, const CodebookValues& values,
+                                      int bits, bool f16_params, size_t span_rows, const PackedOut& packed) {
+    const Rows view = view_rows(rows);
+    const Grid grid = make_grid(bits, f16_params);
+    require_room(view, grid, Layout::clustered, span_rows, packed);
+    require(values.shape(1) == size_t{1} << bits, "values must have 2^bits levels for each codebook");
+    require(clusters.shape(0) == view.num_rows, "clusters must have one number for each row");
+    for (size_t i = 0; i < view.num_rows; i++)
+        require(clusters.data()[i] < values.shape(0), "a cluster has no codebook");
+    uint8_t* out = packed.data();
+    nb::gil_scoped_release release;
+    return make_answer(quantize_by_clusters(view, values.data(), clusters.data(), grid, span_rows, out));
+}
+
+void fit(const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& values, const Indices& starts, int bits,
+         const FloatOut& codebooks) {
+    make_grid(bits, false);
+    require(starts.shape(0) > 0, "starts must have one entry more than there are groups");
+    const size_t groups = starts.shape(0) - 1;
+    const int64_t* start = starts.data();
+    require(start[0] == 0 && start[groups] == static_cast<int64_t>(values.shape(0)), "starts leave the values");
+    for (size_t group = 0; group < groups; group++) require(start[group] <= start[group + 1], "starts decrease");
+    require(codebooks.shape(0) == groups && codebooks.shape(1) == size_t{1} << bits, "codebooks have the wrong shape");
+    float* out = codebooks.data();
+    nb::gil_scoped_release release;
+    fit_codebooks(values.data(), start, groups, bits, out);
 }
 
 std::tuple<int, size_t, float, float> bound(const RowsArray& rows) {
@@ -111,29 +213,26 @@ std::tuple<int, size_t, float, float> bound(const RowsArray& rows) {
     return {static_cast<int>(bounds.fault), bounds.faulty_row, bounds.xmin, bounds.xmax};
 }
 
-int64_t gather(const PackedArray& packed, size_t embedding_dim, int bits, bool f16_params,
-               const std::optional<Indices>& indices, const FloatOut& out) {
-    const PackedRows rows = view_packed(packed, embedding_dim, bits, f16_params);
+int64_t gather(const PackedView& view, const std::optional<Indices>& indices, const FloatOut& out) {
+    const PackedRows& rows = view.rows;
     const size_t count = indices ? indices->shape(0) : rows.num_rows;
-    require(out.shape(0) == count && out.shape(1) == embedding_dim, "out has the wrong shape");
+    require(out.shape(0) == count && out.shape(1) == rows.embedding_dim, "out has the wrong shape");
+    const int64_t* from = indices ? indices->data() : nullptr;
     float* to = out.data();
     nb::gil_scoped_release release;
-    if (indices) {
-        const int64_t bad = first_bad_index(*indices, rows.num_rows);
-        if (bad >= 0) return bad;
-    }
-    gather_rows(rows, indices ? indices->data() : nullptr, count, to);
-    return -1;
+    const int64_t bad = first_bad_index(from, count, rows);
+    if (bad == -1) gather_rows(rows, from, count, to);
+    return bad;
 }
 
-int64_t pool(const PackedArray& packed, size_t embedding_dim, int bits, bool f16_params, const Indices& indices,
-             const Indices& starts, const std::optional<Floats>& per_sample_weights, int64_t padding_index,
-             const std::string& mode, const FloatOut& out) {
-    const PackedRows rows = view_packed(packed, embedding_dim, bits, f16_params);
+int64_t pool(const PackedView& view, const Indices& indices, const Indices& starts,
+             const std::optional<Floats>& per_sample_weights, int64_t padding_index, const std::string& mode,
+             const FloatOut& out) {
+    const PackedRows& rows = view.rows;
     require(mode == "sum" || mode == "mean" || mode == "max", "mode must be sum, mean or max");
     require(starts.shape(0) > 0, "starts must have num_bags + 1 entries");
     const size_t num_bags = starts.shape(0) - 1;
-    require(out.shape(0) == num_bags && out.shape(1) == embedding_dim, "out has the wrong shape");
+    require(out.shape(0) == num_bags && out.shape(1) == rows.embedding_dim, "out has the wrong shape");
     require(!per_sample_weights || per_sample_weights->shape(0) == indices.shape(0),
             "per_sample_weights must have one weight for each index");
     const int64_t* start = starts.data();
@@ -142,8 +241,8 @@ int64_t pool(const PackedArray& packed, size_t embedding_dim, int bits, bool f16
     const Pooling pooling = mode == "sum" ? Pooling::sum : mode == "mean" ? Pooling::mean : Pooling::max;
     float* to = out.data();
     nb::gil_scoped_release release;
-    const int64_t bad = first_bad_index(indices, rows.num_rows);
-    if (bad >= 0) return bad;
+    const int64_t bad = first_bad_index(indices.data(), indices.shape(0), rows);
+    if (bad != -1) return bad;
     pool_bags(rows, {indices.data(), per_sample_weights ? per_sample_weights->data() : nullptr, start, num_bags,
                      padding_index, pooling}, to);
     return -1;
@@ -158,6 +257,7 @@ std::vector<std::string> list_isas() {
 std::vector<std::string> list_searches() {
     std::vector<std::string> names;
     for (const NamedSearch& known : searches) names.emplace_back(known.name);
+    for (const NamedCodebookSearch& known : codebook_searches) names.emplace_back(known.name);
     return names;
 }
 
@@ -185,14 +285,37 @@ NB_MODULE(_native, m) {
     m.def("bound", &bound, nb::arg("rows"),
           nb::sig("def bound(rows: numpy.typing.NDArray[typing.Any]) -> tuple[int, int, float, float]"),
           "Bounds of all values: (fault, faulty row, smallest, largest).");
-    m.def("gather", &gather, nb::arg("packed"), nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("f16_params"),
-          nb::arg("indices").none(), nb::arg("out"),
+    m.def("quantize_with_codebooks", &quantize_with_codebooks, nb::arg("rows"), nb::arg("search"), nb::arg("bits"),
+          nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed"),
+          nb::sig("def quantize_with_codebooks(rows: numpy.typing.NDArray[typing.Any], search: str, bits: int, "
+                  "f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
+                  "-> tuple[int, int, list[tuple[float, float]]]"),
+          "Pack rows, each with a codebook of its own. Returns what quantize does.");
+    m.def("quantize_with_clusters", &quantize_with_clusters, nb::arg("rows"), nb::arg("clusters"), nb::arg("values"),
+          nb::arg("bits"), nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed"),
+          nb::sig("def quantize_with_clusters(rows: numpy.typing.NDArray[typing.Any], "
+                  "clusters: numpy.typing.NDArray[numpy.uint32], values: numpy.typing.NDArray[numpy.float32], "
+                  "bits: int, f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
+                  "-> tuple[int, int, list[tuple[float, float]]]"),
+          "Pack rows by the codebooks of their clusters. Returns what quantize does.");
+
+    m.def("fit_codebooks", &fit, nb::arg("values"), nb::arg("starts"), nb::arg("bits"), nb::arg("codebooks"),
+          "Fill in a codebook for each group values[starts[g] : starts[g + 1]], putting the values in order.");
+
+    nb::class_<PackedView>(m, "PackedRows", "Packed rows, as gather and pool take them.")
+        .def(nb::init<const PackedArray&, size_t, int, bool, const std::string&, const std::optional<Clusters>&,
+                      const std::optional<PackedArray>&>(),
+             nb::arg("packed"), nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("f16_params"), nb::arg("layout"),
+             nb::arg("clusters").none(), nb::arg("codebooks").none(),
+             nb::sig("def __init__(self, packed: numpy.typing.NDArray[numpy.uint8], embedding_dim: int, bits: int, "
+                     "f16_params: bool, layout: str, clusters: numpy.typing.NDArray[typing.Any] | None, "
+                     "codebooks: numpy.typing.NDArray[numpy.uint8] | None) -> None"));
+    m.def("gather", &gather, nb::arg("rows"), nb::arg("indices").none(), nb::arg("out"),
           "Decode the rows `indices` (None: all) into `out`. Returns the position of the first index out of range, "
-          "or -1.");
-    m.def("pool", &pool, nb::arg("packed"), nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("f16_params"),
-          nb::arg("indices"), nb::arg("starts"), nb::arg("per_sample_weights").none(), nb::arg("padding_index"),
-          nb::arg("mode"), nb::arg("out"),
-          "Pool bags of rows into `out`. Returns the position of the first index out of range, or -1.");
+          "-2 - the position of the first whose row has no codebook, or -1.");
+    m.def("pool", &pool, nb::arg("rows"), nb::arg("indices"), nb::arg("starts"), nb::arg("per_sample_weights").none(),
+          nb::arg("padding_index"), nb::arg("mode"), nb::arg("out"),
+          "Pool bags of rows into `out`. Returns what gather does.");
 
     m.def("isa", [] { return std::string(kernels().isa); }, "Name of the instruction set in use.");
     m.def("available_isas", &list_isas, "Names of the instruction sets that this CPU runs, best first.");

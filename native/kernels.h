@@ -53,13 +53,44 @@ struct SquaredSums {
 // 2 * block_rows * embedding_dim floats.
 using SearchFn = void (*)(const RowBlock&, Grid, const SearchParams&, Ranges&, float* scratch) noexcept;
 
+// Finds a codebook for each row of a block, 2^bits float32 levels that ascend. `room` holds
+// kmeans_doubles(embedding_dim, bits).
+using CodebookFn = void (*)(const RowBlock&, Grid, float* codebooks, double* room) noexcept;
+
+inline constexpr size_t kmeans_doubles(size_t embedding_dim, int bits) {
+    const size_t columns = lanes * embedding_dim / 2, prefix_sums = 2 * lanes * (embedding_dim + 1);
+    const size_t errors = 2 * lanes * embedding_dim, splits = (size_t{1} << bits) * lanes * embedding_dim / 2;
+    return columns + (embedding_dim + 1) + prefix_sums + errors + splits;
+}
+
+// The codebooks to encode with, 2^bits levels each.
+struct Codebooks {
+    const float* values;
+    const uint32_t* of_row;   // which codebook a row of the block has; null: row i has codebook i
+    bool stored_in_rows;
+};
+
+// What follows a row's codes: scale and bias, the row's codebook, or nothing: the codebook is chosen by the row's
+// cluster number.
+enum class Layout : uint8_t { uniform, codebook, clustered };
+
 struct PackedRows {
     const uint8_t* bytes;
     size_t num_rows;
     size_t embedding_dim;
     size_t row_bytes;
     Grid grid;
+    Layout layout = Layout::uniform;
+    const uint8_t* codebooks = nullptr;   // clustered: num_codebooks of 2^bits values of the parameter type
+    const uint8_t* clusters = nullptr;    // clustered: a number for each row, of cluster_bytes
+    size_t cluster_bytes = 0;
+    size_t num_codebooks = 0;
 };
+
+inline size_t cluster_of(const PackedRows& rows, size_t row) {
+    const uint8_t* number = rows.clusters + row * rows.cluster_bytes;
+    return rows.cluster_bytes == 1 ? number[0] : static_cast<size_t>(number[0] | number[1] << 8);
+}
 
 enum class Pooling : uint8_t { sum, mean, max };
 
@@ -84,6 +115,13 @@ struct Kernels {
     uint64_t (*encode_rows)(const RowBlock&, Grid, const Ranges& bounds, const Ranges&, uint8_t* packed,
                             SquaredSums&) noexcept;
 
+    CodebookFn search_kmeans;
+    CodebookFn search_kmeans_lloyd;
+
+    // The same with the nearest levels of a codebook. Returns a bit for every row whose codebook is not finite in the
+    // grid's parameter type.
+    uint64_t (*encode_by_codebook)(const RowBlock&, Grid, const Codebooks&, uint8_t* packed, SquaredSums&) noexcept;
+
     // out[i] = row indices[i], or row i where indices is null; float32 [count, embedding_dim].
     void (*decode_rows)(const PackedRows&, const int64_t* indices, size_t count, float* out) noexcept;
 
@@ -93,9 +131,11 @@ struct Kernels {
                       int64_t padding_index, Pooling, float* out) noexcept;
 };
 
-inline constexpr size_t packed_row_bytes(size_t embedding_dim, Grid grid) {
+inline constexpr size_t packed_row_bytes(size_t embedding_dim, Grid grid, Layout layout = Layout::uniform) {
     const size_t codes = (embedding_dim * static_cast<size_t>(grid.bits) + 7) / 8;
-    return codes + (grid.f16_params ? 4 : 8);
+    const size_t level_bytes = grid.f16_params ? 2 : 4;
+    if (layout == Layout::uniform) return codes + 2 * level_bytes;
+    return codes + (layout == Layout::codebook ? (size_t{1} << grid.bits) * level_bytes : 0);
 }
 
 }  // namespace embpack

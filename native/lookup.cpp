@@ -25,6 +25,7 @@ void gather_rows(const PackedRows& rows, const int64_t* indices, size_t count, f
         } else {
             PackedRows part = rows;
             part.bytes += first * rows.row_bytes;
+            part.clusters += first * rows.cluster_bytes;
             k.decode_rows(part, nullptr, n, out + first * d);
         }
     }

@@ -15,23 +15,25 @@ namespace embpack {
 
 namespace {
 
+#include "kernels/lloyd-inl.h"
+
 // Values that a thread takes at a time: enough to make asking for more cheap, few enough to share evenly.
 constexpr size_t values_at_a_time = size_t{1} << 15;
 
-// Floats on cache lines of their own: a vector across two lines costs two loads, and the search is that tight.
-class AlignedFloats {
+// Numbers on cache lines of their own: a vector across two lines costs two loads, and the search is that tight.
+template <class T>
+class Aligned {
 public:
-    explicit AlignedFloats(size_t count)
-        : floats_(static_cast<float*>(operator new(count * sizeof(float), line))) {}
+    explicit Aligned(size_t count) : values_(static_cast<T*>(operator new(count * sizeof(T), line))) {}
 
-    float* data() { return floats_.get(); }
+    T* data() { return values_.get(); }
 
 private:
     static constexpr std::align_val_t line{64};
     struct Free {
-        void operator()(float* p) const { operator delete(p, line); }
+        void operator()(T* p) const { operator delete(p, line); }
     };
-    std::unique_ptr<float, Free> floats_;
+    std::unique_ptr<T, Free> values_;
 };
 
 // Hands out blocks of float32 rows, widening 16-bit ones into the calling thread's part of a buffer.
@@ -64,7 +66,8 @@ size_t first_not_finite_row(const RowBlock& block, const Kernels& k) {
     Ranges unused{};
     double unused_norm;
     for (size_t row = 0; row < block.num_rows; row++)
-        if (!k.bound_rows({block.rows + row * block.embedding_dim, 1, block.embedding_dim}, unused, unused_norm)) return row;
+        if (!k.bound_rows({block.rows + row * block.embedding_dim, 1, block.embedding_dim}, unused, unused_norm))
+            return row;
     return 0;
 }
 
@@ -78,16 +81,24 @@ void note_fault(Result& result, RowFault fault, size_t row) {
     }
 }
 
-}  // namespace
+std::vector<SquaredSums> sum_spans(const std::vector<SquaredSums>& of_blocks, size_t span_rows) {
+    const size_t span_blocks = span_rows / block_rows;
+    std::vector<SquaredSums> of_spans((of_blocks.size() + span_blocks - 1) / span_blocks);
+    for (size_t i = 0; i < of_blocks.size(); i++) {
+        of_spans[i / span_blocks].error += of_blocks[i].error;
+        of_spans[i / span_blocks].norm += of_blocks[i].norm;
+    }
+    return of_spans;
+}
 
-QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const SearchParams& params, Grid grid,
-                             size_t span_rows, uint8_t* packed) {
+// Bounds each block and calls encode(block, its number, its bounds, its sums, room), which returns a bit for every row
+// that overflows; room is the thread's own.
+template <class T, class Encode>
+QuantizeResult encode_blocks(const Rows& rows, size_t span_rows, size_t room_of_thread, Encode encode) {
     const Kernels& k = kernels();
     const int threads = threads_for(rows.num_rows * rows.embedding_dim);
     BlockReader reader(rows, threads);
-    const size_t block_bytes = block_rows * packed_row_bytes(rows.embedding_dim, grid);
-    const size_t scratch_values = 2 * reader.block_values();
-    AlignedFloats scratch(static_cast<size_t>(threads) * scratch_values);
+    Aligned<T> room(static_cast<size_t>(threads) * room_of_thread);
     std::vector<SquaredSums> sums(reader.num_blocks());
     QuantizeResult result;
 
@@ -99,22 +110,73 @@ QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const 
             note_fault(result, RowFault::not_finite, i * block_rows + first_not_finite_row(block, k));
             continue;
         }
-        float* own_scratch = scratch.data() + static_cast<size_t>(omp_get_thread_num()) * scratch_values;
-        Ranges ranges = bounds;
-        (k.*search)(block, grid, params, ranges, own_scratch);
-        const uint64_t overflows = k.encode_rows(block, grid, bounds, ranges, packed + i * block_bytes, sums[i]);
+        T* own_room = room.data() + static_cast<size_t>(omp_get_thread_num()) * room_of_thread;
+        const uint64_t overflows = encode(block, i, bounds, sums[i], own_room);
         if (overflows != 0) {
             const size_t row = static_cast<size_t>(std::countr_zero(overflows));
             note_fault(result, RowFault::params_overflow, i * block_rows + row);
         }
     }
-    const size_t span_blocks = span_rows / block_rows;
-    result.sums.resize((sums.size() + span_blocks - 1) / span_blocks);
-    for (size_t i = 0; i < sums.size(); i++) {
-        result.sums[i / span_blocks].error += sums[i].error;
-        result.sums[i / span_blocks].norm += sums[i].norm;
-    }
+    result.sums = sum_spans(sums, span_rows);
     return result;
+}
+
+}  // namespace
+
+QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const SearchParams& params, Grid grid,
+                             size_t span_rows, uint8_t* packed) {
+    const Kernels& k = kernels();
+    const size_t d = rows.embedding_dim, block_bytes = block_rows * packed_row_bytes(d, grid);
+    const auto encode = [&](const RowBlock& block, size_t i, const Ranges& bounds, SquaredSums& sums, float* scratch) {
+        Ranges ranges = bounds;
+        (k.*search)(block, grid, params, ranges, scratch);
+        return k.encode_rows(block, grid, bounds, ranges, packed + i * block_bytes, sums);
+    };
+    return encode_blocks<float>(rows, span_rows, 2 * block_rows * d, encode);
+}
+
+QuantizeResult quantize_by_codebooks(const Rows& rows, CodebookFn Kernels::*search, Grid grid, size_t span_rows,
+                                     uint8_t* packed) {
+    const Kernels& k = kernels();
+    const size_t d = rows.embedding_dim, block_bytes = block_rows * packed_row_bytes(d, grid, Layout::codebook);
+    const size_t codebook_doubles = (block_rows << grid.bits) / 2;
+    const auto encode = [&](const RowBlock& block, size_t i, const Ranges&, SquaredSums& sums, double* room) {
+        float* codebooks = reinterpret_cast<float*>(room);
+        (k.*search)(block, grid, codebooks, room + codebook_doubles);
+        return k.encode_by_codebook(block, grid, {codebooks, nullptr, true}, packed + i * block_bytes, sums);
+    };
+    return encode_blocks<double>(rows, span_rows, codebook_doubles + kmeans_doubles(d, grid.bits), encode);
+}
+
+void fit_codebooks(float* values, const int64_t* starts, size_t groups, int bits, float* codebooks) {
+    const size_t levels = size_t{1} << bits;
+#pragma omp parallel for num_threads(threads_for(static_cast<size_t>(starts[groups]))) schedule(dynamic, 16)
+    for (size_t group = 0; group < groups; group++) {
+        float* first = values + starts[group];
+        const size_t count = static_cast<size_t>(starts[group + 1] - starts[group]);
+        float* codebook = codebooks + levels * group;
+        std::fill_n(codebook, levels, 0.0f);
+        if (count == 0) continue;
+        std::sort(first, first + count);
+        const double middle = (static_cast<double>(first[0]) + static_cast<double>(first[count - 1])) * 0.5;
+        std::vector<double> sums(count + 1);
+        const SortedValues sorted = {first, sums.data(), count, 1, middle};
+        for (size_t j = 0; j < count; j++) sums[j + 1] = sums[j] + sorted.value(j);
+        double centres[256];
+        iterate_lloyd(sorted, levels, centres);
+        for (size_t k = 0; k < levels; k++) codebook[k] = static_cast<float>(middle + centres[k]);
+    }
+}
+
+QuantizeResult quantize_by_clusters(const Rows& rows, const float* values, const uint32_t* clusters, Grid grid,
+                                    size_t span_rows, uint8_t* packed) {
+    const Kernels& k = kernels();
+    const size_t block_bytes = block_rows * packed_row_bytes(rows.embedding_dim, grid, Layout::clustered);
+    const auto encode = [&](const RowBlock& block, size_t i, const Ranges&, SquaredSums& sums, float*) {
+        const Codebooks codebooks{values, clusters + i * block_rows, false};
+        return k.encode_by_codebook(block, grid, codebooks, packed + i * block_bytes, sums);
+    };
+    return encode_blocks<float>(rows, span_rows, 0, encode);
 }
 
 Bounds bound_table(const Rows& rows) {

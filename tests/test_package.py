@@ -74,7 +74,9 @@ def test_an_unknown_isa_is_refused_and_changes_nothing():
 
 
 def test_methods_and_native_searches_agree():
-    assert {method.kernel for method in embpack.METHODS.values()} == set(_native.searches())
+    assert {method.kernel for method in embpack.METHODS.values() if hasattr(method, "kernel")} == set(
+        _native.searches()
+    )
 
 
 def test_each_method_is_listed_under_its_name_and_says_what_it_is_for():

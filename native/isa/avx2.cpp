@@ -174,6 +174,56 @@ inline I32x16 load_codes(const uint8_t* p) {
     return {shift_out(word, shifts), shift_out(word >> 16, shifts)};
 }
 
+// The float of each code in a table of sixteen.
+inline F32x16 look_up(F32x16 table, I32x16 codes) {
+    const auto look_up_eight = [&](__m256i eight) {
+        const __m256 low = _mm256_permutevar8x32_ps(table.low, eight);
+        const __m256 high = _mm256_permutevar8x32_ps(table.high, eight);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(eight, 28)));
+    };
+    return {look_up_eight(codes.low), look_up_eight(codes.high)};
+}
+
+template <class Fn>
+inline F64x16 each_quarter(Fn fn) {
+    return {{fn(0), fn(1), fn(2), fn(3)}};
+}
+inline F64x16 splat_f64(double x) {
+    return each_quarter([x](int) { return _mm256_set1_pd(x); });
+}
+inline F64x16 load_f64(const double* p) {
+    return each_quarter([p](int i) { return _mm256_loadu_pd(p + 4 * i); });
+}
+inline F64x16 widen_f32(F32x16 x) {
+    return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x.low)), _mm256_cvtps_pd(_mm256_extractf128_ps(x.low, 1)),
+             _mm256_cvtps_pd(_mm256_castps256_ps128(x.high)), _mm256_cvtps_pd(_mm256_extractf128_ps(x.high, 1))}};
+}
+inline F64x16 add(const F64x16& a, const F64x16& b) {
+    return each_quarter([&](int i) { return _mm256_add_pd(a.quarter[i], b.quarter[i]); });
+}
+inline F64x16 sub(const F64x16& a, const F64x16& b) {
+    return each_quarter([&](int i) { return _mm256_sub_pd(a.quarter[i], b.quarter[i]); });
+}
+inline F64x16 mul(const F64x16& a, const F64x16& b) {
+    return each_quarter([&](int i) { return _mm256_mul_pd(a.quarter[i], b.quarter[i]); });
+}
+inline Mask16 less(const F64x16& a, const F64x16& b) {
+    const auto narrow_masks = [&](int i) {   // The even halves of eight 64-bit masks are their 32-bit ones.
+        const __m256 first = _mm256_castpd_ps(_mm256_cmp_pd(a.quarter[i], b.quarter[i], _CMP_LT_OQ));
+        const __m256 second = _mm256_castpd_ps(_mm256_cmp_pd(a.quarter[i + 1], b.quarter[i + 1], _CMP_LT_OQ));
+        const __m256 mixed = _mm256_shuffle_ps(first, second, 0x88);
+        return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
+    };
+    return {narrow_masks(0), narrow_masks(2)};
+}
+inline F64x16 select(Mask16 m, const F64x16& yes, const F64x16& no) {
+    const auto blend = [&](int i, __m256 half, int which) {
+        const __m128 lanes = which == 0 ? _mm256_castps256_ps128(half) : _mm256_extractf128_ps(half, 1);
+        const __m256i wide = _mm256_cvtepi32_epi64(_mm_castps_si128(lanes));
+        return _mm256_blendv_pd(no.quarter[i], yes.quarter[i], _mm256_castsi256_pd(wide));
+    };
+    return {{blend(0, m.low, 0), blend(1, m.low, 1), blend(2, m.high, 0), blend(3, m.high, 1)}};
+}
 inline F64x16 zero_f64() {
     const __m256d zero = _mm256_setzero_pd();
     return {{zero, zero, zero, zero}};

@@ -117,6 +117,26 @@ inline I32x16 load_codes(const uint8_t* p) {
     }
 }
 
+// The float of each code in a table of sixteen.
+inline F32x16 look_up(F32x16 table, I32x16 codes) { return _mm512_permutexvar_ps(codes, table); }
+
+inline F64x16 splat_f64(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
+inline F64x16 load_f64(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+inline F64x16 widen_f32(F32x16 x) {
+    return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+}
+inline F64x16 add(F64x16 a, F64x16 b) { return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)}; }
+inline F64x16 sub(F64x16 a, F64x16 b) { return {_mm512_sub_pd(a.low, b.low), _mm512_sub_pd(a.high, b.high)}; }
+inline F64x16 mul(F64x16 a, F64x16 b) { return {_mm512_mul_pd(a.low, b.low), _mm512_mul_pd(a.high, b.high)}; }
+inline Mask16 less(F64x16 a, F64x16 b) {
+    const __mmask8 low = _mm512_cmp_pd_mask(a.low, b.low, _CMP_LT_OQ);
+    const __mmask8 high = _mm512_cmp_pd_mask(a.high, b.high, _CMP_LT_OQ);
+    return static_cast<Mask16>(low | (high << 8));
+}
+inline F64x16 select(Mask16 m, F64x16 yes, F64x16 no) {
+    return {_mm512_mask_blend_pd(static_cast<__mmask8>(m), no.low, yes.low),
+            _mm512_mask_blend_pd(static_cast<__mmask8>(m >> 8), no.high, yes.high)};
+}
 inline F64x16 zero_f64() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
 inline F64x16 add_square(F64x16 sum, F32x16 x) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));

@@ -196,6 +196,41 @@ inline I32x16 load_codes(const uint8_t* p) {
     return out;
 }
 
+// The float of each code in a table of sixteen.
+inline F32x16 look_up(F32x16 table, I32x16 codes) {
+    return each_lane([&](size_t i) { return table.lane[codes.lane[i] & 15]; });
+}
+
+template <class Fn>
+inline F64x16 each_wide_lane(Fn fn) {
+    F64x16 out;
+    for (size_t i = 0; i < 16; i++) out.lane[i] = fn(i);
+    return out;
+}
+inline F64x16 splat_f64(double x) {
+    return each_wide_lane([x](size_t) { return x; });
+}
+inline F64x16 load_f64(const double* p) {
+    return each_wide_lane([p](size_t i) { return p[i]; });
+}
+inline F64x16 widen_f32(F32x16 x) {
+    return each_wide_lane([&](size_t i) { return static_cast<double>(x.lane[i]); });
+}
+inline F64x16 add(const F64x16& a, const F64x16& b) {
+    return each_wide_lane([&](size_t i) { return a.lane[i] + b.lane[i]; });
+}
+inline F64x16 sub(const F64x16& a, const F64x16& b) {
+    return each_wide_lane([&](size_t i) { return a.lane[i] - b.lane[i]; });
+}
+inline F64x16 mul(const F64x16& a, const F64x16& b) {
+    return each_wide_lane([&](size_t i) { return a.lane[i] * b.lane[i]; });
+}
+inline Mask16 less(const F64x16& a, const F64x16& b) {
+    return each_lane_bit([&](size_t i) { return a.lane[i] < b.lane[i]; });
+}
+inline F64x16 select(Mask16 m, const F64x16& yes, const F64x16& no) {
+    return each_wide_lane([&](size_t i) { return (m.bits >> i) & 1u ? yes.lane[i] : no.lane[i]; });
+}
 inline F64x16 zero_f64() { return {}; }
 // The square of a float is exact in double, so this rounds once, as a fused multiply-add does.
 inline F64x16 add_square(F64x16 sum, F32x16 x) {

@@ -7,7 +7,10 @@
 #include "greedy_walk-inl.h"
 #include "greedy_quick-inl.h"
 #include "search_greedy-inl.h"
+#include "lloyd-inl.h"
+#include "search_kmeans-inl.h"
 #include "encode-inl.h"
+#include "encode_codebook-inl.h"
 #include "decode-inl.h"
 
 constexpr Kernels make_kernels() {
@@ -20,6 +23,9 @@ constexpr Kernels make_kernels() {
         .search_table = search_table,
         .search_greedy = search_greedy,
         .encode_rows = encode_rows,
+        .search_kmeans = search_kmeans,
+        .search_kmeans_lloyd = search_kmeans_lloyd,
+        .encode_by_codebook = encode_by_codebook,
         .decode_rows = decode_rows,
         .pool_rows = pool_rows,
     };

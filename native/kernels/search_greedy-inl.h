@@ -1,5 +1,5 @@
-// GREEDY: the quick walk as long as it can be taken, then the plain one. The vectors of a block take turns at each move:
-// one alone would wait for its divisions and square roots.
+// GREEDY: the quick walk as long as it can be taken, then the plain one. The vectors of a block take turns at each
+// move: one alone would wait for its divisions and square roots.
 
 inline constexpr size_t vectors = block_rows / lanes;
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.files import (
+    CLUSTER_SUFFIX,
+    CODEBOOK_SUFFIX,
     METADATA_KEY,
     TableEntry,
     check_digest,
@@ -20,14 +22,16 @@ from embpack.files import (
     make_metadata,
     read_entries,
 )
+from embpack.layouts import RowFormat, cluster_dtype
 from embpack.methods import Method, parse_method
-from embpack.quantize import RowPacker, chunk_rows, fit_method
+from embpack.quantize import RowPacker, chunk_rows, fit_clusters, fit_method, store_codebooks
 from embpack.rows import ROW_DTYPES, narrow
 from embpack.rules import Decision, Rules, plan
 from embpack.sources import Checkpoint, Shard, SourceTensor, open_checkpoint
 from embpack.sources.dtypes import count_bytes
 from embpack.table import PackedTable
 from embpack.targets import WRITERS, OutShard, OutTensor, write_checkpoint
+from embpack.targets.base import as_bytes
 
 # Told of rows as they are done: the table's name and how many more.
 Progress = Callable[[str, int], None]
@@ -94,23 +98,42 @@ class _ShardWriter:
     reports: list[TableReport] = field(default_factory=list)
 
     def out_shard(self, file_name: str) -> OutShard:
-        tensors = tuple(self._out_tensor(decision) for decision in self.decisions)
-        return OutShard(file_name, tensors, self._metadata, self._metadata_room())
+        tensors = [tensor for decision in self.decisions for tensor in self._out_tensors(decision)]
+        _check_names(tensors)
+        return OutShard(file_name, tuple(tensors), self._metadata, self._metadata_room())
 
-    def _out_tensor(self, decision: Decision) -> OutTensor:
-        tensor = decision.tensor
-        if decision.row_format is None:
-            return copy_tensor(tensor)
-        shape = (tensor.shape[0], decision.row_format.row_bytes)
-        return OutTensor(tensor.name, "U8", shape, lambda: self._packed_chunks(decision))
+    def _out_tensors(self, decision: Decision) -> list[OutTensor]:
+        tensor, row_format = decision.tensor, decision.row_format
+        if row_format is None:
+            return [copy_tensor(tensor)]
+        beside: dict[str, NDArray[Any]] = {}  # filled in when the rows are packed, before they are written
+        rows = tensor.shape[0]
+        out = [
+            OutTensor(tensor.name, "U8", (rows, row_format.row_bytes), lambda: self._packed_chunks(decision, beside))
+        ]
+        if row_format.is_clustered:
+            dtypes = _cluster_dtypes(row_format, decision.num_codebooks)
+            shapes = {CLUSTER_SUFFIX: (rows,), CODEBOOK_SUFFIX: (decision.num_codebooks, row_format.num_levels)}
+            for suffix, shape in shapes.items():
+                chunks = partial(_read_beside, beside, suffix)
+                out.append(OutTensor(tensor.name + suffix, dtypes[suffix], shape, chunks))
+        return out
 
-    def _packed_chunks(self, decision: Decision) -> Iterator[NDArray[np.uint8]]:
+    def _packed_chunks(self, decision: Decision, beside: dict[str, NDArray[Any]]) -> Iterator[NDArray[np.uint8]]:
         assert decision.row_format is not None
         started = time.perf_counter()
         tensor = decision.tensor
         step = chunk_rows(tensor.shape[1])
-        method = fit_method(self.method, lambda: tensor.read(step), tensor.name)
-        packer = RowPacker(method, decision.row_format, tensor.name)
+
+        def read() -> Iterator[NDArray[Any]]:
+            return tensor.read(step)
+
+        method = fit_method(self.method, read, tensor.name)
+        clusters = fit_clusters(method, read, tensor.shape[0], decision.row_format, tensor.name)
+        if clusters is not None:
+            beside[CLUSTER_SUFFIX] = clusters.of_row
+            beside[CODEBOOK_SUFFIX] = store_codebooks(clusters, decision.row_format)
+        packer = RowPacker(method, decision.row_format, tensor.name, clusters)
         digest = hashlib.sha256()
         room = np.empty((min(step, tensor.shape[0]), decision.row_format.row_bytes), np.uint8)
         for rows in tensor.read(step):
@@ -119,6 +142,8 @@ class _ShardWriter:
             digest.update(packed.data)
             yield packed
             self.progress(tensor.name, len(rows))
+        for array in beside.values():
+            digest.update(as_bytes(array))
         self._finish(decision, packer, format_checksum(digest), time.perf_counter() - started)
 
     def _finish(self, decision: Decision, packer: RowPacker, checksum: str, seconds: float) -> None:
@@ -149,6 +174,27 @@ class _ShardWriter:
         checksum = format_checksum(hashlib.sha256())
         entries = {d.tensor.name: _entry(d, spec.spec, longest, checksum) for d in self.decisions if d.row_format}
         return len(json.dumps({**self.source_metadata, **make_metadata(entries)}))
+
+
+def _cluster_dtypes(row_format: RowFormat, num_codebooks: int) -> dict[str, str]:
+    """Safetensors types of what lies beside clustered rows."""
+    numbers = "U8" if cluster_dtype(num_codebooks).itemsize == 1 else "U16"
+    return {CLUSTER_SUFFIX: numbers, CODEBOOK_SUFFIX: "F16" if row_format.has_f16_params else "F32"}
+
+
+def _read_beside(beside: Mapping[str, NDArray[Any]], suffix: str) -> Iterator[NDArray[Any]]:
+    yield beside[suffix]
+
+
+def _check_names(tensors: Sequence[OutTensor]) -> None:
+    """Refuse tensors of the checkpoint that are called what a table's clusters or codebooks would be."""
+    seen: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise ValueError(
+                f"tensor {tensor.name!r} would be there twice: a clustered table needs that name; rename it"
+            )
+        seen.add(tensor.name)
 
 
 def _entry(decision: Decision, method: str, loss: float, checksum: str) -> TableEntry:
@@ -206,7 +252,7 @@ def quantize_file(
     """
     src, dst = Path(src), Path(dst)
     chosen = parse_method(method)
-    rules = Rules(tuple(include), tuple(exclude), bits, param_dtype)
+    rules = Rules(tuple(include), tuple(exclude), bits, param_dtype, chosen)
     started = time.perf_counter()
     with open_checkpoint(src) as checkpoint:
         decisions = plan_file(checkpoint, rules)
@@ -297,10 +343,18 @@ def dequantize_file(
         for shard in checkpoint.shards:
             path = checkpoint.path.parent / shard.file_name
             entries = read_entries(path, shard)
-            unpacked += [_unpacked_table(name, entry) for name, entry in entries.items()]
+            by_name = {tensor.name: tensor for tensor in shard.tensors}
+            beside = {
+                name: {suffix: by_name[name + suffix] for suffix in entry.suffixes} for name, entry in entries.items()
+            }
+            unpacked += [_unpacked_table(by_name[name], entry, beside[name]) for name, entry in entries.items()]
+            belonging = {tensor.name for parts in beside.values() for tensor in parts.values()}
             tensors = tuple(
-                _unpack(path, tensor, entries[tensor.name], progress) if tensor.name in entries else copy_tensor(tensor)
+                _unpack(path, tensor, entries[tensor.name], beside[tensor.name], progress)
+                if tensor.name in entries
+                else copy_tensor(tensor)
                 for tensor in shard.tensors
+                if tensor.name not in belonging
             )
             plain = {key: value for key, value in shard.metadata.items() if key != METADATA_KEY}
             name = dst.name if checkpoint.index_name is None else shard.file_name
@@ -309,23 +363,33 @@ def dequantize_file(
     return tuple(unpacked)
 
 
-def _unpack(path: Path, tensor: SourceTensor, entry: TableEntry, progress: Progress) -> OutTensor:
+def _unpack(
+    path: Path, tensor: SourceTensor, entry: TableEntry, beside: Mapping[str, SourceTensor], progress: Progress
+) -> OutTensor:
     """Decode a table chunk by chunk; its checksum is compared at the end, before the output gets its name."""
 
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
+        arrays = {suffix: next(part.read(part.shape[0])) for suffix, part in beside.items()}
+        clusters, codebooks = arrays.get(CLUSTER_SUFFIX), arrays.get(CODEBOOK_SUFFIX)
+        done = 0
         for packed in tensor.read(chunk_rows(entry.embedding_dim)):
             digest.update(packed.data)
-            yield narrow(PackedTable(packed, entry.row_format).dequantize(), entry.dtype)
+            own = None if clusters is None else clusters[done : done + len(packed)]
+            table = PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks)
+            yield narrow(table.dequantize(), entry.dtype)
+            done += len(packed)
             progress(tensor.name, len(packed))
+        for array in arrays.values():
+            digest.update(as_bytes(array))
         check_digest(path, tensor.name, entry, digest)
 
     shape = (entry.num_embeddings, entry.embedding_dim)
     return OutTensor(tensor.name, _SAFETENSORS_DTYPE[entry.dtype], shape, chunks)
 
 
-def _unpacked_table(name: str, entry: TableEntry) -> UnpackedTable:
+def _unpacked_table(tensor: SourceTensor, entry: TableEntry, beside: Mapping[str, SourceTensor]) -> UnpackedTable:
     values = entry.num_embeddings * entry.embedding_dim
-    packed = entry.num_embeddings * entry.row_format.row_bytes
+    packed = tensor.nbytes + sum(part.nbytes for part in beside.values())
     plain = values * ROW_DTYPES[entry.dtype].itemsize
-    return UnpackedTable(name, entry.num_embeddings, entry.embedding_dim, entry.dtype, packed, plain)
+    return UnpackedTable(tensor.name, entry.num_embeddings, entry.embedding_dim, entry.dtype, packed, plain)

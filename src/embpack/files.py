@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,16 @@ from embpack.errors import FormatError
 from embpack.layouts import RowFormat
 from embpack.rows import ROW_DTYPES
 from embpack.sources import Shard, open_checkpoint
+from embpack.sources.dtypes import name_dtype
 from embpack.sources.safetensors import INDEX_SUFFIX
 from embpack.table import PackedTable
 from embpack.targets import OutShard, OutTensor, write_checkpoint
+from embpack.targets.base import as_bytes
 
 METADATA_KEY = "embpack"
 FORMAT_VERSION = 1
+# What lies beside the clustered table NAME: NAME.cluster and NAME.codebook.
+CLUSTER_SUFFIX, CODEBOOK_SUFFIX = ".cluster", ".codebook"
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class TableEntry:
         dtype: what the weights were: "float32", "float16" or "bfloat16".
         method: name and parameters of the method.
         loss: normalized l2 loss, measured when packed; None where unknown.
-        checksum: "sha256:" and the hexadecimal digest of the packed bytes.
+        checksum: "sha256:" and the hexadecimal digest of the packed bytes, then of the clusters' and codebooks'.
     """
 
     layout: str
@@ -50,6 +54,11 @@ class TableEntry:
     def row_format(self) -> RowFormat:
         """The format of the rows."""
         return RowFormat(self.embedding_dim, self.bits, self.param_dtype, self.layout)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What is added to the table's name for the tensors beside it."""
+        return (CLUSTER_SUFFIX, CODEBOOK_SUFFIX) if self.row_format.is_clustered else ()
 
     @classmethod
     def make(
@@ -125,10 +134,10 @@ def read_entries(path: Path, shard: Shard) -> dict[str, TableEntry]:
     if not isinstance(tables, dict):
         raise FormatError(f"{path}: its {METADATA_KEY!r} metadata is damaged (tables are {type(tables).__name__})")
     tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
-    return {name: _read_entry(f"{path}: table {name!r}", raw, tensors.get(name)) for name, raw in tables.items()}
+    return {name: _read_entry(f"{path}: table {name!r}", raw, name, tensors) for name, raw in tables.items()}
 
 
-def _read_entry(where: str, raw: Any, tensor: tuple[str, tuple[int, ...]] | None) -> TableEntry:
+def _read_entry(where: str, raw: Any, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> TableEntry:
     if not isinstance(raw, dict) or set(raw) != {field.name for field in fields(TableEntry)}:
         raise FormatError(f"{where}: its metadata does not have the fields of format version {FORMAT_VERSION}")
     for key, is_valid in _ENTRY_CHECKS.items():
@@ -141,13 +150,26 @@ def _read_entry(where: str, raw: Any, tensor: tuple[str, tuple[int, ...]] | None
         raise FormatError(f"{where}: its metadata says {error}") from None
     if entry.dtype not in ROW_DTYPES:
         raise FormatError(f"{where}: its metadata says dtype is {entry.dtype!r}")
-    if tensor is None:
+    if name not in tensors:
         raise FormatError(f"{where} is in the metadata but not in the file")
     promised = (entry.num_embeddings, row_bytes)
-    if tensor != ("U8", promised):
-        dtype, shape = tensor
+    if tensors[name] != ("U8", promised):
+        dtype, shape = tensors[name]
         raise FormatError(f"{where}: the metadata promises U8 {list(promised)}, the file has {dtype} {list(shape)}")
+    if entry.row_format.is_clustered:
+        _check_beside(where, entry, tensors.get(name + CLUSTER_SUFFIX), tensors.get(name + CODEBOOK_SUFFIX))
     return entry
+
+
+def _check_beside(where: str, entry: TableEntry, cluster: Any, codebook: Any) -> None:
+    """Check type and shape of the tensors beside clustered rows."""
+    row_format = entry.row_format
+    if cluster not in (("U8", (entry.num_embeddings,)), ("U16", (entry.num_embeddings,))):
+        raise FormatError(f"{where}: its clusters must be U8 or U16 [{entry.num_embeddings}], the file has {cluster}")
+    dtype = "F16" if row_format.has_f16_params else "F32"
+    levels = row_format.num_levels
+    if codebook is None or codebook[0] != dtype or codebook[1][1:] != (levels,) or codebook[1][0] == 0:
+        raise FormatError(f"{where}: its codebooks must be {dtype} [num_codebooks, {levels}], the file has {codebook}")
 
 
 @dataclass(frozen=True)
@@ -156,19 +178,20 @@ class PackedFile:
 
     Attributes:
         entries: what it says of its tables.
-        packed: their bytes, views of the file.
+        arrays: of each table, its bytes first: views of the file.
         others: names of its other tensors.
     """
 
     path: Path
     entries: dict[str, TableEntry]
-    packed: dict[str, NDArray[np.uint8]]
+    arrays: dict[str, list[NDArray[Any]]]
     others: tuple[str, ...]
 
     def table(self, name: str) -> PackedTable:
         """Return a table whose bytes stay in the file."""
         entry = self.entries[name]
-        return PackedTable(self.packed[name], entry.row_format, entry.dtype, entry.method, entry.loss)
+        packed, *beside = self.arrays[name]
+        return PackedTable(packed, entry.row_format, entry.dtype, entry.method, entry.loss, *beside)
 
     def verify(self, name: str) -> None:
         """Read a table through and compare its checksum.
@@ -176,7 +199,14 @@ class PackedFile:
         Raises:
             FormatError: the bytes are not those that were written.
         """
-        check_digest(self.path, name, self.entries[name], hashlib.sha256(self.packed[name].data))
+        check_digest(self.path, name, self.entries[name], _digest(self.arrays[name]))
+
+
+def _digest(arrays: Iterable[NDArray[Any]]) -> "hashlib._Hash":
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(as_bytes(np.ascontiguousarray(array)))
+    return digest
 
 
 def check_digest(path: Path, name: str, entry: TableEntry, digest: "hashlib._Hash") -> None:
@@ -209,10 +239,13 @@ def open_packed(path: str | Path) -> list[PackedFile]:
 
 def _map_shard(path: Path, shard: Shard) -> PackedFile:
     entries = read_entries(path, shard)
+    tensors = {tensor.name: tensor for tensor in shard.tensors}
+    parts = {name: [tensors[name + suffix] for suffix in ("", *entry.suffixes)] for name, entry in entries.items()}
     # One chunk of all rows is a view of the mapped file, and keeps it mapped.
-    packed = {tensor.name: next(tensor.read(tensor.shape[0])) for tensor in shard.tensors if tensor.name in entries}
-    others = tuple(tensor.name for tensor in shard.tensors if tensor.name not in entries)
-    return PackedFile(path, entries, packed, others)
+    arrays = {name: [next(tensor.read(tensor.shape[0])) for tensor in own] for name, own in parts.items()}
+    belonging = {tensor.name for own in parts.values() for tensor in own}
+    others = tuple(tensor.name for tensor in shard.tensors if tensor.name not in belonging)
+    return PackedFile(path, entries, arrays, others)
 
 
 def load(path: str | Path, *, verify: bool = False) -> dict[str, PackedTable]:
@@ -266,16 +299,29 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
             dtype=table.dtype,
             method=table.method,
             loss=table.loss,
-            checksum=format_checksum(hashlib.sha256(table.packed.data)),
+            checksum=format_checksum(_digest(_arrays_of(table))),
         )
         for name, table in tables.items()
     }
+    tensors = [tensor for name, table in tables.items() for tensor in _out_tensors(name, table)]
+    shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    if len(shapes) < len(tensors):
+        raise ValueError(f"{path}: two tensors have one name; do not call a table what another's clusters are called")
     for name, entry in entries.items():
         # What load would refuse is not written.
-        _read_entry(f"{path}: table {name!r}", asdict(entry), ("U8", tables[name].packed.shape))
+        _read_entry(f"{path}: table {name!r}", asdict(entry), name, shapes)
     metadata = make_metadata(entries)
-    tensors = [
-        OutTensor(name, "U8", table.packed.shape, partial(iter, [table.packed])) for name, table in tables.items()
-    ]
     room = len(json.dumps(metadata))
     write_checkpoint(path, [OutShard(path.name, tuple(tensors), lambda: metadata, room)])
+
+
+def _arrays_of(table: PackedTable) -> list[NDArray[Any]]:
+    """Arrays of a table as a file has them, its packed rows first."""
+    return [part for part in (table.packed, table.clusters, table.codebooks) if part is not None]
+
+
+def _out_tensors(name: str, table: PackedTable) -> Iterable[OutTensor]:
+    for suffix, array in zip(("", CLUSTER_SUFFIX, CODEBOOK_SUFFIX), _arrays_of(table), strict=False):
+        dtype = name_dtype(array.dtype)
+        assert dtype is not None
+        yield OutTensor(name + suffix, dtype, array.shape, partial(iter, [array]))

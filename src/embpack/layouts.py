@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from operator import index
+from typing import Any, Literal
+
+import numpy as np
 
 BITS = (2, 4, 8)
 PARAM_BYTES = {"float16": 2, "float32": 4}
@@ -12,19 +15,49 @@ class Layout:
     """One way to lay a row out.
 
     Attributes:
-        params_per_row: values of the parameter type that follow a row's codes.
+        params: what follows a row's codes, in values of the parameter type: scale and bias, a codebook, or nothing.
+        is_clustered: whether the row's codebook is shared, chosen by a cluster number that lies beside the rows.
     """
 
     name: str
-    params_per_row: int
+    params: Literal["scale and bias", "codebook", "nothing"]
+    is_clustered: bool = False
+
+    def params_per_row(self, bits: int) -> int:
+        """Values of the parameter type that follow a row's codes."""
+        return {"scale and bias": 2, "codebook": 2**bits, "nothing": 0}[self.params]
 
 
-LAYOUTS = {layout.name: layout for layout in (Layout("uniform", params_per_row=2),)}
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("uniform", "scale and bias"),
+        Layout("codebook", "codebook"),
+        Layout("clustered", "nothing", is_clustered=True),
+    )
+}
+# What the numbers of clusters are, by how many there are at most.
+CLUSTER_DTYPES = {256: np.dtype(np.uint8), 65536: np.dtype("<u2")}
 
 
-def default_param_dtype(bits: int) -> str:
-    """The parameter type of PyTorch's and FBGEMM's rows: float16 at 2 and 4 bits, float32 at 8."""
-    return "float32" if bits == 8 else "float16"
+def default_param_dtype(bits: int, layout: str = "uniform") -> str:
+    """The parameter type if none is asked for.
+
+    Uniform rows are PyTorch's and FBGEMM's: float16 at 2 and 4 bits, float32 at 8. Codebooks are float16.
+    """
+    return "float32" if bits == 8 and layout == "uniform" else "float16"
+
+
+def cluster_dtype(num_codebooks: int) -> "np.dtype[np.unsignedinteger[Any]]":
+    """The smallest type for so many cluster numbers.
+
+    Raises:
+        ValueError: there are none, or too many.
+    """
+    for most, dtype in CLUSTER_DTYPES.items():
+        if 0 < num_codebooks <= most:
+            return dtype
+    raise ValueError(f"there are {num_codebooks} codebooks; a table has 1 to {max(CLUSTER_DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +67,7 @@ class RowFormat:
     Attributes:
         embedding_dim: values a row, at least 1.
         bits: of each code: 2, 4 or 8.
-        param_dtype: "float16" or "float32", of scale and bias.
+        param_dtype: "float16" or "float32", of scale and bias or of a codebook.
         layout: a name in LAYOUTS.
 
     Raises:
@@ -68,9 +101,24 @@ class RowFormat:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return self.code_bytes + LAYOUTS[self.layout].params_per_row * PARAM_BYTES[self.param_dtype]
+        return self.code_bytes + LAYOUTS[self.layout].params_per_row(self.bits) * PARAM_BYTES[self.param_dtype]
 
     @property
     def has_f16_params(self) -> bool:
-        """Whether scale and bias are float16."""
+        """Whether scale and bias, or codebooks, are float16."""
         return self.param_dtype == "float16"
+
+    @property
+    def is_clustered(self) -> bool:
+        """Whether cluster numbers and codebooks lie beside the rows."""
+        return LAYOUTS[self.layout].is_clustered
+
+    @property
+    def num_levels(self) -> int:
+        """Values that a code can stand for."""
+        return int(2**self.bits)
+
+    @property
+    def codebook_bytes(self) -> int:
+        """Bytes of one codebook."""
+        return self.num_levels * PARAM_BYTES[self.param_dtype]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from embpack import _native
 from embpack.layouts import RowFormat, default_param_dtype
-from embpack.methods import Method, Table, parse_method
+from embpack.methods import Clusters, CodebookMethod, KMeansCls, Method, Table, UniformMethod, parse_method
 from embpack.rows import as_rows, widen
 from embpack.table import PackedTable
 
@@ -48,11 +48,13 @@ class RowPacker:
         method: a fitted one (see fit_method).
         row_format: of the rows that come out.
         table_name: for messages.
+        clusters: of the whole table, for clustered rows (see fit_clusters).
     """
 
     method: Method
     row_format: RowFormat
     table_name: str = "weight"
+    clusters: Clusters | None = None
     rows_packed: int = 0
     _sums: list[tuple[float, float]] = field(default_factory=list)
 
@@ -66,19 +68,24 @@ class RowPacker:
         Raises:
             ValueError: a value is NaN or infinite, or a scale or bias overflows; row and column are named.
         """
-        fault, row, sums = _native.quantize(
-            np.ascontiguousarray(rows),
-            self.method.kernel,
-            self.method.search_params(),
-            self.row_format.bits,
-            self.row_format.has_f16_params,
-            span_rows(self.row_format.embedding_dim),
-            packed,
-        )
+        fault, row, sums = self._call_kernel(np.ascontiguousarray(rows), packed)
         if fault:
             raise _row_error(fault, rows[row], self.rows_packed + row, self.row_format, self.table_name)
         self.rows_packed += len(rows)
         self._sums += sums
+
+    def _call_kernel(self, rows: NDArray[Any], packed: NDArray[np.uint8]) -> tuple[int, int, list[tuple[float, float]]]:
+        method = self.method
+        bits, has_f16_params = self.row_format.bits, self.row_format.has_f16_params
+        span = span_rows(self.row_format.embedding_dim)
+        if self.clusters is not None:
+            of_row = self.clusters.of_row[self.rows_packed : self.rows_packed + len(rows)].astype(np.uint32)
+            levels = self.clusters.levels
+            return _native.quantize_with_clusters(rows, of_row, levels, bits, has_f16_params, span, packed)
+        if isinstance(method, CodebookMethod):
+            return _native.quantize_with_codebooks(rows, method.kernel, bits, has_f16_params, span, packed)
+        assert isinstance(method, UniformMethod)
+        return _native.quantize(rows, method.kernel, method.search_params(), bits, has_f16_params, span, packed)
 
     @property
     def loss(self) -> float:
@@ -95,8 +102,9 @@ def _row_error(fault: int, row: NDArray[Any], index: int, row_format: RowFormat,
             f"{name}[{index}, {column}] is {values[column]}; NaN and infinity cannot be packed, replace them first"
         )
     where = f"{name}[{index}] has values from {values.min():.6g} to {values.max():.6g}"
+    params = "scale or bias" if row_format.layout == "uniform" else "codebook"
     if row_format.has_f16_params:
-        return ValueError(f"{where}: its scale or bias overflows float16 (largest: 65504); use param_dtype='float32'")
+        return ValueError(f"{where}: its {params} overflows float16 (largest: 65504); use param_dtype='float32'")
     return ValueError(f"{where}: its scale overflows float32; rescale the table")
 
 
@@ -122,9 +130,39 @@ def fit_method(method: Method, chunks: Callable[[], Iterable[NDArray[Any]]], nam
     return Table(xmin, xmax)
 
 
-def make_row_format(embedding_dim: int, bits: int, param_dtype: str | None) -> RowFormat:
-    """Make the format of uniform rows; param_dtype None is PyTorch's and FBGEMM's for these bits."""
-    return RowFormat(embedding_dim, bits, param_dtype or default_param_dtype(bits))
+def fit_clusters(
+    method: Method,
+    chunks: Callable[[], Iterable[NDArray[Any]]],
+    num_embeddings: int,
+    row_format: RowFormat,
+    name: str = "weight",
+) -> Clusters | None:
+    """Find the clusters and codebooks of a table's rows; None for methods that have none.
+
+    Args:
+        method: as parse_method made it.
+        chunks: yields all rows of the table, each time that it is called.
+        num_embeddings: how many there are.
+        row_format: of the packed rows.
+        name: of the table, for messages.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    if not isinstance(method, KMeansCls):
+        return None
+    fit_method(Table(), chunks, name)  # looks at every value
+    return method.fit(chunks, num_embeddings, row_format)
+
+
+def store_codebooks(clusters: Clusters, row_format: RowFormat) -> NDArray[Any]:
+    """Codebooks [num_codebooks, 2^bits] in the type that they are stored in, little endian."""
+    return clusters.levels.astype("<f2" if row_format.has_f16_params else "<f4")
+
+
+def make_row_format(embedding_dim: int, bits: int, param_dtype: str | None, layout: str = "uniform") -> RowFormat:
+    """Make a row format; param_dtype None is the default for these bits and this layout."""
+    return RowFormat(embedding_dim, bits, param_dtype or default_param_dtype(bits, layout), layout)
 
 
 def quantize(
@@ -141,8 +179,8 @@ def quantize(
         method: how each row's range is chosen: a name in embpack.METHODS, with parameters if need be
             ("greedy:b=1000,r=0.5"), or a Method.
         bits: a code, 2, 4 or 8.
-        param_dtype: of scale and bias, "float16" or "float32"; None is float16 at 2 and 4 bits and float32 at 8,
-            which makes rows that PyTorch and FBGEMM read.
+        param_dtype: of scale and bias or of codebooks, "float16" or "float32"; None is float16, but for uniform
+            rows at 8 bits float32, which makes rows that PyTorch and FBGEMM read.
 
     Returns:
         A PackedTable; its ``loss`` is what packing cost.
@@ -155,10 +193,13 @@ def quantize(
     Source: Guan et al. 2019; with method="asym" the bytes of torch.ops.quantized.embedding_bag_4bit_prepack.
     """
     rows, dtype = as_rows(weight)
-    row_format = make_row_format(rows.shape[1], bits, param_dtype)
-    fitted = fit_method(parse_method(method), lambda: _iter_chunks(rows))
-    packer = RowPacker(fitted, row_format)
+    chosen = parse_method(method)
+    row_format = make_row_format(rows.shape[1], bits, param_dtype, chosen.layout)
+    fitted = fit_method(chosen, lambda: _iter_chunks(rows))
+    clusters = fit_clusters(fitted, lambda: _iter_chunks(rows), len(rows), row_format)
+    packer = RowPacker(fitted, row_format, clusters=clusters)
     packed = np.empty((len(rows), row_format.row_bytes), np.uint8)
     for chunk in _iter_chunks(rows):
         packer.pack(chunk, packed[packer.rows_packed : packer.rows_packed + len(chunk)])
-    return PackedTable(packed, row_format, dtype=dtype, method=fitted.spec, loss=packer.loss)
+    of_row, codebooks = (clusters.of_row, store_codebooks(clusters, row_format)) if clusters else (None, None)
+    return PackedTable(packed, row_format, dtype, fitted.spec, packer.loss, of_row, codebooks)

@@ -19,6 +19,14 @@ Row = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
 
+class CodebookSearch(Protocol):
+    """A method: chooses the codebook of a row."""
+
+    def search(self, x: Row, row_format: RowFormat) -> Row:
+        """Return the codebook of the row ``x``, float32 [d]: float32 [2^bits], ascending."""
+        ...
+
+
 class RangeSearch(Protocol):
     """A method: chooses the clipping range of a row."""
 
@@ -137,17 +145,58 @@ def pack_row(x: Row, xmin: np.float32, xmax: np.float32, row_format: RowFormat) 
     return np.concatenate([pack_codes(codes, row_format.bits), params.view(np.uint8)])
 
 
+def store_levels(levels: NDArray[np.float32], row_format: RowFormat) -> NDArray[Any]:
+    """Round codebooks to the type that they are stored in."""
+    with np.errstate(over="ignore"):
+        return levels.astype("<f2" if row_format.has_f16_params else "<f4")
+
+
+def nearest_codes(x: Row, levels: NDArray[np.float32]) -> Codes:
+    """Codes of a row: the nearest level of an ascending codebook, the lower one of two; uint8 [d]."""
+    boundaries = (levels[:-1] + levels[1:]) * F32(0.5)
+    return np.searchsorted(boundaries, x, side="left").astype(np.uint8)
+
+
+def pack_codebook_row(x: Row, levels: Row, row_format: RowFormat) -> NDArray[np.uint8]:
+    """Pack one row by a codebook, float32 [2^bits]: codes, then the codebook where the layout stores it in the row."""
+    stored = store_levels(levels, row_format)
+    codes = pack_codes(nearest_codes(x, stored.astype(F32)), row_format.bits)
+    return codes if row_format.is_clustered else np.concatenate([codes, stored.view(np.uint8)])
+
+
+def quantize_by_codebooks(weight: NDArray[Any], method: CodebookSearch, row_format: RowFormat) -> NDArray[np.uint8]:
+    """Pack a table, float [N, d], row by row, each with a codebook of its own; uint8 [N, row_bytes]."""
+    rows = [x.astype(F32) for x in weight]
+    return np.stack([pack_codebook_row(x, method.search(x, row_format), row_format) for x in rows])
+
+
 def quantize(weight: NDArray[Any], method: RangeSearch, row_format: RowFormat) -> NDArray[np.uint8]:
-    """Pack a table, float [N, d], row by row; uint8 [N, row_bytes]."""
+    """Pack a table, float [N, d], row by row under clipping ranges; uint8 [N, row_bytes]."""
     rows = [x.astype(F32) for x in weight]
     return np.stack([pack_row(x, *method.search(x, row_format), row_format) for x in rows])
 
 
-def dequantize(packed: NDArray[np.uint8], row_format: RowFormat) -> NDArray[np.float32]:
-    """Levels of packed rows, uint8 [N, row_bytes] to float32 [N, d]."""
+def dequantize(
+    packed: NDArray[np.uint8],
+    row_format: RowFormat,
+    clusters: NDArray[Any] | None = None,
+    codebooks: NDArray[Any] | None = None,
+) -> NDArray[np.float32]:
+    """Levels of packed rows, uint8 [N, row_bytes] to float32 [N, d].
+
+    Args:
+        packed: the rows.
+        row_format: what they are.
+        clusters: of clustered rows: which codebook a row has, [N].
+        codebooks: of clustered rows: [num_codebooks, 2^bits] of the parameter type.
+    """
     codes = unpack_codes(packed[:, : row_format.code_bytes], row_format.embedding_dim, row_format.bits)
+    if clusters is not None and codebooks is not None:
+        return np.take_along_axis(codebooks[clusters].astype(F32), codes.astype(np.int64), axis=1)
     param_type = "<f2" if row_format.has_f16_params else "<f4"
     params = np.ascontiguousarray(packed[:, row_format.code_bytes :]).view(param_type).astype(F32)
+    if row_format.layout == "codebook":
+        return np.take_along_axis(params, codes.astype(np.int64), axis=1)
     return fma(codes.astype(F32), params[:, :1], params[:, 1:])
 
 

@@ -7,10 +7,11 @@ and packing makes them smaller.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from embpack.layouts import RowFormat, default_param_dtype
+from embpack.layouts import RowFormat, cluster_dtype, default_param_dtype
+from embpack.methods import Greedy, KMeansCls, Method
 from embpack.sources import Checkpoint, SourceTensor
 from embpack.sources.dtypes import count_bytes
 
@@ -71,11 +72,13 @@ class Decision:
     Attributes:
         row_format: of its packed rows; None if it is passed through as it is.
         reason: for the user to read.
+        num_codebooks: beside clustered rows; 0 for other layouts.
     """
 
     tensor: SourceTensor
     row_format: RowFormat | None
     reason: str
+    num_codebooks: int = 0
 
     @property
     def dtype(self) -> str:
@@ -89,8 +92,13 @@ class Decision:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the tensor in the output."""
-        return self.tensor.shape[0] * self.row_format.row_bytes if self.row_format else self.bytes_before
+        """Bytes of the tensor in the output, clusters and codebooks included."""
+        if self.row_format is None:
+            return self.bytes_before
+        row_bytes = self.row_format.row_bytes
+        if self.num_codebooks:
+            row_bytes += cluster_dtype(self.num_codebooks).itemsize
+        return self.tensor.shape[0] * row_bytes + self.num_codebooks * self.row_format.codebook_bytes
 
 
 @dataclass(frozen=True)
@@ -101,13 +109,15 @@ class Rules:
         include: globs of names to pack whatever they say.
         exclude: globs of names never to pack.
         bits: a code.
-        param_dtype: of scale and bias; None is PyTorch's and FBGEMM's for these bits.
+        param_dtype: of scale and bias or of codebooks; None is the default for these bits and the method's layout.
+        method: what packs them.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     bits: int = 4
     param_dtype: str | None = None
+    method: Method = field(default_factory=Greedy)
 
     def decide(self, tensor: SourceTensor) -> Decision:
         """Decide on one tensor."""
@@ -122,16 +132,17 @@ class Rules:
             return Decision(tensor, None, f"{tensor.dtype}, not float32, float16 or bfloat16")
         if not (included or tensor.is_vectors or says_embedding(tensor.name)):
             return Decision(tensor, None, "name does not say embedding")
-        param_dtype = self.param_dtype or default_param_dtype(self.bits)
-        row_format = RowFormat(tensor.shape[1], self.bits, param_dtype)
+        layout = self.method.layout
+        param_dtype = self.param_dtype or default_param_dtype(self.bits, layout)
+        row_format = RowFormat(tensor.shape[1], self.bits, param_dtype, layout)
         if tensor.shape[0] < MIN_ROWS and not (included or tensor.is_vectors):
             return Decision(tensor, None, f"fewer than {MIN_ROWS} rows: much used, and little to save")
         before = count_bytes(tensor.dtype, tensor.shape[1:])
         if row_format.row_bytes >= before and not included:
             return Decision(tensor, None, f"a packed row is not smaller: {row_format.row_bytes} of {before} bytes")
-        if included:
-            return Decision(tensor, row_format, "included")
-        return Decision(tensor, row_format, "format holds vectors" if tensor.is_vectors else "name says embedding")
+        codebooks = self.method.num_codebooks(tensor.shape[0], row_format) if isinstance(self.method, KMeansCls) else 0
+        reason = "format holds vectors" if tensor.is_vectors else "name says embedding"
+        return Decision(tensor, row_format, "included" if included else reason, codebooks)
 
 
 def _match(name: str, globs: Iterable[str]) -> bool:

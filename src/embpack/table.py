@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
-from embpack.layouts import RowFormat, default_param_dtype
+from embpack.errors import FormatError
+from embpack.layouts import CLUSTER_DTYPES, RowFormat, default_param_dtype
 from embpack.rows import ROW_DTYPES
 
 MODES = ("sum", "mean", "max")
@@ -23,9 +24,11 @@ class PackedTable:
         dtype: what the weights were: "float32", "float16" or "bfloat16".
         method: name and parameters of the method that chose the ranges; "" where unknown.
         loss: normalized l2 loss ||X - Q(X)|| / ||X||, measured when packed; None where unknown.
+        clusters: uint8 or uint16 [num_embeddings], which codebook a row has; for the clustered layout only.
+        codebooks: [num_codebooks, 2^bits] of the parameter type; for the clustered layout only.
 
     Raises:
-        ValueError: packed is not what row_format says, or there is no such dtype.
+        ValueError: packed, clusters or codebooks are not what row_format says, or there is no such dtype.
     """
 
     packed: NDArray[np.uint8]
@@ -33,6 +36,8 @@ class PackedTable:
     dtype: str = "float32"
     method: str = ""
     loss: float | None = None
+    clusters: NDArray[Any] | None = None
+    codebooks: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         packed = self.packed
@@ -48,6 +53,26 @@ class PackedTable:
             raise ValueError(
                 f"packed has {packed.shape[1]} bytes a row, but embedding_dim {self.embedding_dim} at {self.bits} "
                 f"bits with {self.row_format.param_dtype} parameters takes {expected}"
+            )
+        self._check_clusters()
+
+    def _check_clusters(self) -> None:
+        clusters, codebooks, row_format = self.clusters, self.codebooks, self.row_format
+        if not row_format.is_clustered:
+            if clusters is not None or codebooks is not None:
+                raise ValueError(f"clusters and codebooks go with the clustered layout, not with {self.layout!r}")
+            return
+        if clusters is None or codebooks is None:
+            raise ValueError("the clustered layout needs clusters and codebooks")
+        if clusters.dtype not in CLUSTER_DTYPES.values() or clusters.shape != (self.num_embeddings,):
+            raise ValueError(
+                f"clusters are {clusters.dtype} of shape {list(clusters.shape)}; they must be uint8 or uint16 "
+                f"[{self.num_embeddings}]"
+            )
+        if codebooks.dtype != row_format.param_dtype or codebooks.shape[1:] != (row_format.num_levels,):
+            raise ValueError(
+                f"codebooks are {codebooks.dtype} of shape {list(codebooks.shape)}; they must be "
+                f"{row_format.param_dtype} [num_codebooks, {row_format.num_levels}]"
             )
 
     @classmethod
@@ -101,8 +126,8 @@ class PackedTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all packed rows."""
-        return self.packed.nbytes
+        """Bytes of all packed rows, and of the clusters and codebooks beside them."""
+        return sum(part.nbytes for part in (self.packed, self.clusters, self.codebooks) if part is not None)
 
     def __len__(self) -> int:
         return self.num_embeddings
@@ -175,33 +200,36 @@ class PackedTable:
         padding = self._as_padding(padding_idx)
         out = np.empty((len(starts) - 1, self.embedding_dim), np.float32)
         flat = array.reshape(-1)
-        bad = _native.pool(
-            self.packed,
-            self.embedding_dim,
-            self.bits,
-            self.row_format.has_f16_params,
-            flat,
-            starts,
-            weights,
-            padding,
-            mode,
-            out,
-        )
-        self._check_position(bad, flat)
+        self._check_position(_native.pool(self._native_rows(), flat, starts, weights, padding, mode, out), flat)
         return out
+
+    def _native_rows(self) -> _native.PackedRows:
+        has_f16_params = self.row_format.has_f16_params
+        codebooks = None if self.codebooks is None else np.ascontiguousarray(self.codebooks).view(np.uint8)
+        clusters = None if self.clusters is None else np.ascontiguousarray(self.clusters)
+        return _native.PackedRows(
+            self.packed, self.embedding_dim, self.bits, has_f16_params, self.layout, clusters, codebooks
+        )
 
     def _gather(self, indices: NDArray[np.int64] | None, count: int) -> NDArray[np.float32]:
         out = np.empty((count, self.embedding_dim), np.float32)
-        bad = _native.gather(self.packed, self.embedding_dim, self.bits, self.row_format.has_f16_params, indices, out)
-        if indices is not None:
-            self._check_position(bad, indices)
+        self._check_position(_native.gather(self._native_rows(), indices, out), indices)
         return out
 
-    def _check_position(self, bad: int, indices: NDArray[np.int64]) -> None:
+    def _check_position(self, bad: int, indices: NDArray[np.int64] | None) -> None:
+        """Raise what the core has found at a position (see _native.gather)."""
         if bad >= 0:
+            assert indices is not None
             rows = self.num_embeddings
             valid = f" (valid: 0 to {rows - 1})" if rows else ""
             raise IndexError(f"indices[{bad}] is {indices[bad]}, but the table has {rows} rows{valid}")
+        if bad < -1:
+            assert self.clusters is not None and self.codebooks is not None
+            row = -2 - bad if indices is None else indices[-2 - bad]
+            raise FormatError(
+                f"row {row} is of cluster {self.clusters[row]}, but the table has {len(self.codebooks)} codebooks; "
+                "its clusters are damaged"
+            )
 
     def _as_padding(self, padding_idx: int | None) -> int:
         if padding_idx is None:

@@ -153,11 +153,13 @@ const Search searches[] = {
     {"greedy-paper", &Kernels::search_greedy, {.b = 20, .r = 0.3, .local_minima_only = true}},
 };
 
+CodebookFn Kernels::*const codebook_searches[] = {&Kernels::search_kmeans, &Kernels::search_kmeans_lloyd};
+
 // Everything that the kernels return for a case; comparing two of these compares two instruction sets.
 struct Results {
     std::vector<float> bounds;
-    std::vector<std::vector<float>> ranges, decoded, pooled;
-    std::vector<std::vector<uint8_t>> packed;
+    std::vector<std::vector<float>> ranges, codebooks, decoded, pooled;
+    std::vector<std::vector<uint8_t>> packed, packed_by_codebook;
     std::vector<double> sums;
     std::vector<uint64_t> overflows;
 };
@@ -169,7 +171,7 @@ std::vector<float> used_ranges(const Ranges& ranges, size_t num_rows) {
 }
 
 struct Arenas {
-    Arena rows, scratch, packed, out, indices, weights;
+    Arena rows, scratch, packed, out, indices, weights, codebooks, clusters;
 };
 
 void quantize_block(const Kernels& k, const Case& c, Placement placement, Arenas& arenas, Results& results) {
@@ -194,9 +196,58 @@ void quantize_block(const Kernels& k, const Case& c, Placement placement, Arenas
     }
 }
 
-void look_up(const Kernels& k, const Case& c, Placement placement, Arenas& arenas, Results& results) {
-    Buffer<uint8_t> packed(results.packed.back(), placement, arenas.packed);
-    const PackedRows rows{packed.get(), c.num_rows, c.embedding_dim, packed_row_bytes(c.embedding_dim, c.grid), c.grid};
+// Clustering is slow under sanitizers: a few widths around whole vectors, and full blocks and one row more than half.
+bool has_codebooks(const Case& c) {
+    if (c.num_rows != block_rows && c.num_rows != lanes + 1) return c.embedding_dim == 17 && c.grid.bits == 4;
+    for (size_t d : {1, 2, 15, 16, 17, 33, 64})
+        if (c.embedding_dim == d) return c.grid.bits != 8 || d <= 17;
+    return false;
+}
+
+void quantize_block_by_codebooks(const Kernels& k, const Case& c, Placement placement, Arenas& arenas,
+                                 Results& results) {
+    Buffer<float> rows(make_rows(c), placement, arenas.rows);
+    const RowBlock block{rows.get(), c.num_rows, c.embedding_dim};
+    for (CodebookFn Kernels::*search : codebook_searches) {
+        Buffer<float> codebooks(c.num_rows << c.grid.bits, placement, arenas.codebooks);
+        std::vector<double> room(kmeans_doubles(c.embedding_dim, c.grid.bits));
+        (k.*search)(block, c.grid, codebooks.get(), room.data());
+        results.codebooks.push_back(codebooks.copy());
+        std::vector<uint32_t> others;
+        for (size_t row = 0; row < c.num_rows; row++) others.push_back(static_cast<uint32_t>((row * 7) % c.num_rows));
+        Buffer<uint32_t> clusters(others, placement, arenas.clusters);
+        for (bool stored_in_rows : {true, false}) {
+            const Layout layout = stored_in_rows ? Layout::codebook : Layout::clustered;
+            const size_t row_bytes = packed_row_bytes(c.embedding_dim, c.grid, layout);
+            Buffer<uint8_t> packed(c.num_rows * row_bytes, placement, arenas.packed);
+            const Codebooks which{codebooks.get(), stored_in_rows ? nullptr : clusters.get(), stored_in_rows};
+            SquaredSums sums{};
+            results.overflows.push_back(k.encode_by_codebook(block, c.grid, which, packed.get(), sums));
+            results.packed_by_codebook.push_back(packed.copy());
+            results.sums.push_back(sums.error);
+            results.sums.push_back(sums.norm);
+        }
+    }
+}
+
+void look_up(const Kernels& k, const Case& c, Layout layout, Placement placement, Arenas& arenas, Results& results) {
+    const size_t row_bytes = packed_row_bytes(c.embedding_dim, c.grid, layout);
+    const auto& all_packed = layout == Layout::uniform ? results.packed : results.packed_by_codebook;
+    // Of the last search, rows with codebooks and, after them, those of clusters.
+    const size_t from_end = layout == Layout::codebook ? 2 : 1;
+    Buffer<uint8_t> packed(all_packed[all_packed.size() - from_end], placement, arenas.packed);
+    PackedRows rows{packed.get(), c.num_rows, c.embedding_dim, row_bytes, c.grid, layout};
+    std::vector<uint8_t> numbers, levels;
+    for (size_t row = 0; row < c.num_rows; row++) numbers.push_back(static_cast<uint8_t>((row * 7) % 3));
+    const size_t level_bytes = c.grid.f16_params ? 2 : 4;
+    for (size_t i = 0; i < 3 * level_bytes << c.grid.bits; i++) levels.push_back(i % 2 ? 0x3c : static_cast<uint8_t>(i));
+    Buffer<uint8_t> clusters(numbers, placement, arenas.clusters), codebooks(levels, placement, arenas.codebooks);
+    if (layout == Layout::clustered) {
+        rows.codebooks = codebooks.get();
+        rows.clusters = clusters.get();
+        rows.cluster_bytes = 1;
+        rows.num_codebooks = 3;
+    }
     Random random(c.embedding_dim);
     std::vector<int64_t> some_indices;
     std::vector<float> some_weights;
@@ -232,7 +283,10 @@ Results run(const Kernels& k, const Case& c, Placement placement, Arenas& arenas
     where = c.describe(k.isa, placement);
     Results results;
     quantize_block(k, c, placement, arenas, results);
-    look_up(k, c, placement, arenas, results);
+    look_up(k, c, Layout::uniform, placement, arenas, results);
+    if (!has_codebooks(c)) return results;
+    quantize_block_by_codebooks(k, c, placement, arenas, results);
+    for (Layout layout : {Layout::codebook, Layout::clustered}) look_up(k, c, layout, placement, arenas, results);
     return results;
 }
 
@@ -248,6 +302,11 @@ void compare(const Results& got, const Results& wanted) {
         CHECK(got.overflows[i] == 0);
         where = outside;
     }
+    CHECK(got.sums.size() == wanted.sums.size());
+    for (size_t i = 2 * std::size(searches); i < wanted.sums.size(); i++) CHECK(same_bits(got.sums[i], wanted.sums[i]));
+    for (size_t i = 0; i < wanted.codebooks.size(); i++) CHECK(same_bits(got.codebooks[i], wanted.codebooks[i]));
+    for (size_t i = 0; i < wanted.packed_by_codebook.size(); i++)
+        CHECK(same_bits(got.packed_by_codebook[i], wanted.packed_by_codebook[i]));
     for (size_t i = 0; i < wanted.decoded.size(); i++) CHECK(same_bits(got.decoded[i], wanted.decoded[i]));
     for (size_t i = 0; i < wanted.pooled.size(); i++) CHECK(same_bits(got.pooled[i], wanted.pooled[i]));
 }

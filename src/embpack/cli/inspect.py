@@ -54,7 +54,7 @@ def _print(path: str, files: list[PackedFile], *, verified: bool) -> None:
     table = show.start_table(path, columns, text_columns=3)
     for packed in files:
         for name, entry in packed.entries.items():
-            nbytes = entry.num_embeddings * entry.row_format.row_bytes
+            nbytes = packed.table(name).nbytes
             original = entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize
             table.add_row(
                 name,

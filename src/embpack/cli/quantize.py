@@ -90,7 +90,7 @@ def quantize(
         raise typer.BadParameter("give a destination, or --dry-run", param_hint="DST")
     if threads is not None:
         set_num_threads(threads)
-    rules = Rules(tuple(include or ()), tuple(exclude or ()), bits, param_dtype)
+    rules = Rules(tuple(include or ()), tuple(exclude or ()), bits, param_dtype, parse_method(method))
     with open_checkpoint(src) as checkpoint:
         decisions = plan_file(checkpoint, rules)
         left_out = checkpoint.left_out

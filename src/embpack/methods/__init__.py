@@ -3,12 +3,16 @@
 from dataclasses import fields
 
 from embpack.methods.asym import Asym
-from embpack.methods.base import Method
+from embpack.methods.base import Clusters, CodebookMethod, Method, UniformMethod
 from embpack.methods.greedy import Greedy, GreedyPaper
+from embpack.methods.kmeans import KMeans, KMeansLloyd
+from embpack.methods.kmeans_cls import KMeansCls
 from embpack.methods.sym import Sym
 from embpack.methods.table import Table
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Asym, Sym, Table, Greedy, GreedyPaper)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Asym, Sym, Table, Greedy, GreedyPaper, KMeans, KMeansLloyd, KMeansCls)
+}
 
 
 def parse_method(spec: str | Method) -> Method:
@@ -41,4 +45,19 @@ def parse_method(spec: str | Method) -> Method:
     return method(**values)
 
 
-__all__ = ["METHODS", "Asym", "Greedy", "GreedyPaper", "Method", "Sym", "Table", "parse_method"]
+__all__ = [
+    "METHODS",
+    "Asym",
+    "Clusters",
+    "CodebookMethod",
+    "Greedy",
+    "GreedyPaper",
+    "KMeans",
+    "KMeansCls",
+    "KMeansLloyd",
+    "Method",
+    "Sym",
+    "Table",
+    "UniformMethod",
+    "parse_method",
+]

@@ -6,12 +6,12 @@ from typing import ClassVar
 import numpy as np
 
 from embpack.layouts import RowFormat
-from embpack.methods.base import Method
+from embpack.methods.base import UniformMethod
 from embpack.reference import Row
 
 
 @dataclass(frozen=True)
-class Asym(Method):
+class Asym(UniformMethod):
     """``xmin = min(X)``, ``xmax = max(X)``.
 
     Source: the paper's ASYM (ASYM-8BITS at 8 bits). With default parameters the bytes of PyTorch's

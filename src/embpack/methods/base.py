@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embpack._native import SearchParams
 from embpack.layouts import RowFormat
@@ -13,17 +14,35 @@ from embpack.reference import Row
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Chooses the clipping range of each row; its fields are its parameters.
+    """Chooses what the codes of each row stand for; its fields are its parameters.
 
     Class attributes:
         name: what users call it.
-        kernel: the native search that does the same as ``search``.
+        layout: of the rows that it makes, a name in LAYOUTS.
         summary: one line on what it does and when to use it.
     """
 
     name: ClassVar[str]
-    kernel: ClassVar[str]
+    layout: ClassVar[str]
     summary: ClassVar[str]
+
+    @property
+    def spec(self) -> str:
+        """Name and parameters, as parse_method reads them."""
+        settings = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+        return f"{self.name}:{settings}" if settings else self.name
+
+
+@dataclass(frozen=True)
+class UniformMethod(Method):
+    """Chooses the clipping range of each row.
+
+    Class attributes:
+        kernel: the native search that does the same as ``search``.
+    """
+
+    layout: ClassVar[str] = "uniform"
+    kernel: ClassVar[str]
 
     @abstractmethod
     def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
@@ -33,8 +52,31 @@ class Method(ABC):
         """The parameters, as the native search takes them."""
         return SearchParams()
 
-    @property
-    def spec(self) -> str:
-        """Name and parameters, as parse_method reads them."""
-        settings = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
-        return f"{self.name}:{settings}" if settings else self.name
+
+@dataclass(frozen=True)
+class CodebookMethod(Method):
+    """Chooses a codebook for each row.
+
+    Class attributes:
+        kernel: the native search that does the same as ``search``.
+    """
+
+    layout: ClassVar[str] = "codebook"
+    kernel: ClassVar[str]
+
+    @abstractmethod
+    def search(self, x: Row, row_format: RowFormat) -> Row:
+        """Return the codebook of the row ``x``, float32 [d]: float32 [2^bits], ascending: the specification."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """Codebooks that rows share.
+
+    Attributes:
+        of_row: uint8 or uint16 [num_embeddings]: which codebook a row has.
+        levels: float32 [num_codebooks, 2^bits], each codebook ascending.
+    """
+
+    of_row: NDArray[Any]
+    levels: NDArray[np.float32]

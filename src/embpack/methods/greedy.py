@@ -7,7 +7,7 @@ import numpy as np
 
 from embpack._native import SearchParams
 from embpack.layouts import RowFormat
-from embpack.methods.base import Method
+from embpack.methods.base import UniformMethod
 from embpack.reference import F32, Row, round_trip
 
 # After r has stopped the paper's search, Greedy goes on while the best range is among the last PATIENCE ones.
@@ -32,7 +32,7 @@ def _measure(x: Row, xmin: np.float32, xmax: np.float32, row_format: RowFormat) 
 
 
 @dataclass(frozen=True)
-class _GreedySearch(Method):
+class _GreedySearch(UniformMethod):
     """The walk that both variants share.
 
     From the full range, with ``step = range / b``, move in the end whose move leaves the smaller loss, while the

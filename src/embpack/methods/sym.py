@@ -6,12 +6,12 @@ from typing import ClassVar
 import numpy as np
 
 from embpack.layouts import RowFormat
-from embpack.methods.base import Method
+from embpack.methods.base import UniformMethod
 from embpack.reference import Row
 
 
 @dataclass(frozen=True)
-class Sym(Method):
+class Sym(UniformMethod):
     """``xmax = max(abs(X))``, ``xmin = -xmax``. Source: the paper's SYM."""
 
     name: ClassVar[str] = "sym"

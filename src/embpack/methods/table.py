@@ -8,12 +8,12 @@ import numpy as np
 
 from embpack._native import SearchParams
 from embpack.layouts import RowFormat
-from embpack.methods.base import Method
+from embpack.methods.base import UniformMethod
 from embpack.reference import Row
 
 
 @dataclass(frozen=True)
-class Table(Method):
+class Table(UniformMethod):
     """ASYM with the range of the whole table. Source: the paper's TABLE.
 
     Attributes:

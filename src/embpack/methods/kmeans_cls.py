@@ -1,0 +1,226 @@
+"""KMEANS-CLS: codebooks that similar rows share (Guan et al. 2019, section 3.2)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack import _native
+from embpack.layouts import CLUSTER_DTYPES, PARAM_BYTES, RowFormat, cluster_dtype
+from embpack.methods.base import Clusters, Method
+from embpack.methods.kmeans import SortedRow, iterate_lloyd
+from embpack.reference import F32
+from embpack.rows import widen
+
+Rows = NDArray[np.float32]
+Numbers = NDArray[np.int64]
+
+# Values that centres and codebooks are trained on: the whole of most tables, evenly spread rows of larger ones.
+MOST_TRAINED_VALUES = 1 << 25
+# More centres than this are found in two steps: groups first, then the centres of each group.
+MOST_FLAT_CENTRES = 256
+ITERATIONS = 10
+# Values of a matrix of distances.
+_DISTANCES_AT_A_TIME = 1 << 22
+
+
+def choose_num_codebooks(num_embeddings: int, row_format: RowFormat) -> int:
+    """Find how many codebooks take the bytes that scale and bias take in uniform rows, as in the paper.
+
+    With 16-bit numbers a row has 2 bytes less to give to codebooks than with 8-bit ones, which allow 256 of them.
+    """
+    params = 2 * PARAM_BYTES[row_format.param_dtype]
+    counts = [
+        min(most, num_embeddings * (params - dtype.itemsize) // row_format.codebook_bytes)
+        for most, dtype in CLUSTER_DTYPES.items()
+    ]
+    return max(1, *counts)
+
+
+def assign(rows: Rows, centres: Rows) -> Numbers:
+    """Number of the nearest centre of each row [n, d]; int64 [n]."""
+    half_squares = np.einsum("ij,ij->i", centres, centres) * F32(0.5)
+    step = max(1, _DISTANCES_AT_A_TIME // len(centres))
+    numbers = [np.argmin(half_squares - part @ centres.T, axis=1) for part in _parts(rows, step)]
+    return np.concatenate(numbers)
+
+
+def _parts(rows: Rows, step: int) -> Iterator[Rows]:
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
+
+def find_centres(rows: Rows, num_centres: int, rng: np.random.Generator) -> Rows:
+    """Lloyd's iteration over rows [n, d], from some of them; float32 [num_centres, d]."""
+    centres = rows[np.sort(rng.choice(len(rows), num_centres, replace=False))].copy()
+    for _ in range(ITERATIONS):
+        numbers = assign(rows, centres)
+        counts = np.bincount(numbers, minlength=num_centres)
+        sums = _sum_groups(rows, numbers, counts)
+        filled = counts > 0
+        centres[filled] = sums[filled] / counts[filled, None]
+    return centres
+
+
+def _sum_groups(rows: Rows, numbers: Numbers, counts: Numbers) -> NDArray[np.float64]:
+    """Sum the rows of each group; float64 [groups, d]."""
+    ends = np.cumsum(counts)
+    sums = np.zeros((len(counts), rows.shape[1]))
+    filled = counts > 0
+    order = np.argsort(numbers, kind="stable")
+    sums[filled] = np.add.reduceat(rows[order], (ends - counts)[filled], axis=0, dtype=np.float64)
+    return sums
+
+
+@dataclass(frozen=True, eq=False)
+class RowClusters:
+    """Centres of rows, in groups, so that finding the nearest takes few distances.
+
+    Attributes:
+        factor: what rows are multiplied by, so that squares neither overflow nor vanish.
+        groups: float32 [num_groups, d], the centres of the groups.
+        centres: float32 [num_centres, d], those of each group after those of the one before.
+        ends: where the centres of each group end.
+    """
+
+    factor: np.float32
+    groups: Rows
+    centres: Rows
+    ends: Numbers
+
+    @classmethod
+    def train(cls, rows: Rows, num_centres: int) -> "RowClusters":
+        """Find centres of rows [n, d], num_centres <= n; the same for the same rows."""
+        rng = np.random.default_rng(0)
+        factor = F32(1 / max(float(np.abs(rows).max()), 1e-30))
+        rows = rows * factor
+        if num_centres <= MOST_FLAT_CENTRES:
+            centres = find_centres(rows, num_centres, rng)
+            return cls(factor, centres.mean(axis=0, keepdims=True), centres, np.array([num_centres]))
+        groups = find_centres(rows, int(num_centres**0.5), rng)
+        numbers = assign(rows, groups)
+        counts = np.bincount(numbers, minlength=len(groups))
+        shares = _share_out(num_centres, counts)
+        order = np.argsort(numbers, kind="stable")
+        starts = np.cumsum(counts) - counts
+        found = [
+            find_centres(rows[order[start : start + count]], int(share), rng)
+            for start, count, share in zip(starts, counts, shares, strict=True)
+            if share
+        ]
+        return cls(factor, groups, np.concatenate(found), np.cumsum(shares))
+
+    def assign(self, rows: Rows) -> Numbers:
+        """Number of the nearest centre, within the nearest group that has any, of each row [n, d]; int64 [n]."""
+        rows = rows * self.factor
+        starts = self.ends - np.diff(self.ends, prepend=0)
+        has_centres = np.flatnonzero(self.ends > starts)
+        group_of = has_centres[assign(rows, self.groups[has_centres])]
+        numbers = np.empty(len(rows), np.int64)
+        for group in np.unique(group_of):
+            members = np.flatnonzero(group_of == group)
+            start, end = starts[group], self.ends[group]
+            numbers[members] = start + assign(rows[members], self.centres[start:end])
+        return numbers
+
+
+def _share_out(total: int, counts: Numbers) -> Numbers:
+    """Share a total out in proportion to counts, no share larger than its count; sum(counts) >= total."""
+    shares = counts * total // counts.sum()
+    left = int(total - shares.sum())
+    by_room = np.argsort(shares - counts, kind="stable")
+    while left:
+        takers = by_room[shares[by_room] < counts[by_room]][:left]
+        shares[takers] += 1
+        left -= len(takers)
+    return shares
+
+
+def fit_codebooks(rows: Rows, numbers: Numbers, num_codebooks: int, bits: int) -> Rows:
+    """Find the codebook of each cluster: k-means over all its values, from a uniform grid.
+
+    Args:
+        rows: float32 [n, d].
+        numbers: int64 [n]: the cluster of each row.
+        num_codebooks: clusters; one without rows gets zeros.
+        bits: of a code.
+
+    Returns:
+        float32 [num_codebooks, 2^bits], each ascending.
+    """
+    order = np.argsort(numbers, kind="stable")
+    values = rows[order].reshape(-1)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=num_codebooks))]) * rows.shape[1]
+    codebooks = np.empty((num_codebooks, 2**bits), F32)
+    _native.fit_codebooks(values, starts, bits, codebooks)
+    return codebooks
+
+
+def fit_codebooks_reference(rows: Rows, numbers: Numbers, num_codebooks: int, bits: int) -> Rows:
+    """Do what fit_codebooks does in plain NumPy: the specification."""
+    codebooks = np.zeros((num_codebooks, 2**bits), F32)
+    for number in np.unique(numbers):
+        row = SortedRow.make(rows[numbers == number].reshape(-1))
+        codebooks[number] = row.middle + iterate_lloyd(row, 2**bits)
+    return codebooks
+
+
+@dataclass(frozen=True)
+class KMeansCls(Method):
+    """Similar rows in clusters, and one codebook for each cluster.
+
+    Rows are clustered by k-means (tier 1), then all values of a cluster's rows (tier 2). Both are trained on at most
+    MOST_TRAINED_VALUES values; past MOST_FLAT_CENTRES clusters a row is put into the nearest cluster of the nearest of
+    their groups, which is not always the nearest of all.
+
+    Attributes:
+        K: number of clusters; 0 for so many that a table takes the bytes of uniform rows, as in the paper.
+
+    Source: the paper's KMEANS-CLS.
+    """
+
+    name: ClassVar[str] = "kmeans-cls"
+    layout: ClassVar[str] = "clustered"
+    summary: ClassVar[str] = "codebooks that similar rows share, at the bytes of uniform rows; to compare"
+
+    K: int = 0
+
+    def __post_init__(self) -> None:
+        most = max(CLUSTER_DTYPES)
+        if not 0 <= self.K <= most:
+            raise ValueError(f"{self.name}: K is {self.K}; give a number of clusters from 1 to {most}, or 0 to choose")
+
+    def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """How many codebooks a table of so many rows gets: never more than it has rows."""
+        return min(num_embeddings, self.K or choose_num_codebooks(num_embeddings, row_format))
+
+    def fit(self, chunks: Callable[[], Iterable[NDArray[Any]]], num_embeddings: int, row_format: RowFormat) -> Clusters:
+        """Cluster the rows of a table and find the codebooks.
+
+        Args:
+            chunks: yields all rows, each time that it is called; all finite.
+            num_embeddings: how many there are.
+            row_format: of the packed rows.
+        """
+        num_codebooks = self.num_codebooks(num_embeddings, row_format)
+        sample = self._read_sample(chunks, num_embeddings, row_format.embedding_dim, num_codebooks)
+        clusters = RowClusters.train(sample, num_codebooks)
+        levels = fit_codebooks(sample, clusters.assign(sample), num_codebooks, row_format.bits)
+        of_row = [clusters.assign(widen(rows)).astype(cluster_dtype(num_codebooks)) for rows in chunks()]
+        return Clusters(np.concatenate(of_row), levels)
+
+    @staticmethod
+    def _read_sample(
+        chunks: Callable[[], Iterable[NDArray[Any]]], num_embeddings: int, embedding_dim: int, num_codebooks: int
+    ) -> Rows:
+        """Read evenly spread rows, at least one for each codebook; float32."""
+        wanted = min(num_embeddings, max(num_codebooks, MOST_TRAINED_VALUES // embedding_dim))
+        positions = np.arange(wanted) * num_embeddings // wanted
+        sample, seen = np.empty((wanted, embedding_dim), F32), 0
+        for rows in chunks():
+            first, end = np.searchsorted(positions, [seen, seen + len(rows)])
+            sample[first:end] = widen(rows[positions[first:end] - seen])
+            seen += len(rows)
+        return sample
