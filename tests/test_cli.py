@@ -281,6 +281,8 @@ def test_threads(embpack_command, tmp_path, model, restore_threads):
         (["--bits", "3"], "3; choose 2, 4 or 8"),
         (["--bits", "four"], "Invalid value for '--bits'"),
         (["--param-dtype", "float64"], "'float64'; choose float16 or float32"),
+        (["--max-loss", "0"], "0.0; give a positive, finite number"),
+        (["--max-loss", "nan"], "nan; give a positive, finite number"),
         (["--threads", "0"], "Invalid value for '--threads'"),
         (["--nonsense"], "No such option: --nonsense"),
     ],
@@ -316,6 +318,22 @@ def test_quantize_names_a_nan(embpack_command, tmp_path):
     code, _, err = embpack_command("quantize", src, tmp_path / "p.safetensors")
     assert code == 1
     assert err == "error: vectors[33, 5] is nan; NaN and infinity cannot be packed, replace them first\n"
+
+
+def test_max_loss_refuses_and_writes_nothing(embpack_command, tmp_path, model):
+    loss = embpack.quantize(make_arrays().tables["user_emb.weight"]).loss
+    code, _, err = embpack_command("quantize", model, tmp_path / "p.safetensors", "--max-loss", "0.08")
+    assert code == 1
+    assert err.startswith(f"error: user_emb.weight: its normalized l2 loss is {loss:.6g}, over the limit of 0.08, ")
+    assert "use a better method or more bits, leave it as it is with --exclude user_emb.weight" in err
+    assert err.count("\n") == 1
+    assert names_in(tmp_path) == {model.name}
+
+
+def test_max_loss_lets_better_tables_through(embpack_command, tmp_path, model):
+    code, out, err = embpack_command("quantize", model, tmp_path / "p.safetensors", "--max-loss", "0.2", "--json")
+    assert (code, err) == (0, "")
+    assert len(json.loads(out)["tables"]) == 2
 
 
 def test_what_is_left_out_is_shown(embpack_command, tmp_path):
@@ -479,6 +497,7 @@ def test_help_names_the_commands(embpack_command, flag):
 HELP = {
     "quantize": [
         *("SRC", "DST", "--method", "--bits", "--param-dtype", "--include", "--exclude", "--dry-run", "--threads"),
+        "--max-loss",
         *("--json", ".safetensors", ".pt/.pth/.bin", ".npy", ".npz", ".parquet", "2, 4 or 8", "float16 or float32"),
         *(f"{name}: {method.summary}" for name, method in METHODS.items()),
         "embpack quantize model.safetensors model-4bit.safetensors",
