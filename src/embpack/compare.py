@@ -1,9 +1,10 @@
 """Methods side by side on a table: loss, bytes, speed, and the rows that fare worst."""
 
 import math
+import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeVar
@@ -184,7 +185,7 @@ def compare_rows(
         try:
             table, seconds = _time(rows, variant)
         except ValueError as error:
-            skipped.append(Skipped(name, variant, str(error)))
+            skipped.append(Skipped(name, variant, _name_place(str(error), name, numbers)))
         else:
             results.append(_describe(rows, table, variant, name, numbers, seconds))
         progress(name, len(rows))
@@ -201,6 +202,11 @@ def _refuse_not_finite(rows: NDArray[Any], name: str, numbers: NDArray[np.int64]
             f"{name}[{numbers[row]}, {column}] is {rows[row, column]}; NaN and infinity cannot be packed, replace "
             "them first"
         )
+
+
+def _name_place(message: str, name: str, numbers: NDArray[np.int64]) -> str:
+    """Name a row of the table where quantize names one of the sample."""
+    return re.sub(r"^weight\[(\d+)", lambda found: f"{name}[{numbers[int(found[1])]}", message)
 
 
 def _time(rows: NDArray[Any], variant: Variant) -> tuple[PackedTable, float]:
@@ -270,3 +276,9 @@ def find_front(results: Sequence[Result]) -> list[Result]:
         if result.share_of_float32 < 1 and (not front or result.loss < front[-1].loss):
             front.append(result)
     return front
+
+
+def name_variant(result: Comparison, others: Iterable[Comparison]) -> str:
+    """Name a result as short as tells it from the others of the same method and bits."""
+    twins = {other.param_dtype for other in others if (other.method, other.bits) == (result.method, result.bits)}
+    return f"{result.method}, {result.param_dtype}" if len(twins) > 1 else result.method

@@ -12,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.compare import Comparison, Skipped, Variant, compare_rows, find_front
-from embpack.layouts import default_param_dtype
+from embpack.layouts import RowFormat, default_param_dtype
 from embpack.quantize import chunk_rows
 from embpack.rows import widen
 from embpack.rules import Decision
 from embpack.sources import SourceTensor
 from embpack.sources.dtypes import ARRAY_DTYPES
-
-DEFAULT = Variant("greedy", 4, "float16")
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,22 @@ class FileComparison:
 
     @property
     def recommended(self) -> Comparison | None:
-        """The way for a user who names no size (see choose)."""
-        return choose(self.overall)
+        """The way for a user who names no size: the least loss in no more bytes than the default way's.
+
+        Where nothing that small was measured, the smallest; None if nothing is smaller than float32.
+        """
+        front = self.front
+        fitting = [result for result in front if result.bytes_per_row <= self.default_bytes]
+        if fitting:
+            return fitting[-1]
+        return front[0] if front else None
+
+    @property
+    def default_bytes(self) -> float:
+        """Bytes a row that quantize's defaults take."""
+        rows = sum(table.num_embeddings for table in self.tables)
+        packed = sum(table.num_embeddings * RowFormat(table.embedding_dim).row_bytes for table in self.tables)
+        return packed / rows
 
     def write_command(self, result: Comparison) -> str:
         """Write the command that packs the checkpoint in one way, ready for a shell."""
@@ -189,16 +201,6 @@ def _sum(tables: Sequence[TableComparison], results: Sequence[Comparison]) -> To
         rows_per_second=sum(rows) / sum(n / result.rows_per_second for result, n in zip(results, rows, strict=True)),
         worst_table=worst.table,
     )
-
-
-def choose(results: Sequence[Comparison]) -> Comparison | None:
-    """Choose for a user who names no size: the least loss in no more bytes than the default way takes.
-
-    Where the default way was not measured, the least loss of all; None if nothing is smaller than float32.
-    """
-    front = find_front(results)
-    budget = next((result.bytes_per_row for result in results if result.variant == DEFAULT), math.inf)
-    return next((result for result in reversed(front) if result.bytes_per_row <= budget), None)
 
 
 def _name_packed(src: Path, bits: int) -> Path:

@@ -9,7 +9,7 @@ import typer
 
 from embpack.atomic import new_file
 from embpack.cli import show
-from embpack.compare import QUANTILES, Comparison, find_front, make_variants
+from embpack.compare import QUANTILES, Comparison, find_front, make_variants, name_variant
 from embpack.compare_file import (
     FileComparison,
     Total,
@@ -21,6 +21,9 @@ from embpack.report import make_page
 from embpack.rules import Rules
 from embpack.sources import open_checkpoint
 from embpack.threads import get_num_threads, set_num_threads
+
+# Columns of a terminal that has room for all columns of the table.
+_WIDE = 105
 
 
 def _split_methods(text: str) -> list[str]:
@@ -199,16 +202,16 @@ def _print(report: FileComparison, html: Path | None) -> None:
 
 
 def _print_results(title: str, results: Sequence[Comparison]) -> None:
-    columns = ["", "method", "parameters", "layout", "bits", "l2 loss", "bytes/row", "of fp32", "worst row", "its loss"]
-    shown = show.start_table(title, [*columns, "rows/s"], text_columns=4)
+    # A narrow terminal has no room for what a method's name says anyway.
+    details = ["parameters", "layout"] if show.output.width >= _WIDE else []
+    columns = ["", "method", *details, "bits", "l2 loss", "bytes/row", "of fp32", "worst row", "its loss", "rows/s"]
+    shown = show.start_table(title, columns, text_columns=2 + len(details))
     front = find_front(results)
     for result in sorted(results, key=lambda result: (result.bytes_per_row, result.loss)):
         where = f"{result.worst_table}[{result.worst_row}]" if isinstance(result, Total) else str(result.worst_row)
         shown.add_row(
             "*" if result in front else "",
-            result.method,
-            result.param_dtype,
-            result.layout,
+            *([result.method, result.param_dtype, result.layout] if details else [name_variant(result, results)]),
             str(result.bits),
             show.loss_text(result.loss),
             f"{result.bytes_per_row:.4g}",

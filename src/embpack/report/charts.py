@@ -1,22 +1,19 @@
 """The pictures of the page, each drawn for a width in pixels."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from embpack.compare import QUANTILES, Comparison, find_front
-from embpack.report.svg import CHARACTER_WIDTH, LINE_HEIGHT, Box, Scale, element, picture, place_label, shorten, text
+from embpack.compare import QUANTILES, Comparison, find_front, name_variant
+from embpack.report.labels import Box, Label, place_beside, place_column
+from embpack.report.svg import CHARACTER_WIDTH, Scale, element, picture, shorten, text
 from embpack.report.svg import title as hint
 
+# More points than this leave no room for the names of others than the best.
+_MOST_NAMES = 24
 _ROW_HEIGHT = 24.0
 # Bars end at this many times the median, so that one bad method leaves the others apart.
 _LONGEST = 2.2
-
-
-def name_variant(result: Comparison, others: Iterable[Comparison]) -> str:
-    """Name a result as short as tells it from the others of the same method and bits."""
-    twins = {other.param_dtype for other in others if (other.method, other.bits) == (result.method, result.bits)}
-    return f"{result.method}, {result.param_dtype}" if len(twins) > 1 else result.method
 
 
 def describe(result: Comparison) -> str:
@@ -52,7 +49,7 @@ def _draw_axes(x: Scale, y: Scale, frame: Box, result: Comparison) -> str:
         parts.append(element("line", class_="grid", x1=frame.left, x2=frame.right, y1=at, y2=at))
         parts.append(text(f"{value:.4g}", frame.left - 6, at + 4, class_="tick end"))
     share_of_byte = result.share_of_float32 / result.bytes_per_row
-    for value in x.ticks(6 if frame.right > 400 else 4):
+    for value in x.ticks(8 if frame.right > 400 else 5):
         at = x.place(value)
         parts.append(element("line", class_="axis", x1=at, x2=at, y1=frame.bottom, y2=frame.bottom + 4))
         parts.append(text(f"{value:.4g}", at, frame.bottom + 17, class_="tick middle"))
@@ -93,26 +90,42 @@ def _draw_points(
 
 
 def _draw_labels(results: Sequence[Comparison], front: Sequence[Comparison], x: Scale, y: Scale, frame: Box) -> str:
-    """Name the points, those of the front first; one that has no room is named by its hint alone."""
+    """Name the points, those of the front first; one that finds no room is named by its hint alone."""
     places = [(x.place(result.bytes_per_row), y.place(result.loss)) for result in results]
     taken = [Box(left - 5, top - 5, left + 5, top + 5) for left, top in places]
     parts = []
-    order = sorted(zip(results, places, strict=True), key=lambda item: (item[0] not in front, -item[1][1]))
-    for result, (at, height) in order:
-        name = name_variant(result, results)
-        content = shorten(f"{name}, {result.bits} bits" if result in front else name, frame.right / 3)
-        # The front goes on to the right of its points: their labels lie below it.
-        below = 11 if result in front else 0
-        box = place_label(content, (at, height + below), frame, taken)
-        if box is None:
-            continue
-        taken.append(box)
-        middle = (box.top + box.bottom) / 2
-        if abs(middle - height - below) > LINE_HEIGHT / 2:
-            end = box.left - 2 if box.left > at else box.right + 2
-            parts.append(element("line", class_="leader", x1=at, y1=height, x2=end, y2=middle))
-        parts.append(text(content, box.left, middle + 4, class_="label best-label" if result in front else "label"))
+    for result, point in zip(results, places, strict=True):
+        if result in front:
+            name = shorten(name_variant(result, results), frame.right / 3)
+            label = place_beside([f"{name}, {result.bits} bits", name], point, frame, taken)
+            if label is not None:
+                taken.append(label.box)
+                parts.append(_draw_label(label, point, "label best-label"))
+    if len(results) > _MOST_NAMES:
+        return "".join(parts)
+    others = [item for item in zip(results, places, strict=True) if item[0] not in front]
+    for column in sorted({point[0] for _, point in others}):
+        items = sorted((point[1], name_variant(result, results)) for result, point in others if point[0] == column)
+        heights = [height for height, _ in items]
+        names = [shorten(name, frame.right / 3) for _, name in items]
+        for label, height in zip(place_column(names, column, heights, frame, taken), heights, strict=True):
+            if label is not None:
+                taken.append(label.box)
+                parts.append(_draw_label(label, (column, height), "label"))
     return "".join(parts)
+
+
+def _draw_label(label: Label, point: tuple[float, float], kind: str) -> str:
+    box = label.box
+    middle = (box.top + box.bottom) / 2
+    line = ""
+    if label.is_far:
+        end = box.left - 2 if box.left > point[0] else box.right + 2
+        line = element("line", class_="leader", x1=point[0], y1=point[1], x2=end, y2=middle)
+    is_left = box.right < point[0]
+    return line + text(
+        label.content, box.right if is_left else box.left, middle + 4, class_=f"{kind} end" if is_left else kind
+    )
 
 
 def _group(results: Sequence[Comparison]) -> list[tuple[int, list[Comparison]]]:

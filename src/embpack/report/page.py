@@ -1,19 +1,20 @@
 """The page: one HTML file that shows what the methods come to on a checkpoint, and which to choose."""
 
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib.metadata import version
 
-from embpack.compare import Comparison, Variant, find_front
-from embpack.compare_file import DEFAULT, FileComparison, TableComparison, Total
-from embpack.report.charts import draw_error_against_bytes, draw_losses, draw_row_losses, name_variant
+from embpack.compare import Comparison, Variant, find_front, name_variant
+from embpack.compare_file import FileComparison, TableComparison, Total
+from embpack.report.charts import draw_error_against_bytes, draw_losses, draw_row_losses
 from embpack.report.style import CSS
 from embpack.report.svg import element
 
 # The width of the text on a screen, and on a phone.
 _WIDE, _NARROW = 760.0, 350.0
 _WIDE_ONLY = (3, 5, 6)
-PLAIN = Variant("asym", 4, "float16")
+_PEERS = {"greedy": Variant("greedy", 4, "float16"), "asym": Variant("asym", 4, "float16")}
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 Draw = Callable[[Sequence[Comparison], Comparison | None, float], str]
@@ -77,33 +78,46 @@ def _make_choice(comparison: FileComparison) -> str:
         "section",
         element("h2", "Recommended")
         + element("dl", shown, class_="figures")
-        + element("code", escape(comparison.write_command(result)))
-        + _paragraph(_explain(result, comparison.overall), "note"),
+        + _write_code(comparison.write_command(result))
+        + _paragraph(_explain(result, comparison), "note"),
         class_="card",
     )
 
 
-def _explain(result: Comparison, results: Sequence[Comparison]) -> str:
+def _explain(result: Comparison, comparison: FileComparison) -> str:
     """Say why a result is recommended, beside what others would use."""
-    default = next((other for other in results if other.variant == DEFAULT), None)
-    if default is None:
-        return "It has the least loss of all that were measured and are smaller than float32."
-    said = "It has the least loss in no more bytes than the default, greedy at 4 bits, takes."
-    peers = {"the default": default, "asym": next((o for o in results if o.variant == PLAIN), None)}
-    for name, other in peers.items():
+    if result.bytes_per_row > comparison.default_bytes:
+        return "It is the smallest of those that were measured; greedy at 4 bits, the default, is smaller."
+    said = "Of all that are no larger than the default, greedy at 4 bits, it has the least loss."
+    for name, variant in _PEERS.items():
+        other = next((other for other in comparison.overall if other.variant == variant), None)
         if other is not None and other != result and other.loss > 0:
             saved = 100 * (1 - result.loss / other.loss)
-            pace = other.rows_per_second / result.rows_per_second
-            said += f" Against {name} it loses {saved:.1f} % less; {name} packs {pace:.2g} times as fast."
+            pace = _say_pace(result.rows_per_second / other.rows_per_second)
+            said += f" Against {name}, {saved:.1f}\u00a0% less loss; {pace}."
     return said
+
+
+def _say_pace(pace: float) -> str:
+    times = max(pace, 1 / pace)
+    said = f"{times:,.0f}" if times >= 10 else f"{times:.1f}"
+    return f"packing is {said} times as fast" if pace > 1 else f"packing takes {said} times as long"
+
+
+def _write_code(command: str) -> str:
+    """Show a command, its options not broken at their hyphens."""
+    return element("code", re.sub(r"(?<= )--[a-z-]+", lambda found: element("span", found[0]), escape(command)))
 
 
 def _make_overall(comparison: FileComparison) -> str:
     """Show what to choose by: the only table, or all tables together."""
-    points = "A point is a method, over all tables" if len(comparison.tables) > 1 else "A point is a method"
+    points = "A point is a method on all tables" if len(comparison.tables) > 1 else "A point is a method"
     return (
         element("h2", "Loss against bytes")
-        + _paragraph(f"{points}; down and left is better. Green is the least loss at its size.", "note")
+        + _paragraph(
+            f"{points}, and says more under the pointer; down and left is better. Green is the least loss at its size.",
+            "note",
+        )
         + _make_pictures(draw_error_against_bytes, comparison.overall, comparison.recommended)
         + element("h2", "The best at each size")
         + _paragraph("A click on a command selects all of it, ready to copy.", "note")
@@ -125,7 +139,7 @@ def _make_sizes(comparison: FileComparison) -> str:
         said = f" · {name_variant(result, comparison.overall)}, {result.bits} bits · loss {result.loss:.5f}"
         mark = element("span", " · recommended", class_="mark") if result == comparison.recommended else ""
         line = element("span", escape(size), class_="size") + element("span", escape(said)) + mark
-        items.append(element("li", line + element("code", escape(comparison.write_command(result)))))
+        items.append(element("li", line + _write_code(comparison.write_command(result))))
     return element("ol", "".join(items), class_="sizes")
 
 

@@ -37,15 +37,17 @@ code {
   background: var(--paper); border: 1px solid var(--line); border-radius: 6px; padding: 8px 12px;
   white-space: pre-wrap; overflow-wrap: anywhere; user-select: all; -webkit-user-select: all; cursor: copy;
 }
+code span { white-space: nowrap; }
 ol.sizes { list-style: none; margin: 14px 0 0; padding: 0; }
 ol.sizes li { margin: 0 0 14px; }
 ol.sizes span { font-variant-numeric: tabular-nums; }
 ol.sizes .size { font-weight: 600; }
 ol.sizes .mark { color: var(--best); font-weight: 600; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; margin: 10px 0; }
-th, td { text-align: right; padding: 5px 0 5px 12px; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th, td { text-align: right; padding: 5px 0 5px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td:first-child, td:nth-child(6) { white-space: normal; overflow-wrap: anywhere; }
 tr.best td:first-child { color: var(--best); font-weight: 600; }
 details { border-top: 1px solid var(--line); margin-top: 20px; }
 summary { cursor: pointer; padding: 12px 0; font-weight: 600; overflow-wrap: anywhere; }
@@ -84,6 +86,7 @@ svg .beyond { fill: var(--soft); }
   .wide, .wide-cell { display: none; }
   .narrow { display: block; }
   .card { padding: 16px; }
+  th, td { padding-left: 8px; }
   .figures { gap: 10px 24px; }
   .figures dd { font-size: 21px; }
 }

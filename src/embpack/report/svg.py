@@ -1,12 +1,11 @@
-"""What the pictures are drawn with: elements, scales and places for labels."""
+"""What the pictures are drawn with: elements and scales."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-# Of the page's font, on average; a label may be a little longer or shorter than we think.
-CHARACTER_WIDTH, LINE_HEIGHT = 6.4, 14.0
+# Of the page's font, on average; a text may be a little longer or shorter than we think.
+CHARACTER_WIDTH = 6.8
 
 
 def element(name: str, content: str = "", **attributes: object) -> str:
@@ -83,53 +82,3 @@ def _round_step(step: float) -> float:
         return 1.0
     power: float = 10.0 ** math.floor(math.log10(step))
     return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= step * (1 - 1e-9))
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def overlaps(self, other: "Box") -> bool:
-        """Whether the two have area in common."""
-        return (
-            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
-        )
-
-    def holds(self, other: "Box") -> bool:
-        """Whether the other one lies within."""
-        return (
-            self.left <= other.left
-            and other.right <= self.right
-            and self.top <= other.top
-            and other.bottom <= self.bottom
-        )
-
-
-def place_label(content: str, point: tuple[float, float], frame: Box, taken: Sequence[Box]) -> Box | None:
-    """Find room for a point's label: right of it or left of it, the nearest height that is free.
-
-    Args:
-        content: of the label.
-        point: (x, y) of its middle.
-        frame: that labels must lie in.
-        taken: where no label may lie.
-
-    Returns:
-        The label's box, or None if there is no room.
-    """
-    width = CHARACTER_WIDTH * len(content)
-    x, y = point
-    for distance in range(0, 150, 3):
-        # Farther off, a line leads from the point to the label.
-        gap = 9 if distance < 12 else 22
-        for left in (x + gap, x - gap - width):
-            for middle in (y - distance, y + distance):
-                box = Box(left, middle - LINE_HEIGHT / 2, left + width, middle + LINE_HEIGHT / 2)
-                if frame.holds(box) and not any(box.overlaps(other) for other in taken):
-                    return box
-    return None
