@@ -77,9 +77,12 @@ def compare_file(src: Path, variants=None, most_rows=None, include=(), exclude=(
 
 
 def test_by_default_all_methods_and_two_of_them_at_other_bits():
-    expected = [(method, 4, "float16") for method in METHODS]
-    expected += [("asym", 2, "float16"), ("asym", 8, "float32"), ("greedy", 2, "float16"), ("greedy", 8, "float32")]
-    assert [dataclasses.astuple(variant) for variant in make_variants()] == expected
+    expected = [(method, 4) for method in METHODS] + [("asym", 2), ("asym", 8), ("greedy", 2), ("greedy", 8)]
+    weight = make_weight()
+    results = embpack.compare(weight)
+    assert [(result.method, result.bits) for result in results] == expected
+    formats = [embpack.quantize(weight, *variant).row_format for variant in expected]
+    assert [(result.param_dtype, result.layout) for result in results] == [(f.param_dtype, f.layout) for f in formats]
 
 
 def test_every_method_bits_and_param_dtype_that_is_asked_for():
@@ -91,12 +94,12 @@ def test_every_method_bits_and_param_dtype_that_is_asked_for():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"methods": ["asym"]}, [("asym", 4, "float16")]),
-        ({"methods": ["asym"], "bits": 8}, [("asym", 8, "float32")]),
-        ({"methods": ["asym", "asym"], "bits": [4, 4]}, [("asym", 4, "float16")]),
+        ({"methods": ["asym"]}, [("asym", 4, None)]),
+        ({"methods": ["asym"], "bits": 8}, [("asym", 8, None)]),
+        ({"methods": ["asym", "asym"], "bits": [4, 4]}, [("asym", 4, None)]),
         ({"methods": ["asym"], "param_dtype": "float32"}, [("asym", 4, "float32")]),
-        ({"bits": 2}, [(method, 2, "float16") for method in METHODS]),
-        ({"methods": [Greedy(), Greedy(b=100)]}, [("greedy", 4, "float16"), ("greedy:b=100,r=0.16", 4, "float16")]),
+        ({"bits": 2}, [(method, 2, None) for method in METHODS]),
+        ({"methods": [Greedy(), Greedy(b=100)]}, [("greedy", 4, None), ("greedy:b=100,r=0.16", 4, None)]),
     ],
 )
 def test_what_is_not_said_is_the_default(arguments, expected):
@@ -216,7 +219,9 @@ def test_what_a_method_does_not_support_is_left_out_with_a_warning():
 def test_nothing_that_can_be_done_is_an_error():
     weight = make_weight()
     weight[0, 0] = 1e7
-    with pytest.raises(ValueError, match=r"nothing asked for can be done; asym at 4 bits .* overflows float16"):
+    with pytest.raises(
+        ValueError, match=r"nothing asked for can be done; asym at 4 bits: weight\[0\] .* overflows float16"
+    ):
         embpack.compare(weight, ["asym"])
 
 
@@ -263,7 +268,12 @@ def test_recommended_is_the_least_loss_at_the_size_of_the_default():
 @pytest.mark.parametrize(
     ("src", "variant", "globs", "expected"),
     [
-        ("model.pt", ("greedy", 4, "float16"), ((), ()), "model.pt model-4bit.safetensors --method greedy --bits 4"),
+        (
+            "model.pt",
+            ("greedy", 4, "float16"),
+            ((), ()),
+            "model.pt model-4bit.safetensors --method greedy --bits 4 --param-dtype float16",
+        ),
         (
             "a b/m.npy",
             ("greedy:b=1000,r=0.5", 8, "float16"),
@@ -278,7 +288,7 @@ def test_commands_are_ready_for_a_shell(src, variant, globs, expected):
     method, bits, param_dtype = variant
     comparison = make_file(name=src, include=globs[0], exclude=globs[1])
     command = comparison.write_command(make_result(method=method, bits=bits, param_dtype=param_dtype))
-    expected = expected or f"{src} m-2bit --method asym --bits 2"
+    expected = expected or f"{src} m-2bit --method asym --bits 2 --param-dtype float16"
     assert command == f"embpack quantize {expected}"
 
 
@@ -367,7 +377,7 @@ def test_what_cannot_be_done_is_named_by_its_place_in_the_table(tmp_path):
 def test_totals_are_those_of_all_rows_together(tmp_path):
     weights = {"a_emb": make_weight(150, 24, 0), "b_emb": 3 * make_weight(40, 8, 1), "c_emb": np.zeros((20, 4), "f4")}
     comparison = compare_file(write_safetensors(tmp_path, Arrays(weights)))
-    assert [total.variant for total in comparison.overall] == make_variants()
+    assert [(total.method, total.bits) for total in comparison.overall] == [(v.method, v.bits) for v in make_variants()]
     for total in comparison.overall:
         tables = {
             name: embpack.quantize(weight, total.method, total.bits, total.param_dtype)
@@ -498,6 +508,14 @@ def test_pages_of_odd_results(results):
     numbers = [value for e in root.iter() for key, value in e.items() if key in ("x", "y", "x1", "cx", "cy", "width")]
     assert all(-10 <= float(number) <= 2000 for number in numbers)
     assert "nan" not in page
+
+
+def test_a_page_without_a_way_for_all_tables():
+    tables = compare_file_table([make_result()], "a"), compare_file_table([make_result(method="asym")], "b")
+    comparison = FileComparison(Path("m.npz"), tables, (), (), 2)
+    assert comparison.recommended is None
+    root = ElementTree.fromstring(make_page(comparison))
+    assert len(list(root.iter("svg"))) == 2 * (3 + 3)
 
 
 # Pictures

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.layouts import RowFormat, default_param_dtype
+from embpack.layouts import RowFormat
 from embpack.methods import METHODS, Method, parse_method
 from embpack.quantize import quantize, span_rows
 from embpack.rows import as_rows, widen
@@ -31,15 +31,16 @@ class Variant:
     Attributes:
         method: as parse_method reads it: "greedy", "greedy:b=1000,r=0.5".
         bits: of each code.
-        param_dtype: "float16" or "float32".
+        param_dtype: "float16" or "float32"; None is what quantize takes for the method and bits.
     """
 
     method: str
     bits: int
-    param_dtype: str
+    param_dtype: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.method} at {self.bits} bits with {self.param_dtype} parameters"
+        params = f" with {self.param_dtype} parameters" if self.param_dtype else ""
+        return f"{self.method} at {self.bits} bits{params}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def make_variants(
     Args:
         methods: as for quantize; None is all of embpack.METHODS.
         bits: one or more of 2, 4 and 8; None is 4, and where methods is None too, asym and greedy also at 2 and 8.
-        param_dtype: one or more; None is PyTorch's and FBGEMM's for the bits, float16 at 2 and 4 and float32 at 8.
+        param_dtype: one or more of "float16" and "float32"; None is what quantize takes for the method and bits.
 
     Raises:
         ValueError: no such method, bits or param_dtype, or an empty list of them.
@@ -106,9 +107,9 @@ def make_variants(
     if methods is None and bits is None:
         pairs += product(("asym", "greedy"), (2, 8))
     dtypes = (param_dtype,) if isinstance(param_dtype, str) or param_dtype is None else param_dtype
-    variants = [Variant(name, n, dtype or default_param_dtype(n)) for name, n in pairs for dtype in dtypes]
+    variants = [Variant(name, n, dtype) for name, n in pairs for dtype in dtypes]
     for variant in variants:
-        RowFormat(1, variant.bits, variant.param_dtype)
+        RowFormat(1, variant.bits, variant.param_dtype or "float16")  # refuses what there is not
     if not variants:
         raise ValueError("there is nothing to compare; give at least one method, number of bits and param_dtype")
     return list(dict.fromkeys(variants))
@@ -140,7 +141,7 @@ def compare(
         weight: as for quantize: [num_embeddings, embedding_dim] of float32, float16 or bfloat16.
         methods: names, with parameters if need be, or Methods; None is all of embpack.METHODS.
         bits: one or more of 2, 4 and 8; None is 4, and where methods is None too, asym and greedy also at 2 and 8.
-        param_dtype: one or more of "float16" and "float32"; None is what quantize takes for the bits.
+        param_dtype: one or more of "float16" and "float32"; None is what quantize takes for the method and bits.
 
     Returns:
         One Comparison for each method, bits and param_dtype, in this order; combinations that a method does not
@@ -236,7 +237,7 @@ def _describe(
         table=name,
         method=variant.method,
         bits=variant.bits,
-        param_dtype=variant.param_dtype,
+        param_dtype=table.row_format.param_dtype,
         layout=table.layout,
         loss=table.loss,
         bytes_per_row=table.nbytes / len(rows),

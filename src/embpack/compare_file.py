@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.compare import Comparison, Skipped, Variant, compare_rows, find_front
-from embpack.layouts import RowFormat, default_param_dtype
+from embpack.layouts import RowFormat
 from embpack.quantize import chunk_rows
 from embpack.rows import widen
 from embpack.rules import Decision
@@ -25,7 +25,7 @@ class TableComparison:
     """What a table comes to.
 
     Attributes:
-        rows_measured: those of the sample, or all.
+        rows_measured: those of the sample, packed as a table of their own, or all.
         square_norm: sum of the squares of their values.
         results: one for each way in which the table could be packed.
     """
@@ -106,11 +106,8 @@ class FileComparison:
 
     def write_command(self, result: Comparison) -> str:
         """Write the command that packs the checkpoint in one way, ready for a shell."""
-        variant = result.variant
-        words = ["embpack", "quantize", str(self.src), str(_name_packed(self.src, variant.bits))]
-        words += ["--method", variant.method, "--bits", str(variant.bits)]
-        if variant.param_dtype != default_param_dtype(variant.bits):
-            words += ["--param-dtype", variant.param_dtype]
+        words = ["embpack", "quantize", str(self.src), str(_name_packed(self.src, result.bits))]
+        words += ["--method", result.method, "--bits", str(result.bits), "--param-dtype", result.param_dtype]
         for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
             words += [word for glob in globs for word in (option, glob)]
         return shlex.join(words)

@@ -109,7 +109,8 @@ def compare(
     rows: Annotated[
         str,
         typer.Option(
-            help="Of a larger table, measure this many rows, evenly spread; all or 0 measures every row, in memory.",
+            help="Of a larger table, measure this many rows, evenly spread and packed as a table of their own; all "
+            "or 0 measures every row, in memory.",
             callback=_check_rows,
         ),
     ] = "20000",
@@ -226,7 +227,7 @@ def _print_results(title: str, results: Sequence[Comparison]) -> None:
 def _print_choices(report: FileComparison) -> None:
     recommended = report.recommended
     if recommended is None:
-        show.output.print("No way to pack makes these tables smaller.", style="yellow")
+        show.output.print("No way that was measured makes all of these tables smaller.", style="yellow")
         return
     show.output.print("* least loss at its size; to pack so:", style="bold")
     for result in report.front:

@@ -64,7 +64,9 @@ def _amount(value: float) -> str:
 def _make_choice(comparison: FileComparison) -> str:
     result = comparison.recommended
     if result is None:
-        return element("section", _paragraph("No way to pack makes these tables smaller."), class_="card")
+        return element(
+            "section", _paragraph("No way that was measured makes all of these tables smaller."), class_="card"
+        )
     figures = {
         f"{result.bits} bits, {result.param_dtype} parameters": result.method,
         "of float32": f"{100 * result.share_of_float32:.2f}\u00a0%",
@@ -111,6 +113,8 @@ def _write_code(command: str) -> str:
 
 def _make_overall(comparison: FileComparison) -> str:
     """Show what to choose by: the only table, or all tables together."""
+    if not comparison.overall:
+        return ""
     points = "A point is a method on all tables" if len(comparison.tables) > 1 else "A point is a method"
     return (
         element("h2", "Loss against bytes")
