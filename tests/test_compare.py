@@ -454,8 +454,8 @@ def test_the_page_has_the_figures_and_the_commands(comparison):
     root = ElementTree.fromstring(make_page(comparison))
     shown = [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
     by_size = sorted(comparison.overall, key=lambda result: (result.bytes_per_row, result.loss))
-    assert [row[:3] for row in shown[1 : 1 + len(by_size)]] == [
-        [result.method, str(result.bits), f"{result.loss:.5f}"] for result in by_size
+    assert [row[:4] for row in shown[1 : 1 + len(by_size)]] == [
+        [result.method, result.layout, str(result.bits), f"{result.loss:.5f}"] for result in by_size
     ]
     commands = ["".join(code.itertext()) for code in root.iter("code")]
     expected = [comparison.write_command(result) for result in comparison.front]

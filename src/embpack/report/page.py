@@ -13,7 +13,7 @@ from embpack.report.svg import element
 
 # The width of the text on a screen, and on a phone.
 _WIDE, _NARROW = 760.0, 350.0
-_WIDE_ONLY = (3, 5, 6)
+_WIDE_ONLY = (1, 4, 6, 7)
 _PEERS = {"greedy": Variant("greedy", 4, "float16"), "asym": Variant("asym", 4, "float16")}
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
@@ -168,12 +168,13 @@ def _make_details(results: Sequence[Comparison], recommended: Comparison | None,
 
 def _make_figures(results: Sequence[Comparison]) -> str:
     front = find_front(results)
-    columns = ["method", "bits", "loss", "bytes a row", "of float32", "worst row", "its loss", "rows/s"]
+    columns = ["method", "layout", "bits", "loss", "bytes a row", "of float32", "worst row", "its loss", "rows/s"]
     rows = _make_row("th", columns)
     for result in sorted(results, key=lambda result: (result.bytes_per_row, result.loss)):
-        where = f"{result.worst_table}[{result.worst_row}]" if isinstance(result, Total) else f"{result.worst_row}"
+        where = f"{result.worst_table} [{result.worst_row}]" if isinstance(result, Total) else f"{result.worst_row}"
         values = [
             name_variant(result, results),
+            result.layout,
             str(result.bits),
             f"{result.loss:.5f}",
             f"{result.bytes_per_row:.4g}",

@@ -47,7 +47,8 @@ table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-
 th, td { text-align: right; padding: 5px 0 5px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td:first-child, td:nth-child(6) { white-space: normal; overflow-wrap: anywhere; }
+th:nth-child(2), td:nth-child(2) { text-align: left; }
+td:first-child, td:nth-child(7) { white-space: normal; overflow-wrap: anywhere; }
 tr.best td:first-child { color: var(--best); font-weight: 600; }
 details { border-top: 1px solid var(--line); margin-top: 20px; }
 summary { cursor: pointer; padding: 12px 0; font-weight: 600; overflow-wrap: anywhere; }
