@@ -1,6 +1,7 @@
 """The command line: what is printed where, exit codes, and that it does what the library does."""
 
 import importlib.metadata
+import itertools
 import json
 import re
 import sys
@@ -20,7 +21,7 @@ from checkpoints import (
 )
 
 import embpack
-from embpack.cli import main
+from embpack.cli import main, show
 from embpack.methods import METHODS
 
 
@@ -121,7 +122,7 @@ class Blocked:
             raise ImportError(f"{name} is not installed")
 sys.meta_path.insert(0, Blocked())
 sys.argv = ["embpack", "demo"]
-from embpack.cli import main
+from embpack.cli import main, show
 main()
 """
     done = run_python(code, COLUMNS="200", NO_COLOR="1")
@@ -142,7 +143,7 @@ class Blocked:
             raise ImportError(f"{name} is not installed")
 sys.meta_path.insert(0, Blocked())
 sys.argv = ["embpack", "quantize", sys.argv[1], "--dry-run"]
-from embpack.cli import main
+from embpack.cli import main, show
 main()
 """
     done = run_python(code, tmp_path / f"model{suffix}")
@@ -281,6 +282,8 @@ def test_threads(embpack_command, tmp_path, model, restore_threads):
         (["--bits", "3"], "3; choose 2, 4 or 8"),
         (["--bits", "four"], "Invalid value for '--bits'"),
         (["--param-dtype", "float64"], "'float64'; choose float16 or float32"),
+        (["--max-loss", "0"], "0.0; give a positive, finite number"),
+        (["--max-loss", "nan"], "nan; give a positive, finite number"),
         (["--threads", "0"], "Invalid value for '--threads'"),
         (["--nonsense"], "No such option: --nonsense"),
     ],
@@ -318,6 +321,22 @@ def test_quantize_names_a_nan(embpack_command, tmp_path):
     assert err == "error: vectors[33, 5] is nan; NaN and infinity cannot be packed, replace them first\n"
 
 
+def test_max_loss_refuses_and_writes_nothing(embpack_command, tmp_path, model):
+    loss = embpack.quantize(make_arrays().tables["user_emb.weight"]).loss
+    code, _, err = embpack_command("quantize", model, tmp_path / "p.safetensors", "--max-loss", "0.08")
+    assert code == 1
+    assert err.startswith(f"error: user_emb.weight: its normalized l2 loss is {loss:.6g}, over the limit of 0.08, ")
+    assert "use a better method or more bits, leave it as it is with --exclude user_emb.weight" in err
+    assert err.count("\n") == 1
+    assert names_in(tmp_path) == {model.name}
+
+
+def test_max_loss_lets_better_tables_through(embpack_command, tmp_path, model):
+    code, out, err = embpack_command("quantize", model, tmp_path / "p.safetensors", "--max-loss", "0.2", "--json")
+    assert (code, err) == (0, "")
+    assert len(json.loads(out)["tables"]) == 2
+
+
 def test_what_is_left_out_is_shown(embpack_command, tmp_path):
     np.savez(tmp_path / "model.npz", emb=np.ones((40, 8), np.float32), words=np.array(["a", "b"]))
     code, out, _ = embpack_command("quantize", tmp_path / "model.npz", "--dry-run")
@@ -333,6 +352,7 @@ def test_names_are_printed_as_they_are(embpack_command, tmp_path, name):
     src, dst = write_safetensors(folder, arrays), folder / "[b]packed.safetensors"
     for command in (
         ["quantize", src, dst, "--include", "*"],
+        ["compare", src, "--include", "*", "--methods", "asym", "--html", folder / "[b]report.html"],
         ["inspect", dst],
         ["dequantize", dst, folder / "plain.pt"],
     ):
@@ -344,6 +364,146 @@ def test_names_are_printed_as_they_are(embpack_command, tmp_path, name):
     assert set(json.loads(out)["tables"]) == {name}
     _, _, err = embpack_command("inspect", folder / f"{name.replace('/', '')}.safetensors")
     assert f"[dim]folder/{name.replace('/', '')}.safetensors: no such file" in err
+
+
+# compare
+
+
+def test_compare_prints_tables_total_and_commands(embpack_command, tmp_path, model):
+    code, out, err = embpack_command("compare", model, "--rows", "100")
+    assert (code, err) == (0, "")
+    assert "user_emb.weight: 1,500 rows of 72 float32 values, 100 of them measured, evenly spread" in out
+    assert "item_emb.weight: 40 rows of 16 float16 values, all measured" in out
+    assert "All 2 tables" in out
+    for method in METHODS:
+        assert len(re.findall(rf"^\*? +{method} +float16 +\w+ +4 +\d\.\d{{5}} ", out, re.MULTILINE)) == 3
+    assert re.search(r"^ *embpack quantize .*model-4bit\.safetensors --method ", out, re.MULTILINE)
+    assert out.count("(recommended)") == 1
+    assert names_in(tmp_path) == {model.name}
+
+
+def test_compare_prints_json_with_the_figures_of_quantize(embpack_command, model):
+    options = ["--methods", "greedy:b=100,r=0.2,asym", "--bits", "2,4", "--param-dtype", "float16,float32"]
+    code, out, err = embpack_command("compare", model, *options, "--rows", "all", "--json")
+    assert (code, err) == (0, "")
+    value = json.loads(out)
+    asked = list(itertools.product(["greedy:b=100,r=0.2", "asym"], [2, 4], ["float16", "float32"]))
+    assert [(r["method"], r["bits"], r["param_dtype"]) for r in value["results"]] == asked * 2
+    assert [(r["method"], r["bits"], r["param_dtype"]) for r in value["total"]] == asked
+    weights = make_arrays().tables
+    for result in value["results"]:
+        weight = weights[result["table"]]
+        table = embpack.quantize(weight, result["method"], result["bits"], result["param_dtype"])
+        assert (result["layout"], result["loss"]) == (table.layout, table.loss)
+        assert result["bytes_per_row"] * len(weight) == table.nbytes
+        assert result["share_of_float32"] == table.nbytes / (4 * weight.size)
+        assert 0 <= result["worst_row"] < len(weight)
+        assert result["worst_row_loss"] == max(result["row_losses"])
+        assert result["rows_per_second"] > 0
+    assert {table["name"]: table["rows_measured"] for table in value["tables"]} == {
+        name: len(weight) for name, weight in weights.items()
+    }
+    assert value["recommended"] in value["front"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "measured"), [("100", 100), ("all", 1500), ("0", 1500), ("1", 1), ("1500", 1500), ("9999999", 1500)]
+)
+def test_compare_measures_as_many_rows_as_asked(embpack_command, model, rows, measured):
+    options = ["--methods", "asym", "--exclude", "item*", "--rows", rows, "--json"]
+    code, out, _ = embpack_command("compare", model, *options)
+    assert code == 0
+    assert [table["rows_measured"] for table in json.loads(out)["tables"]] == [measured]
+
+
+def test_compare_measures_20000_rows_of_large_tables(embpack_command, tmp_path):
+    src = write_npy(tmp_path, Arrays({"vectors": np.ones((20001, 8), np.float32)}))
+    code, out, _ = embpack_command("compare", src, "--methods", "asym")
+    assert code == 0
+    assert "vectors: 20,001 rows of 8 float32 values, 20,000 of them measured, evenly spread" in out
+
+
+def test_compare_writes_a_page(embpack_command, tmp_path, model):
+    code, out, err = embpack_command("compare", model, "--html", tmp_path / "report.html")
+    assert (code, err) == (0, "")
+    assert f"The page with pictures is {tmp_path / 'report.html'}" in out
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert names_in(tmp_path) == {model.name, "report.html"}
+
+
+def test_compare_includes_and_excludes(embpack_command, model):
+    options = ["--methods", "asym", "--include", "linear*", "--exclude", "user*"]
+    code, out, _ = embpack_command("compare", model, *options, "--json")
+    value = json.loads(out)
+    assert code == 0
+    assert {table["name"] for table in value["tables"]} == {"item_emb.weight", "linear.weight"}
+    assert value["front"][0]["command"].endswith(" --include 'linear*' --exclude 'user*'")
+
+
+def test_compare_says_what_a_method_does_not_support(embpack_command, tmp_path):
+    weight = make_arrays().tables["user_emb.weight"]
+    weight[700, 3] = 1e7
+    src = write_npy(tmp_path, Arrays({"vectors": weight}))
+    options = ["--methods", "asym", "--param-dtype", "float16,float32"]
+    code, out, err = embpack_command("compare", src, *options)
+    assert (code, err) == (0, "")
+    assert "left out: asym at 4 bits with float16 parameters: vectors[700] has values from " in out
+    _, out, _ = embpack_command("compare", src, *options, "--json")
+    (skipped,) = json.loads(out)["skipped"]
+    assert skipped["variant"] == {"method": "asym", "bits": 4, "param_dtype": "float16"}
+
+
+def test_compare_of_tables_that_do_not_get_smaller(embpack_command, tmp_path):
+    src = write_npy(tmp_path, Arrays({"v": np.ones((20, 1), np.float32)}))
+    code, out, _ = embpack_command("compare", src, "--include", "*", "--html", tmp_path / "report.html")
+    assert code == 0
+    assert "No way that was measured makes all of these tables smaller." in out
+    _, out, _ = embpack_command("compare", src, "--include", "*", "--json")
+    assert json.loads(out)["recommended"] is None
+
+
+def test_compare_fits_a_narrow_terminal(embpack_command, monkeypatch, model):
+    monkeypatch.setattr(show.output, "_width", 80)
+    code, out, _ = embpack_command("compare", model, "--exclude", "item*", "--rows", "100")
+    table = out[: out.index("* least loss")].splitlines()
+    assert code == 0
+    assert max(map(len, table[1:])) <= 80
+    assert re.search(r"^ +asym +4 +0\.\d{5} +40 +13\.89 % +\d+ +0\.\d{5} +\S+ \w$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "best"], "there is no method 'best'; choose one of " + ", ".join(METHODS)),
+        (["--methods", "asym,greedy:b=many"], "b is 'many', which is not a whole number"),
+        (["--methods", ""], "there is no method ''"),
+        (["--bits", "3"], "'3'; choose from 2, 4 and 8, with commas between"),
+        (["--bits", "4,four"], "'4,four'; choose from 2, 4 and 8"),
+        (["--param-dtype", "float64"], "'float64'; choose float16, float32 or float16,float32"),
+        (["--rows", "-1"], "'-1'; give a number of rows, or all"),
+        (["--rows", "many"], "'many'; give a number of rows, or all"),
+        (["--threads", "0"], "Invalid value for '--threads'"),
+    ],
+)
+def test_wrong_options_of_compare_exit_2(embpack_command, model, options, message):
+    code, out, err = embpack_command("compare", model, *options)
+    assert (code, out) == (2, "")
+    assert message in flat(err)
+
+
+def test_compare_of_what_cannot_be_packed_exits_1(embpack_command, tmp_path, packed):
+    code, _, err = embpack_command("compare", packed)
+    assert code == 1
+    assert "is packed already" in err
+    code, _, err = embpack_command("compare", tmp_path / "missing.npy")
+    assert code == 1
+    assert "no such file" in err
+
+
+def test_compare_into_a_folder_that_is_not_there_exits_1(embpack_command, tmp_path, model):
+    code, _, err = embpack_command("compare", model, "--methods", "asym", "--html", tmp_path / "no" / "report.html")
+    assert code == 1
+    assert "does not exist; create it first" in err
 
 
 # inspect
@@ -472,16 +632,21 @@ def test_version(embpack_command):
 def test_help_names_the_commands(embpack_command, flag):
     code, out, _ = embpack_command(flag)
     assert code == 0
-    for command in ("quantize", "inspect", "dequantize", "demo"):
+    for command in ("quantize", "compare", "inspect", "dequantize", "demo"):
         assert re.search(rf"^[│ ]+{command} ", out, re.MULTILINE)
 
 
 HELP = {
     "quantize": [
         *("SRC", "DST", "--method", "--bits", "--param-dtype", "--include", "--exclude", "--dry-run", "--threads"),
+        "--max-loss",
         *("--json", ".safetensors", ".pt/.pth/.bin", ".npy", ".npz", ".parquet", "2, 4 or 8", "float16 or float32"),
         *(f"{name}: {method.summary}" for name, method in METHODS.items()),
         "embpack quantize model.safetensors model-4bit.safetensors",
+    ],
+    "compare": [
+        *("SRC", "--methods", "--bits", "--param-dtype", "--rows", "--include", "--exclude", "--html", "--threads"),
+        *("--json", "20000", "embpack compare model.safetensors --html report.html"),
     ],
     "inspect": ["FILE", "--verify", "--json", "embpack inspect model-4bit.safetensors --verify"],
     "dequantize": ["SRC", "DST", ".parquet", "--json", "embpack dequantize model-4bit.safetensors"],

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from dataclasses import dataclass
@@ -591,6 +592,43 @@ def test_a_parameter_that_overflows_is_named(tmp_path, small_chunks):
     assert names_in(tmp_path) == {src.name}
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "shards in a folder", "pt", "npz compressed", "parquet"])
+def test_a_table_over_the_largest_loss_is_named_and_nothing_is_written(tmp_path, small_chunks, kind):
+    kind = KINDS[kind]
+    fine, worse = make_weight(), make_weight()
+    worse[:, 0] *= 3
+    src = kind.write(tmp_path, Arrays({"fine_emb": fine, "user[0]_emb": worse}))
+    before = names_in(tmp_path)
+    losses = embpack.quantize(fine).loss, embpack.quantize(worse).loss
+    limit = sum(losses) / 2
+    assert losses[0] < limit < losses[1]
+    message = f"user[0]_emb: its normalized l2 loss is {losses[1]:.6g}, over the limit of {limit:.6g}, so nothing was"
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        embpack.quantize_file(src, tmp_path / f"packed{kind.suffix}", max_loss=limit)
+    assert names_in(tmp_path) == before
+    exclude = shlex.split(str(refused.value).partition("--exclude ")[2].partition(", or")[0])
+    embpack.quantize_file(src, tmp_path / f"packed{kind.suffix}", max_loss=limit, exclude=exclude)
+    assert set(embpack.load(tmp_path / f"packed{kind.suffix}")) == {"fine_emb"}
+
+
+def test_a_table_over_the_largest_loss_leaves_what_was_there(tmp_path):
+    src, dst = write_npy(tmp_path, Arrays({"vectors": make_weight()})), tmp_path / "packed.safetensors"
+    dst.write_bytes(b"old")
+    with pytest.raises(ValueError, match="vectors: its normalized l2 loss is "):
+        embpack.quantize_file(src, dst, max_loss=1e-3)
+    assert dst.read_bytes() == b"old"
+    assert names_in(tmp_path) == {src.name, dst.name}
+
+
+def test_a_table_may_have_just_the_largest_loss(tmp_path):
+    weight = make_weight()
+    src, loss = write_npy(tmp_path, Arrays({"vectors": weight})), embpack.quantize(weight).loss
+    report = embpack.quantize_file(src, tmp_path / "packed.safetensors", max_loss=loss)
+    assert report.tables[0].loss == loss
+    with pytest.raises(ValueError, match="over the limit"):
+        embpack.quantize_file(src, tmp_path / "packed.safetensors", max_loss=np.nextafter(loss, 0))
+
+
 @pytest.mark.parametrize("write", [write_safetensors, write_npz, write_shards])
 def test_a_packed_checkpoint_is_not_packed_again(tmp_path, write):
     src = write(tmp_path, Arrays({"emb.weight": make_weight()}))
@@ -619,6 +657,10 @@ def test_a_float64_table_says_why_it_is_not_packed(tmp_path):
         ({"param_dtype": "float64"}, "param_dtype is 'float64'"),
         ({"include": ["nothing*"]}, r"include 'nothing\*' matches no tensor"),
         ({"exclude": ["*"]}, "nothing to pack"),
+        ({"max_loss": 0}, "max_loss is 0; give a positive, finite number"),
+        ({"max_loss": -0.1}, r"max_loss is -0\.1; give a positive, finite number"),
+        ({"max_loss": np.inf}, "max_loss is inf; give a positive, finite number"),
+        ({"max_loss": np.nan}, "max_loss is nan; give a positive, finite number"),
     ],
 )
 def test_options_that_cannot_be(tmp_path, options, message):

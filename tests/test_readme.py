@@ -39,7 +39,7 @@ def test_the_command_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_safetensors(tmp_path, Arrays({"user_emb.weight": np.ones((50, 64), np.float32)}))
     lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("embpack ")]
-    assert {shlex.split(line)[1] for line in lines} == {"quantize", "inspect", "dequantize"}
+    assert {shlex.split(line)[1] for line in lines} == {"compare", "quantize", "inspect", "dequantize"}
     for line in lines:
         done = run_embpack(*shlex.split(line, comments=True)[1:])
         assert done.returncode == 0, (line, done.stderr)

@@ -1,6 +1,7 @@
 """Pack trained embedding tables to 4 bits a value, and look rows up straight from the packed bytes."""
 
 from embpack import _core  # noqa: F401  (first: it says how the core is loaded)
+from embpack.compare import Comparison, compare
 from embpack.convert import Report, TableReport, dequantize_file, quantize_file
 from embpack.errors import FormatError, MissingExtraError
 from embpack.files import load, save
@@ -13,12 +14,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Comparison",
     "FormatError",
     "Method",
     "MissingExtraError",
     "PackedTable",
     "Report",
     "TableReport",
+    "compare",
     "dequantize_file",
     "get_num_threads",
     "load",

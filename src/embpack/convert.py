@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,7 @@ class _ShardWriter:
     decisions: Sequence[Decision]
     source_metadata: dict[str, str]
     method: Method
+    max_loss: float
     progress: Progress
     entries: dict[str, TableEntry] = field(default_factory=dict)
     reports: list[TableReport] = field(default_factory=list)
@@ -148,6 +152,7 @@ class _ShardWriter:
 
     def _finish(self, decision: Decision, packer: RowPacker, checksum: str, seconds: float) -> None:
         name = decision.tensor.name
+        _check_loss(name, packer.loss, self.max_loss)
         entry = _entry(decision, packer.method.spec, packer.loss, checksum)
         self.entries[name] = entry
         self.reports.append(
@@ -197,6 +202,15 @@ def _check_names(tensors: Sequence[OutTensor]) -> None:
         seen.add(tensor.name)
 
 
+def _check_loss(name: str, loss: float, max_loss: float) -> None:
+    if loss > max_loss:
+        raise ValueError(
+            f"{name}: its normalized l2 loss is {loss:.6g}, over the limit of {max_loss:.6g}, so nothing was written; "
+            "use a better method or more bits, leave it as it is with --exclude "
+            f"{shlex.quote(escape(name))}, or raise the limit"
+        )
+
+
 def _entry(decision: Decision, method: str, loss: float, checksum: str) -> TableEntry:
     assert decision.row_format is not None
     return TableEntry.make(
@@ -226,6 +240,7 @@ def quantize_file(
     param_dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    max_loss: float | None = None,
     progress: Progress = lambda name, rows: None,
 ) -> Report:
     """Pack the embedding tables of a checkpoint, streaming: memory is bounded whatever the size.
@@ -241,17 +256,21 @@ def quantize_file(
         include: globs of tensor names to pack too; otherwise a table is a 2-D float tensor whose name says embedding
             (rules.says_embedding).
         exclude: globs of tensor names never to pack.
+        max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit.
         progress: called with a table's name and a number of rows as they are done.
 
     Raises:
         FileNotFoundError: there is no src.
         FormatError: src is damaged.
         ValueError: no tensor is a table; dst is src or has the wrong suffix; a value is NaN or infinite, or a
-            parameter overflows; no such method or bits.
+            parameter overflows; no such method or bits; max_loss is not positive and finite, or a table's loss is
+            larger.
         OSError: dst cannot be written.
     """
     src, dst = Path(src), Path(dst)
     chosen = parse_method(method)
+    if max_loss is not None:
+        check_max_loss(max_loss)
     rules = Rules(tuple(include), tuple(exclude), bits, param_dtype, chosen)
     started = time.perf_counter()
     with open_checkpoint(src) as checkpoint:
@@ -262,7 +281,7 @@ def quantize_file(
         for shard in checkpoint.shards:
             own = decisions[at : at + len(shard.tensors)]
             at += len(own)
-            writer = _ShardWriter(own, shard.metadata, chosen, progress)
+            writer = _ShardWriter(own, shard.metadata, chosen, math.inf if max_loss is None else max_loss, progress)
             writers.append(writer)
             name = dst.name if checkpoint.index_name is None else shard.file_name
             shards.append(writer.out_shard(name))
@@ -275,6 +294,12 @@ def quantize_file(
             file_bytes_after=_bytes_on_disk(dst if checkpoint.index_name else dst.parent, shards),
             seconds=time.perf_counter() - started,
         )
+
+
+def check_max_loss(max_loss: float) -> None:
+    """Raise ValueError unless a limit is positive and finite."""
+    if not (max_loss > 0 and math.isfinite(max_loss)):
+        raise ValueError(f"max_loss is {max_loss}; give a positive, finite number")
 
 
 def plan_file(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:

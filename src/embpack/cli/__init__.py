@@ -6,6 +6,7 @@ import typer
 from rich.markup import escape
 
 import embpack
+from embpack.cli.compare import compare
 from embpack.cli.demo import demo
 from embpack.cli.dequantize import dequantize
 from embpack.cli.inspect import inspect
@@ -21,7 +22,7 @@ app = typer.Typer(
     help="Pack trained embedding tables to 4 bits a value, an eighth of their size.",
     epilog="Try it on data it makes itself: [bold]embpack demo[/bold]",
 )
-for command in (quantize, inspect, dequantize, demo):
+for command in (quantize, compare, inspect, dequantize, demo):
     app.command()(command)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from embpack.cli import show
-from embpack.convert import Report, plan_file, quantize_file
+from embpack.convert import Report, check_max_loss, plan_file, quantize_file
 from embpack.layouts import BITS, PARAM_BYTES
 from embpack.methods import METHODS, parse_method
 from embpack.rules import Decision, Rules
@@ -33,6 +33,15 @@ def _check_param_dtype(param_dtype: str | None) -> str | None:
     if param_dtype is not None and param_dtype not in PARAM_BYTES:
         raise typer.BadParameter(f"{param_dtype!r}; choose float16 or float32")
     return param_dtype
+
+
+def _check_max_loss(max_loss: float | None) -> float | None:
+    if max_loss is not None:
+        try:
+            check_max_loss(max_loss)
+        except ValueError:
+            raise typer.BadParameter(f"{max_loss}; give a positive, finite number") from None
+    return max_loss
 
 
 _METHOD_HELP = "How each row's range is chosen, with parameters after a colon (greedy:b=1000,r=0.5). " + " ".join(
@@ -74,6 +83,14 @@ def quantize(
         list[str] | None,
         typer.Option(help="Never pack tensors whose name matches this glob; may be repeated."),
     ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="Write nothing, and exit with 1, if a table's normalized l2 loss is larger.",
+            show_default="no limit",
+            callback=_check_max_loss,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show which tensors would be packed, and why.")
     ] = False,
@@ -110,6 +127,7 @@ def quantize(
             param_dtype=param_dtype,
             include=rules.include,
             exclude=rules.exclude,
+            max_loss=max_loss,
             progress=progress,
         )
     if as_json:

@@ -1,0 +1,84 @@
+"""What the pictures are drawn with: elements and scales."""
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+# Of the page's font, on average; a text may be a little longer or shorter than we think.
+CHARACTER_WIDTH = 6.8
+
+
+def element(name: str, content: str = "", **attributes: object) -> str:
+    """Write an element of XML; content is markup, attribute names end in _ where Python has the word."""
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{_number(value) if isinstance(value, float) else escape(str(value))}"'
+        for key, value in attributes.items()
+    )
+    return f"<{name}{written}>{content}</{name}>" if content else f"<{name}{written}/>"
+
+
+def text(content: str, x: float, y: float, **attributes: object) -> str:
+    """Write a line of text."""
+    return element("text", escape(content), x=x, y=y, **attributes)
+
+
+def title(content: str) -> str:
+    """Write what shows up when the pointer rests on an element."""
+    return element("title", escape(content))
+
+
+def picture(content: str, width: float, height: float, label: str) -> str:
+    """Write a picture whose text is not scaled as long as there are `width` pixels for it."""
+    size = {"viewBox": f"0 0 {_number(width)} {_number(height)}", "width": width, "height": height}
+    return element("svg", content, role="img", aria_label=label, **size)
+
+
+def shorten(content: str, width: float) -> str:
+    """Cut a text so that it fits a width."""
+    most = max(2, int(width / CHARACTER_WIDTH))
+    return content if len(content) <= most else content[: most - 1] + "…"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where values lie: [low, high] on [start, end]; values beyond lie on the ends."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    def place(self, value: float) -> float:
+        """Say where a value lies."""
+        value = min(max(value, self.low), self.high)
+        low, high = self.low, self.high
+        if self.is_log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        share = (value - low) / (high - low) if high > low else 0.5
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self, most: int) -> list[float]:
+        """Choose round values, about `most` of them."""
+        if not self.is_log:
+            step = _round_step((self.high - self.low) / most)
+            return [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        for digits in ((1, 2, 5), (1, 3), (1,)):
+            found = [digit * 10.0**decade for decade in decades for digit in digits]
+            found = [value for value in found if self.low <= value <= self.high]
+            if len(found) <= most:
+                break
+        return found
+
+
+def _round_step(step: float) -> float:
+    """Round up to 1, 2 or 5 times a power of ten."""
+    if step <= 0:
+        return 1.0
+    power: float = 10.0 ** math.floor(math.log10(step))
+    return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= step * (1 - 1e-9))

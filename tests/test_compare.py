@@ -1,0 +1,555 @@
+"""embpack.compare, the comparison of a checkpoint's tables, and its page."""
+
+import dataclasses
+import itertools
+import re
+import shlex
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from checkpoints import (
+    Arrays,
+    write_compressed_npz,
+    write_npy,
+    write_npz,
+    write_parquet,
+    write_safetensors,
+    write_shards,
+    write_torch,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import embpack
+from embpack import reference
+from embpack.compare import QUANTILES, Comparison, Skipped, Variant, find_front, make_variants, name_variant
+from embpack.compare_file import FileComparison, TableComparison, compare_table, spread_rows, sum_tables
+from embpack.convert import plan_file
+from embpack.layouts import BITS, PARAM_BYTES
+from embpack.methods import METHODS, Greedy
+from embpack.report import make_page
+from embpack.report.labels import Box, place_beside, place_column, spread
+from embpack.report.svg import Scale
+from embpack.rules import Rules
+from embpack.sources import open_checkpoint
+
+BF16 = ml_dtypes.bfloat16
+
+
+def make_weight(rows=150, dim=24, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal((rows, dim)).astype(dtype)
+
+
+def make_result(bytes_per_row=36.0, loss=0.1, table="emb", **values):
+    """A result with round figures."""
+    whole = {
+        "table": table,
+        "method": "greedy",
+        "bits": 4,
+        "param_dtype": "float16",
+        "layout": "uniform",
+        "loss": loss,
+        "bytes_per_row": bytes_per_row,
+        "share_of_float32": bytes_per_row / 256,
+        "worst_row": 3,
+        "worst_row_loss": 2 * loss,
+        "row_losses": tuple(loss * (0.5 + 1.5 * share) for share in QUANTILES),
+        "rows_per_second": 1e6,
+    }
+    return Comparison(**{**whole, **values})
+
+
+def compare_file(src: Path, variants=None, most_rows=None, include=(), exclude=()) -> FileComparison:
+    rules = Rules(tuple(include), tuple(exclude))
+    with open_checkpoint(src) as checkpoint:
+        decisions = [decision for decision in plan_file(checkpoint, rules) if decision.row_format]
+        tables = tuple(compare_table(decision, variants or make_variants(), most_rows) for decision in decisions)
+    return FileComparison(src, tables, rules.include, rules.exclude, 2)
+
+
+# What is compared
+
+
+def test_by_default_all_methods_and_two_of_them_at_other_bits():
+    expected = [(method, 4) for method in METHODS] + [("asym", 2), ("asym", 8), ("greedy", 2), ("greedy", 8)]
+    weight = make_weight()
+    results = embpack.compare(weight)
+    assert [(result.method, result.bits) for result in results] == expected
+    formats = [embpack.quantize(weight, *variant).row_format for variant in expected]
+    assert [(result.param_dtype, result.layout) for result in results] == [(f.param_dtype, f.layout) for f in formats]
+
+
+def test_every_method_bits_and_param_dtype_that_is_asked_for():
+    variants = make_variants(["asym", "greedy:b=100"], BITS, list(PARAM_BYTES))
+    expected = itertools.product(["asym", "greedy:b=100"], BITS, PARAM_BYTES)
+    assert [dataclasses.astuple(variant) for variant in variants] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"methods": ["asym"]}, [("asym", 4, None)]),
+        ({"methods": ["asym"], "bits": 8}, [("asym", 8, None)]),
+        ({"methods": ["asym", "asym"], "bits": [4, 4]}, [("asym", 4, None)]),
+        ({"methods": ["asym"], "param_dtype": "float32"}, [("asym", 4, "float32")]),
+        ({"bits": 2}, [(method, 2, None) for method in METHODS]),
+        ({"methods": [Greedy(), Greedy(b=100)]}, [("greedy", 4, None), ("greedy:b=100,r=0.16", 4, None)]),
+    ],
+)
+def test_what_is_not_said_is_the_default(arguments, expected):
+    assert [dataclasses.astuple(variant) for variant in make_variants(**arguments)] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": ["best"]}, "there is no method 'best'"),
+        ({"methods": []}, "there is nothing to compare"),
+        ({"bits": []}, "there is nothing to compare"),
+        ({"param_dtype": []}, "there is nothing to compare"),
+        ({"bits": 3}, "bits is 3; choose 2, 4 or 8"),
+        ({"param_dtype": "float64"}, "param_dtype is 'float64'; choose"),
+    ],
+)
+def test_what_cannot_be_compared(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        embpack.compare(make_weight(), **arguments)
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("method", METHODS)
+def test_figures_are_those_of_quantize(method, dtype):
+    weight = make_weight(dtype=dtype)
+    weight[7] = 0
+    table = embpack.quantize(weight, method)
+    (result,) = embpack.compare(weight, [method])
+    errors = np.linalg.norm(weight.astype(np.float64) - table.dequantize(), axis=1)
+    norms = np.linalg.norm(weight.astype(np.float64), axis=1)
+    losses = np.divide(errors, norms, where=norms > 0, out=np.full(len(norms), -1.0))
+    assert (result.method, result.bits, result.param_dtype, result.layout) == (method, 4, "float16", table.layout)
+    assert result.loss == table.loss
+    assert result.bytes_per_row == table.nbytes / len(weight)
+    assert result.share_of_float32 == table.nbytes / (4 * weight.size)
+    assert result.worst_row == losses.argmax()
+    assert result.worst_row_loss == pytest.approx(losses.max(), rel=1e-12)
+    assert result.row_losses == pytest.approx(np.quantile(losses[norms > 0], QUANTILES), rel=1e-12)
+    assert 0 < result.rows_per_second < np.inf
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("param_dtype", PARAM_BYTES)
+def test_every_format(bits, param_dtype):
+    weight = make_weight()
+    (result,) = embpack.compare(weight, ["asym"], bits, param_dtype)
+    table = embpack.quantize(weight, "asym", bits, param_dtype)
+    assert (result.bits, result.param_dtype) == (bits, param_dtype)
+    assert (result.loss, result.bytes_per_row) == (table.loss, table.row_bytes)
+
+
+def test_losses_of_single_rows_are_those_of_the_reference():
+    weight = make_weight(20)
+    (result,) = embpack.compare(weight, ["asym"])
+    row_format = embpack.quantize(weight, "asym").row_format
+    packed = [reference.round_trip(x, x.min(), x.max(), row_format) for x in weight]
+    losses = [np.linalg.norm(x - q) / np.linalg.norm(x) for x, q in zip(weight, packed, strict=True)]
+    assert result.worst_row == np.argmax(losses)
+    # Norms of 24 values in float32: up to 24 roundings each.
+    assert result.worst_row_loss == pytest.approx(max(losses), rel=48 * 2**-24)
+
+
+def test_rows_are_measured_in_parts_as_in_one(monkeypatch):
+    weight = make_weight()
+    whole = embpack.compare(weight, ["asym"])[0]
+    # The function embpack.compare hides its module.
+    monkeypatch.setattr(sys.modules["embpack.compare"], "span_rows", lambda embedding_dim: 7)
+    parts = embpack.compare(weight, ["asym"])[0]
+    assert (parts.worst_row, parts.row_losses) == (whole.worst_row, whole.row_losses)
+
+
+def test_torch_tensors_are_taken():
+    weight = torch.from_numpy(make_weight())
+    for tensor in (weight, weight.to(torch.bfloat16), weight.t().contiguous().t()):
+        (result,) = embpack.compare(tensor, ["asym"])
+        assert result.loss == embpack.quantize(tensor, "asym").loss
+
+
+def test_a_table_of_zeros_has_no_loss():
+    (result,) = embpack.compare(np.zeros((20, 8), np.float32), ["asym"])
+    assert (result.loss, result.worst_row, result.worst_row_loss) == (0, 0, 0)
+    assert result.row_losses == (0.0,) * len(QUANTILES)
+
+
+def test_the_weight_is_not_changed():
+    weight = make_weight()
+    before = weight.copy()
+    embpack.compare(weight)
+    assert np.array_equal(weight, before)
+
+
+def test_results_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        embpack.compare(make_weight(), ["asym"])[0].loss = 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_is_named(value):
+    weight = make_weight()
+    weight[33, 5] = value
+    with pytest.raises(ValueError, match=rf"^weight\[33, 5\] is {value}; NaN and infinity cannot be packed"):
+        embpack.compare(weight)
+
+
+def test_what_a_method_does_not_support_is_left_out_with_a_warning():
+    weight = make_weight()
+    weight[0, 0] = 1e7
+    with pytest.warns(UserWarning, match=r"left out asym at 4 bits with float16 parameters: .* overflows float16"):
+        results = embpack.compare(weight, ["asym"], param_dtype=["float16", "float32"])
+    assert [result.param_dtype for result in results] == ["float32"]
+
+
+def test_nothing_that_can_be_done_is_an_error():
+    weight = make_weight()
+    weight[0, 0] = 1e7
+    with pytest.raises(
+        ValueError, match=r"nothing asked for can be done; asym at 4 bits: weight\[0\] .* overflows float16"
+    ):
+        embpack.compare(weight, ["asym"])
+
+
+@pytest.mark.parametrize("weight", [np.ones(3, np.float32), np.ones((0, 3), np.float32)])
+def test_what_is_no_table(weight):
+    with pytest.raises(ValueError, match="weight has shape"):
+        embpack.compare(weight)
+
+
+# Choosing
+
+
+def is_beaten(result, by):
+    no_worse = by.bytes_per_row <= result.bytes_per_row and by.loss <= result.loss
+    return no_worse and (by.bytes_per_row, by.loss) != (result.bytes_per_row, result.loss)
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 8)), max_size=30))
+def test_the_front_is_what_brute_force_finds(points):
+    results = [make_result(float(24 * size), loss / 8, worst_row=i) for i, (size, loss) in enumerate(points)]
+    smaller = [result for result in results if result.bytes_per_row < 256]
+    best = [result for result in smaller if not any(is_beaten(result, by) for by in smaller)]
+    first = {(result.bytes_per_row, result.loss): result for result in reversed(best)}
+    assert find_front(results) == [first[place] for place in sorted(first)]
+
+
+def make_file(*results, name="model.safetensors", **values):
+    table = compare_file_table(results)
+    return FileComparison(Path(name), (table,), **{"include": (), "exclude": (), "threads": 2, **values})
+
+
+def compare_file_table(results, name="emb", rows=100):
+    return TableComparison(name, rows, 64, "float32", rows, 1.0, tuple(results), ())
+
+
+def test_recommended_is_the_least_loss_at_the_size_of_the_default():
+    results = make_result(20, 0.3), make_result(36, 0.11), make_result(36, 0.1), make_result(40, 0.09)
+    assert make_file(*results).recommended is results[2]
+    assert make_file(results[0], results[3]).recommended is results[0]
+    assert make_file(results[3], make_result(72, 0.01)).recommended is results[3]
+    assert make_file(make_result(256, 0.0)).recommended is None
+
+
+@pytest.mark.parametrize(
+    ("src", "variant", "globs", "expected"),
+    [
+        (
+            "model.pt",
+            ("greedy", 4, "float16"),
+            ((), ()),
+            "model.pt model-4bit.safetensors --method greedy --bits 4 --param-dtype float16",
+        ),
+        (
+            "a b/m.npy",
+            ("greedy:b=1000,r=0.5", 8, "float16"),
+            (("x*",), ("y z", "w")),
+            "'a b/m.npy' 'a b/m-8bit.safetensors' --method greedy:b=1000,r=0.5 --bits 8 --param-dtype float16 "
+            "--include 'x*' --exclude 'y z' --exclude w",
+        ),
+        ("m/model.safetensors.index.json", ("asym", 2, "float16"), ((), ()), None),
+    ],
+)
+def test_commands_are_ready_for_a_shell(src, variant, globs, expected):
+    method, bits, param_dtype = variant
+    comparison = make_file(name=src, include=globs[0], exclude=globs[1])
+    command = comparison.write_command(make_result(method=method, bits=bits, param_dtype=param_dtype))
+    expected = expected or f"{src} m-2bit --method asym --bits 2 --param-dtype float16"
+    assert command == f"embpack quantize {expected}"
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_shards, write_npy])
+def test_the_recommended_command_gives_the_promised_loss(tmp_path, write):
+    src = write(tmp_path, Arrays({"user emb": make_weight()}))
+    comparison = compare_file(src)
+    words = shlex.split(comparison.write_command(comparison.recommended))
+    assert words[:3] == ["embpack", "quantize", str(src)]
+    options = dict(zip(words[4::2], words[5::2], strict=True))
+    report = embpack.quantize_file(src, words[3], method=options["--method"], bits=int(options["--bits"]))
+    assert report.tables[0].loss == comparison.recommended.loss
+    assert report.tables[0].bytes_after == comparison.recommended.bytes_per_row * 150
+
+
+def test_names_tell_twins_apart():
+    twins = [make_result(param_dtype="float16"), make_result(param_dtype="float32"), make_result(bits=8)]
+    assert [name_variant(result, twins) for result in twins] == ["greedy, float16", "greedy, float32", "greedy"]
+
+
+# Tables of a checkpoint
+
+
+@given(st.integers(1, 10**12), st.integers(1, 200))
+def test_rows_are_spread_evenly(num_embeddings, count):
+    count = min(count, num_embeddings)
+    rows = spread_rows(num_embeddings, count)
+    parts = [range(i * num_embeddings // count, -(-(i + 1) * num_embeddings // count)) for i in range(count)]
+    assert len(rows) == count
+    assert all(int(row) in part for row, part in zip(rows, parts, strict=True))
+    assert np.all(np.diff(rows) > 0)
+
+
+def test_all_rows_are_all_rows():
+    assert spread_rows(17, 17).tolist() == list(range(17))
+
+
+@pytest.mark.parametrize("most_rows", [None, 1000, 40, 1])
+@pytest.mark.parametrize(
+    "write",
+    [write_safetensors, write_shards, write_torch, write_npy, write_npz, write_compressed_npz, write_parquet],
+)
+def test_a_sample_is_compared_like_an_array(tmp_path, monkeypatch, write, most_rows):
+    monkeypatch.setattr("embpack.compare_file.chunk_rows", lambda embedding_dim: 32)
+    weight = make_weight()
+    src = write(tmp_path, Arrays({"user_emb": weight}))
+    (table,) = compare_file(src, most_rows=most_rows).tables
+    rows = spread_rows(150, min(150, most_rows or 150))
+    expected = embpack.compare(weight[rows])
+    assert (table.num_embeddings, table.embedding_dim, table.rows_measured) == (150, 24, len(rows))
+    assert table.square_norm == pytest.approx(np.square(weight[rows], dtype=np.float64).sum(), rel=1e-12)
+    assert [result.loss for result in table.results] == [result.loss for result in expected]
+    assert [result.row_losses for result in table.results] == [result.row_losses for result in expected]
+    assert [result.worst_row for result in table.results] == [rows[result.worst_row] for result in expected]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16])
+def test_types_of_checkpoints(tmp_path, dtype):
+    weight = make_weight(dtype=dtype)
+    (table,) = compare_file(write_safetensors(tmp_path, Arrays({"user_emb": weight}))).tables
+    assert table.dtype == weight.dtype.name
+    assert [result.loss for result in table.results] == [result.loss for result in embpack.compare(weight)]
+    square = np.square(weight.astype(np.float64)).sum()
+    assert table.square_norm == pytest.approx(square, rel=1e-12)
+
+
+def test_a_value_that_is_not_finite_is_named_by_its_place_in_the_table(tmp_path):
+    weight = make_weight()
+    weight[spread_rows(150, 40)[20], 3] = np.nan
+    src = write_npy(tmp_path, Arrays({"vectors": weight}))
+    with pytest.raises(ValueError, match=rf"^vectors\[{spread_rows(150, 40)[20]}, 3\] is nan"):
+        compare_file(src, most_rows=40)
+
+
+def test_what_cannot_be_done_is_named_by_its_place_in_the_table(tmp_path):
+    weight = make_weight()
+    row = spread_rows(150, 40)[20]
+    weight[row, 3] = 1e7
+    src = write_npy(tmp_path, Arrays({"vectors": weight}))
+    (table,) = compare_file(src, make_variants(["asym"], 4, ["float16", "float32"]), 40).tables
+    (skipped,) = table.skipped
+    assert skipped.variant == Variant("asym", 4, "float16")
+    assert re.match(rf"vectors\[{row}\] has values from .* overflows float16", skipped.reason)
+
+
+def test_totals_are_those_of_all_rows_together(tmp_path):
+    weights = {"a_emb": make_weight(150, 24, 0), "b_emb": 3 * make_weight(40, 8, 1), "c_emb": np.zeros((20, 4), "f4")}
+    comparison = compare_file(write_safetensors(tmp_path, Arrays(weights)))
+    assert [(total.method, total.bits) for total in comparison.overall] == [(v.method, v.bits) for v in make_variants()]
+    for total in comparison.overall:
+        tables = {
+            name: embpack.quantize(weight, total.method, total.bits, total.param_dtype)
+            for name, weight in weights.items()
+        }
+        errors = [weights[name] - table.dequantize().astype(np.float64) for name, table in tables.items()]
+        square = sum(np.square(weight, dtype=np.float64).sum() for weight in weights.values())
+        loss = np.sqrt(sum(np.square(error).sum() for error in errors) / square)
+        # quantize rounds each error to float32.
+        assert total.loss == pytest.approx(loss, rel=2**-24)
+        assert total.bytes_per_row == sum(table.nbytes for table in tables.values()) / 210
+        assert total.share_of_float32 == sum(table.nbytes for table in tables.values()) / (4 * (3600 + 320 + 80))
+        results = {r.table: r for table in comparison.tables for r in table.results if r.variant == total.variant}
+        worst = max(results.values(), key=lambda result: result.worst_row_loss)
+        assert (total.worst_table, total.worst_row) == (worst.table, worst.worst_row)
+        seconds = sum(len(weights[name]) / result.rows_per_second for name, result in results.items())
+        assert total.rows_per_second == pytest.approx(210 / seconds, rel=1e-9)
+
+
+def test_a_sample_stands_for_its_table_in_the_total():
+    a = dataclasses.replace(compare_file_table([make_result(36.0, 0.1)], "a", 1000), rows_measured=10, square_norm=2.0)
+    b = dataclasses.replace(compare_file_table([make_result(20.0, 0.3)], "b", 100), rows_measured=100, square_norm=50.0)
+    (total,) = sum_tables([a, b])
+    # 200 of a's squares, 50 of b's.
+    assert total.loss == pytest.approx(np.sqrt((0.01 * 200 + 0.09 * 50) / 250), rel=1e-12)
+    assert total.bytes_per_row == (36 * 1000 + 20 * 100) / 1100
+
+
+def test_a_total_has_what_every_table_has():
+    both = make_result(), make_result(method="asym")
+    tables = compare_file_table(both, "a"), compare_file_table(both[:1], "b")
+    assert [total.method for total in sum_tables(tables)] == ["greedy"]
+
+
+# The page
+
+
+class Tags(HTMLParser):
+    """Names and attributes of all elements."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    weights = {"user_emb": make_weight(), "item_emb": make_weight(40, 8, 1)}
+    return compare_file(write_safetensors(tmp_path, Arrays(weights)))
+
+
+def test_the_page_asks_nothing_of_any_network(comparison):
+    page = make_page(comparison)
+    assert re.findall(r"(?:https?:)?//\S*", page.replace(str(comparison.src), "")) == []
+    assert "url(" not in page
+    assert "@import" not in page
+    tags = Tags(page).found
+    assert {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "embed", "base"} == set()
+    assert [attributes for _, attributes in tags if {"src", "href", "xlink:href"} & set(attributes)] == []
+
+
+def test_the_page_is_well_formed(comparison):
+    root = ElementTree.fromstring(make_page(comparison))
+    assert [child.tag for child in root] == ["head", "body"]
+    # For a screen and for a phone: two pictures of the total, three of each table.
+    assert len(list(root.iter("svg"))) == 2 * (2 + 3 + 3)
+
+
+def test_the_page_has_the_figures_and_the_commands(comparison):
+    root = ElementTree.fromstring(make_page(comparison))
+    shown = [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
+    by_size = sorted(comparison.overall, key=lambda result: (result.bytes_per_row, result.loss))
+    assert [row[:4] for row in shown[1 : 1 + len(by_size)]] == [
+        [result.method, result.layout, str(result.bits), f"{result.loss:.5f}"] for result in by_size
+    ]
+    commands = ["".join(code.itertext()) for code in root.iter("code")]
+    expected = [comparison.write_command(result) for result in comparison.front]
+    assert commands == [comparison.write_command(comparison.recommended), *expected]
+
+
+def test_the_page_marks_the_front(comparison):
+    (table,) = [t for t in comparison.tables if t.name == "user_emb"]
+    page = make_page(dataclasses.replace(comparison, tables=(table,)))
+    picture = next(ElementTree.fromstring(page).iter("svg"))
+    points = [point for point in picture.iter("circle") if point.get("class") in ("best", "other")]
+    best = {next(point.iter("title")).text for point in points if point.get("class") == "best"}
+    assert len(points) == len(table.results)
+    assert len(best) == len(find_front(table.results))
+    assert all(any(text.startswith(str(result.variant)) for text in best) for result in find_front(table.results))
+
+
+@pytest.mark.parametrize("name", ["<b>bold</b> emb", "[red] emb", "a&b;\"emb'", "]]> emb", "<script>emb"])
+def test_names_are_shown_as_they_are(tmp_path, name):
+    weights = {name: make_weight(), "other_emb": make_weight()}
+    page = make_page(compare_file(write_safetensors(tmp_path, Arrays(weights)), include=["*"]))
+    root = ElementTree.fromstring(page)
+    assert [summary.text for summary in root.iter("summary")] == [f"{name} ", "other_emb "]
+    assert {"b", "script"} & {tag for tag, _ in Tags(page).found} == set()
+
+
+def test_what_is_left_out_is_on_the_page():
+    table = compare_file_table([make_result()])
+    skipped = Skipped("emb", Variant("asym", 8, "float32"), "not <at> 8 bits")
+    page = make_page(FileComparison(Path("m.npy"), (dataclasses.replace(table, skipped=(skipped,)),), (), (), 1))
+    (item,) = [item for item in ElementTree.fromstring(page).iter("li") if "class" not in item.attrib][-1:]
+    assert "".join(item.itertext()) == "emb: asym at 8 bits with float32 parameters: not <at> 8 bits"
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [make_result(loss=0.0, worst_row_loss=0.0, row_losses=(0.0,) * 9)],
+        [make_result(loss=0.0, worst_row_loss=0.0, row_losses=(0.0,) * 9), make_result(40.0, 0.5)],
+        [make_result(256.0)],
+        [make_result(loss=1e-30), make_result(loss=1e30)],
+        [make_result(float(size), 1 / size, method=f"greedy:b={size}") for size in range(1, 60)],
+    ],
+    ids=["no loss", "one without loss", "nothing is smaller", "far apart", "many"],
+)
+def test_pages_of_odd_results(results):
+    page = make_page(make_file(*results))
+    root = ElementTree.fromstring(page)
+    assert len(list(root.iter("tr"))) == 1 + len(results)
+    numbers = [value for e in root.iter() for key, value in e.items() if key in ("x", "y", "x1", "cx", "cy", "width")]
+    assert all(-10 <= float(number) <= 2000 for number in numbers)
+    assert "nan" not in page
+
+
+def test_a_page_without_a_way_for_all_tables():
+    tables = compare_file_table([make_result()], "a"), compare_file_table([make_result(method="asym")], "b")
+    comparison = FileComparison(Path("m.npz"), tables, (), (), 2)
+    assert comparison.recommended is None
+    root = ElementTree.fromstring(make_page(comparison))
+    assert len(list(root.iter("svg"))) == 2 * (3 + 3)
+
+
+# Pictures
+
+
+def test_a_scale_places_and_chooses_round_ticks():
+    assert Scale(0, 10, 100, 200).place(5) == 150
+    assert Scale(0, 10, 100, 200).place(20) == 200
+    assert Scale(0.01, 1, 0, 100, is_log=True).place(0.1) == pytest.approx(50)
+    assert Scale(0, 85, 0, 1).ticks(5) == [0, 20, 40, 60, 80]
+    assert Scale(0.03, 1.2, 0, 1, is_log=True).ticks(8) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1])
+
+
+@given(st.lists(st.floats(0, 300), min_size=1, max_size=12))
+def test_spread_values_keep_their_gap_order_and_middle(values):
+    wanted = sorted(values)
+    moved = spread(wanted, 14)
+    assert np.all(np.diff(moved) >= 14 - 1e-9)
+    assert sum(moved) == pytest.approx(sum(wanted), abs=1e-6)
+    if len(wanted) == 1 or np.diff(wanted).min() >= 14:
+        assert moved == pytest.approx(wanted, abs=1e-9)
+
+
+@given(
+    st.lists(st.floats(20, 380), min_size=1, max_size=14),
+    st.lists(st.tuples(st.floats(46, 340), st.floats(14, 380)), max_size=5),
+)
+def test_no_label_lies_on_another_or_outside(heights, points):
+    frame = Box(46, 14, 342, 380)
+    boxes = []
+    for point in points:
+        label = place_beside(["greedy, 4 bits", "greedy"], point, frame, boxes)
+        boxes += [label.box] if label else []
+    labels = place_column([f"method {i}" for i in range(len(heights))], 190, sorted(heights), frame, boxes)
+    boxes += [label.box for label in labels if label]
+    assert all(frame.holds(box) for box in boxes)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
