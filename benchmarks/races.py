@@ -1,6 +1,6 @@
 """The races of python -m benchmarks.quantize: the tables, who packs them, which answers agree."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 import embpack
 from benchmarks.harness import Contestant, Workload
-from benchmarks.peers import Packed, Peer
+from benchmarks.peers import Clusterer, Packed, Peer
 from benchmarks.peers.ours import Embpack
 
 THREADED_DIMS = (64, 128)
 # The search is bound by arithmetic, so how large a table is does not matter to it; peers get fewer rows.
 SEARCH_VALUES = 1 << 22
 PEER_SEARCH_VALUES = 1 << 17
+KMEANS_VALUES, PEER_KMEANS_VALUES = 1 << 18, 1 << 14
 # Losses are measured and compared on that many values, which every contestant of a race packs.
 LOSS_VALUES = PEER_SEARCH_VALUES
 
@@ -41,17 +42,21 @@ class Sizes:
         return max(SEARCH_VALUES, *(table_bytes // 4 for table_bytes in self.asym_bytes))
 
 
-def make_workloads(sizes: Sizes, peers: Sequence[Peer]) -> Iterator[Workload[Packed]]:
-    """Make every race: asym and greedy against the peers, then two threads against one.
+def make_workloads(sizes: Sizes, libraries: Sequence[Peer | Clusterer]) -> Iterator[Workload[Any]]:
+    """Make every race: asym, greedy and kmeans against the peers, then two threads against one.
 
     All tables are views of the same normal values, which is what Figure 1 of Guan et al. 2019 is drawn from.
     """
     values = np.random.default_rng(0).standard_normal(sizes.most_values, dtype=np.float32)
+    peers = [library for library in libraries if isinstance(library, Peer)]
+    clusterers = [library for library in libraries if isinstance(library, Clusterer)]
     for table_bytes in sizes.asym_bytes:
         for d in sizes.dims:
             yield _race_asym(_as_table(values, table_bytes // 4, d), peers)
     for d in sizes.dims:
         yield _race_greedy(_as_table(values, SEARCH_VALUES, d), peers)
+    for d in sizes.dims:
+        yield _race_kmeans(_as_table(values, KMEANS_VALUES, d), clusterers)
     for method in ("asym", "greedy"):
         for d in THREADED_DIMS:
             yield _race_threads(_as_table(values, SEARCH_VALUES, d), method)
@@ -83,6 +88,52 @@ def _race_greedy(weight: Values, peers: Sequence[Peer]) -> Workload[Packed]:
         lambda ours, theirs: find_worse_row(ours, theirs, weight),
         lambda packed: measure_loss(packed, weight),
     )
+
+
+@dataclass(frozen=True)
+class _Clustering:
+    """An answer of a k-means race; ``levels`` makes of it what the values become, float64 [n, d]."""
+
+    levels: Callable[[], NDArray[np.float64]]
+
+    def row_errors(self, weight: Values) -> NDArray[np.float64]:
+        levels = self.levels()
+        errors: NDArray[np.float64] = np.square(levels - weight[: len(levels)]).sum(axis=1)
+        return errors
+
+
+def _race_kmeans(weight: Values, clusterers: Sequence[Clusterer]) -> Workload[_Clustering]:
+    fewer = weight[: PEER_KMEANS_VALUES // weight.shape[1]]
+
+    def cluster_by_us() -> _Clustering:
+        table = embpack.quantize(weight, "kmeans", param_dtype="float32")
+        return _Clustering(lambda: table[np.arange(len(fewer))].astype(np.float64))
+
+    def contestant(clusterer: Clusterer) -> Contestant[_Clustering]:
+        call = clusterer.clusterer(fewer)
+
+        def cluster() -> _Clustering:
+            answer = call()
+            return _Clustering(lambda: clusterer.levels(answer))
+
+        return Contestant(clusterer.name, cluster, len(fewer), lambda: None)
+
+    ours = Contestant("embpack", cluster_by_us, len(weight), lambda: embpack.set_num_threads(1))
+    norm = float(np.square(fewer, dtype=np.float64).sum())
+    return Workload(
+        _settings("kmeans", weight),
+        ours,
+        [contestant(clusterer) for clusterer in clusterers],
+        lambda ours, theirs: find_worse_clustering(ours.row_errors(weight), theirs.row_errors(weight), weight),
+        lambda answer: float(np.sqrt(answer.row_errors(weight).sum() / norm)),
+    )
+
+
+def find_worse_clustering(ours: NDArray[np.float64], theirs: NDArray[np.float64], weight: Values) -> str | None:
+    """Answers of k-means agree if no row of ours loses more; our centres are rounded to float32."""
+    largest = np.abs(weight[: len(ours)]).max(axis=1).astype(np.float64)
+    worse = np.flatnonzero(ours > theirs * (1 + 1e-12) + weight.shape[1] * (largest * 2.0**-24) ** 2)
+    return f"{len(worse)} of {len(ours)} rows lose more, the first is row {worse[0]}" if len(worse) else None
 
 
 def _race_threads(weight: Values, method: str) -> Workload[Packed]:

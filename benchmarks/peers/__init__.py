@@ -2,15 +2,15 @@
 
 from importlib import import_module
 
-from benchmarks.peers.base import Packed, Peer
+from benchmarks.peers.base import Clustered, Clusterer, Packed, Peer
 
 # Modules of this package, each with a PEER.
-PEERS = ("pytorch", "fbgemm")
+PEERS = ("pytorch", "fbgemm", "kmeans1d", "ckwrap")
 
 
-def load_peers() -> tuple[list[Peer], dict[str, str]]:
+def load_peers() -> tuple[list[Peer | Clusterer], dict[str, str]]:
     """Return the peers that are installed, and of each other one why it is left out."""
-    peers: list[Peer] = []
+    peers: list[Peer | Clusterer] = []
     missing: dict[str, str] = {}
     for name in PEERS:
         try:
@@ -20,4 +20,4 @@ def load_peers() -> tuple[list[Peer], dict[str, str]]:
     return peers, missing
 
 
-__all__ = ["PEERS", "Packed", "Peer", "load_peers"]
+__all__ = ["PEERS", "Clustered", "Clusterer", "Packed", "Peer", "load_peers"]

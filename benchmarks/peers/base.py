@@ -2,12 +2,34 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Packed = NDArray[np.uint8]
+
+
+# What a clusterer returns: an object of its own for each row.
+Clustered = list[Any]
+
+
+class Clusterer(ABC):
+    """One package that solves k-means in one dimension, on one thread.
+
+    Class attributes:
+        name: what reports call it.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def clusterer(self, weight: NDArray[np.float32]) -> Callable[[], Clustered]:
+        """Return a call that clusters each of the float32 rows [N, d]."""
+
+    @abstractmethod
+    def levels(self, answer: Clustered) -> NDArray[np.float64]:
+        """Return what the values become, float64 [N, d]."""
 
 
 class Peer(ABC):
