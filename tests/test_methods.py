@@ -9,7 +9,7 @@ from hard_rows import KINDS, hard_rows
 import embpack
 from embpack import reference
 from embpack.layouts import RowFormat
-from embpack.methods import Asym, Greedy, GreedyPaper, Sym, Table, parse_method
+from embpack.methods import Asym, Greedy, GreedyOpt, GreedyPaper, Sym, Table, parse_method
 
 UNIT_ROUNDOFF = 2.0**-24
 WIDTHS = [1, 2, 3, 4, 8, 17, 64, 100, 256, 500]
@@ -41,6 +41,7 @@ def row_losses(rows, method, bits=4, param_dtype=None):
         ("greedy:b=1000,r=0.5", Greedy(b=1000, r=0.5)),
         ("greedy:r=0.25", Greedy(r=0.25)),
         ("table:xmin=-1,xmax=2.5", Table(-1.0, 2.5)),
+        ("greedy-opt", GreedyOpt(b=1000, r=0.5)),
         (Greedy(b=7), Greedy(b=7)),
     ],
 )

@@ -4,11 +4,13 @@ from dataclasses import fields
 
 from embpack.methods.asym import Asym
 from embpack.methods.base import Method
-from embpack.methods.greedy import Greedy, GreedyPaper
+from embpack.methods.greedy import Greedy, GreedyOpt, GreedyPaper
 from embpack.methods.sym import Sym
 from embpack.methods.table import Table
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Asym, Sym, Table, Greedy, GreedyPaper)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Asym, Sym, Table, Greedy, GreedyPaper, GreedyOpt)
+}
 
 
 def parse_method(spec: str | Method) -> Method:
@@ -41,4 +43,4 @@ def parse_method(spec: str | Method) -> Method:
     return method(**values)
 
 
-__all__ = ["METHODS", "Asym", "Greedy", "GreedyPaper", "Method", "Sym", "Table", "parse_method"]
+__all__ = ["METHODS", "Asym", "Greedy", "GreedyOpt", "GreedyPaper", "Method", "Sym", "Table", "parse_method"]
