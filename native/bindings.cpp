@@ -41,6 +41,10 @@ constexpr NamedSearch searches[] = {
     {"sym", &Kernels::search_sym},
     {"table", &Kernels::search_table},
     {"greedy", &Kernels::search_greedy},
+    {"gss", &Kernels::search_gss},
+    {"aciq", &Kernels::search_aciq},
+    {"hist-apprx", &Kernels::search_hist_apprx},
+    {"hist-brute", &Kernels::search_hist_brute},
 };
 
 void require(bool holds, const char* what) {
@@ -95,6 +99,8 @@ std::tuple<int, size_t, std::vector<std::tuple<double, double>>> quantize(
             "packed has the wrong shape");
     require(span_rows > 0 && span_rows % block_rows == 0, "span_rows must be a multiple of the rows of a block");
     SearchFn Kernels::*fn = find_search(search);
+    const bool counts_bins = fn == &Kernels::search_hist_apprx || fn == &Kernels::search_hist_brute;
+    require(!counts_bins || params.b <= max_bins, "b is more bins than a histogram holds");
     uint8_t* out = packed.data();
     nb::gil_scoped_release release;
     const QuantizeResult result = quantize_rows(view, fn, params, grid, span_rows, out);
@@ -182,6 +188,7 @@ NB_MODULE(_native, m) {
                   "-> tuple[int, int, list[tuple[float, float]]]"),
           "Pack rows into `packed`. Returns (fault, faulty row, sums of squared errors and of squares for each span).");
     m.attr("block_rows") = block_rows;
+    m.attr("max_bins") = max_bins;
     m.def("bound", &bound, nb::arg("rows"),
           nb::sig("def bound(rows: numpy.typing.NDArray[typing.Any]) -> tuple[int, int, float, float]"),
           "Bounds of all values: (fault, faulty row, smallest, largest).");

@@ -2,14 +2,19 @@
 
 from dataclasses import fields
 
+from embpack.methods.aciq import Aciq
 from embpack.methods.asym import Asym
 from embpack.methods.base import Method
 from embpack.methods.greedy import Greedy, GreedyOpt, GreedyPaper
+from embpack.methods.gss import Gss
+from embpack.methods.hist_apprx import HistApprx
+from embpack.methods.hist_brute import HistBrute
 from embpack.methods.sym import Sym
 from embpack.methods.table import Table
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Asym, Sym, Table, Greedy, GreedyPaper, GreedyOpt)
+    method.name: method
+    for method in (Asym, Sym, Table, Greedy, GreedyPaper, GreedyOpt, Gss, Aciq, HistApprx, HistBrute)
 }
 
 
@@ -43,4 +48,18 @@ def parse_method(spec: str | Method) -> Method:
     return method(**values)
 
 
-__all__ = ["METHODS", "Asym", "Greedy", "GreedyOpt", "GreedyPaper", "Method", "Sym", "Table", "parse_method"]
+__all__ = [
+    "METHODS",
+    "Aciq",
+    "Asym",
+    "Greedy",
+    "GreedyOpt",
+    "GreedyPaper",
+    "Gss",
+    "HistApprx",
+    "HistBrute",
+    "Method",
+    "Sym",
+    "Table",
+    "parse_method",
+]
