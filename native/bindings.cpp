@@ -44,6 +44,10 @@ constexpr NamedSearch searches[] = {
     {"sym", &Kernels::search_sym},
     {"table", &Kernels::search_table},
     {"greedy", &Kernels::search_greedy},
+    {"gss", &Kernels::search_gss},
+    {"aciq", &Kernels::search_aciq},
+    {"hist-apprx", &Kernels::search_hist_apprx},
+    {"hist-brute", &Kernels::search_hist_brute},
 };
 
 struct NamedCodebookSearch {
@@ -161,6 +165,8 @@ QuantizeAnswer quantize(const RowsArray& rows, const std::string& search, const 
     require(params.b > 0, "b must be positive");
     require_room(view, grid, Layout::uniform, span_rows, packed);
     SearchFn Kernels::*fn = find_search(search);
+    const bool counts_bins = fn == &Kernels::search_hist_apprx || fn == &Kernels::search_hist_brute;
+    require(!counts_bins || params.b <= max_bins, "b is more bins than a histogram holds");
     uint8_t* out = packed.data();
     nb::gil_scoped_release release;
     return make_answer(quantize_rows(view, fn, params, grid, span_rows, out));
@@ -282,6 +288,7 @@ NB_MODULE(_native, m) {
                   "-> tuple[int, int, list[tuple[float, float]]]"),
           "Pack rows into `packed`. Returns (fault, faulty row, sums of squared errors and of squares for each span).");
     m.attr("block_rows") = block_rows;
+    m.attr("max_bins") = max_bins;
     m.def("bound", &bound, nb::arg("rows"),
           nb::sig("def bound(rows: numpy.typing.NDArray[typing.Any]) -> tuple[int, int, float, float]"),
           "Bounds of all values: (fault, faulty row, smallest, largest).");

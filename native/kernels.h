@@ -13,6 +13,9 @@ namespace embpack {
 inline constexpr size_t lanes = 16;
 inline constexpr size_t block_rows = 32;
 
+// A histogram lies on the stack.
+inline constexpr int max_bins = 1024;
+
 enum class ValueType : uint8_t { f32, f16, bf16 };
 
 // How a clipping range becomes scale and bias, and how these are stored after a row's codes.
@@ -23,7 +26,7 @@ struct Grid {
 
 // What a search may need beside the rows; each reads only its own fields.
 struct SearchParams {
-    int b = 200;                      // greedy: number of steps in the full range
+    int b = 200;                      // greedy: number of steps in the full range; hist-*: of bins, at most max_bins
     double r = 0.16;                  // greedy: the share of the range that may be cut off
     bool local_minima_only = false;   // greedy: remember what PyTorch and the paper's figures remember
     float xmin = 0.0f;                // table: the range of the whole table
@@ -108,6 +111,10 @@ struct Kernels {
     SearchFn search_sym;
     SearchFn search_table;
     SearchFn search_greedy;
+    SearchFn search_gss;
+    SearchFn search_aciq;
+    SearchFn search_hist_apprx;
+    SearchFn search_hist_brute;
 
     // Packs each row, whose bounds are given, under its range to `packed`, row after row. Fills in sums.error, and
     // sums.norm anew where float32 could not tell. Returns a bit for every row whose scale or bias is not finite in

@@ -9,7 +9,19 @@ from hard_rows import KINDS, hard_rows
 import embpack
 from embpack import reference
 from embpack.layouts import RowFormat
-from embpack.methods import Asym, Greedy, GreedyPaper, Sym, Table, parse_method
+from embpack.methods import (
+    Aciq,
+    Asym,
+    Greedy,
+    GreedyOpt,
+    GreedyPaper,
+    Gss,
+    HistApprx,
+    HistBrute,
+    Sym,
+    Table,
+    parse_method,
+)
 
 UNIT_ROUNDOFF = 2.0**-24
 WIDTHS = [1, 2, 3, 4, 8, 17, 64, 100, 256, 500]
@@ -41,6 +53,11 @@ def row_losses(rows, method, bits=4, param_dtype=None):
         ("greedy:b=1000,r=0.5", Greedy(b=1000, r=0.5)),
         ("greedy:r=0.25", Greedy(r=0.25)),
         ("table:xmin=-1,xmax=2.5", Table(-1.0, 2.5)),
+        ("greedy-opt", GreedyOpt(b=1000, r=0.5)),
+        ("gss", Gss()),
+        ("aciq", Aciq()),
+        ("hist-apprx", HistApprx(b=200)),
+        ("hist-brute:b=50", HistBrute(b=50)),
         (Greedy(b=7), Greedy(b=7)),
     ],
 )
@@ -48,7 +65,9 @@ def test_parse_method(spec, method):
     assert parse_method(spec) == method
 
 
-@pytest.mark.parametrize("method", [Asym(), Sym(), Greedy(b=31, r=0.1), GreedyPaper(), Table(-0.1, 1e-7)])
+@pytest.mark.parametrize(
+    "method", [Asym(), Greedy(b=31, r=0.1), GreedyPaper(), GreedyOpt(), Table(-0.1, 1e-7), HistBrute(b=7)]
+)
 def test_spec_reads_back_as_the_same_method(method):
     assert parse_method(method.spec) == method
 
@@ -66,6 +85,10 @@ def test_spec_reads_back_as_the_same_method(method):
         ("greedy:r=", "method 'greedy': r is '', which is not a number"),
         ("greedy:b=0", "greedy: b is 0; give a number of steps from 1 to 1000000"),
         ("greedy-paper:b=1000001", "greedy-paper: b is 1000001; give a number of steps from 1 to 1000000"),
+        ("greedy-opt:b=0", "greedy-opt: b is 0; give a number of steps from 1 to 1000000"),
+        ("hist-apprx:b=0", "hist-apprx: b is 0; give a number of bins from 1 to 1024"),
+        ("hist-brute:b=1025", "hist-brute: b is 1025; give a number of bins from 1 to 1024"),
+        ("gss:b=3", "method 'gss' has no parameter 'b'; it has: none"),
         ("greedy:r=0", "greedy: r is 0.0; give a share of the range between 0 and 1"),
         ("greedy:r=1", "greedy: r is 1.0; give a share of the range between 0 and 1"),
         ("greedy:r=nan", "greedy: r is nan; give a share of the range between 0 and 1"),

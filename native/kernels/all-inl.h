@@ -7,6 +7,11 @@
 #include "greedy_walk-inl.h"
 #include "greedy_quick-inl.h"
 #include "search_greedy-inl.h"
+#include "search_gss-inl.h"
+#include "search_aciq-inl.h"
+#include "histogram-inl.h"
+#include "search_hist_apprx-inl.h"
+#include "search_hist_brute-inl.h"
 #include "lloyd-inl.h"
 #include "search_kmeans-inl.h"
 #include "encode-inl.h"
@@ -22,6 +27,10 @@ constexpr Kernels make_kernels() {
         .search_sym = search_sym,
         .search_table = search_table,
         .search_greedy = search_greedy,
+        .search_gss = search_gss,
+        .search_aciq = search_aciq,
+        .search_hist_apprx = search_hist_apprx,
+        .search_hist_brute = search_hist_brute,
         .encode_rows = encode_rows,
         .search_kmeans = search_kmeans,
         .search_kmeans_lloyd = search_kmeans_lloyd,

@@ -151,6 +151,10 @@ const Search searches[] = {
     {"table", &Kernels::search_table, {.xmin = -0.7f, .xmax = 1.1f}},
     {"greedy", &Kernels::search_greedy, {.b = 20, .r = 0.3}},
     {"greedy-paper", &Kernels::search_greedy, {.b = 20, .r = 0.3, .local_minima_only = true}},
+    {"gss", &Kernels::search_gss, {}},
+    {"aciq", &Kernels::search_aciq, {}},
+    {"hist-apprx", &Kernels::search_hist_apprx, {.b = 20}},
+    {"hist-brute", &Kernels::search_hist_brute, {.b = 20}},
 };
 
 CodebookFn Kernels::*const codebook_searches[] = {&Kernels::search_kmeans, &Kernels::search_kmeans_lloyd};

@@ -2,16 +2,24 @@
 
 from dataclasses import fields
 
+from embpack.methods.aciq import Aciq
 from embpack.methods.asym import Asym
 from embpack.methods.base import Clusters, CodebookMethod, Method, UniformMethod
-from embpack.methods.greedy import Greedy, GreedyPaper
+from embpack.methods.greedy import Greedy, GreedyOpt, GreedyPaper
+from embpack.methods.gss import Gss
+from embpack.methods.hist_apprx import HistApprx
+from embpack.methods.hist_brute import HistBrute
 from embpack.methods.kmeans import KMeans, KMeansLloyd
 from embpack.methods.kmeans_cls import KMeansCls
 from embpack.methods.sym import Sym
 from embpack.methods.table import Table
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Asym, Sym, Table, Greedy, GreedyPaper, KMeans, KMeansLloyd, KMeansCls)
+    method.name: method
+    for method in (
+        *(Asym, Sym, Table, Greedy, GreedyPaper, GreedyOpt, Gss, Aciq, HistApprx, HistBrute),
+        *(KMeans, KMeansLloyd, KMeansCls),
+    )
 }
 
 
@@ -47,11 +55,16 @@ def parse_method(spec: str | Method) -> Method:
 
 __all__ = [
     "METHODS",
+    "Aciq",
     "Asym",
     "Clusters",
     "CodebookMethod",
     "Greedy",
+    "GreedyOpt",
     "GreedyPaper",
+    "Gss",
+    "HistApprx",
+    "HistBrute",
     "KMeans",
     "KMeansCls",
     "KMeansLloyd",
