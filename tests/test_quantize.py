@@ -162,7 +162,7 @@ def test_an_unknown_method_is_refused():
 
 
 def test_an_unknown_layout_is_refused():
-    with pytest.raises(ValueError, match=r"^layout is 'spiral'; choose one of uniform$"):
+    with pytest.raises(ValueError, match=r"^layout is 'spiral'; choose one of uniform, codebook, clustered$"):
         RowFormat(4, layout="spiral")
 
 

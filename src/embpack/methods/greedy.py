@@ -110,7 +110,7 @@ class GreedyOpt(Greedy):
     """GREEDY with five times as many steps, down to half of the range. Source: the paper's GREEDY (opt)."""
 
     name: ClassVar[str] = "greedy-opt"
-    summary: ClassVar[str] = "greedy with b=1000 and r=0.5: little less error, many times slower"
+    summary: ClassVar[str] = "greedy with b=1000 and r=0.5, as in the paper; many times slower"
 
     b: int = 1000
     r: float = 0.5
