@@ -1,0 +1,1 @@
+"""Papers reproduced, each in a package of its own."""

@@ -1,0 +1,70 @@
+"""The paper's names of methods, and what each is here. SERIES is the list of them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import embpack
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot, or one row of a table.
+
+    Attributes:
+        name: as the paper spells it.
+        method: name and parameters, as embpack.parse_method reads them.
+        bits: a code.
+        param_dtype: of scale and bias, or of the codebook; the paper's "(FP16)" is float16.
+    """
+
+    name: str
+    method: str
+    bits: int = 4
+    param_dtype: str = "float32"
+
+    def quantize(self, weight: Any) -> embpack.PackedTable:
+        """Pack a table, float32 [N, d]."""
+        return embpack.quantize(weight, self.method, self.bits, self.param_dtype)
+
+
+OUR_DEFAULT = "greedy, our default"
+
+# GREEDY is the search behind the paper's figures, which stops at its limit r; KMEANS is the best codebook there is,
+# where the paper's is what Lloyd's iteration reaches from the grid of ASYM, so that ours may lose less.
+SERIES = {
+    series.name: series
+    for series in (
+        Series("ASYM-8BITS", "asym", bits=8),
+        Series("SYM", "sym"),
+        Series("GSS", "gss"),
+        Series("TABLE", "table"),
+        Series("ASYM", "asym"),
+        Series("HIST-APPRX", "hist-apprx"),
+        Series("HIST-BRUTE", "hist-brute"),
+        Series("ACIQ", "aciq"),
+        Series("GREEDY", "greedy-paper"),
+        Series("GREEDY (FP16)", "greedy-paper", param_dtype="float16"),
+        Series("GREEDY (opt)", "greedy-opt"),
+        Series(OUR_DEFAULT, "greedy", param_dtype="float16"),
+        Series("KMEANS-CLS (FP16)", "kmeans-cls", param_dtype="float16"),
+        Series("KMEANS", "kmeans"),
+        Series("KMEANS (FP16)", "kmeans", param_dtype="float16"),
+    )
+}
+
+
+def choose_series(names: Iterable[str]) -> tuple[list[Series], dict[str, str]]:
+    """Return the series whose method embpack has, and of each other one why it is left out.
+
+    Args:
+        names: in SERIES.
+    """
+    chosen, left_out = [], {}
+    for name in names:
+        method = SERIES[name].method.partition(":")[0]
+        if method in embpack.METHODS:
+            chosen.append(SERIES[name])
+        else:
+            left_out[name] = f"embpack.METHODS has no {method!r}"
+    return chosen, left_out
