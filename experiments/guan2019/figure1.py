@@ -7,7 +7,7 @@ import numpy as np
 from rich.progress import track
 
 from experiments.guan2019.report import Entry, Result, describe_left_out, mean
-from experiments.guan2019.series import OUR_DEFAULT, Series, choose_series
+from experiments.guan2019.series import LLOYD, OUR_DEFAULT, Series, choose_series
 
 DIMS = tuple(2**k for k in range(3, 15))
 ROWS = 10
@@ -46,8 +46,8 @@ def run(sizes: Sizes) -> Result:
     Args:
         sizes: how much.
     """
-    chosen, left_out = choose_series([*PAPER, OUR_DEFAULT])
-    points = [(series, d) for series in chosen for d in sizes.dims]
+    chosen, left_out = choose_series([*PAPER, LLOYD, OUR_DEFAULT])
+    points = [(series, d) for series in chosen for d in sizes.dims if d <= series.widest]
     entries = [_measure(series, d, sizes.seeds) for series, d in track(points, "Figure 1", transient=True)]
     title = f"Figure 1: normalized l2 loss, {ROWS} rows from N(0, 1), by embedding_dim"
     settings = {"rows": ROWS, "seeds": sizes.seeds}

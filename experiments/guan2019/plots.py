@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from experiments.guan2019.figure2 import KERNEL, NUMPY
 from experiments.guan2019.figure2 import PAPER as FIGURE2
 from experiments.guan2019.report import Entry, Result
-from experiments.guan2019.series import OUR_DEFAULT
+from experiments.guan2019.series import LLOYD, OUR_DEFAULT
 
 # One look a series, in both figures: color, marker.
 STYLES = {
@@ -26,6 +26,7 @@ STYLES = {
     "GREEDY": ("#d62728", "x"),
     "GREEDY (opt)": ("#e377c2", "+"),
     "KMEANS": ("#2ca02c", "*"),
+    LLOYD: ("#98df8a", "h"),
     OUR_DEFAULT: ("#0b7a75", "P"),
 }
 WIDTHS = "embedding_dim (log2)"
