@@ -25,7 +25,7 @@ class Layout:
 
     def params_per_row(self, bits: int) -> int:
         """Values of the parameter type that follow a row's codes."""
-        return {"scale and bias": 2, "codebook": 2**bits, "nothing": 0}[self.params]
+        return {"scale and bias": 2, "codebook": 1 << bits, "nothing": 0}[self.params]
 
 
 LAYOUTS = {
@@ -37,7 +37,7 @@ LAYOUTS = {
     )
 }
 # What the numbers of clusters are, by how many there are at most.
-CLUSTER_DTYPES = {256: np.dtype(np.uint8), 65536: np.dtype("<u2")}
+CLUSTER_DTYPES: "dict[int, np.dtype[Any]]" = {256: np.dtype(np.uint8), 65536: np.dtype("<u2")}
 
 
 def default_param_dtype(bits: int, layout: str = "uniform") -> str:
@@ -48,7 +48,7 @@ def default_param_dtype(bits: int, layout: str = "uniform") -> str:
     return "float32" if bits == 8 and layout == "uniform" else "float16"
 
 
-def cluster_dtype(num_codebooks: int) -> "np.dtype[np.unsignedinteger[Any]]":
+def cluster_dtype(num_codebooks: int) -> "np.dtype[Any]":
     """The smallest type for so many cluster numbers.
 
     Raises:
@@ -116,7 +116,7 @@ class RowFormat:
     @property
     def num_levels(self) -> int:
         """Values that a code can stand for."""
-        return int(2**self.bits)
+        return 1 << self.bits
 
     @property
     def codebook_bytes(self) -> int:

@@ -128,7 +128,7 @@ class RowClusters:
 
 def _share_out(total: int, counts: Numbers) -> Numbers:
     """Share a total out in proportion to counts, no share larger than its count; sum(counts) >= total."""
-    shares = counts * total // counts.sum()
+    shares: Numbers = counts * total // counts.sum()
     left = int(total - shares.sum())
     by_room = np.argsort(shares - counts, kind="stable")
     while left:
