@@ -35,11 +35,12 @@ using RowClusters = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::d
 using CodebookValues = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // A method's search, by the name that src/embpack/methods gives it.
-struct NamedSearch {
+template <class Fn>
+struct Named {
     const char* name;
-    SearchFn Kernels::*search;
+    Fn Kernels::*search;
 };
-constexpr NamedSearch searches[] = {
+constexpr Named<SearchFn> searches[] = {
     {"asym", &Kernels::search_asym},
     {"sym", &Kernels::search_sym},
     {"table", &Kernels::search_table},
@@ -50,11 +51,7 @@ constexpr NamedSearch searches[] = {
     {"hist-brute", &Kernels::search_hist_brute},
 };
 
-struct NamedCodebookSearch {
-    const char* name;
-    CodebookFn Kernels::*search;
-};
-constexpr NamedCodebookSearch codebook_searches[] = {
+constexpr Named<CodebookFn> codebook_searches[] = {
     {"kmeans", &Kernels::search_kmeans},
     {"kmeans-lloyd", &Kernels::search_kmeans_lloyd},
 };
@@ -63,16 +60,11 @@ void require(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
 }
 
-SearchFn Kernels::*find_search(const std::string& name) {
-    for (const NamedSearch& known : searches)
+template <class Fn, size_t count>
+Fn Kernels::*find_named(const Named<Fn> (&searches)[count], const std::string& name) {
+    for (const Named<Fn>& known : searches)
         if (name == known.name) return known.search;
     throw std::invalid_argument("no kernel for search '" + name + "'");
-}
-
-CodebookFn Kernels::*find_codebook_search(const std::string& name) {
-    for (const NamedCodebookSearch& known : codebook_searches)
-        if (name == known.name) return known.search;
-    throw std::invalid_argument("no kernel for codebook search '" + name + "'");
 }
 
 Grid make_grid(int bits, bool f16_params) {
@@ -164,7 +156,7 @@ QuantizeAnswer quantize(const RowsArray& rows, const std::string& search, const 
     const Grid grid = make_grid(bits, f16_params);
     require(params.b > 0, "b must be positive");
     require_room(view, grid, Layout::uniform, span_rows, packed);
-    SearchFn Kernels::*fn = find_search(search);
+    SearchFn Kernels::*fn = find_named(searches, search);
     const bool counts_bins = fn == &Kernels::search_hist_apprx || fn == &Kernels::search_hist_brute;
     require(!counts_bins || params.b <= max_bins, "b is more bins than a histogram holds");
     uint8_t* out = packed.data();
@@ -177,7 +169,7 @@ QuantizeAnswer quantize_with_codebooks(const RowsArray& rows, const std::string&
     const Rows view = view_rows(rows);
     const Grid grid = make_grid(bits, f16_params);
     require_room(view, grid, Layout::codebook, span_rows, packed);
-    CodebookFn Kernels::*fn = find_codebook_search(search);
+    CodebookFn Kernels::*fn = find_named(codebook_searches, search);
     uint8_t* out = packed.data();
     nb::gil_scoped_release release;
     return make_answer(quantize_by_codebooks(view, fn, grid, span_rows, out));
@@ -262,8 +254,8 @@ std::vector<std::string> list_isas() {
 
 std::vector<std::string> list_searches() {
     std::vector<std::string> names;
-    for (const NamedSearch& known : searches) names.emplace_back(known.name);
-    for (const NamedCodebookSearch& known : codebook_searches) names.emplace_back(known.name);
+    for (const Named<SearchFn>& known : searches) names.emplace_back(known.name);
+    for (const Named<CodebookFn>& known : codebook_searches) names.emplace_back(known.name);
     return names;
 }
 

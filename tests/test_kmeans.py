@@ -93,6 +93,14 @@ def test_a_codebook_beyond_float16_is_refused():
             embpack.quantize(rows, method, param_dtype="float32")
 
 
+def test_a_file_whose_shared_codebook_overflows_is_refused_without_a_warning(tmp_path):
+    """Warnings are errors here: rounding codebooks to float16 before rows are packed must not make one."""
+    np.save(tmp_path / "v.npy", np.full((40, 8), 70000, np.float32))
+    with pytest.raises(ValueError, match="codebook overflows float16"):
+        embpack.quantize_file(tmp_path / "v.npy", tmp_path / "v.safetensors", method="kmeans-cls")
+    assert not (tmp_path / "v.safetensors").exists()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_bytes_are_codes_then_the_codebook(dtype):
     rows = np.array([[0, 1, 2, 3, 1, 0]], dtype)

@@ -112,12 +112,6 @@ inline void set_slack(QuickWalk& walk, F32x16 loss, F32x16 top, const Bound& bou
     walk.slack = max(walk.slack, add(one_side, one_side));
 }
 
-// In which rows both ends of the clipping have the end codes under p.
-inline Mask16 ends_fit(const QuickWalk& walk, const GridParams& p, F32x16 top) {
-    return both(equal(round_nearest(unrounded_codes(walk.clip_low, p)), splat(0.0f)),
-                equal(round_nearest(unrounded_codes(walk.clip_high, p)), top));
-}
-
 // Sums (t - round(t))^2 for two candidates, four sums each: fewer roundings, and none waits for another. t is counted
 // from c, which lies a whole number of levels from bias.
 inline void sum_fractions(const float* clipped, size_t d, const GridParams& left, const GridParams& right, F32x16 top,
@@ -153,15 +147,6 @@ inline F32x16 squared_loss(const QuickWalk& walk, const GridParams& p, F32x16 su
     return fma(sub(walk.clip_high, fma(p.scale, top, p.bias)), walk.cut_above, below);
 }
 
-// Finds which rows move once more; false if none does.
-inline bool find_active(QuickWalk& walk, bool local_minima_only) {
-    const Candidate& current = walk.current;
-    walk.within_r = less(add(current.xmin, walk.smallest), current.xmax);
-    walk.active =
-        may_move(walk.within_r, walk.moves_since_best, current.xmin, current.xmax, walk.step, local_minima_only);
-    return lane_bits(walk.active) != 0;
-}
-
 // False if the values of a row cannot be clipped.
 inline bool start(QuickWalk& walk, const float* columns, float* clipped, size_t d, const Candidate& whole, Grid grid,
                   const SearchParams& params, const Bound& bound) {
@@ -189,7 +174,7 @@ inline bool start(QuickWalk& walk, const float* columns, float* clipped, size_t 
     set_slack(walk, walk.current.loss, top, bound);
     walk.local_minimum = walk.best = walk.current;
     find_active(walk, params.local_minima_only);
-    return lane_bits(except(walk.active, ends_fit(walk, p, top))) == 0;
+    return lane_bits(except(walk.active, codes_fit(walk, p, top))) == 0;
 }
 
 // Finds the grids of both candidates; false if the values of a row cannot be clipped for them.
@@ -197,14 +182,10 @@ inline bool prepare_move(QuickWalk& walk, size_t d, Grid grid, F32x16 top, const
     const Candidate& current = walk.current;
     walk.left = make_grid(add(current.xmin, walk.step), current.xmax, grid);
     walk.right = make_grid(current.xmin, sub(current.xmax, walk.step), grid);
-    const auto all_fit = [&] {
-        const Mask16 fit = both(ends_fit(walk, walk.left, top), ends_fit(walk, walk.right, top));
-        return lane_bits(except(walk.active, fit)) == 0;
-    };
-    if (all_fit()) return true;
+    if (active_codes_fit(walk, walk.left, walk.right, top)) return true;
     clip_inside(walk, d, top);
     set_slack(walk, walk.current.loss, top, bound);
-    return all_fit();
+    return active_codes_fit(walk, walk.left, walk.right, top);
 }
 
 // Computes the losses of two candidates in some rows as the walk does.

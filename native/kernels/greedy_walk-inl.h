@@ -66,14 +66,16 @@ inline void clip_columns(Walk& walk, size_t d) {
 // In which rows the clipped values get their codes by rounding alone: the lower end of the clipping must round to
 // code 0 and the upper one to the top code. What is between them is then between those codes, and what was
 // clipped to an end has its code.
-inline Mask16 codes_fit(const Walk& walk, const GridParams& p, F32x16 top) {
+template <class AnyWalk>
+inline Mask16 codes_fit(const AnyWalk& walk, const GridParams& p, F32x16 top) {
     return both(equal(round_nearest(unrounded_codes(walk.clip_low, p)), splat(0.0f)),
                 equal(round_nearest(unrounded_codes(walk.clip_high, p)), top));
 }
 
-inline bool active_codes_fit(const Walk& walk, const GridParams& left, const GridParams& right, F32x16 top) {
+template <class AnyWalk>
+inline bool active_codes_fit(const AnyWalk& walk, const GridParams& left, const GridParams& right, F32x16 top) {
     const Mask16 fit = both(codes_fit(walk, left, top), codes_fit(walk, right, top));
-    return (lane_bits(walk.active) & ~lane_bits(fit)) == 0;
+    return lane_bits(except(walk.active, fit)) == 0;
 }
 
 // Two losses at a time share the loads and hide each other's chain of additions. If clipped, codes come from there.
@@ -92,32 +94,28 @@ inline void add_squared_errors(const float* columns, const float* clipped, size_
     }
 }
 
-// Fills in the losses of two candidates.
-inline void measure(Walk& walk, size_t d, Grid grid, Candidate& left, Candidate& right) {
-    const F32x16 top = top_code(grid);
-    const GridParams p = make_grid(left.xmin, left.xmax, grid);
-    const GridParams q = make_grid(right.xmin, right.xmax, grid);
-    bool fit = active_codes_fit(walk, p, q, top);
-    if (!fit) {
-        clip_columns(walk, d);
-        fit = active_codes_fit(walk, p, q, top);
-    }
-    F32x16 left_sum = splat(0.0f), right_sum = splat(0.0f);
-    if (fit)
-        add_squared_errors<true>(walk.columns, walk.clipped, d, p, q, top, left_sum, right_sum);
-    else
-        add_squared_errors<false>(walk.columns, nullptr, d, p, q, top, left_sum, right_sum);
-    left.loss = sqrt(left_sum);
-    right.loss = sqrt(right_sum);
-}
-
-// The same for ranges that the values need not have been clipped for.
+// Fills in the losses of two candidates, whatever the values have been clipped to.
 inline void measure_anywhere(const float* columns, size_t d, Grid grid, Candidate& a, Candidate& b) {
     const GridParams p = make_grid(a.xmin, a.xmax, grid), q = make_grid(b.xmin, b.xmax, grid);
     F32x16 a_sum = splat(0.0f), b_sum = splat(0.0f);
     add_squared_errors<false>(columns, nullptr, d, p, q, top_code(grid), a_sum, b_sum);
     a.loss = sqrt(a_sum);
     b.loss = sqrt(b_sum);
+}
+
+// Fills in the losses of two candidates, from clipped values where they fit.
+inline void measure(Walk& walk, size_t d, Grid grid, Candidate& left, Candidate& right) {
+    const F32x16 top = top_code(grid);
+    const GridParams p = make_grid(left.xmin, left.xmax, grid);
+    const GridParams q = make_grid(right.xmin, right.xmax, grid);
+    if (!active_codes_fit(walk, p, q, top)) {
+        clip_columns(walk, d);
+        if (!active_codes_fit(walk, p, q, top)) return measure_anywhere(walk.columns, d, grid, left, right);
+    }
+    F32x16 left_sum = splat(0.0f), right_sum = splat(0.0f);
+    add_squared_errors<true>(walk.columns, walk.clipped, d, p, q, top, left_sum, right_sum);
+    left.loss = sqrt(left_sum);
+    right.loss = sqrt(right_sum);
 }
 
 // The losses of one row under sixteen ranges.
@@ -169,7 +167,8 @@ inline Walk start_walk(const float* columns, float* clipped, size_t d, Candidate
 }
 
 // Finds which rows move once more; false if none does.
-inline bool find_active(Walk& walk, bool local_minima_only) {
+template <class AnyWalk>
+inline bool find_active(AnyWalk& walk, bool local_minima_only) {
     walk.within_r = less(add(walk.current.xmin, walk.smallest), walk.current.xmax);
     walk.active = may_move(walk.within_r, walk.moves_since_best, walk.current.xmin, walk.current.xmax, walk.step,
                            local_minima_only);

@@ -24,10 +24,12 @@ from embpack.files import (
     format_checksum,
     make_metadata,
     read_entries,
+    split_shard,
 )
 from embpack.layouts import RowFormat, cluster_dtype
 from embpack.methods import Method, parse_method
-from embpack.quantize import RowPacker, chunk_rows, fit_clusters, fit_method, store_codebooks
+from embpack.quantize import RowPacker, chunk_rows, fit_clusters, fit_method
+from embpack.reference import store_levels
 from embpack.rows import ROW_DTYPES, narrow
 from embpack.rules import Decision, Rules, plan
 from embpack.sources import Checkpoint, Shard, SourceTensor, open_checkpoint
@@ -136,7 +138,7 @@ class _ShardWriter:
         clusters = fit_clusters(method, read, tensor.shape[0], decision.row_format, tensor.name)
         if clusters is not None:
             beside[CLUSTER_SUFFIX] = clusters.of_row
-            beside[CODEBOOK_SUFFIX] = store_codebooks(clusters, decision.row_format)
+            beside[CODEBOOK_SUFFIX] = store_levels(clusters.levels, decision.row_format)
         packer = RowPacker(method, decision.row_format, tensor.name, clusters)
         digest = hashlib.sha256()
         room = np.empty((min(step, tensor.shape[0]), decision.row_format.row_bytes), np.uint8)
@@ -368,18 +370,13 @@ def dequantize_file(
         for shard in checkpoint.shards:
             path = checkpoint.path.parent / shard.file_name
             entries = read_entries(path, shard)
-            by_name = {tensor.name: tensor for tensor in shard.tensors}
-            beside = {
-                name: {suffix: by_name[name + suffix] for suffix in entry.suffixes} for name, entry in entries.items()
-            }
-            unpacked += [_unpacked_table(by_name[name], entry, beside[name]) for name, entry in entries.items()]
-            belonging = {tensor.name for parts in beside.values() for tensor in parts.values()}
+            parts, others = split_shard(shard, entries)
+            unpacked += [_unpacked_table(parts[name], entry) for name, entry in entries.items()]
+            copied = {tensor.name for tensor in others}
             tensors = tuple(
-                _unpack(path, tensor, entries[tensor.name], beside[tensor.name], progress)
-                if tensor.name in entries
-                else copy_tensor(tensor)
+                copy_tensor(tensor) if tensor.name in copied else _unpack(path, parts[tensor.name], entries, progress)
                 for tensor in shard.tensors
-                if tensor.name not in belonging
+                if tensor.name in copied or tensor.name in entries
             )
             plain = {key: value for key, value in shard.metadata.items() if key != METADATA_KEY}
             name = dst.name if checkpoint.index_name is None else shard.file_name
@@ -389,14 +386,16 @@ def dequantize_file(
 
 
 def _unpack(
-    path: Path, tensor: SourceTensor, entry: TableEntry, beside: Mapping[str, SourceTensor], progress: Progress
+    path: Path, parts: Sequence[SourceTensor], entries: Mapping[str, TableEntry], progress: Progress
 ) -> OutTensor:
     """Decode a table chunk by chunk; its checksum is compared at the end, before the output gets its name."""
+    tensor, *beside = parts
+    entry = entries[tensor.name]
 
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
-        arrays = {suffix: next(part.read(part.shape[0])) for suffix, part in beside.items()}
-        clusters, codebooks = arrays.get(CLUSTER_SUFFIX), arrays.get(CODEBOOK_SUFFIX)
+        arrays = [next(part.read(part.shape[0])) for part in beside]
+        clusters, codebooks = arrays or (None, None)
         done = 0
         for packed in tensor.read(chunk_rows(entry.embedding_dim)):
             digest.update(packed.data)
@@ -405,7 +404,7 @@ def _unpack(
             yield narrow(table.dequantize(), entry.dtype)
             done += len(packed)
             progress(tensor.name, len(packed))
-        for array in arrays.values():
+        for array in arrays:
             digest.update(as_bytes(array))
         check_digest(path, tensor.name, entry, digest)
 
@@ -413,8 +412,8 @@ def _unpack(
     return OutTensor(tensor.name, _SAFETENSORS_DTYPE[entry.dtype], shape, chunks)
 
 
-def _unpacked_table(tensor: SourceTensor, entry: TableEntry, beside: Mapping[str, SourceTensor]) -> UnpackedTable:
+def _unpacked_table(parts: Sequence[SourceTensor], entry: TableEntry) -> UnpackedTable:
     values = entry.num_embeddings * entry.embedding_dim
-    packed = tensor.nbytes + sum(part.nbytes for part in beside.values())
+    packed = sum(part.nbytes for part in parts)
     plain = values * ROW_DTYPES[entry.dtype].itemsize
-    return UnpackedTable(tensor.name, entry.num_embeddings, entry.embedding_dim, entry.dtype, packed, plain)
+    return UnpackedTable(parts[0].name, entry.num_embeddings, entry.embedding_dim, entry.dtype, packed, plain)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from embpack.errors import FormatError
 from embpack.layouts import RowFormat
 from embpack.rows import ROW_DTYPES
-from embpack.sources import Shard, open_checkpoint
+from embpack.sources import Shard, SourceTensor, open_checkpoint
 from embpack.sources.dtypes import name_dtype
 from embpack.sources.safetensors import INDEX_SUFFIX
 from embpack.table import PackedTable
@@ -239,13 +239,19 @@ def open_packed(path: str | Path) -> list[PackedFile]:
 
 def _map_shard(path: Path, shard: Shard) -> PackedFile:
     entries = read_entries(path, shard)
-    tensors = {tensor.name: tensor for tensor in shard.tensors}
-    parts = {name: [tensors[name + suffix] for suffix in ("", *entry.suffixes)] for name, entry in entries.items()}
+    parts, others = split_shard(shard, entries)
     # One chunk of all rows is a view of the mapped file, and keeps it mapped.
     arrays = {name: [next(tensor.read(tensor.shape[0])) for tensor in own] for name, own in parts.items()}
-    belonging = {tensor.name for own in parts.values() for tensor in own}
-    others = tuple(tensor.name for tensor in shard.tensors if tensor.name not in belonging)
-    return PackedFile(path, entries, arrays, others)
+    return PackedFile(path, entries, arrays, tuple(tensor.name for tensor in others))
+
+
+def split_shard(
+    shard: Shard, entries: Mapping[str, TableEntry]
+) -> tuple[dict[str, list[SourceTensor]], list[SourceTensor]]:
+    """Tell the tensors of each table, its packed rows first, from all others."""
+    tensors = {tensor.name: tensor for tensor in shard.tensors}
+    parts = {name: [tensors.pop(name + suffix) for suffix in ("", *entry.suffixes)] for name, entry in entries.items()}
+    return parts, list(tensors.values())
 
 
 def load(path: str | Path, *, verify: bool = False) -> dict[str, PackedTable]:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from embpack import _native
 from embpack.layouts import RowFormat, default_param_dtype
-from embpack.methods import Clusters, CodebookMethod, KMeansCls, Method, Table, UniformMethod, parse_method
+from embpack.methods import ClusteredMethod, Clusters, CodebookMethod, Method, Table, UniformMethod, parse_method
+from embpack.reference import store_levels
 from embpack.rows import as_rows, widen
 from embpack.table import PackedTable
 
@@ -149,15 +150,10 @@ def fit_clusters(
     Raises:
         ValueError: a value is NaN or infinite.
     """
-    if not isinstance(method, KMeansCls):
+    if not isinstance(method, ClusteredMethod):
         return None
     fit_method(Table(), chunks, name)  # looks at every value
     return method.fit(chunks, num_embeddings, row_format)
-
-
-def store_codebooks(clusters: Clusters, row_format: RowFormat) -> NDArray[Any]:
-    """Codebooks [num_codebooks, 2^bits] in the type that they are stored in, little endian."""
-    return clusters.levels.astype("<f2" if row_format.has_f16_params else "<f4")
 
 
 def make_row_format(embedding_dim: int, bits: int, param_dtype: str | None, layout: str = "uniform") -> RowFormat:
@@ -201,5 +197,5 @@ def quantize(
     packed = np.empty((len(rows), row_format.row_bytes), np.uint8)
     for chunk in _iter_chunks(rows):
         packer.pack(chunk, packed[packer.rows_packed : packer.rows_packed + len(chunk)])
-    of_row, codebooks = (clusters.of_row, store_codebooks(clusters, row_format)) if clusters else (None, None)
+    of_row, codebooks = (clusters.of_row, store_levels(clusters.levels, row_format)) if clusters else (None, None)
     return PackedTable(packed, row_format, dtype, fitted.spec, packer.loss, of_row, codebooks)

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from embpack.layouts import RowFormat, cluster_dtype, default_param_dtype
-from embpack.methods import Greedy, KMeansCls, Method
+from embpack.layouts import RowFormat, cluster_dtype
+from embpack.methods import ClusteredMethod, Greedy, Method
+from embpack.quantize import make_row_format
 from embpack.sources import Checkpoint, SourceTensor
 from embpack.sources.dtypes import count_bytes
 
@@ -132,15 +133,14 @@ class Rules:
             return Decision(tensor, None, f"{tensor.dtype}, not float32, float16 or bfloat16")
         if not (included or tensor.is_vectors or says_embedding(tensor.name)):
             return Decision(tensor, None, "name does not say embedding")
-        layout = self.method.layout
-        param_dtype = self.param_dtype or default_param_dtype(self.bits, layout)
-        row_format = RowFormat(tensor.shape[1], self.bits, param_dtype, layout)
+        row_format = make_row_format(tensor.shape[1], self.bits, self.param_dtype, self.method.layout)
         if tensor.shape[0] < MIN_ROWS and not (included or tensor.is_vectors):
             return Decision(tensor, None, f"fewer than {MIN_ROWS} rows: much used, and little to save")
         before = count_bytes(tensor.dtype, tensor.shape[1:])
         if row_format.row_bytes >= before and not included:
             return Decision(tensor, None, f"a packed row is not smaller: {row_format.row_bytes} of {before} bytes")
-        codebooks = self.method.num_codebooks(tensor.shape[0], row_format) if isinstance(self.method, KMeansCls) else 0
+        method, rows = self.method, tensor.shape[0]
+        codebooks = method.num_codebooks(rows, row_format) if isinstance(method, ClusteredMethod) else 0
         reason = "format holds vectors" if tensor.is_vectors else "name says embedding"
         return Decision(tensor, row_format, "included" if included else reason, codebooks)
 

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 from embpack.methods.aciq import Aciq
 from embpack.methods.asym import Asym
-from embpack.methods.base import Clusters, CodebookMethod, Method, UniformMethod
+from embpack.methods.base import ClusteredMethod, Clusters, CodebookMethod, Method, UniformMethod
 from embpack.methods.greedy import Greedy, GreedyOpt, GreedyPaper
 from embpack.methods.gss import Gss
 from embpack.methods.hist_apprx import HistApprx
@@ -57,6 +57,7 @@ __all__ = [
     "METHODS",
     "Aciq",
     "Asym",
+    "ClusteredMethod",
     "Clusters",
     "CodebookMethod",
     "Greedy",

@@ -1,6 +1,7 @@
 """What a method is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -80,3 +81,24 @@ class Clusters:
 
     of_row: NDArray[Any]
     levels: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ClusteredMethod(Method):
+    """Chooses codebooks that rows share, from the whole table."""
+
+    layout: ClassVar[str] = "clustered"
+
+    @abstractmethod
+    def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """How many codebooks a table of so many rows gets: never more than it has rows."""
+
+    @abstractmethod
+    def fit(self, chunks: Callable[[], Iterable[NDArray[Any]]], num_embeddings: int, row_format: RowFormat) -> Clusters:
+        """Cluster the rows of a table and find the codebooks.
+
+        Args:
+            chunks: yields all rows, each time that it is called; all finite.
+            num_embeddings: how many there are.
+            row_format: of the packed rows.
+        """

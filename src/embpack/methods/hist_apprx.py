@@ -5,11 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from embpack._native import SearchParams
-from embpack.layouts import RowFormat
-from embpack.methods.base import UniformMethod
-from embpack.methods.histogram import Histogram, bin_losses, check_bins, count_bins
-from embpack.reference import Row
+from embpack.methods.histogram import Histogram, HistogramMethod, bin_losses
 
 # The quantile bounds move by one over this.
 QUANTILE_STEPS = 100_000
@@ -23,7 +19,7 @@ def _selection_loss(histogram: Histogram, start: int, end: int, bits: int) -> fl
 
 
 @dataclass(frozen=True)
-class HistApprx(UniformMethod):
+class HistApprx(HistogramMethod):
     """Drops bins from one end or the other, while the loss of the histogram falls.
 
     Two quantile bounds, alpha from 0 and beta from 1, move towards each other by a hundred-thousandth at a time. Where
@@ -33,35 +29,25 @@ class HistApprx(UniformMethod):
     rounds nothing and lets those that drop no bin be taken at once.
 
     Source: the paper's HIST-APPRX, which is NonlinearQuantizationParamsSearch of Caffe2's norm_minimization.cc.
-
-    Attributes:
-        b: number of bins, 1 to 1024.
     """
 
     name: ClassVar[str] = "hist-apprx"
     kernel: ClassVar[str] = "hist-apprx"
     summary: ClassVar[str] = "Caffe2's norm minimization on the row's histogram; for comparison"
 
-    b: int = 200
-
-    def __post_init__(self) -> None:
-        check_bins(self.name, self.b)
-
-    def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
-        """Return the range of the last selection that did not lose more."""
-        if x.min() == x.max():
-            return x.min(), x.max()
-        histogram = count_bins(x, self.b)
+    def select(self, histogram: Histogram, bits: int) -> tuple[int, int]:
+        """Select what the last selection was that did not lose more."""
+        num_values = int(histogram.counts.sum())
         below = np.cumsum(histogram.counts) * QUANTILE_STEPS
         start, end, best = 0, self.b - 1, np.inf
         alpha, beta = 0, QUANTILE_STEPS
         while alpha < beta and start < end:
             # The bins that the next quantile bounds lie in.
-            left = start + int(np.searchsorted(below[start:end], (alpha + 1) * len(x)))
-            right = start + int(np.searchsorted(below[start + 1 : end + 1], (beta - 1) * len(x), side="right"))
+            left = start + int(np.searchsorted(below[start:end], (alpha + 1) * num_values))
+            right = start + int(np.searchsorted(below[start + 1 : end + 1], (beta - 1) * num_values, side="right"))
             if (left, right) == (start, end):
                 # Nothing moves but beta, until it passes the quantile of the last bin.
-                beta = min(-(-int(below[end]) // len(x)), beta - 1)
+                beta = min(-(-int(below[end]) // num_values), beta - 1)
                 continue
             if left - start > end - right:
                 selection = (left, end)
@@ -69,12 +55,8 @@ class HistApprx(UniformMethod):
             else:
                 selection = (start, right)
                 beta -= 1
-            loss = _selection_loss(histogram, *selection, row_format.bits)
+            loss = _selection_loss(histogram, *selection, bits)
             if loss > best:
                 break
             best, (start, end) = loss, selection
-        return histogram.select(start, end - start + 1)
-
-    def search_params(self) -> SearchParams:
-        """The number of bins."""
-        return SearchParams(b=self.b)
+        return start, end - start + 1

@@ -9,6 +9,7 @@ Lengths are counted in units of w / (2 top), with w the width of a bin and top =
 points half way between levels are whole numbers, and so are three times the integrals, which is what is summed here.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
+from embpack._native import SearchParams
+from embpack.layouts import RowFormat
+from embpack.methods.base import UniformMethod
 from embpack.reference import F32, Row
 
 Float64s = NDArray[np.float64]
@@ -65,7 +69,31 @@ def bin_losses(b: int, k: int, bits: int) -> Float64s:
     return losses
 
 
-def check_bins(name: str, b: int) -> None:
-    """Raise ValueError unless a histogram can have b bins."""
-    if not 1 <= b <= _native.max_bins:
-        raise ValueError(f"{name}: b is {b}; give a number of bins from 1 to {_native.max_bins}")
+@dataclass(frozen=True)
+class HistogramMethod(UniformMethod):
+    """A search on the histogram of a row.
+
+    Attributes:
+        b: number of bins, 1 to 1024.
+    """
+
+    b: int = 200
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.b <= _native.max_bins:
+            raise ValueError(f"{self.name}: b is {self.b}; give a number of bins from 1 to {_native.max_bins}")
+
+    def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
+        """Return the range of the bins selected; equal values have no bins, and their own range."""
+        if x.min() == x.max():
+            return x.min(), x.max()
+        histogram = count_bins(x, self.b)
+        return histogram.select(*self.select(histogram, row_format.bits))
+
+    @abstractmethod
+    def select(self, histogram: Histogram, bits: int) -> tuple[int, int]:
+        """Select consecutive bins: the first of them, and how many."""
+
+    def search_params(self) -> SearchParams:
+        """The number of bins."""
+        return SearchParams(b=self.b)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from embpack import _native
 from embpack.layouts import CLUSTER_DTYPES, PARAM_BYTES, RowFormat, cluster_dtype
-from embpack.methods.base import Clusters, Method
+from embpack.methods.base import ClusteredMethod, Clusters
 from embpack.methods.kmeans import SortedRow, iterate_lloyd
 from embpack.reference import F32
 from embpack.rows import widen
@@ -168,7 +168,7 @@ def fit_codebooks_reference(rows: Rows, numbers: Numbers, num_codebooks: int, bi
 
 
 @dataclass(frozen=True)
-class KMeansCls(Method):
+class KMeansCls(ClusteredMethod):
     """Similar rows in clusters, and one codebook for each cluster.
 
     Rows are clustered by k-means (tier 1), then all values of a cluster's rows (tier 2). Both are trained on at most
@@ -182,7 +182,6 @@ class KMeansCls(Method):
     """
 
     name: ClassVar[str] = "kmeans-cls"
-    layout: ClassVar[str] = "clustered"
     summary: ClassVar[str] = "codebooks that similar rows share, at the bytes of uniform rows; to compare"
 
     K: int = 0
@@ -193,23 +192,19 @@ class KMeansCls(Method):
             raise ValueError(f"{self.name}: K is {self.K}; give a number of clusters from 1 to {most}, or 0 to choose")
 
     def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
-        """How many codebooks a table of so many rows gets: never more than it has rows."""
+        """K, or as many as take the bytes of scale and bias."""
         return min(num_embeddings, self.K or choose_num_codebooks(num_embeddings, row_format))
 
     def fit(self, chunks: Callable[[], Iterable[NDArray[Any]]], num_embeddings: int, row_format: RowFormat) -> Clusters:
-        """Cluster the rows of a table and find the codebooks.
-
-        Args:
-            chunks: yields all rows, each time that it is called; all finite.
-            num_embeddings: how many there are.
-            row_format: of the packed rows.
-        """
+        """Train on a sample, then cluster all rows."""
         num_codebooks = self.num_codebooks(num_embeddings, row_format)
         sample = self._read_sample(chunks, num_embeddings, row_format.embedding_dim, num_codebooks)
         clusters = RowClusters.train(sample, num_codebooks)
-        levels = fit_codebooks(sample, clusters.assign(sample), num_codebooks, row_format.bits)
-        of_row = [clusters.assign(widen(rows)).astype(cluster_dtype(num_codebooks)) for rows in chunks()]
-        return Clusters(np.concatenate(of_row), levels)
+        numbers = clusters.assign(sample)
+        levels = fit_codebooks(sample, numbers, num_codebooks, row_format.bits)
+        if len(sample) < num_embeddings:
+            numbers = np.concatenate([clusters.assign(widen(rows)) for rows in chunks()])
+        return Clusters(numbers.astype(cluster_dtype(num_codebooks)), levels)
 
     @staticmethod
     def _read_sample(
