@@ -13,7 +13,7 @@ from experiments.guan2019.training import DIMS, Setting
 
 EPILOG = """
 Each command prints the paper's number, ours and the difference, and writes them to DIR/<command>.json; fig1 and
-fig2 also draw DIR/<command>.png. A method that embpack does not have is left out, with a note.
+fig2 also draw DIR/<command>.png.
 
   fig1      loss of every method on normal values, by embedding_dim          half a minute
   fig2      time a row, NumPy references and kernels                         minutes

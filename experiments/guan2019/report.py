@@ -115,11 +115,6 @@ class Result:
         return ["" if number is None else f"{number:{sign}.{self.digits}f}" for number in numbers]
 
 
-def describe_left_out(left_out: Mapping[str, str]) -> list[str]:
-    """One note a series that was left out."""
-    return [f"{name} is left out: {reason}" for name, reason in left_out.items()]
-
-
 def mean(numbers: Sequence[float]) -> float:
     """Return the mean, summed exactly."""
     return math.fsum(numbers) / len(numbers)

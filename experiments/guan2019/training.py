@@ -1,7 +1,7 @@
 """What tables 2 and 3 share: a model trained for each embedding_dim, then every table packed by every method."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from rich.progress import Progress, track
 from embpack import MissingExtraError
 from experiments.guan2019.criteo import NUM_CATEGORICAL, Clicks, PlantedClicks, read_clicks, take_examples
 from experiments.guan2019.report import console
-from experiments.guan2019.series import OUR_DEFAULT, SERIES, Series, choose_series
+from experiments.guan2019.series import SERIES, Series
 
 if TYPE_CHECKING:
     from experiments.guan2019.model import ClickModel
@@ -109,7 +109,8 @@ def _measure_width(setting: Setting, d: int) -> dict[str, Measured]:
     trained = model.tables.copy()
     fp32 = evaluate(model, held_out)
     measured = {FP32: Measured(0.0, 0.0, fp32.log_loss, 0.0, 0.0, fp32.auc, trained.nbytes)}
-    for series in track(choose_series(TRAINED_SERIES)[0], f"d = {d}: packing", console=console, transient=True):
+    chosen = [SERIES[name] for name in TRAINED_SERIES]
+    for series in track(chosen, f"d = {d}: packing", console=console, transient=True):
         losses, nbytes = _replace_tables(model, trained, series)
         evaluation = evaluate(model, held_out)
         costs = evaluation.log_losses - fp32.log_losses
@@ -160,11 +161,9 @@ def _sum_squares(tables: Iterable[np.ndarray]) -> list[float]:
 def list_numbers(setting: Setting) -> Iterator[tuple[str, int, Measured]]:
     """All that was measured, series by series."""
     widths = measure(setting)
-    names: Sequence[str] = (FP32, *(name for name in (*TRAINED_SERIES, OUR_DEFAULT)))
-    for name in dict.fromkeys(names):
+    for name in (FP32, *TRAINED_SERIES):
         for d, measured in widths.items():
-            if name in measured:
-                yield name, d, measured[name]
+            yield name, d, measured[name]
 
 
 def find_paper(numbers: dict[str, tuple[float | None, ...]], series: str, d: int) -> float | None:
