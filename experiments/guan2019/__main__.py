@@ -18,11 +18,12 @@ fig2 also draw DIR/<command>.png.
   fig1      loss of every method on normal values, by embedding_dim          half a minute
   fig2      time a row, NumPy references and kernels                         minutes
   table1    sums a second of embedding_bag, with PyTorch and FBGEMM          half a minute
-  table2    loss of a trained table; trains a model for each embedding_dim   minutes; needs PyTorch
-  table3    log loss and size; together with table2 (all) trains once        minutes; needs PyTorch
+  table2    loss of a trained table; trains a model for each embedding_dim   half an hour; needs PyTorch
+  table3    log loss and size; in one command with table2 it trains once     half an hour; needs PyTorch
   all       everything
 
   python -m experiments.guan2019 all --small                    every command in its small setting
+  python -m experiments.guan2019 table2 table3                  of the same models
   python -m experiments.guan2019 table3 --data day_0.gz         Criteo's logs in place of generated clicks:
       tab-separated lines of a label, 13 integers and 26 hexadecimal hashes (Kaggle's train.txt, or day_N of the
       Terabyte Click Logs, plain or gzipped); the first --examples lines are trained on, --held-out follow
@@ -42,7 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("what", choices=[*COMMANDS, "all"], help="which figure or table")
+    add("what", nargs="+", choices=[*COMMANDS, "all"], metavar="WHAT", help=f"{', '.join(COMMANDS)}, or all")
     add("--out", type=Path, default=Path("guan2019-results"), metavar="DIR", help="default: %(default)s")
     add("--small", action="store_true", help="fewer draws, rounds, widths and examples")
     add("--dims", type=int, nargs="+", metavar="D", help="embedding_dim (default: the paper's)")
@@ -66,7 +67,7 @@ def _run_figure1(options: argparse.Namespace) -> list[Result]:
 
 
 def _run_figure2(options: argparse.Namespace) -> list[Result]:
-    dims = options.dims or figure2.DIMS
+    dims = options.dims or figure1.DIMS
     return [figure2.run(figure2.Sizes(dims, 0.01, 1.0) if options.small else figure2.Sizes(dims))]
 
 
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        for name in COMMANDS if options.what == "all" else (options.what,):
+        for name in COMMANDS if "all" in options.what else options.what:
             for result in COMMANDS[name](options):
                 _write(result, options.out)
     except (MissingExtraError, OSError, ValueError) as error:

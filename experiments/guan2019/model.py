@@ -92,6 +92,7 @@ def train(model: ClickModel, chunks: Iterator[Clicks], advance: Callable[[int], 
             embeddings = model.weight[used].requires_grad_()
             logits = model.predict(dense, functional.embedding(places, embeddings))
             functional.binary_cross_entropy_with_logits(logits, labels).backward()
+            assert embeddings.grad is not None
             of_tables.step(used, embeddings.grad)
             of_layers.step()
             of_layers.zero_grad()
@@ -119,8 +120,8 @@ def evaluate(model: ClickModel, held_out: list[Clicks]) -> Evaluation:
             logits = model.predict(dense, functional.embedding(positions, model.weight)).double()
             losses.append(functional.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none"))
             scores.append(logits)
-    labels = np.concatenate([clicks.labels for clicks in held_out])
-    return Evaluation(torch.cat(losses).numpy(), measure_auc(torch.cat(scores).numpy(), labels))
+    clicked = np.concatenate([clicks.labels for clicks in held_out])
+    return Evaluation(torch.cat(losses).numpy(), measure_auc(torch.cat(scores).numpy(), clicked))
 
 
 def measure_auc(scores: NDArray[np.float64], labels: NDArray[np.uint8]) -> float:

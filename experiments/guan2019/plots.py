@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.guan2019.figure2 import KERNEL, NUMPY
 from experiments.guan2019.figure2 import PAPER as FIGURE2
@@ -81,7 +82,7 @@ def _draw_lines(axes: Axes, entries: Sequence[Entry], value: Callable[[Entry], f
             axes.plot(*zip(*shown, strict=True), color=color, marker=marker, markersize=6, lw=1.4, label=name)
 
 
-def _finish(figure: plt.Figure, panels: Sequence[Axes], label: str, path: Path) -> None:
+def _finish(figure: Figure, panels: Sequence[Axes], label: str, path: Path) -> None:
     for axes in panels:
         axes.set_xlabel(WIDTHS)
         axes.grid(alpha=0.25)

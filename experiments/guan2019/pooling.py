@@ -1,8 +1,9 @@
 """Who sums rows in Table 1: embpack, and PyTorch and FBGEMM where they are installed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,8 @@ class Bags:
     @property
     def offsets(self) -> NDArray[np.int64]:
         """Where each bag starts, and the last one ends."""
-        return np.arange(len(self.indices) + 1, dtype=np.int64) * self.indices.shape[1]
+        offsets: NDArray[np.int64] = np.arange(len(self.indices) + 1, dtype=np.int64) * self.indices.shape[1]
+        return offsets
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,16 @@ def _list_fbgemm(bags: Bags, packed: dict[str, embpack.PackedTable], rows: dict[
             output_dtype=sparse_type.FP32,
             row_alignment=1,
         )
-        values, rows_and_params = bags.weight, (bags.weight.view(np.uint8), None)
+        values = bags.weight
+        rows_and_params: Sequence[NDArray[np.uint8] | None] = (values.view(np.uint8), None)
         if kind != FP32:
             table = packed[kind] if kind == INT4 else embpack.quantize(bags.weight, "asym", 8, "float16")
             values, rows_and_params = table.dequantize(), np.split(table.packed, [table.row_format.code_bytes], axis=1)
         tensors = [None if part is None else torch.from_numpy(part.copy()) for part in rows_and_params]
         lookup.initialize_weights()
         lookup.assign_embedding_weights([tuple(tensors)])
-        yield Summer(kind, "FBGEMM", lambda lookup=lookup: lookup(flat, offsets).numpy(), values)
+        yield Summer(kind, "FBGEMM", _bind_lookup(lookup, flat, offsets), values)
+
+
+def _bind_lookup(lookup: Any, indices: Any, offsets: Any) -> Pool:
+    return lambda: lookup(indices, offsets).numpy()

@@ -101,14 +101,15 @@ class Result:
             console.print(note, soft_wrap=True)
 
     def _add_lines(self, table: Table, series: str, entries: Sequence[Entry | None]) -> None:
+        ours = self._show(entry.ours if entry else None for entry in entries)
         if any(entry and entry.paper is not None for entry in entries):
-            table.add_row(series, "paper", *self._show(entry and entry.paper for entry in entries))
-            table.add_row("", "ours", *self._show(entry and entry.ours for entry in entries))
-            differences = self._show((entry and entry.difference for entry in entries), sign="+")
+            table.add_row(series, "paper", *self._show(entry.paper if entry else None for entry in entries))
+            table.add_row("", "ours", *ours)
+            differences = self._show((entry.difference if entry else None for entry in entries), sign="+")
             flags = (entry.flag if entry else "" for entry in entries)
             table.add_row("", "difference", *map(str.__add__, differences, flags), style="dim")
         else:
-            table.add_row(series, "ours", *self._show(entry and entry.ours for entry in entries))
+            table.add_row(series, "ours", *ours)
         table.add_section()
 
     def _show(self, numbers: Iterable[float | None], sign: str = "") -> list[str]:

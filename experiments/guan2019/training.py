@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.progress import Progress, track
 
 from embpack import MissingExtraError
@@ -41,8 +42,8 @@ class Setting:
 
     dims: tuple[int, ...] = DIMS
     rows: int = 4096
-    examples: int = 200_000
-    held_out: int = 40_000
+    examples: int = 600_000
+    held_out: int = 200_000
     data: Path | None = None
     seed: int = 0
 
@@ -69,6 +70,9 @@ class Measured:
         log_loss: mean over the held-out examples.
         cost: log_loss less that of the fp32 model.
         cost_error: standard error of cost, which is a mean of differences, example by example.
+        quadratic_cost: mean of cost and of what the same errors cost with their signs turned. What a model would gain
+            or lose by moving its rows a little cancels; what the size of errors costs is left.
+        quadratic_cost_error: its standard error.
         auc: area under the ROC curve.
         nbytes: of all tables.
     """
@@ -78,6 +82,8 @@ class Measured:
     log_loss: float
     cost: float
     cost_error: float
+    quadratic_cost: float
+    quadratic_cost_error: float
     auc: float
     nbytes: int
 
@@ -108,16 +114,22 @@ def _measure_width(setting: Setting, d: int) -> dict[str, Measured]:
     model, held_out = _train(setting, d)
     trained = model.tables.copy()
     fp32 = evaluate(model, held_out)
-    measured = {FP32: Measured(0.0, 0.0, fp32.log_loss, 0.0, 0.0, fp32.auc, trained.nbytes)}
+    measured = {FP32: Measured(0.0, 0.0, fp32.log_loss, 0.0, 0.0, 0.0, 0.0, fp32.auc, trained.nbytes)}
     chosen = [SERIES[name] for name in TRAINED_SERIES]
     for series in track(chosen, f"d = {d}: packing", console=console, transient=True):
         losses, nbytes = _replace_tables(model, trained, series)
         evaluation = evaluate(model, held_out)
         costs = evaluation.log_losses - fp32.log_losses
-        error = float(costs.std() / math.sqrt(len(costs)))
-        of_clicks = (evaluation.log_loss, float(costs.mean()), error, evaluation.auc)
-        measured[series.name] = Measured(*losses, *of_clicks, nbytes)
+        model.tables[:] = 2 * trained - model.tables
+        turned = evaluate(model, held_out).log_losses - fp32.log_losses
+        of_costs = (*_estimate_mean(costs), *_estimate_mean((costs + turned) / 2))
+        measured[series.name] = Measured(*losses, evaluation.log_loss, *of_costs, evaluation.auc, nbytes)
     return measured
+
+
+def _estimate_mean(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
 
 
 def _train(setting: Setting, d: int) -> tuple["ClickModel", list[Clicks]]:
