@@ -1,1 +1,1 @@
-"""embpack against its peers, side by side: ``python -m benchmarks.quantize --help``."""
+"""embpack against its peers, side by side: ``python -m benchmarks.quantize --help``, ``benchmarks.lookup``."""

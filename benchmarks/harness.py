@@ -32,14 +32,16 @@ class Contestant(Generic[Answer]):
     Attributes:
         name: unique in its workload.
         call: what is timed; its output is allocated inside.
-        rows: rows that a call packs.
+        rows: rows that a call packs or looks up.
         make_ready: called before each sample, untimed: the number of threads.
+        goal: what our rate by its rate should be; None for none. It is reported beside the ratio, never enforced.
     """
 
     name: str
     call: Callable[[], Answer]
     rows: int
     make_ready: Callable[[], None]
+    goal: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,18 @@ class Workload(Generic[Answer]):
     """One race.
 
     Attributes:
-        settings: what a report says of it: method, embedding_dim, table_bytes, threads.
+        settings: what a report says of it: method or case, embedding_dim, table_bytes, threads.
         ours: the contestant that ratios are of.
         others: the contestants that ours is divided by.
         disagreement: of our answer and another: what is wrong, None if nothing is.
-        loss: normalized l2 loss of an answer.
+        loss: normalized l2 loss of an answer; None where all answers are the same.
     """
 
     settings: dict[str, Any]
     ours: Contestant[Answer]
     others: Sequence[Contestant[Answer]]
     disagreement: Callable[[Answer, Answer], str | None]
-    loss: Callable[[Answer], float]
+    loss: Callable[[Answer], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,17 @@ class Standing:
 
     Attributes:
         rows_per_second: in its fastest round, the least disturbed one.
-        loss: of its answer.
+        loss: of its answer; None where the workload measures none.
         ratio: our rate by its rate; None for ours.
+        goal: of the median ratio; None for none.
     """
 
     name: str
     rows: int
     rows_per_second: float
-    loss: float
+    loss: float | None
     ratio: Spread | None
+    goal: float | None
 
 
 def measure_spread(values: Sequence[float]) -> Spread:
@@ -131,17 +135,21 @@ def race(workload: Workload[Answer], timing: Timing) -> list[Standing]:
     return [_judge(contestant, rates, workload.ours.name, losses) for contestant in contestants]
 
 
-def _compare_answers(workload: Workload[Answer]) -> dict[str, float]:
+def _compare_answers(workload: Workload[Answer]) -> dict[str, float | None]:
     """Return the loss of each answer."""
+
+    def measure(answer: Answer) -> float | None:
+        return workload.loss(answer) if workload.loss else None
+
     ours = _answer(workload.ours)
-    losses = {workload.ours.name: workload.loss(ours)}
+    losses = {workload.ours.name: measure(ours)}
     for other in workload.others:
         answer = _answer(other)
         wrong = workload.disagreement(ours, answer)
         if wrong:
             names = f"{workload.ours.name} and {other.name}"
             raise AnswersDifferError(f"{workload.settings}: {names} differ: {wrong}")
-        losses[other.name] = workload.loss(answer)
+        losses[other.name] = measure(answer)
     return losses
 
 
@@ -161,12 +169,14 @@ def _sample_rate(contestant: Contestant[Any], sample_seconds: float) -> float:
     return calls * contestant.rows / elapsed
 
 
-def _judge(contestant: Contestant[Any], rates: dict[str, list[float]], ours: str, losses: dict[str, float]) -> Standing:
-    own = rates[contestant.name]
+def _judge(
+    contestant: Contestant[Any], rates: dict[str, list[float]], ours: str, losses: dict[str, float | None]
+) -> Standing:
+    name, own = contestant.name, rates[contestant.name]
     ratio = None
-    if contestant.name != ours:
+    if name != ours:
         ratio = measure_spread([our_rate / rate for our_rate, rate in zip(rates[ours], own, strict=True)])
-    return Standing(contestant.name, contestant.rows, max(own), losses[contestant.name], ratio)
+    return Standing(name, contestant.rows, max(own), losses[name], ratio, contestant.goal)
 
 
 def describe_machine() -> dict[str, Any]:

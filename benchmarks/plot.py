@@ -56,7 +56,8 @@ def _draw_bytes(axes: Axes) -> None:
     _set_title(axes, f"{fp32 / packed:.1f}x smaller", f"bytes a row, d = {SHOWN_DIM}")
 
 
-def _draw_losses(axes: Axes, minmax: float, greedy: float) -> None:
+def _draw_losses(axes: Axes, minmax: float | None, greedy: float | None) -> None:
+    assert minmax is not None and greedy is not None  # Races of packing measure it.
     _draw_bars(axes, {"min/max\nPyTorch, FBGEMM": 100 * minmax, "greedy\nembpack": 100 * greedy}, "{:.2f}%")
     _set_title(axes, f"{1 - greedy / minmax:.0%} less loss", f"normalized l2, d = {SHOWN_DIM}, normal values")
 

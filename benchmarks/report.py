@@ -8,13 +8,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Standing
+from benchmarks.harness import Spread, Standing
 from benchmarks.streaming import MemoryUse
 
 
 @dataclass(frozen=True)
 class RaceResult:
-    """A race's settings (method, embedding_dim, table_bytes, threads) and where its contestants stand."""
+    """A race's settings (method or case, embedding_dim, table_bytes, threads) and where its contestants stand."""
 
     settings: dict[str, Any]
     standings: list[Standing]
@@ -33,17 +33,23 @@ class Report:
 def print_report(report: Report) -> None:
     """Print the machine and the tables."""
     console = Console()
-    versions = (f"{name} {version or '(missing)'}" for name, version in report.machine["versions"].items())
-    console.print(f"{report.machine['cpu']}, {report.machine['isa']}, Python {report.machine['python']}")
-    console.print(", ".join(versions))
-    for peer, reason in report.left_out.items():
-        console.print(f"{peer} is left out: {reason}")
+    print_machine(console, report.machine, report.left_out)
     console.print(_make_races_table(report.races))
     if report.streaming:
         console.print(_make_streaming_table(report.streaming))
 
 
-def _make_table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
+def print_machine(console: Console, machine: dict[str, Any], left_out: dict[str, str]) -> None:
+    """Print where figures come from, and who is missing."""
+    versions = (f"{name} {version or '(missing)'}" for name, version in machine["versions"].items())
+    console.print(f"{machine['cpu']}, {machine['isa']}, Python {machine['python']}")
+    console.print(", ".join(versions))
+    for peer, reason in left_out.items():
+        console.print(f"{peer} is left out: {reason}")
+
+
+def make_table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
+    """Make an empty table: headers of text, then headers of numbers."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in left:
         table.add_column(header, no_wrap=True)
@@ -53,7 +59,7 @@ def _make_table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
 
 
 def _make_races_table(races: Iterable[RaceResult]) -> Table:
-    table = _make_table(
+    table = make_table(
         "Packing to 4 bits. Rows/s: fastest round; ratio: our rate by theirs, median of rounds",
         ("method", "d", "MB", "contestant"),
         ("M rows/s", "loss", "ratio", "quartiles"),
@@ -68,13 +74,17 @@ def _make_races_table(races: Iterable[RaceResult]) -> Table:
 
 
 def _describe(standing: Standing) -> tuple[str, str, str, str, str]:
-    ratio = standing.ratio
-    shown = ("", "") if ratio is None else (f"{ratio.median:.2f}", f"{ratio.low:.2f}..{ratio.high:.2f}")
-    return standing.name, f"{standing.rows_per_second / 1e6:.3f}", f"{standing.loss:.5f}", *shown
+    loss = "" if standing.loss is None else f"{standing.loss:.5f}"
+    return standing.name, f"{standing.rows_per_second / 1e6:.3f}", loss, *describe_ratio(standing.ratio)
+
+
+def describe_ratio(ratio: Spread | None) -> tuple[str, str]:
+    """Return the median and the quartiles, as shown."""
+    return ("", "") if ratio is None else (f"{ratio.median:.2f}", f"{ratio.low:.2f}..{ratio.high:.2f}")
 
 
 def _make_streaming_table(streaming: Iterable[MemoryUse]) -> Table:
-    table = _make_table(
+    table = make_table(
         "embpack.quantize_file: MB at the peak",
         ("method", "d", "MB"),
         ("M rows/s", "anonymous", "file-mapped", "resident"),

@@ -29,7 +29,9 @@ using PackedArray = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::de
 using PackedOut = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FloatOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Indices = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Starts = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ValuesOut = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Clusters = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using RowClusters = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using CodebookValues = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -103,7 +105,7 @@ struct PackedView {
         : packed(packed), clusters(clusters), codebooks(codebooks) {
         const Grid grid = make_grid(bits, f16_params);
         rows = {packed.data(), packed.shape(0), embedding_dim, packed.shape(1), grid, parse_layout(layout)};
-        require(embedding_dim > 0, "embedding_dim must be positive");
+        require(embedding_dim > 0 && embedding_dim <= 8 * rows.row_bytes, "embedding_dim does not go with packed");
         require(rows.row_bytes == packed_row_bytes(embedding_dim, grid, rows.layout), "packed has the wrong row bytes");
         const bool is_clustered = rows.layout == Layout::clustered;
         require(is_clustered == clusters.has_value() && is_clustered == codebooks.has_value(),
@@ -117,23 +119,9 @@ struct PackedView {
         rows.clusters = static_cast<const uint8_t*>(clusters->data());
         rows.cluster_bytes = is_u8 ? 1 : 2;
         rows.num_codebooks = codebooks->shape(0);
+        require(rows.num_codebooks > 0 || rows.num_rows == 0, "codebooks are none");
     }
 };
-
-bool has_codebook(const PackedRows& rows, size_t row) {
-    return rows.layout != Layout::clustered || cluster_of(rows, row) < rows.num_codebooks;
-}
-
-// The first index that cannot be looked up: its position if it is outside [0, num_rows), -2 - position if its row has
-// no codebook; -1 if all can. Null indices are all rows.
-int64_t first_bad_index(const int64_t* indices, size_t count, const PackedRows& rows) {
-    for (size_t i = 0; indices && i < count; i++)
-        if (static_cast<uint64_t>(indices[i]) >= rows.num_rows) return static_cast<int64_t>(i);
-    if (rows.layout != Layout::clustered) return -1;
-    for (size_t i = 0; i < count; i++)
-        if (!has_codebook(rows, indices ? static_cast<size_t>(indices[i]) : i)) return -2 - static_cast<int64_t>(i);
-    return -1;
-}
 
 using QuantizeAnswer = std::tuple<int, size_t, std::vector<std::tuple<double, double>>>;
 
@@ -189,7 +177,7 @@ QuantizeAnswer quantize_with_clusters(const RowsArray& rows, const RowClusters& 
     return make_answer(quantize_by_clusters(view, values.data(), clusters.data(), grid, span_rows, out));
 }
 
-void fit(const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& values, const Indices& starts, int bits,
+void fit(const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& values, const Starts& starts, int bits,
          const FloatOut& codebooks) {
     make_grid(bits, false);
     require(starts.shape(0) > 0, "starts must have one entry more than there are groups");
@@ -211,40 +199,139 @@ std::tuple<int, size_t, float, float> bound(const RowsArray& rows) {
     return {static_cast<int>(bounds.fault), bounds.faulty_row, bounds.xmin, bounds.xmax};
 }
 
-int64_t gather(const PackedView& view, const std::optional<Indices>& indices, const FloatOut& out) {
-    const PackedRows& rows = view.rows;
-    const size_t count = indices ? indices->shape(0) : rows.num_rows;
-    require(out.shape(0) == count && out.shape(1) == rows.embedding_dim, "out has the wrong shape");
-    const int64_t* from = indices ? indices->data() : nullptr;
-    float* to = out.data();
-    nb::gil_scoped_release release;
-    const int64_t bad = first_bad_index(from, count, rows);
-    if (bad == -1) gather_rows(rows, from, count, to);
-    return bad;
+Integers view_integers(const Indices& array) {
+    const bool is_i64 = array.dtype() == nb::dtype<int64_t>();
+    require(is_i64 || array.dtype() == nb::dtype<int32_t>(), "indices and offsets must be int32 or int64");
+    return {array.data(), array.shape(0), is_i64};
 }
 
-int64_t pool(const PackedView& view, const Indices& indices, const Indices& starts,
-             const std::optional<Floats>& per_sample_weights, int64_t padding_index, const std::string& mode,
-             const FloatOut& out) {
-    const PackedRows& rows = view.rows;
-    require(mode == "sum" || mode == "mean" || mode == "max", "mode must be sum, mean or max");
-    require(starts.shape(0) > 0, "starts must have num_bags + 1 entries");
-    const size_t num_bags = starts.shape(0) - 1;
-    require(out.shape(0) == num_bags && out.shape(1) == rows.embedding_dim, "out has the wrong shape");
-    require(!per_sample_weights || per_sample_weights->shape(0) == indices.shape(0),
-            "per_sample_weights must have one weight for each index");
-    const int64_t* start = starts.data();
-    require(start[0] >= 0 && static_cast<uint64_t>(start[num_bags]) <= indices.shape(0), "starts leave the indices");
-    for (size_t bag = 0; bag < num_bags; bag++) require(start[bag] <= start[bag + 1], "starts decrease");
-    const Pooling pooling = mode == "sum" ? Pooling::sum : mode == "mean" ? Pooling::mean : Pooling::max;
-    float* to = out.data();
-    nb::gil_scoped_release release;
-    const int64_t bad = first_bad_index(indices.data(), indices.shape(0), rows);
-    if (bad != -1) return bad;
-    pool_bags(rows, {indices.data(), per_sample_weights ? per_sample_weights->data() : nullptr, start, num_bags,
-                     padding_index, pooling}, to);
-    return -1;
+// float32, float16, or bfloat16 as uint16.
+Output view_output(const ValuesOut& out, size_t num_rows, size_t width) {
+    require(out.shape(0) == num_rows && out.shape(1) == width, "out has the wrong shape");
+    ValueType type = ValueType::f32;
+    if (out.dtype() != nb::dtype<float>()) {
+        const bool half = out.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float);
+        require(out.dtype().bits == 16 && (half || out.dtype() == nb::dtype<uint16_t>()),
+                "out must be float32, float16 or uint16 (bfloat16)");
+        type = half ? ValueType::f16 : ValueType::bf16;
+    }
+    return {static_cast<uint8_t*>(out.data()), width * (type == ValueType::f32 ? 4 : 2), type};
 }
+
+// What Python makes a message of: -1 for no fault, the position of an index that is outside, or -2 - position of one
+// whose row has no codebook.
+int64_t tell_fault(const LookupFault& fault) {
+    const int64_t position = static_cast<int64_t>(fault.position);
+    if (fault.kind == LookupFault::none) return -1;
+    return fault.kind == LookupFault::outside ? position : -2 - position;
+}
+constexpr int64_t bad_offsets = INT64_MIN;
+
+// Whether offsets start at 0, do not decrease, and stay within the indices.
+bool are_offsets(const Integers& offsets, size_t num_indices) {
+    int64_t before = 0;
+    for (size_t i = 0; i < offsets.count; i++) {
+        if (offsets[i] < before) return false;
+        before = offsets[i];
+    }
+    return static_cast<size_t>(before) <= num_indices && (offsets.count == 0 || offsets[0] == 0);
+}
+
+Pooling parse_mode(const std::string& mode) {
+    require(mode == "sum" || mode == "mean" || mode == "max", "mode must be sum, mean or max");
+    return mode == "sum" ? Pooling::sum : mode == "mean" ? Pooling::mean : Pooling::max;
+}
+
+const float* view_weights(const std::optional<Floats>& weights, const Integers& indices) {
+    require(!weights || weights->shape(0) == indices.count, "per_sample_weights must have one weight for each index");
+    return weights ? weights->data() : nullptr;
+}
+
+int64_t gather_rows(const PackedView& view, const std::optional<Indices>& indices, const ValuesOut& out) {
+    const Integers from = indices ? view_integers(*indices) : Integers{};
+    // An empty array may have no address, but no address means all rows.
+    if (indices && from.count == 0) return -1;
+    const Output to = view_output(out, indices ? from.count : view.rows.num_rows, view.rows.embedding_dim);
+    if (view.rows.num_rows == 0) return indices ? 0 : -1;
+    nb::gil_scoped_release release;
+    return tell_fault(gather(view.rows, from, to));
+}
+
+int64_t pool_rows(const PackedView& view, const Indices& indices, const std::optional<Indices>& offsets,
+                  size_t bag_size, const std::optional<Floats>& per_sample_weights, int64_t padding_index,
+                  const std::string& mode, const ValuesOut& out) {
+    Bags bags{.indices = view_integers(indices), .padding_index = padding_index, .pooling = parse_mode(mode)};
+    bags.num_bags = out.shape(0);
+    bags.per_sample_weights = view_weights(per_sample_weights, bags.indices);
+    if (offsets) {
+        bags.offsets = view_integers(*offsets);
+        require(bags.num_bags <= bags.offsets.count && bags.num_bags + 1 >= bags.offsets.count,
+                "out must have a row for each bag");
+        if (!are_offsets(bags.offsets, bags.indices.count)) return bad_offsets;
+    } else {
+        bags.bag_size = bag_size;
+        require(bags.num_bags == 0 || bags.indices.count / bags.num_bags == bag_size, "bags leave the indices");
+    }
+    const Output to = view_output(out, bags.num_bags, view.rows.embedding_dim);
+    if (view.rows.num_rows == 0 && bags.indices.count > 0) return 0;
+    nb::gil_scoped_release release;
+    size_t faulty_lookup;
+    LookupFault fault = pool({{view.rows, bags, to}}, faulty_lookup);
+    // An index after the last bag is never read, but a mistake all the same.
+    for (size_t i = bags.start(bags.num_bags); i < bags.indices.count; i++)
+        if (static_cast<uint64_t>(bags.indices[i]) >= view.rows.num_rows) fault.note(i, LookupFault::outside);
+    return tell_fault(fault);
+}
+
+// Several tables, and for each feature which one it reads and how it pools.
+struct GroupView {
+    std::vector<PackedView> tables;
+    std::vector<size_t> table_of;
+    std::vector<Pooling> poolings;
+    size_t width = 0;   // values of all features together
+
+    GroupView(const nb::list& views, const std::vector<size_t>& table_of, const std::vector<std::string>& modes)
+        : table_of(table_of) {
+        for (nb::handle view : views) {
+            if (!nb::isinstance<PackedView>(view)) throw nb::type_error("tables must be PackedRows");
+            tables.push_back(nb::cast<const PackedView&>(view));
+        }
+        require(modes.size() == table_of.size(), "modes must have one for each feature");
+        for (const std::string& mode : modes) poolings.push_back(parse_mode(mode));
+        for (size_t table : table_of) {
+            require(table < tables.size(), "a feature has no table");
+            width += tables[table].rows.embedding_dim;
+        }
+    }
+
+    // Returns the feature with a fault and the fault, as pool does; a fault of offsets is of no feature.
+    std::tuple<size_t, int64_t> pool_features(const Indices& indices, const Indices& offsets,
+                                              const std::optional<Floats>& per_sample_weights, const ValuesOut& out) {
+        const Integers values = view_integers(indices), starts = view_integers(offsets);
+        const size_t batch = out.shape(0), features = table_of.size();
+        require(starts.count == features * batch + 1, "offsets must have one entry more than there are bags");
+        Output to = view_output(out, batch, width);
+        const float* weights = view_weights(per_sample_weights, values);
+        const size_t offset_bytes = starts.are_64_bits ? 8 : 4;
+        nb::gil_scoped_release release;
+        if (!are_offsets(starts, values.count)) return {0, bad_offsets};
+        std::vector<Lookup> lookups;
+        for (size_t feature = 0; feature < features; feature++) {
+            const PackedRows& rows = tables[table_of[feature]].rows;
+            Bags bags{.indices = values, .per_sample_weights = weights, .offsets = starts, .num_bags = batch,
+                      .pooling = poolings[feature]};
+            bags.offsets.values = static_cast<const uint8_t*>(starts.values) + feature * batch * offset_bytes;
+            bags.offsets.count = batch + 1;
+            if (rows.num_rows == 0 && bags.start(0) < bags.start(batch))
+                return {feature, static_cast<int64_t>(bags.start(0))};
+            lookups.push_back({rows, bags, to});
+            to.values += rows.embedding_dim * (to.type == ValueType::f32 ? 4 : 2);
+        }
+        size_t faulty = 0;
+        const LookupFault fault = pool(lookups, faulty);
+        return {faulty, tell_fault(fault)};
+    }
+};
 
 std::vector<std::string> list_isas() {
     std::vector<std::string> names;
@@ -274,7 +361,7 @@ NB_MODULE(_native, m) {
 
     // Written out where the generated signature would not say what an array holds.
     m.def("quantize", &quantize, nb::arg("rows"), nb::arg("search"), nb::arg("params"), nb::arg("bits"),
-          nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed"),
+          nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
           nb::sig("def quantize(rows: numpy.typing.NDArray[typing.Any], search: str, params: SearchParams, bits: int, "
                   "f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
                   "-> tuple[int, int, list[tuple[float, float]]]"),
@@ -285,36 +372,58 @@ NB_MODULE(_native, m) {
           nb::sig("def bound(rows: numpy.typing.NDArray[typing.Any]) -> tuple[int, int, float, float]"),
           "Bounds of all values: (fault, faulty row, smallest, largest).");
     m.def("quantize_with_codebooks", &quantize_with_codebooks, nb::arg("rows"), nb::arg("search"), nb::arg("bits"),
-          nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed"),
+          nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
           nb::sig("def quantize_with_codebooks(rows: numpy.typing.NDArray[typing.Any], search: str, bits: int, "
                   "f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
                   "-> tuple[int, int, list[tuple[float, float]]]"),
           "Pack rows, each with a codebook of its own. Returns what quantize does.");
     m.def("quantize_with_clusters", &quantize_with_clusters, nb::arg("rows"), nb::arg("clusters"), nb::arg("values"),
-          nb::arg("bits"), nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed"),
+          nb::arg("bits"), nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
           nb::sig("def quantize_with_clusters(rows: numpy.typing.NDArray[typing.Any], "
                   "clusters: numpy.typing.NDArray[numpy.uint32], values: numpy.typing.NDArray[numpy.float32], "
                   "bits: int, f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
                   "-> tuple[int, int, list[tuple[float, float]]]"),
           "Pack rows by the codebooks of their clusters. Returns what quantize does.");
 
-    m.def("fit_codebooks", &fit, nb::arg("values"), nb::arg("starts"), nb::arg("bits"), nb::arg("codebooks"),
+    m.def("fit_codebooks", &fit, nb::arg("values").noconvert(), nb::arg("starts"), nb::arg("bits"),
+          nb::arg("codebooks").noconvert(),
           "Fill in a codebook for each group values[starts[g] : starts[g + 1]], putting the values in order.");
 
     nb::class_<PackedView>(m, "PackedRows", "Packed rows, as gather and pool take them.")
         .def(nb::init<const PackedArray&, size_t, int, bool, const std::string&, const std::optional<Clusters>&,
                       const std::optional<PackedArray>&>(),
-             nb::arg("packed"), nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("f16_params"), nb::arg("layout"),
-             nb::arg("clusters").none(), nb::arg("codebooks").none(),
+             nb::arg("packed").noconvert(), nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("f16_params"),
+             nb::arg("layout"), nb::arg("clusters").none(), nb::arg("codebooks").none(),
              nb::sig("def __init__(self, packed: numpy.typing.NDArray[numpy.uint8], embedding_dim: int, bits: int, "
                      "f16_params: bool, layout: str, clusters: numpy.typing.NDArray[typing.Any] | None, "
                      "codebooks: numpy.typing.NDArray[numpy.uint8] | None) -> None"));
-    m.def("gather", &gather, nb::arg("rows"), nb::arg("indices").none(), nb::arg("out"),
+    m.def("gather", &gather_rows, nb::arg("rows"), nb::arg("indices").none(), nb::arg("out").noconvert(),
+          nb::sig("def gather(rows: PackedRows, indices: numpy.typing.NDArray[typing.Any] | None, "
+                  "out: numpy.typing.NDArray[typing.Any]) -> int"),
           "Decode the rows `indices` (None: all) into `out`. Returns the position of the first index out of range, "
           "-2 - the position of the first whose row has no codebook, or -1.");
-    m.def("pool", &pool, nb::arg("rows"), nb::arg("indices"), nb::arg("starts"), nb::arg("per_sample_weights").none(),
-          nb::arg("padding_index"), nb::arg("mode"), nb::arg("out"),
-          "Pool bags of rows into `out`. Returns what gather does.");
+    m.def("pool", &pool_rows, nb::arg("rows"), nb::arg("indices"), nb::arg("offsets").none(), nb::arg("bag_size"),
+          nb::arg("per_sample_weights").none().noconvert(), nb::arg("padding_index"), nb::arg("mode"),
+          nb::arg("out").noconvert(),
+          nb::sig("def pool(rows: PackedRows, indices: numpy.typing.NDArray[typing.Any], "
+                  "offsets: numpy.typing.NDArray[typing.Any] | None, bag_size: int, "
+                  "per_sample_weights: numpy.typing.NDArray[numpy.float32] | None, padding_index: int, mode: str, "
+                  "out: numpy.typing.NDArray[typing.Any]) -> int"),
+          "Pool bags of rows into `out`, by offsets or, without them, of bag_size. Returns what gather does, or "
+          "bad_offsets.");
+    m.attr("bad_offsets") = bad_offsets;
+    nb::class_<GroupView>(m, "TableGroup", "Packed rows of several tables, and the features that read them.")
+        .def(nb::init<const nb::list&, const std::vector<size_t>&, const std::vector<std::string>&>(),
+             nb::arg("tables"), nb::arg("table_of"), nb::arg("modes"),
+             nb::sig("def __init__(self, tables: list[PackedRows], table_of: collections.abc.Sequence[int], "
+                     "modes: collections.abc.Sequence[str]) -> None"))
+        .def("pool", &GroupView::pool_features, nb::arg("indices"), nb::arg("offsets"),
+             nb::arg("per_sample_weights").none().noconvert(), nb::arg("out").noconvert(),
+             nb::sig("def pool(self, indices: numpy.typing.NDArray[typing.Any], "
+                     "offsets: numpy.typing.NDArray[typing.Any], "
+                     "per_sample_weights: numpy.typing.NDArray[numpy.float32] | None, "
+                     "out: numpy.typing.NDArray[typing.Any]) -> tuple[int, int]"),
+             "Pool the bags of all features. Returns a feature with a fault, and what the function pool does.");
 
     m.def("isa", [] { return std::string(kernels().isa); }, "Name of the instruction set in use.");
     m.def("available_isas", &list_isas, "Names of the instruction sets that this CPU runs, best first.");

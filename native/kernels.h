@@ -97,6 +97,58 @@ inline size_t cluster_of(const PackedRows& rows, size_t row) {
 
 enum class Pooling : uint8_t { sum, mean, max };
 
+// int32 or int64; null where there are none.
+struct Integers {
+    const void* values = nullptr;
+    size_t count = 0;
+    bool are_64_bits = true;
+
+    int64_t operator[](size_t i) const {
+        return are_64_bits ? static_cast<const int64_t*>(values)[i] : static_cast<const int32_t*>(values)[i];
+    }
+};
+
+inline constexpr int64_t no_padding = -1;
+
+// Runs of indices. They start where offsets say, the last one ends with the last offset or the last index; without
+// offsets all are of the same size.
+struct Bags {
+    Integers indices = {};
+    const float* per_sample_weights = nullptr;   // of each index, for sums; may be null
+    Integers offsets = {};
+    size_t bag_size = 0;
+    size_t num_bags = 0;
+    int64_t padding_index = no_padding;          // its rows are left out
+    Pooling pooling = Pooling::sum;
+    bool prefetches = false;                     // rows, which are too many for the second-level cache
+
+    size_t start(size_t bag) const {
+        if (!offsets.values) return bag * bag_size;
+        return bag < offsets.count ? static_cast<size_t>(offsets[bag]) : indices.count;
+    }
+};
+
+// float32, float16 or bfloat16 values, each row row_bytes after the one before.
+struct Output {
+    uint8_t* values;
+    size_t row_bytes;
+    ValueType type = ValueType::f32;
+};
+
+// The first index that cannot be looked up.
+struct LookupFault {
+    enum Kind : uint8_t { none, outside, no_codebook };
+
+    Kind kind = none;
+    size_t position = SIZE_MAX;
+
+    void note(size_t at, Kind what) {
+        if (at >= position) return;
+        position = at;
+        kind = what;
+    }
+};
+
 struct Kernels {
     const char* isa;
 
@@ -129,13 +181,13 @@ struct Kernels {
     // grid's parameter type.
     uint64_t (*encode_by_codebook)(const RowBlock&, Grid, const Codebooks&, uint8_t* packed, SquaredSums&) noexcept;
 
-    // out[i] = row indices[i], or row i where indices is null; float32 [count, embedding_dim].
-    void (*decode_rows)(const PackedRows&, const int64_t* indices, size_t count, float* out) noexcept;
+    // Rows first .. end of the output: row indices[i] of the table, or row i where there are no indices. Any index may
+    // be given; one that has no row, or whose row has no codebook, is a fault, and its values are anything.
+    void (*gather_rows)(const PackedRows&, const Integers& indices, bool prefetches, size_t first, size_t end,
+                        const Output&, LookupFault&) noexcept;
 
-    // out = the pooled rows indices[0 .. count), without those equal to padding_index; float32
-    // [embedding_dim]. `weights` may be null.
-    void (*pool_rows)(const PackedRows&, const int64_t* indices, const float* weights, size_t count,
-                      int64_t padding_index, Pooling, float* out) noexcept;
+    // Rows first .. end of the output: the pooled rows of those bags; zeros for a bag without rows.
+    void (*pool_bags)(const PackedRows&, const Bags&, size_t first, size_t end, const Output&, LookupFault&) noexcept;
 };
 
 inline constexpr size_t packed_row_bytes(size_t embedding_dim, Grid grid, Layout layout = Layout::uniform) {

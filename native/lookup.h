@@ -1,24 +1,24 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 
 namespace embpack {
 
-// float32 [count, embedding_dim]: row indices[i], or row i where indices is null.
-void gather_rows(const PackedRows&, const int64_t* indices, size_t count, float* out);
+// Looks rows up: each indices[i], or row i of the table for as many rows as it has where there are no indices.
+LookupFault gather(const PackedRows&, const Integers& indices, const Output&);
 
-struct Bags {
-    const int64_t* indices;
-    const float* per_sample_weights;   // may be null
-    const int64_t* starts;             // num_bags + 1 positions in indices
-    size_t num_bags;
-    int64_t padding_index;             // -1 for none
-    Pooling pooling;
+// Bags of one table, and where they go.
+struct Lookup {
+    PackedRows rows;
+    Bags bags;
+    Output out;
 };
 
-// float32 [num_bags, embedding_dim].
-void pool_bags(const PackedRows&, const Bags&, float* out);
+// Pools the bags of several tables. The fault is that of the first lookup that has one, whose number is given.
+LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup);
 
 }  // namespace embpack

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 import embpack
+from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
 from benchmarks.harness import AnswersDifferError, Contestant, Timing, Workload, measure_spread, race
+from benchmarks.lookups import CASES
 from benchmarks.races import find_other_bytes, find_worse_row
+from benchmarks.touch import compile_touch, sum_touched
 
 pytest.importorskip("torch")
 
@@ -44,6 +47,61 @@ def test_quick_run_writes_its_figures(tmp_path):
             assert other["rows_per_second"] > 0 and 0 <= ours["loss"] <= other["loss"] * 1.0001
         method, embedding_dim = race_found["settings"]["method"], race_found["settings"]["embedding_dim"]
         assert (ours["loss"] == 0) == (method == "kmeans" and embedding_dim <= 16)
+
+
+def test_every_case_of_lookup_runs(tmp_path):
+    path = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.lookup", "--quick", "--rounds", "1", "--table-bytes", "1e6"]
+    subprocess.run([*command, "--json", str(path)], cwd=ROOT, check=True, timeout=120, capture_output=True)
+    report = json.loads(path.read_text())
+    assert set(report) == {"machine", "left_out", "races"}
+    found = {race["settings"]["case"] for race in report["races"]}
+    assert found == {case for case in CASES if case not in report["left_out"]}
+    for race_found in report["races"]:
+        ours, *others = race_found["standings"]
+        assert ours["name"].startswith("embpack") and ours["ratio"] is None and ours["loss"] is None
+        for other in others:
+            assert 0 < other["ratio"]["low"] <= other["ratio"]["median"] <= other["ratio"]["high"]
+        names = {other["name"] for other in others}
+        if race_found["settings"]["case"] == "in-cache":
+            assert {"PyTorch 4 bits", "PyTorch 8 bits", "PyTorch fp32"} <= names
+
+
+def test_sums_that_are_wrong_are_found():
+    table, bags = make_table(50, 32), make_uneven_bags(50, 10, 20)
+    expected = Expected([table], bags)
+    answer = table.embedding_bag(bags.indices, bags.offsets, "sum", include_last_offset=True)
+    assert expected.find_wrong(answer) is None
+    one_less = bags.indices.copy()
+    one_less[bags.offsets[7]] = (one_less[bags.offsets[7]] + 1) % 50
+    wrong = table.embedding_bag(one_less, bags.offsets, "sum", include_last_offset=True)
+    assert expected.find_wrong(wrong) == "1 of 20 bags, the first is bag 7"
+    assert expected.find_wrong(answer[:-1]) == "sums are [19, 32], not [20, 32]"
+
+
+def test_8_bit_tables_have_the_values_of_4_bit_ones():
+    table = make_table(9, 6)
+    params = split_rows(table)[1].view(np.float16).astype(np.float32)
+    packed = np.concatenate([widen_codes(table), params.view(np.uint8)], axis=1)
+    wide = embpack.PackedTable.from_packed(packed, 6, bits=8)
+    np.testing.assert_array_equal(wide.dequantize(), table.dequantize())
+
+
+@pytest.mark.parametrize("embedding_dim", [8, 64, 256])
+def test_the_bare_loop_reads_each_line_once(embedding_dim):
+    try:
+        touch = compile_touch()
+    except OSError as error:
+        pytest.skip(str(error))
+    table, bags = make_table(300, embedding_dim), make_uneven_bags(300, 10, 20)
+    assert touch(table, bags.indices) == sum_touched(table, bags.indices)
+
+
+def test_popular_rows_are_asked_for_by_a_power_law():
+    counts = np.sort(np.bincount(draw_power(np.random.default_rng(0), 100, 100_000), minlength=100))[::-1]
+    shares = np.arange(1, 101) ** -1.05
+    shares /= shares.sum()
+    assert counts[0] == pytest.approx(100_000 * shares[0], rel=0.05) and counts[-1] > 0
 
 
 def test_answers_that_differ_do_not_race():

@@ -1,11 +1,14 @@
 """What a benchmark asks of a library."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks.bags import Bags
+from embpack import PackedTable
 
 Packed = NDArray[np.uint8]
 
@@ -52,4 +55,47 @@ class Peer(ABC):
         """Return a call that packs float32 rows [N, d] into an array that it allocates, uint8 [N, row_bytes].
 
         Whatever the library needs beforehand (a tensor over the same memory) is made here, outside the call.
+        """
+
+
+# A lookup: what it returns is float32 [bags, tables * d], an array or a tensor.
+Lookup = Callable[[], Any]
+
+
+class Pooler(ABC):
+    """One way of a library to sum bags of rows.
+
+    Class attributes:
+        library: what reports call the library.
+        operator: which of its ways it is, as users find it.
+        bits: of a value, 4, 8 or 32; by 4 the goals are set.
+        copies: tables in memory while it is made ready, in tables of its own precision.
+        takes_groups: whether one call looks many tables up.
+    """
+
+    library: ClassVar[str]
+    operator: ClassVar[str]
+    bits: ClassVar[int]
+    copies: ClassVar[int] = 1
+    takes_groups: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return f"{self.library} fp32" if self.bits == 32 else f"{self.library} {self.bits} bits"
+
+    def bytes_needed(self, rows: int, embedding_dim: int) -> int:
+        """Memory that a table takes while it is made ready, about."""
+        return rows * (embedding_dim * self.bits // 8 + (8 if self.bits < 32 else 0)) * self.copies
+
+    @abstractmethod
+    def set_num_threads(self, count: int) -> None:
+        """Use this many threads from now on."""
+
+    @abstractmethod
+    def load(self, tables: Sequence[PackedTable]) -> Callable[[Bags], Lookup]:
+        """Hold the values of 4-bit tables at this precision.
+
+        Returns:
+            What makes of bags a call that sums them; indices are converted outside of the call.
         """

@@ -23,6 +23,10 @@ struct F64x16 {
 
 constexpr const char* isa_name = "avx2";
 constexpr bool has_fast_fma = true;
+constexpr bool looks_up_in_one = false;   // two permutations, a shift and a blend
+constexpr size_t most_sums = 4;   // vectors of sums that stay in registers
+
+inline void stay_in_register(F32x16&) {}   // there are not enough of them
 
 inline __m256i first_lanes_of_eight(size_t n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -152,29 +156,40 @@ inline void store_codes(uint8_t* p, I32x16 codes) {
     }
 }
 
+// Sixteen codes of 2 * bits bytes, one in the low bits of each lane; above a code there may be others. At 4 bits a byte
+// goes to a lane of each half: `low` has the even codes, `high` the odd ones.
 template <int bits>
-inline I32x16 load_codes(const uint8_t* p) {
-    if constexpr (bits == 8) {
-        return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
-                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+struct Spread {
+    I32x16 operator()(const uint8_t* p) const {
+        if constexpr (bits == 8) {
+            return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+                    _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+        } else if constexpr (bits == 4) {
+            const __m256i pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+            return {pairs, _mm256_srli_epi32(pairs, 4)};
+        } else {
+            int32_t word;
+            std::memcpy(&word, p, 4);
+            const __m256i words = _mm256_set1_epi32(word);
+            return {_mm256_srlv_epi32(words, _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14)),
+                    _mm256_srlv_epi32(words, _mm256_setr_epi32(16, 18, 20, 22, 24, 26, 28, 30))};
+        }
     }
+};
+template <int bits>
+inline F32x16 in_column_order(F32x16 x) {
+    if constexpr (bits != 4) return x;
+    const __m256 first = _mm256_unpacklo_ps(x.low, x.high), second = _mm256_unpackhi_ps(x.low, x.high);
+    return {_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31)};
+}
+template <int bits>
+inline I32x16 only_code(I32x16 codes) {
+    if constexpr (bits == 8) return codes;
     const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
-    const auto shift_out = [mask](uint32_t word, __m256i shifts) {
-        return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shifts), mask);
-    };
-    if constexpr (bits == 4) {
-        uint32_t words[2];
-        std::memcpy(words, p, 8);
-        const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-        return {shift_out(words[0], shifts), shift_out(words[1], shifts)};
-    }
-    uint32_t word;
-    std::memcpy(&word, p, 4);
-    const __m256i shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
-    return {shift_out(word, shifts), shift_out(word >> 16, shifts)};
+    return {_mm256_and_si256(codes.low, mask), bits == 4 ? codes.high : _mm256_and_si256(codes.high, mask)};
 }
 
-// The float of each code in a table of sixteen.
+// The float of each code in a table of sixteen, by the low four bits.
 inline F32x16 look_up(F32x16 table, I32x16 codes) {
     const auto look_up_eight = [&](__m256i eight) {
         const __m256 low = _mm256_permutevar8x32_ps(table.low, eight);

@@ -19,6 +19,12 @@ struct F64x16 {
 
 constexpr const char* isa_name = "avx512";
 constexpr bool has_fast_fma = true;
+constexpr bool looks_up_in_one = true;
+constexpr size_t most_sums = 16;   // vectors of sums that stay in registers
+
+// Keeps GCC from loading a constant again for each use, when loads are what bounds a loop.
+inline void stay_in_register(F32x16& x) { asm("" : "+v"(x)); }
+inline void stay_in_register(I32x16& x) { asm("" : "+v"(x)); }
 
 inline Mask16 first_lanes(size_t n) { return static_cast<Mask16>((1u << n) - 1); }
 
@@ -98,26 +104,40 @@ inline void store_codes(uint8_t* p, I32x16 codes) {
     }
 }
 
+// Sixteen codes of 2 * bits bytes, one in the low bits of each lane; above a code there may be others. At 4 bits, lanes
+// 2i and 2i + 1 have codes i and 8 + i: so loading both halves to all lanes needs no permutation, only a load.
 template <int bits>
-inline I32x16 load_codes(const uint8_t* p) {
-    if constexpr (bits == 8) {
-        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    } else if constexpr (bits == 4) {
-        const __m512i both_halves = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-        const __m512i low_or_high = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-        const __m512i words = _mm512_permutexvar_epi32(low_or_high, both_halves);
-        const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-        return _mm512_and_si512(_mm512_srlv_epi32(words, shifts), _mm512_set1_epi32(15));
-    } else {
-        uint32_t word;
-        std::memcpy(&word, p, 4);
-        const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i words = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word)), shifts);
-        return _mm512_and_si512(words, _mm512_set1_epi32(3));
+struct Spread {
+    I32x16 shifts = bits == 4 ? _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28)
+                              : _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+
+    Spread() { stay_in_register(shifts); }
+    I32x16 operator()(const uint8_t* p) const {
+        if constexpr (bits == 8) {
+            return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        } else if constexpr (bits == 4) {
+            int64_t word;
+            std::memcpy(&word, p, 8);
+            return _mm512_srlv_epi32(_mm512_set1_epi64(word), shifts);
+        } else {
+            int32_t word;
+            std::memcpy(&word, p, 4);
+            return _mm512_srlv_epi32(_mm512_set1_epi32(word), shifts);
+        }
     }
+};
+template <int bits>
+inline F32x16 in_column_order(F32x16 x) {
+    if constexpr (bits != 4) return x;
+    const __m512i lane_of_column = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    return _mm512_permutexvar_ps(lane_of_column, x);
+}
+template <int bits>
+inline I32x16 only_code(I32x16 codes) {
+    return bits == 8 ? codes : _mm512_and_si512(codes, _mm512_set1_epi32((1 << bits) - 1));
 }
 
-// The float of each code in a table of sixteen.
+// The float of each code in a table of sixteen, by the low four bits.
 inline F32x16 look_up(F32x16 table, I32x16 codes) { return _mm512_permutexvar_ps(codes, table); }
 
 inline F64x16 splat_f64(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }

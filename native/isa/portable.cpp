@@ -27,6 +27,8 @@ constexpr bool has_fast_fma = true;
 #else
 constexpr bool has_fast_fma = false;   // the C library's, which may be a function of many operations
 #endif
+constexpr bool looks_up_in_one = true;   // sixteen multiply-adds a row, not one a value
+constexpr size_t most_sums = 2;
 
 template <class Fn>
 inline F32x16 each_lane(Fn fn) {
@@ -40,6 +42,8 @@ inline Mask16 each_lane_bit(Fn fn) {
     for (size_t i = 0; i < 16; i++) bits |= static_cast<uint32_t>(fn(i)) << i;
     return {bits};
 }
+
+inline void stay_in_register(F32x16&) {}
 
 inline uint32_t bits_of(float x) {
     uint32_t bits;
@@ -188,12 +192,23 @@ inline void store_codes(uint8_t* p, I32x16 codes) {
         p[byte] = static_cast<uint8_t>(value);
     }
 }
+// Sixteen codes of 2 * bits bytes, one in each lane.
 template <int bits>
-inline I32x16 load_codes(const uint8_t* p) {
-    constexpr int per_byte = 8 / bits;
-    I32x16 out;
-    for (int i = 0; i < 16; i++) out.lane[i] = (p[i / per_byte] >> (i % per_byte * bits)) & ((1 << bits) - 1);
-    return out;
+struct Spread {
+    I32x16 operator()(const uint8_t* p) const {
+        constexpr int per_byte = 8 / bits;
+        I32x16 out;
+        for (int i = 0; i < 16; i++) out.lane[i] = (p[i / per_byte] >> (i % per_byte * bits)) & ((1 << bits) - 1);
+        return out;
+    }
+};
+template <int bits>
+inline F32x16 in_column_order(F32x16 x) {
+    return x;
+}
+template <int bits>
+inline I32x16 only_code(I32x16 codes) {
+    return codes;
 }
 
 // The float of each code in a table of sixteen.

@@ -16,7 +16,8 @@
 #include "search_kmeans-inl.h"
 #include "encode-inl.h"
 #include "encode_codebook-inl.h"
-#include "decode-inl.h"
+#include "levels-inl.h"
+#include "lookup-inl.h"
 
 constexpr Kernels make_kernels() {
     return {
@@ -35,7 +36,7 @@ constexpr Kernels make_kernels() {
         .search_kmeans = search_kmeans,
         .search_kmeans_lloyd = search_kmeans_lloyd,
         .encode_by_codebook = encode_by_codebook,
-        .decode_rows = decode_rows,
-        .pool_rows = pool_rows,
+        .gather_rows = gather_rows,
+        .pool_bags = pool_bags,
     };
 }

@@ -5,6 +5,7 @@ from embpack.compare import Comparison, compare
 from embpack.convert import Report, TableReport, dequantize_file, quantize_file
 from embpack.errors import FormatError, MissingExtraError
 from embpack.files import load, save
+from embpack.group import TableGroup
 from embpack.methods import METHODS, Method, parse_method
 from embpack.quantize import quantize
 from embpack.table import PackedTable
@@ -20,6 +21,7 @@ __all__ = [
     "MissingExtraError",
     "PackedTable",
     "Report",
+    "TableGroup",
     "TableReport",
     "compare",
     "dequantize_file",

@@ -254,16 +254,19 @@ def split_shard(
     return parts, list(tensors.values())
 
 
-def load(path: str | Path, *, verify: bool = False) -> dict[str, PackedTable]:
+def load(path: str | Path, *, verify: bool = False, in_memory: bool = False) -> dict[str, PackedTable]:
     """Open the tables of a file without reading them: rows are read where they are looked up.
 
     Args:
         path: a file written by save or quantize_file; for a sharded one its folder or index.
         verify: read everything through once and compare checksums.
+        in_memory: read everything now, into memory of this process. Looking rows up is then as quick the first time as
+            later, and independent of the file; but processes that serve the same file no longer share its memory, and
+            it has to fit (docs/kernels.md has figures).
 
     Returns:
-        Name to table. The tables' bytes are read-only and mapped; they live as long as the tables do, also when
-        the file is replaced (but not when it is overwritten in place).
+        Name to table. The tables' bytes are read-only and mapped, unless in_memory; they live as long as the tables
+        do, also when the file is replaced (but not when it is overwritten in place).
 
     Raises:
         FileNotFoundError: there is nothing at path.
@@ -274,7 +277,7 @@ def load(path: str | Path, *, verify: bool = False) -> dict[str, PackedTable]:
         for name in file.entries:
             if verify:
                 file.verify(name)
-            tables[name] = file.table(name)
+            tables[name] = file.table(name).copy() if in_memory else file.table(name)
     return tables
 
 

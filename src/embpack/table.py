@@ -1,6 +1,8 @@
 """PackedTable: packed rows and how to read them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from embpack.layouts import CLUSTER_DTYPES, RowFormat, default_param_dtype
 from embpack.rows import ROW_DTYPES
 
 MODES = ("sum", "mean", "max")
+INTEGERS = (np.dtype(np.int32), np.dtype(np.int64))
+OUTPUT_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,6 +78,9 @@ class PackedTable:
                 f"codebooks are {codebooks.dtype} of shape {list(codebooks.shape)}; they must be "
                 f"{row_format.param_dtype} [num_codebooks, {row_format.num_levels}]"
             )
+
+        if not len(codebooks) and self.num_embeddings:
+            raise ValueError(f"there are no codebooks for {self.num_embeddings} rows")
 
     @classmethod
     def from_packed(
@@ -142,23 +149,29 @@ class PackedTable:
 
     def dequantize(self) -> NDArray[np.float32]:
         """Return all rows as float32 [num_embeddings, embedding_dim]."""
-        return self._gather(None, self.num_embeddings)
+        return self._gather(None, self.num_embeddings, "float32")
 
     def __getitem__(self, indices: Any) -> NDArray[np.float32]:
+        """Look rows up, as gather does, as float32."""
+        return self.gather(indices)
+
+    def gather(self, indices: Any, dtype: str = "float32") -> NDArray[Any]:
         """Look rows up.
 
         Args:
             indices: an int, or int32 or int64 of any shape [...], each in [0, num_embeddings).
+            dtype: of the values: "float32", "float16" or "bfloat16", rounded to nearest, ties to even.
 
         Returns:
-            float32 [..., embedding_dim].
+            [..., embedding_dim]; bfloat16, which NumPy lacks, as its bits in uint16.
 
         Raises:
             IndexError: an index is out of range; names its position and value.
             TypeError: indices are of another type.
+            ValueError: there is no such dtype.
         """
-        array = _as_indices(indices, "indices")
-        return self._gather(array.reshape(-1), array.size).reshape(*array.shape, self.embedding_dim)
+        array = as_integers(indices, "indices")
+        return self._gather(array.reshape(-1), array.size, dtype).reshape(*array.shape, self.embedding_dim)
 
     def embedding_bag(
         self,
@@ -169,7 +182,8 @@ class PackedTable:
         *,
         include_last_offset: bool = False,
         padding_idx: int | None = None,
-    ) -> NDArray[np.float32]:
+        dtype: str = "float32",
+    ) -> NDArray[Any]:
         """Pool bags of rows straight from the packed bytes.
 
         Args:
@@ -181,29 +195,36 @@ class PackedTable:
             per_sample_weights: float32, shaped like indices: what each row is multiplied by; only for "sum".
             include_last_offset: see offsets.
             padding_idx: rows of this index are left out, of a mean's count too; negative counts from the end.
+            dtype: of the values: "float32", or "float16" or "bfloat16", to which the float32 sums are rounded.
 
         Returns:
-            float32 [B, embedding_dim], C-contiguous; an empty bag is zeros. Rows are added in index order.
+            [B, embedding_dim], C-contiguous; an empty bag is zeros. Rows are added in index order. bfloat16, which
+            NumPy lacks, as its bits in uint16.
 
         Raises:
             IndexError: an index is out of range; names its position and value.
             TypeError: an argument is of another type.
-            ValueError: shapes, offsets, mode or padding_idx are not as above.
+            ValueError: shapes, offsets, mode, padding_idx or dtype are not as above.
 
         Source: torch.nn.functional.embedding_bag, its meaning and defaults.
         """
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
-        array = _as_indices(indices, "indices")
-        starts = _bag_starts(array, offsets, include_last_offset=include_last_offset)
-        weights = _as_weights(per_sample_weights, array, mode)
-        padding = self._as_padding(padding_idx)
-        out = np.empty((len(starts) - 1, self.embedding_dim), np.float32)
-        flat = array.reshape(-1)
-        self._check_position(_native.pool(self._native_rows(), flat, starts, weights, padding, mode, out), flat)
+        array = as_integers(indices, "indices")
+        starts, num_bags = _read_bags(array, offsets, include_last_offset=include_last_offset)
+        weights = None if per_sample_weights is None else as_weights(per_sample_weights, array, (mode,))
+        padding = -1 if padding_idx is None else self._as_padding(padding_idx)
+        out = np.empty((num_bags, self.embedding_dim), output_dtype(dtype))
+        bag_size = array.shape[1] if starts is None else 0
+        flat = array if array.ndim == 1 else array.reshape(-1)
+        fault = _native.pool(self.native_rows, flat, starts, bag_size, weights, padding, mode, out)
+        if fault != -1:
+            raise self.explain_fault(fault, flat, starts)
         return out
 
-    def _native_rows(self) -> _native.PackedRows:
+    @cached_property
+    def native_rows(self) -> _native.PackedRows:
+        """The table as the core takes it."""
         has_f16_params = self.row_format.has_f16_params
         codebooks = None if self.codebooks is None else np.ascontiguousarray(self.codebooks).view(np.uint8)
         clusters = None if self.clusters is None else np.ascontiguousarray(self.clusters)
@@ -211,87 +232,114 @@ class PackedTable:
             self.packed, self.embedding_dim, self.bits, has_f16_params, self.layout, clusters, codebooks
         )
 
-    def _gather(self, indices: NDArray[np.int64] | None, count: int) -> NDArray[np.float32]:
-        out = np.empty((count, self.embedding_dim), np.float32)
-        self._check_position(_native.gather(self._native_rows(), indices, out), indices)
+    def copy(self) -> "PackedTable":
+        """Return the same table with bytes of its own, in memory."""
+        clusters, codebooks = (None if part is None else np.array(part) for part in (self.clusters, self.codebooks))
+        return replace(self, packed=np.array(self.packed), clusters=clusters, codebooks=codebooks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but what the core takes, which is made anew."""
+        return {name: value for name, value in self.__dict__.items() if name != "native_rows"}
+
+    def _gather(self, indices: NDArray[np.int64] | None, count: int, dtype: str) -> NDArray[Any]:
+        out = np.empty((count, self.embedding_dim), output_dtype(dtype))
+        fault = _native.gather(self.native_rows, indices, out)
+        if fault != -1:
+            raise self.explain_fault(fault, indices)
         return out
 
-    def _check_position(self, bad: int, indices: NDArray[np.int64] | None) -> None:
-        """Raise what the core has found at a position (see _native.gather)."""
-        if bad >= 0:
+    def explain_fault(self, fault: int, indices: NDArray[Any] | None, offsets: NDArray[Any] | None = None) -> Exception:
+        """Make an error of what the core has found (see _native.gather and _native.pool)."""
+        if fault == _native.bad_offsets:
+            assert indices is not None and offsets is not None
+            return explain_offsets(offsets, len(indices))
+        if fault >= 0:
             assert indices is not None
             rows = self.num_embeddings
             valid = f" (valid: 0 to {rows - 1})" if rows else ""
-            raise IndexError(f"indices[{bad}] is {indices[bad]}, but the table has {rows} rows{valid}")
-        if bad < -1:
-            assert self.clusters is not None and self.codebooks is not None
-            row = -2 - bad if indices is None else indices[-2 - bad]
-            raise FormatError(
-                f"row {row} is of cluster {self.clusters[row]}, but the table has {len(self.codebooks)} codebooks; "
-                "its clusters are damaged"
-            )
+            return IndexError(f"indices[{fault}] is {indices[fault]}, but the table has {rows} rows{valid}")
+        assert self.clusters is not None and self.codebooks is not None
+        row = -2 - fault if indices is None else indices[-2 - fault]
+        return FormatError(
+            f"row {row} is of cluster {self.clusters[row]}, but the table has {len(self.codebooks)} codebooks; "
+            "its clusters are damaged"
+        )
 
-    def _as_padding(self, padding_idx: int | None) -> int:
-        if padding_idx is None:
-            return -1
+    def _as_padding(self, padding_idx: int) -> int:
         rows = self.num_embeddings
         if not -rows <= padding_idx < rows:
             raise ValueError(f"padding_idx is {padding_idx}, but the table has {rows} rows")
         return padding_idx % rows
 
 
-def _as_indices(values: Any, what: str) -> NDArray[np.int64]:
-    """Make integers of any shape int64 and contiguous."""
+def as_integers(values: Any, what: str) -> NDArray[Any]:
+    """Make indices or offsets an array: int32 or int64 of any shape, contiguous.
+
+    Raises:
+        TypeError: they are of another type.
+    """
     array = np.asarray(values)
-    if array.size == 0 and not hasattr(values, "dtype"):
+    if array.dtype not in INTEGERS:
+        if array.size or hasattr(values, "dtype"):
+            raise TypeError(f"{what} are {array.dtype}; they must be int32 or int64")
         array = array.astype(np.int64)
-    if array.dtype not in (np.int32, np.int64):
-        raise TypeError(f"{what} are {array.dtype}; they must be int32 or int64")
-    contiguous: NDArray[np.int64] = np.ascontiguousarray(array, np.int64)
-    return contiguous.reshape(array.shape)
+    return array if array.flags.c_contiguous and array.dtype.isnative else np.ascontiguousarray(array)
 
 
-def _bag_starts(indices: NDArray[np.int64], offsets: Any, *, include_last_offset: bool) -> NDArray[np.int64]:
-    """Return where each bag starts and the last one ends, int64 [B + 1]."""
+def output_dtype(name: str) -> Any:
+    """NumPy's type for values of a lookup.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    if name not in OUTPUT_DTYPES:
+        raise ValueError(f"dtype is {name!r}; choose one of {', '.join(OUTPUT_DTYPES)}")
+    return OUTPUT_DTYPES[name]
+
+
+def _read_bags(indices: NDArray[Any], offsets: Any, *, include_last_offset: bool) -> tuple[NDArray[Any] | None, int]:
+    """Return the offsets, None for bags that are rows of the indices, and the number of bags."""
     if indices.ndim == 2:
         if offsets is not None:
             raise ValueError("offsets are for 1-D indices; each row of 2-D indices is a bag by itself")
-        bags, size = indices.shape
-        starts: NDArray[np.int64] = np.arange(bags + 1, dtype=np.int64) * size
-        return starts
+        return None, len(indices)
     if indices.ndim != 1:
         raise ValueError(f"indices have {indices.ndim} dimensions; a bag takes 1-D with offsets, or 2-D")
     if offsets is None:
         raise ValueError("1-D indices need offsets: where each bag starts")
-    starts = _as_indices(offsets, "offsets")
+    starts = as_integers(offsets, "offsets")
     if starts.ndim != 1:
         raise ValueError(f"offsets have {starts.ndim} dimensions; they must be 1-D")
     if include_last_offset and starts.size == 0:
         raise ValueError("offsets are empty; with include_last_offset they end with where the last bag ends")
-    _check_offsets(starts, len(indices))
-    return starts if include_last_offset else np.append(starts, np.int64(len(indices)))
+    return starts, len(starts) - include_last_offset
 
 
-def _check_offsets(starts: NDArray[np.int64], num_indices: int) -> None:
-    if starts.size and starts[0] != 0:
-        raise ValueError(f"offsets[0] is {starts[0]}; the first bag must start at 0")
-    decreases = np.flatnonzero(starts[1:] < starts[:-1])
+def explain_offsets(offsets: NDArray[Any], num_indices: int) -> ValueError:
+    """Say what is wrong with offsets that the core has refused."""
+    if offsets[0] != 0:
+        return ValueError(f"offsets[0] is {offsets[0]}; the first bag must start at 0")
+    decreases = np.flatnonzero(offsets[1:] < offsets[:-1])
     if decreases.size:
         at = int(decreases[0])
-        raise ValueError(
-            f"offsets[{at + 1}] is {starts[at + 1]}, less than offsets[{at}], {starts[at]}; offsets cannot decrease"
+        return ValueError(
+            f"offsets[{at + 1}] is {offsets[at + 1]}, less than offsets[{at}], {offsets[at]}; offsets cannot decrease"
         )
-    if starts.size and starts[-1] > num_indices:
-        raise ValueError(
-            f"offsets[{len(starts) - 1}] is {starts[-1]}, but there are {num_indices} indices; no offset may be larger"
-        )
+    return ValueError(
+        f"offsets[{len(offsets) - 1}] is {offsets[-1]}, but there are {num_indices} indices; no offset may be larger"
+    )
 
 
-def _as_weights(values: Any, indices: NDArray[np.int64], mode: str) -> NDArray[np.float32] | None:
-    if values is None:
-        return None
-    if mode != "sum":
-        raise ValueError(f"per_sample_weights go with mode 'sum' only, not {mode!r}")
+def as_weights(values: Any, indices: NDArray[Any], modes: Sequence[str]) -> NDArray[np.float32]:
+    """Make per_sample_weights an array: float32 [L], contiguous.
+
+    Raises:
+        TypeError: they are of another type.
+        ValueError: a mode is not "sum", or their shape is not that of indices.
+    """
+    others = [mode for mode in modes if mode != "sum"]
+    if others:
+        raise ValueError(f"per_sample_weights go with mode 'sum' only, not {others[0]!r}")
     weights = np.asarray(values.detach() if hasattr(values, "detach") else values)
     if weights.dtype != np.float32:
         raise TypeError(f"per_sample_weights are {weights.dtype}; they must be float32")

@@ -1,18 +1,9 @@
 // Every kernel of every instruction set that this CPU runs, on memory that ends where the last value does, against
 // the portable ones, bit for bit. Built with the address and undefined-behaviour sanitizers.
-//
-// Each case runs three times: with buffers from the heap, where the address sanitizer watches every byte around
-// them; and with buffers that end, then start, at a page that cannot be touched, because the sanitizer does not see
-// the masked loads and stores.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
 #include <limits>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -20,97 +11,13 @@
 #include "kernels.h"
 #include "lookup.h"
 #include "quantize.h"
+#include "testing.h"
 #include "threads.h"
 
 namespace {
 
 using namespace embpack;
-
-int failures = 0;
-std::string where;   // what is being tested, for messages
-
-#define CHECK(condition)                                                                             \
-    do {                                                                                             \
-        if (!(condition)) {                                                                          \
-            std::printf("%s:%d: %s, in %s\n", __FILE__, __LINE__, #condition, where.c_str());        \
-            failures++;                                                                              \
-        }                                                                                            \
-    } while (false)
-
-// Small and fast, the same everywhere.
-class Random {
-public:
-    explicit Random(uint64_t seed) : state_(seed * 2 + 1) {}
-
-    uint32_t bits() {
-        state_ = state_ * 6364136223846793005u + 1442695040888963407u;
-        return static_cast<uint32_t>(state_ >> 32);
-    }
-    float uniform() { return static_cast<float>(bits() >> 8) * 0x1p-24f; }
-    // Roughly normal.
-    float normal() { return uniform() + uniform() + uniform() + uniform() - 2.0f; }
-
-private:
-    uint64_t state_;
-};
-
-enum class Placement { heap, before_a_guard, after_a_guard };
-
-// Memory between two pages that cannot be touched.
-class Arena {
-public:
-    Arena() : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
-        void* memory = mmap(nullptr, page_ + usable + page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (memory == MAP_FAILED) std::abort();
-        start_ = static_cast<uint8_t*>(memory) + page_;
-        if (mprotect(start_, usable, PROT_READ | PROT_WRITE) != 0) std::abort();
-    }
-    ~Arena() { munmap(start_ - page_, page_ + usable + page_); }
-    Arena(const Arena&) = delete;
-    Arena& operator=(const Arena&) = delete;
-
-    uint8_t* place(size_t bytes, Placement placement) {
-        if (bytes > usable) std::abort();
-        return placement == Placement::before_a_guard ? start_ + usable - bytes : start_;
-    }
-
-private:
-    static constexpr size_t usable = size_t{1} << 21;
-    size_t page_;
-    uint8_t* start_;
-};
-
-// `count` values and not a byte more. Buffers that live at the same time need arenas of their own.
-template <class T>
-class Buffer {
-public:
-    Buffer(size_t count, Placement placement, Arena& arena) : count_(count) {
-        if (placement == Placement::heap) {
-            owned_ = std::make_unique<T[]>(count);
-            values_ = owned_.get();
-        } else {
-            values_ = reinterpret_cast<T*>(arena.place(count * sizeof(T), placement));
-            std::memset(values_, 0, count * sizeof(T));
-        }
-    }
-    Buffer(const std::vector<T>& from, Placement placement, Arena& arena) : Buffer(from.size(), placement, arena) {
-        if (!from.empty()) std::memcpy(values_, from.data(), from.size() * sizeof(T));
-    }
-
-    T* get() { return values_; }
-    std::vector<T> copy() const { return {values_, values_ + count_}; }
-
-private:
-    size_t count_;
-    std::unique_ptr<T[]> owned_;
-    T* values_;
-};
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-bool same_bits(double a, double b) { return std::memcmp(&a, &b, sizeof a) == 0; }
+using namespace embpack::testing;
 
 struct Case {
     size_t embedding_dim;
@@ -118,10 +25,9 @@ struct Case {
     Grid grid;
 
     std::string describe(const char* isa, Placement placement) const {
-        const char* places[] = {"heap", "before a guard page", "after a guard page"};
         return std::string(isa) + ", embedding_dim " + std::to_string(embedding_dim) + ", " +
                std::to_string(num_rows) + " rows, " + std::to_string(grid.bits) + " bits, " +
-               (grid.f16_params ? "float16" : "float32") + " parameters, " + places[static_cast<int>(placement)];
+               (grid.f16_params ? "float16" : "float32") + " parameters, " + name_of(placement);
     }
 };
 
@@ -162,7 +68,7 @@ CodebookFn Kernels::*const codebook_searches[] = {&Kernels::search_kmeans, &Kern
 // Everything that the kernels return for a case; comparing two of these compares two instruction sets.
 struct Results {
     std::vector<float> bounds;
-    std::vector<std::vector<float>> ranges, codebooks, decoded, pooled;
+    std::vector<std::vector<float>> ranges, codebooks, gathered, pooled;
     std::vector<std::vector<uint8_t>> packed, packed_by_codebook;
     std::vector<double> sums;
     std::vector<uint64_t> overflows;
@@ -264,23 +170,29 @@ void look_up(const Kernels& k, const Case& c, Layout layout, Placement placement
     Buffer<float> weights(some_weights, placement, arenas.weights);
     const size_t count = some_indices.size();
 
+    LookupFault fault;
+    const size_t out_bytes = c.embedding_dim * sizeof(float);
+    const auto as_output = [&](Buffer<float>& out) { return Output{reinterpret_cast<uint8_t*>(out.get()), out_bytes}; };
     Buffer<float> all(c.num_rows * c.embedding_dim, placement, arenas.out);
-    k.decode_rows(rows, nullptr, c.num_rows, all.get());
-    results.decoded.push_back(all.copy());
-    Buffer<float> gathered(count * c.embedding_dim, placement, arenas.out);
-    k.decode_rows(rows, indices.get(), count, gathered.get());
-    results.decoded.push_back(gathered.copy());
+    k.gather_rows(rows, {}, false, 0, c.num_rows, as_output(all), fault);
+    results.gathered.push_back(all.copy());
+    Buffer<float> some(count * c.embedding_dim, placement, arenas.out);
+    k.gather_rows(rows, {indices.get(), count}, false, 0, count, as_output(some), fault);
+    results.gathered.push_back(some.copy());
 
     const auto pool = [&](const float* bag_weights, size_t bag, int64_t padding, Pooling pooling) {
         Buffer<float> out(c.embedding_dim, placement, arenas.out);
-        k.pool_rows(rows, indices.get(), bag_weights, bag, padding, pooling, out.get());
+        const Bags bags{.indices = {indices.get(), bag}, .per_sample_weights = bag_weights, .offsets = {},
+                        .bag_size = bag, .num_bags = 1, .padding_index = padding, .pooling = pooling};
+        k.pool_bags(rows, bags, 0, 1, as_output(out), fault);
         results.pooled.push_back(out.copy());
     };
     for (Pooling pooling : {Pooling::sum, Pooling::mean, Pooling::max}) {
-        for (size_t bag : {size_t{0}, size_t{1}, count}) pool(nullptr, bag, -1, pooling);
+        for (size_t bag : {size_t{0}, size_t{1}, count}) pool(nullptr, bag, no_padding, pooling);
         pool(nullptr, count, some_indices[0], pooling);
     }
-    pool(weights.get(), count, -1, Pooling::sum);
+    pool(weights.get(), count, no_padding, Pooling::sum);
+    CHECK(fault.kind == LookupFault::none);
 }
 
 Results run(const Kernels& k, const Case& c, Placement placement, Arenas& arenas) {
@@ -311,25 +223,14 @@ void compare(const Results& got, const Results& wanted) {
     for (size_t i = 0; i < wanted.codebooks.size(); i++) CHECK(same_bits(got.codebooks[i], wanted.codebooks[i]));
     for (size_t i = 0; i < wanted.packed_by_codebook.size(); i++)
         CHECK(same_bits(got.packed_by_codebook[i], wanted.packed_by_codebook[i]));
-    for (size_t i = 0; i < wanted.decoded.size(); i++) CHECK(same_bits(got.decoded[i], wanted.decoded[i]));
+    for (size_t i = 0; i < wanted.gathered.size(); i++) CHECK(same_bits(got.gathered[i], wanted.gathered[i]));
     for (size_t i = 0; i < wanted.pooled.size(); i++) CHECK(same_bits(got.pooled[i], wanted.pooled[i]));
-}
-
-// The kernels of each instruction set that this CPU runs, portable first.
-std::vector<const Kernels*> all_kernels() {
-    std::vector<const Kernels*> all;
-    for (std::string_view name : available_isas()) {
-        CHECK(use_isa(name));
-        CHECK(name == kernels().isa);
-        all.insert(all.begin(), &kernels());
-    }
-    return all;
 }
 
 void test_case(const Case& c, const std::vector<const Kernels*>& isas, Arenas& arenas) {
     const Results wanted = run(*isas.front(), c, Placement::heap, arenas);
     for (const Kernels* k : isas) {
-        for (Placement placement : {Placement::heap, Placement::before_a_guard, Placement::after_a_guard}) {
+        for (Placement placement : placements) {
             // Plain C++ is seen by the sanitizer: no need for guard pages.
             if (k == isas.front() && placement != Placement::heap) continue;
             compare(run(*k, c, placement, arenas), wanted);
@@ -369,7 +270,7 @@ void test_widen_values(const std::vector<const Kernels*>& isas) {
         for (ValueType type : {ValueType::f16, ValueType::bf16}) {
             std::vector<float> wanted;
             for (const Kernels* k : isas) {
-                for (Placement placement : {Placement::heap, Placement::before_a_guard, Placement::after_a_guard}) {
+                for (Placement placement : placements) {
                     where = std::string("widen_values, ") + k->isa + ", " + std::to_string(count);
                     Buffer<uint16_t> from(halves, placement, arenas.rows);
                     Buffer<float> to(count, placement, arenas.out);
@@ -447,11 +348,17 @@ void test_core() {
             const QuantizeResult result = quantize_rows(rows, &Kernels::search_greedy, {.b = 20}, c.grid, 64, packed.data());
             const PackedRows view{packed.data(), num_rows, c.embedding_dim, row_bytes, c.grid};
             std::vector<float> all(values.size()), sums(c.embedding_dim * 2);
-            gather_rows(view, nullptr, num_rows, all.data());
+            const size_t out_bytes = c.embedding_dim * sizeof(float);
+            const auto as_output = [&](std::vector<float>& out) {
+                return Output{reinterpret_cast<uint8_t*>(out.data()), out_bytes};
+            };
+            CHECK(gather(view, {}, as_output(all)).kind == LookupFault::none);
             std::vector<int64_t> indices;
             for (size_t i = 0; i < num_rows; i++) indices.push_back(static_cast<int64_t>(num_rows - 1 - i));
             const int64_t starts[] = {0, 1, static_cast<int64_t>(num_rows)};
-            pool_bags(view, {indices.data(), nullptr, starts, 2, -1, Pooling::sum}, sums.data());
+            const Bags bags{.indices = {indices.data(), num_rows}, .offsets = {starts, 3}, .num_bags = 2};
+            size_t faulty_lookup;
+            CHECK(pool({{view, bags, as_output(sums)}}, faulty_lookup).kind == LookupFault::none);
             const Bounds bounds = bound_table(rows);
             CHECK(result.fault == RowFault::none && bounds.fault == RowFault::none);
             CHECK(bounds.xmin <= values[0] && values[0] <= bounds.xmax);

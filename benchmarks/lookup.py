@@ -1,0 +1,99 @@
+"""Summing bags of rows straight from packed bytes: speed beside PyTorch and FBGEMM."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.progress import track
+
+from benchmarks.harness import Timing, describe_machine, race
+from benchmarks.lookup_memory import choose_table_bytes
+from benchmarks.lookup_report import LookupReport, print_lookup_report
+from benchmarks.lookup_setup import BAG_SIZES, Setup, Sizes
+from benchmarks.lookups import CASES, make_workloads
+from benchmarks.peers import load_poolers
+from benchmarks.report import RaceResult
+
+DIMS, QUICK_DIMS = (32, 64, 128, 256, 512), (64,)
+FULL, QUICK = Timing(rounds=15, sample_seconds=0.02), Timing(rounds=3, sample_seconds=0.005)
+QUICK_TABLE_BYTES = 64 << 20
+
+EPILOG = """
+cases:
+  in-cache      2,048 rows, 4 bits against 4 bits, 8 bits and float32; bags of 20 and 64, asked for alike or by
+                a power law
+  out-of-cache  a table of ten times the last-level cache, d = 64, against everybody and against the bare loop of
+                touch.cpp, which only reads a byte of each cache line; a call takes a batch at random of so many
+                that together they touch the whole table's worth of lines
+  threads       two threads against one, and against two callers: what the machine gives at most
+  layouts       rows with codebooks, and rows that share them, against uniform rows
+  many-tables   100 tables x 1,000 bags in one call of TableGroup, against FBGEMM's table-batched embeddings
+  single-bag    one bag of 20 rows: what a call from Python costs
+  avx2          in-cache with ours held to AVX2, peers with all the CPU has
+
+All tables of a race hold the same values, at 8 bits and in float32 too, so all answers must be the same sums, which
+are checked against float64 before anything is timed. Peers are called as users call them, on one thread, output
+allocated inside the timed call; FBGEMM takes its indices as int32, the others as int64. Then contestants take turns.
+A ratio is our rate by theirs within a round, so it holds on a busy machine, where the rates themselves do not. A goal
+is for the ratio: it is met or missed, and nothing fails.
+
+  python -m benchmarks.lookup --quick                             a smoke test, in seconds
+  python -m benchmarks.lookup --cases in-cache avx2 --dims 64     some cases only
+  python -m benchmarks.lookup --json lookup.json                  everything, some minutes
+"""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lookup",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one width, few rounds, and a smaller table out of the cache")
+    add("--cases", nargs="+", choices=CASES, metavar="CASE", default=list(CASES), help="see below (default: all)")
+    dims_help = f"values a row, of in-cache, layouts and avx2 (default: {' '.join(map(str, DIMS))})"
+    add("--dims", type=int, nargs="+", metavar="D", help=dims_help)
+    add("--rounds", type=int, metavar="N", help=f"samples a contestant (default: {FULL.rounds})")
+    bytes_help = "packed bytes of the table out of the cache (default: ten times the cache, at most a third of memory)"
+    add("--table-bytes", type=lambda text: int(float(text)), metavar="N", help=bytes_help)
+    add("--json", type=Path, metavar="PATH", help="write all figures there")
+    options = parser.parse_args(arguments)
+    for d in options.dims or ():
+        if d < 2 or d % 2:
+            parser.error(f"--dims: {d} is not a positive even number")
+    return options
+
+
+def run_races(options: argparse.Namespace) -> LookupReport:
+    """Run what the options ask for."""
+    timing = QUICK if options.quick else FULL
+    timing = Timing(options.rounds or timing.rounds, timing.sample_seconds)
+    dims = options.dims or (QUICK_DIMS if options.quick else DIMS)
+    table_bytes = options.table_bytes or (QUICK_TABLE_BYTES if options.quick else choose_table_bytes())
+    poolers, left_out = load_poolers()
+    machine = describe_machine()
+    setup = Setup(Sizes(dims, BAG_SIZES, table_bytes), poolers, left_out)
+    workloads = make_workloads(setup, options.cases)
+    races = [RaceResult(workload.settings, race(workload, timing)) for workload in track(workloads, "Racing")]
+    return LookupReport(machine, left_out, races)
+
+
+def main() -> None:
+    """Run, print, write."""
+    options = parse_arguments()
+    # NumPy asks Linux for huge pages; PyTorch does so only by this, and tables that races compare must lie alike.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    report = run_races(options)
+    print_lookup_report(report)
+    if options.json:
+        options.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

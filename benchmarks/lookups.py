@@ -1,0 +1,183 @@
+"""The races of python -m benchmarks.lookup: CASES, each a number of workloads."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from benchmarks.bags import DISTRIBUTIONS, Bags, Expected, make_bags, make_table, make_uneven_bags, quantize_normal
+from benchmarks.harness import Contestant, Workload
+from benchmarks.lookup_memory import race_out_of_cache
+from benchmarks.lookup_setup import (
+    BAG_SIZES,
+    OTHER_DIM,
+    Setup,
+    bind_table,
+    describe_race,
+    find_wrong_by,
+    make_contestant,
+    make_ours,
+    readying,
+    readying_us,
+)
+from benchmarks.peers import Pooler
+from embpack import PackedTable, TableGroup, _native
+
+FOUR_BIT_GOAL, FP32_GOAL = 1.5, 1.0
+THREADS_GOAL = 1.8
+LAYOUT_GOAL = 0.8
+GROUP_GOAL = 1.5
+SINGLE_BAG_GOAL = 1.0
+AVX2_GOAL = 0.8
+
+THREADED_DIMS = (64, 128)
+LAYOUTS = ("kmeans-lloyd", "kmeans-cls:K=16")
+# A caller of its own does so many calls at a time that handing them to it does not count.
+CALLS_A_CALLER = 16
+
+Goals = Callable[[Pooler], float | None]
+
+
+def make_workloads(setup: Setup, cases: Iterable[str]) -> Iterator[Workload[Any]]:
+    """Make the races of some of CASES, each when it is asked for: tables are large."""
+    for case in cases:
+        yield from CASES[case](setup)
+
+
+def race_in_cache(setup: Setup) -> Iterator[Workload[Any]]:
+    """4 bits against everybody, by width, bag size and distribution."""
+    goals = {4: FOUR_BIT_GOAL, 32: FP32_GOAL}
+    for d in setup.sizes.dims:
+        for bag_size in setup.sizes.bag_sizes:
+            for distribution in DISTRIBUTIONS:
+                yield _race_poolers(setup, "in-cache", d, (bag_size, distribution), lambda peer: goals.get(peer.bits))
+
+
+def race_avx2(setup: Setup) -> Iterator[Workload[Any]]:
+    """Ours held to AVX2; peers use what they find."""
+    if "avx2" not in _native.available_isas():
+        setup.left_out["avx2"] = "this CPU has no AVX2"
+        return
+    slower = Setup(setup.sizes, [peer for peer in setup.poolers if peer.bits == 4], setup.left_out, "avx2")
+    for d in setup.sizes.dims:
+        yield _race_poolers(slower, "avx2", d, (min(BAG_SIZES), "uniform"), lambda _: AVX2_GOAL)
+
+
+def _race_poolers(setup: Setup, case: str, d: int, bags_of: tuple[int, str], goals: Goals) -> Workload[Any]:
+    sizes = setup.sizes
+    table, (bag_size, distribution) = make_table(sizes.rows, d), bags_of
+    bags = make_bags(sizes.rows, bag_size, sizes.indices, distribution)
+    others = [
+        make_contestant(peer.name, peer.load([table])(bags), bags, readying(peer), goals(peer))
+        for peer in setup.poolers
+    ]
+    settings = describe_race(case, setup, table, bags) | {"distribution": distribution}
+    return Workload(settings, make_ours(setup, table, bags), others, find_wrong_by(Expected([table], bags)))
+
+
+def race_threads(setup: Setup) -> Iterator[Workload[Any]]:
+    """Two threads against one, and against two callers of one thread each: what the machine gives at most."""
+    sizes = setup.sizes
+    for d in THREADED_DIMS:
+        table = make_table(sizes.rows, d)
+        bags = make_bags(sizes.rows, min(BAG_SIZES), sizes.indices)
+        two = make_ours(setup, table, bags, threads=2)
+        others = [make_ours(setup, table, bags, goal=THREADS_GOAL), _two_callers(setup, table, bags)]
+        settings = describe_race("threads", setup, table, bags) | {"threads": 2}
+        yield Workload(settings, two, others, find_wrong_by(Expected([table], bags)))
+
+
+def _two_callers(setup: Setup, table: PackedTable, bags: Bags) -> Contestant[Any]:
+    """Both sum all bags again and again, wait for nothing but their own work, and share nothing but the memory."""
+    pool = bind_table(table)(bags)
+    callers = ThreadPoolExecutor(2)
+
+    def repeat() -> Any:
+        for _ in range(CALLS_A_CALLER - 1):
+            pool()
+        return pool()
+
+    def call() -> Any:
+        first, second = (callers.submit(repeat) for _ in range(2))
+        second.result()
+        return first.result()
+
+    return Contestant("embpack, 2 callers", call, 2 * CALLS_A_CALLER * len(bags.indices), readying_us(setup.isa))
+
+
+def race_layouts(setup: Setup) -> Iterator[Workload[Any]]:
+    """Rows with codebooks against uniform rows; each answers for its own table."""
+    sizes = setup.sizes
+    for d in setup.sizes.dims:
+        bags = make_bags(sizes.rows, min(BAG_SIZES), sizes.indices)
+        uniform = quantize_normal(sizes.rows, d, "asym")
+        for method in LAYOUTS:
+            table = quantize_normal(sizes.rows, d, method)
+            settings = describe_race("layouts", setup, table, bags)
+            ours, other = (_ours_of_layout(setup, each, bags) for each in (table, uniform))
+            expected = (Expected([each], bags) for each in (table, uniform))
+            yield Workload(settings, ours, [other], _find_wrong_of_two(*expected))
+
+
+def _ours_of_layout(setup: Setup, table: PackedTable, bags: Bags) -> Contestant[Any]:
+    goal = LAYOUT_GOAL if table.layout == "uniform" else None
+    name = f"embpack, {table.layout}"
+    return make_contestant(name, bind_table(table)(bags), bags, readying_us(setup.isa), goal)
+
+
+def _find_wrong_of_two(ours: Expected, theirs: Expected) -> Callable[[Any, Any], str | None]:
+    return lambda our, their: ours.find_wrong(np.asarray(our)) or theirs.find_wrong(np.asarray(their))
+
+
+def race_many_tables(setup: Setup) -> Iterator[Workload[Any]]:
+    """A hundred tables in one call."""
+    sizes = setup.sizes
+    tables = [make_table(sizes.rows_a_table, OTHER_DIM, seed) for seed in range(sizes.tables)]
+    bags = make_uneven_bags(sizes.rows_a_table, 10, sizes.tables * sizes.bags_a_table)
+    group = TableGroup(tables)
+    peers = [peer for peer in setup.poolers if peer.takes_groups and peer.bits == 4]
+    others = [make_contestant(peer.name, peer.load(tables)(bags), bags, readying(peer), GROUP_GOAL) for peer in peers]
+    ours = make_contestant(
+        "embpack", lambda: group.embedding_bag(bags.indices, bags.offsets), bags, readying_us(setup.isa), None
+    )
+    settings = describe_race("many-tables", setup, tables[0], bags) | {
+        "tables": len(tables),
+        "table_bytes": sum(table.nbytes for table in tables),
+    }
+    yield Workload(settings, ours, others, find_wrong_by(Expected(tables, bags)))
+
+
+def race_single_bag(setup: Setup) -> Iterator[Workload[Any]]:
+    """One bag from Python: what a call costs."""
+    table = make_table(setup.sizes.rows, OTHER_DIM)
+    bags = make_bags(len(table), 20, 20)
+    peers = [peer for peer in setup.poolers if peer.library == "PyTorch" and peer.bits == 4]
+    others = [
+        make_contestant(peer.name, peer.load([table])(bags), bags, readying(peer), SINGLE_BAG_GOAL) for peer in peers
+    ]
+    settings = describe_race("single-bag", setup, table, bags)
+    if peers:
+        import torch  # Installed, or there were no such peers.
+
+        indices, offsets = torch.from_numpy(bags.indices), torch.from_numpy(bags.offsets[:-1].copy())
+        by_torch = make_contestant(
+            "embpack, torch tensors",
+            lambda: table.embedding_bag(indices, offsets, mode="sum"),
+            bags,
+            readying_us(setup.isa),
+            None,
+        )
+        others.append(by_torch)
+    yield Workload(settings, make_ours(setup, table, bags), others, find_wrong_by(Expected([table], bags)))
+
+
+CASES: dict[str, Callable[[Setup], Iterator[Workload[Any]]]] = {
+    "in-cache": race_in_cache,
+    "out-of-cache": race_out_of_cache,
+    "threads": race_threads,
+    "layouts": race_layouts,
+    "many-tables": race_many_tables,
+    "single-bag": race_single_bag,
+    "avx2": race_avx2,
+}

@@ -1,0 +1,60 @@
+"""The bare loop of touch.cpp, compiled when it is needed."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack import PackedTable
+
+SOURCE = Path(__file__).with_name("touch.cpp")
+LINE_BYTES = 64
+
+Touch = Callable[[PackedTable, NDArray[np.int64]], int]
+
+
+def compile_touch() -> Touch:
+    """Compile and load it.
+
+    Returns:
+        A call that reads a byte of each cache line of the rows int64 [L] of a table, and returns the bytes' sum.
+
+    Raises:
+        OSError: there is no compiler, or it fails.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise OSError("there is no C++ compiler; install one, or name it in CXX")
+    with TemporaryDirectory() as folder:
+        library = Path(folder, "touch.so")
+        command = [compiler, "-O2", "-shared", "-fPIC", str(SOURCE), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"{compiler} fails: {done.stderr.strip().partition(chr(10))[0]}")
+        function = ctypes.CDLL(str(library)).touch
+    function.restype = ctypes.c_uint64
+    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+
+    def touch(table: PackedTable, indices: NDArray[np.int64]) -> int:
+        return int(function(table.packed.ctypes.data, table.row_bytes, indices.ctypes.data, len(indices)))
+
+    return touch
+
+
+def sum_touched(table: PackedTable, indices: NDArray[np.int64]) -> int:
+    """What touch returns, in NumPy."""
+    starts = indices * table.row_bytes
+    into_line = (table.packed.ctypes.data + starts) % LINE_BYTES
+    flat = table.packed.reshape(-1)
+    total = int(flat[starts].sum(dtype=np.int64))
+    for first in range(LINE_BYTES, table.row_bytes + LINE_BYTES, LINE_BYTES):
+        places = first - into_line
+        inside = places < table.row_bytes
+        total += int(flat[(starts + places)[inside]].sum(dtype=np.int64))
+    return total

@@ -1,0 +1,131 @@
+"""TableGroup: many tables, looked up in one call."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack import _native
+from embpack.table import MODES, PackedTable, as_integers, as_weights, explain_offsets, output_dtype
+
+
+class TableGroup:
+    """Tables whose bags are pooled together, in one call of the core whatever their number.
+
+    Attributes:
+        tables: each of any layout, bits and embedding_dim.
+        table_of: for each feature, the number of the table that it reads.
+        modes: for each feature, "sum", "mean" or "max".
+
+    Raises:
+        ValueError: there is no feature, a feature reads no table of the group, or a mode is unknown.
+
+    Source: torchrec.EmbeddingBagCollection and FBGEMM's table-batched embeddings, the meaning of their arguments.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[PackedTable],
+        table_of: Sequence[int] | None = None,
+        modes: str | Sequence[str] = "sum",
+    ) -> None:
+        self.tables = tuple(tables)
+        self.table_of = tuple(range(len(self.tables))) if table_of is None else tuple(table_of)
+        self.modes = (modes,) * len(self.table_of) if isinstance(modes, str) else tuple(modes)
+        self._check()
+        views = [table.native_rows for table in self.tables]
+        self._native = _native.TableGroup(views, list(self.table_of), list(self.modes))
+
+    def _check(self) -> None:
+        if not self.table_of:
+            raise ValueError("the group has no feature; give it a table")
+        for feature, table in enumerate(self.table_of):
+            if not 0 <= table < len(self.tables):
+                raise ValueError(
+                    f"table_of[{feature}] is {table}, but the group has {len(self.tables)} tables "
+                    f"(valid: 0 to {len(self.tables) - 1})"
+                )
+        if len(self.modes) != len(self.table_of):
+            raise ValueError(f"there are {len(self.modes)} modes for {len(self.table_of)} features; give one for each")
+        for feature, mode in enumerate(self.modes):
+            if mode not in MODES:
+                raise ValueError(f"modes[{feature}] is {mode!r}; choose one of {', '.join(MODES)}")
+
+    @property
+    def embedding_dims(self) -> tuple[int, ...]:
+        """Values that each feature has in a row of the output."""
+        return tuple(self.tables[table].embedding_dim for table in self.table_of)
+
+    def __repr__(self) -> str:
+        return (
+            f"TableGroup({len(self.tables)} tables, {len(self.table_of)} features, {sum(self.embedding_dims)} values)"
+        )
+
+    def embedding_bag(
+        self,
+        indices: Any,
+        offsets: Any = None,
+        *,
+        lengths: Any = None,
+        per_sample_weights: Any = None,
+        dtype: str = "float32",
+    ) -> NDArray[Any]:
+        """Pool the bags of all features.
+
+        Args:
+            indices: int32 or int64 [L]: those of the first feature's bags, then those of the second's, and so on; the
+                values of a TorchRec KeyedJaggedTensor.
+            offsets: int32 or int64 [F * B + 1] for F features and B bags each, non-decreasing from 0 to L: where each
+                bag starts, feature by feature, and where the last one ends.
+            lengths: int32 or int64 [F * B], how many indices each bag has, in place of offsets.
+            per_sample_weights: float32 [L], what each row is multiplied by; only if all modes are "sum".
+            dtype: of the values: "float32", "float16" or "bfloat16".
+
+        Returns:
+            [B, sum of embedding_dims], C-contiguous: the features' values side by side. An empty bag is zeros.
+            bfloat16, which NumPy lacks, as its bits in uint16.
+
+        Raises:
+            IndexError: an index is out of range; names its position, value and feature.
+            TypeError: an argument is of another type.
+            ValueError: offsets, lengths, per_sample_weights or dtype are not as above.
+        """
+        array = as_integers(indices, "indices")
+        if array.ndim != 1:
+            raise ValueError(f"indices have {array.ndim} dimensions; they must be 1-D, feature after feature")
+        starts = self._read_offsets(array, offsets, lengths)
+        weights = None if per_sample_weights is None else as_weights(per_sample_weights, array, self.modes)
+        batch = (len(starts) - 1) // len(self.table_of)
+        out = np.empty((batch, sum(self.embedding_dims)), output_dtype(dtype))
+        feature, fault = self._native.pool(array, starts, weights, out)
+        if fault != -1:
+            raise self._explain(feature, fault, array, starts)
+        return out
+
+    def _read_offsets(self, indices: NDArray[Any], offsets: Any, lengths: Any) -> NDArray[Any]:
+        if (offsets is None) == (lengths is None):
+            raise ValueError("give either offsets or lengths")
+        if lengths is not None:
+            counts = as_integers(lengths, "lengths")
+            if counts.ndim != 1 or (counts < 0).any():
+                raise ValueError("lengths must be 1-D and not negative: how many indices each bag has")
+            starts = np.zeros(len(counts) + 1, np.int64)
+            np.cumsum(counts, out=starts[1:])
+        else:
+            starts = as_integers(offsets, "offsets")
+        features = len(self.table_of)
+        if starts.ndim != 1 or len(starts) % features != 1 % features or not len(starts):
+            what, extra = ("lengths", "") if offsets is None else ("offsets", ", and one entry more")
+            given = len(starts) - 1 if offsets is None else starts.size
+            raise ValueError(f"there are {given} {what}; {features} features take a multiple of {features}{extra}")
+        if starts[-1] != len(indices):
+            raise ValueError(f"the last bag ends at {starts[-1]}, but there are {len(indices)} indices")
+        return starts
+
+    def _explain(self, feature: int, fault: int, indices: NDArray[Any], starts: NDArray[Any]) -> Exception:
+        if fault == _native.bad_offsets:
+            return explain_offsets(starts, len(indices))
+        table = self.table_of[feature]
+        error = self.tables[table].explain_fault(fault, indices)
+        return type(error)(f"feature {feature}, table {table}: {error}")
