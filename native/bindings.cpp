@@ -75,15 +75,17 @@ Grid make_grid(int bits, bool f16_params) {
 }
 
 // float32, float16, or bfloat16 as uint16.
+ValueType value_type(nb::dlpack::dtype dtype, const char* message) {
+    if (dtype == nb::dtype<float>()) return ValueType::f32;
+    const bool half = dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float);
+    require(dtype.bits == 16 && (half || dtype == nb::dtype<uint16_t>()), message);
+    return half ? ValueType::f16 : ValueType::bf16;
+}
+
 Rows view_rows(const RowsArray& rows) {
     require(rows.shape(1) > 0, "rows have no columns");
-    Rows view{rows.data(), ValueType::f32, rows.shape(0), rows.shape(1)};
-    if (rows.dtype() == nb::dtype<float>()) return view;
-    const bool half = rows.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float);
-    require(rows.dtype().bits == 16 && (half || rows.dtype() == nb::dtype<uint16_t>()),
-            "rows must be float32, float16 or uint16 (bfloat16)");
-    view.type = half ? ValueType::f16 : ValueType::bf16;
-    return view;
+    const ValueType type = value_type(rows.dtype(), "rows must be float32, float16 or uint16 (bfloat16)");
+    return {rows.data(), type, rows.shape(0), rows.shape(1)};
 }
 
 Layout parse_layout(const std::string& name) {
@@ -114,7 +116,7 @@ struct PackedView {
         const bool is_u8 = clusters->dtype() == nb::dtype<uint8_t>();
         require(is_u8 || clusters->dtype() == nb::dtype<uint16_t>(), "clusters must be uint8 or uint16");
         require(clusters->shape(0) == rows.num_rows, "clusters must have one number for each row");
-        require(codebooks->shape(1) == (size_t{1} << bits) * (f16_params ? 2 : 4), "codebooks have the wrong size");
+        require(codebooks->shape(1) == codebook_bytes(grid), "codebooks have the wrong size");
         rows.codebooks = codebooks->data();
         rows.clusters = static_cast<const uint8_t*>(clusters->data());
         rows.cluster_bytes = is_u8 ? 1 : 2;
@@ -205,17 +207,10 @@ Integers view_integers(const Indices& array) {
     return {array.data(), array.shape(0), is_i64};
 }
 
-// float32, float16, or bfloat16 as uint16.
 Output view_output(const ValuesOut& out, size_t num_rows, size_t width) {
     require(out.shape(0) == num_rows && out.shape(1) == width, "out has the wrong shape");
-    ValueType type = ValueType::f32;
-    if (out.dtype() != nb::dtype<float>()) {
-        const bool half = out.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float);
-        require(out.dtype().bits == 16 && (half || out.dtype() == nb::dtype<uint16_t>()),
-                "out must be float32, float16 or uint16 (bfloat16)");
-        type = half ? ValueType::f16 : ValueType::bf16;
-    }
-    return {static_cast<uint8_t*>(out.data()), width * (type == ValueType::f32 ? 4 : 2), type};
+    const ValueType type = value_type(out.dtype(), "out must be float32, float16 or uint16 (bfloat16)");
+    return {static_cast<uint8_t*>(out.data()), width * value_bytes(type), type};
 }
 
 // What Python makes a message of: -1 for no fault, the position of an index that is outside, or -2 - position of one
@@ -325,7 +320,7 @@ struct GroupView {
             if (rows.num_rows == 0 && bags.start(0) < bags.start(batch))
                 return {feature, static_cast<int64_t>(bags.start(0))};
             lookups.push_back({rows, bags, to});
-            to.values += rows.embedding_dim * (to.type == ValueType::f32 ? 4 : 2);
+            to.values += rows.embedding_dim * value_bytes(to.type);
         }
         size_t faulty = 0;
         const LookupFault fault = pool(lookups, faulty);

@@ -18,6 +18,8 @@ inline constexpr int max_bins = 1024;
 
 enum class ValueType : uint8_t { f32, f16, bf16 };
 
+inline constexpr size_t value_bytes(ValueType type) { return type == ValueType::f32 ? 4 : 2; }
+
 // How a clipping range becomes scale and bias, and how these are stored after a row's codes.
 struct Grid {
     int bits;          // 2, 4 or 8
@@ -76,6 +78,18 @@ struct Codebooks {
 // What follows a row's codes: scale and bias, the row's codebook, or nothing: the codebook is chosen by the row's
 // cluster number.
 enum class Layout : uint8_t { uniform, codebook, clustered };
+
+// Bytes of a row's codes, of a codebook, and of a row.
+inline constexpr size_t code_bytes(size_t embedding_dim, Grid grid) {
+    return (embedding_dim * static_cast<size_t>(grid.bits) + 7) / 8;
+}
+inline constexpr size_t codebook_bytes(Grid grid) { return (grid.f16_params ? size_t{2} : size_t{4}) << grid.bits; }
+inline constexpr size_t packed_row_bytes(size_t embedding_dim, Grid grid, Layout layout = Layout::uniform) {
+    const size_t params = layout == Layout::uniform    ? 2 * (grid.f16_params ? size_t{2} : size_t{4})
+                          : layout == Layout::codebook ? codebook_bytes(grid)
+                                                       : 0;
+    return code_bytes(embedding_dim, grid) + params;
+}
 
 struct PackedRows {
     const uint8_t* bytes;
@@ -189,12 +203,5 @@ struct Kernels {
     // Rows first .. end of the output: the pooled rows of those bags; zeros for a bag without rows.
     void (*pool_bags)(const PackedRows&, const Bags&, size_t first, size_t end, const Output&, LookupFault&) noexcept;
 };
-
-inline constexpr size_t packed_row_bytes(size_t embedding_dim, Grid grid, Layout layout = Layout::uniform) {
-    const size_t codes = (embedding_dim * static_cast<size_t>(grid.bits) + 7) / 8;
-    const size_t level_bytes = grid.f16_params ? 2 : 4;
-    if (layout == Layout::uniform) return codes + 2 * level_bytes;
-    return codes + (layout == Layout::codebook ? (size_t{1} << grid.bits) * level_bytes : 0);
-}
 
 }  // namespace embpack

@@ -19,6 +19,16 @@ class _PyTorch(Pooler):
         torch.set_num_threads(count)
 
 
+def _bind(pool: Callable[..., torch.Tensor], packed: torch.Tensor) -> Callable[[Bags], Lookup]:
+    """Return what Pooler.load returns, for an operator on packed rows."""
+
+    def bind(bags: Bags) -> Lookup:
+        indices, offsets = torch.from_numpy(bags.indices), torch.from_numpy(bags.offsets)
+        return lambda: pool(packed, indices, offsets, include_last_offset=True)
+
+    return bind
+
+
 class FourBits(_PyTorch):
     """Our very bytes: the format is PyTorch's."""
 
@@ -30,13 +40,7 @@ class FourBits(_PyTorch):
         """Share the memory."""
         (table,) = tables
         packed = torch.from_numpy(table.packed)
-        pool = torch.ops.quantized.embedding_bag_4bit_rowwise_offsets
-
-        def bind(bags: Bags) -> Lookup:
-            indices, offsets = torch.from_numpy(bags.indices), torch.from_numpy(bags.offsets)
-            return lambda: pool(packed, indices, offsets, include_last_offset=True)
-
-        return bind
+        return _bind(torch.ops.quantized.embedding_bag_4bit_rowwise_offsets, packed)
 
 
 class EightBits(_PyTorch):
@@ -51,13 +55,7 @@ class EightBits(_PyTorch):
         (table,) = tables
         params = table.packed[:, -PARAM_BYTES:].copy().view(np.float16).astype(np.float32)
         packed = torch.from_numpy(np.concatenate([widen_codes(table), params.view(np.uint8)], axis=1))
-        pool = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
-
-        def bind(bags: Bags) -> Lookup:
-            indices, offsets = torch.from_numpy(bags.indices), torch.from_numpy(bags.offsets)
-            return lambda: pool(packed, indices, offsets, include_last_offset=True)
-
-        return bind
+        return _bind(torch.ops.quantized.embedding_bag_byte_rowwise_offsets, packed)
 
 
 class Fp32(_PyTorch):

@@ -43,7 +43,7 @@ inline void prefetch_row(uintptr_t row, size_t row_bytes) {
 // Lines to be written compete with rows for the few that can be under way; asked for late, they wait longest.
 inline void prefetch_output(const Output& out, size_t row, size_t d) {
     const uintptr_t values = reinterpret_cast<uintptr_t>(out.values) + row * out.row_bytes;
-    const size_t width = d * (out.type == ValueType::f32 ? 4 : 2);
+    const size_t width = d * value_bytes(out.type);
     for (size_t at = 0; at < width; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(values + at), 1);
 }
 inline constexpr size_t bags_ahead = 4;
@@ -76,25 +76,25 @@ inline const uint8_t* find_codebook(const PackedRows& rows, int64_t index, size_
         fault.note(position, LookupFault::no_codebook);
         cluster = 0;
     }
-    return rows.codebooks + cluster * ((rows.grid.f16_params ? size_t{2} : size_t{4}) << rows.grid.bits);
+    return rows.codebooks + cluster * codebook_bytes(rows.grid);
 }
 
 // Finds scale and bias, or the codebook, of the rows whose codes have been found.
 template <class Numbers>
 [[gnu::always_inline]] inline void find_levels(const PackedRows& rows, Numbers numbers, size_t first, size_t count,
                                                Prepared& prepared, LookupFault& fault) {
-    const size_t code_bytes = (rows.embedding_dim * static_cast<size_t>(rows.grid.bits) + 7) / 8;
+    const size_t after_codes = code_bytes(rows.embedding_dim, rows.grid);
     if (rows.layout == Layout::codebook) {
-        for (size_t i = 0; i < count; i++) prepared.codebooks[i] = prepared.codes[i] + code_bytes;
+        for (size_t i = 0; i < count; i++) prepared.codebooks[i] = prepared.codes[i] + after_codes;
     } else if (rows.layout == Layout::clustered) {
         for (size_t i = 0; i < count; i++)
             prepared.codebooks[i] = find_codebook(rows, numbers.at(first + i), first + i, fault);
     } else if (rows.grid.f16_params) {
 #pragma GCC unroll 8
-        for (size_t i = 0; i < count; i++) std::memcpy(prepared.half_params + 2 * i, prepared.codes[i] + code_bytes, 4);
+        for (size_t i = 0; i < count; i++) std::memcpy(prepared.half_params + 2 * i, prepared.codes[i] + after_codes, 4);
         for (size_t i = 0; i < 2 * count; i += 16) store(prepared.params + i, load_f16(prepared.half_params + i));
     } else {
-        for (size_t i = 0; i < count; i++) std::memcpy(prepared.params + 2 * i, prepared.codes[i] + code_bytes, 8);
+        for (size_t i = 0; i < count; i++) std::memcpy(prepared.params + 2 * i, prepared.codes[i] + after_codes, 8);
     }
 }
 

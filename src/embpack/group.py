@@ -36,6 +36,7 @@ class TableGroup:
         self._check()
         views = [table.native_rows for table in self.tables]
         self._native = _native.TableGroup(views, list(self.table_of), list(self.modes))
+        self._width = sum(self.embedding_dims)  # once: a hundred tables take a while to ask
 
     def _check(self) -> None:
         if not self.table_of:
@@ -58,9 +59,7 @@ class TableGroup:
         return tuple(self.tables[table].embedding_dim for table in self.table_of)
 
     def __repr__(self) -> str:
-        return (
-            f"TableGroup({len(self.tables)} tables, {len(self.table_of)} features, {sum(self.embedding_dims)} values)"
-        )
+        return f"TableGroup({len(self.tables)} tables, {len(self.table_of)} features, {self._width} values)"
 
     def embedding_bag(
         self,
@@ -97,7 +96,7 @@ class TableGroup:
         starts = self._read_offsets(array, offsets, lengths)
         weights = None if per_sample_weights is None else as_weights(per_sample_weights, array, self.modes)
         batch = (len(starts) - 1) // len(self.table_of)
-        out = np.empty((batch, sum(self.embedding_dims)), output_dtype(dtype))
+        out = np.empty((batch, self._width), output_dtype(dtype))
         feature, fault = self._native.pool(array, starts, weights, out)
         if fault != -1:
             raise self._explain(feature, fault, array, starts)
@@ -115,7 +114,7 @@ class TableGroup:
         else:
             starts = as_integers(offsets, "offsets")
         features = len(self.table_of)
-        if starts.ndim != 1 or len(starts) % features != 1 % features or not len(starts):
+        if starts.ndim != 1 or not len(starts) or (len(starts) - 1) % features:
             what, extra = ("lengths", "") if offsets is None else ("offsets", ", and one entry more")
             given = len(starts) - 1 if offsets is None else starts.size
             raise ValueError(f"there are {given} {what}; {features} features take a multiple of {features}{extra}")
