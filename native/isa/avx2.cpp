@@ -1,9 +1,13 @@
 // AVX2, FMA and F16C (Haswell and later, Zen and later): sixteen lanes are two registers.
 #include <immintrin.h>
 
+#include <algorithm>
+#include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../kernels.h"
 
@@ -56,6 +60,15 @@ inline void store_first(float* p, F32x16 x, size_t n) {
 inline __m128i load_eight_u16(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 inline F32x16 load_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(load_eight_u16(p)), _mm256_cvtph_ps(load_eight_u16(p + 8))};
+}
+// The two float16 at p, each to all lanes.
+inline void splat_two_f16(const uint8_t* p, F32x16& first, F32x16& second) {
+    int32_t two;
+    std::memcpy(&two, p, 4);
+    const __m256 alternating = _mm256_cvtph_ps(_mm_set1_epi32(two));
+    const __m256 even = _mm256_moveldup_ps(alternating), odd = _mm256_movehdup_ps(alternating);
+    first = {even, even};
+    second = {odd, odd};
 }
 inline F32x16 load_bf16(const uint16_t* p) {
     const auto widen = [](__m128i bits) {

@@ -1,9 +1,13 @@
 // AVX-512 (F, BW, DQ, VL: Skylake-X and later, Zen 4 and later): sixteen lanes are one register.
 #include <immintrin.h>
 
+#include <algorithm>
+#include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../kernels.h"
 
@@ -36,6 +40,14 @@ inline void store_first(float* p, F32x16 x, size_t n) { _mm512_mask_storeu_ps(p,
 
 inline F32x16 load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+// The two float16 at p, each to all lanes: one load, and four operations that other ports can share.
+inline void splat_two_f16(const uint8_t* p, F32x16& first, F32x16& second) {
+    int32_t two;
+    std::memcpy(&two, p, 4);
+    const __m512 alternating = _mm512_cvtph_ps(_mm256_set1_epi32(two));
+    first = _mm512_moveldup_ps(alternating);
+    second = _mm512_movehdup_ps(alternating);
 }
 inline F32x16 load_bf16(const uint16_t* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

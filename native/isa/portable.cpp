@@ -1,7 +1,11 @@
 // Plain C++ for any CPU: sixteen lanes are an array, and the compiler makes of it what it can.
+#include <algorithm>
+#include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../kernels.h"
 
@@ -98,6 +102,13 @@ inline void store_first(float* p, F32x16 x, size_t n) { std::memcpy(p, x.lane, n
 
 inline F32x16 load_f16(const uint16_t* p) {
     return each_lane([p](size_t i) { return widen_f16(p[i]); });
+}
+// The two float16 at p, each to all lanes.
+inline void splat_two_f16(const uint8_t* p, F32x16& first, F32x16& second) {
+    uint16_t two[2];
+    std::memcpy(two, p, sizeof two);
+    first = splat(widen_f16(two[0]));
+    second = splat(widen_f16(two[1]));
 }
 inline F32x16 load_bf16(const uint16_t* p) {
     return each_lane([p](size_t i) { return float_of(static_cast<uint32_t>(p[i]) << 16); });

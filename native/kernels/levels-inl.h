@@ -28,18 +28,32 @@ struct GridLevels {
     F32x16 operator()(I32x16 codes) const { return fma(scale, to_float(only_code<bits>(codes)), bias); }
 };
 
-// Makes levels of a row's scale and bias.
-template <int bits>
+// What reads the levels of a row, given the address of its byte `first_code`.
+
+// They are made of the scale and bias after the codes.
+template <int bits, bool f16_params>
 struct GridReader {
+    size_t after_codes;
     F32x16 numbers = load(numbers_of_levels<bits>);
 
-    GridReader() { stay_in_register(numbers); }
-    auto operator()(const float* scale_and_bias) const {
-        const F32x16 scale = splat(scale_and_bias[0]), bias = splat(scale_and_bias[1]);
-        if constexpr (has_level_table<bits>) {
-            return LevelTable{fma(scale, numbers, bias)};
+    GridReader(const PackedRows& rows, size_t first_code)
+        : after_codes(code_bytes(rows.embedding_dim, rows.grid) - first_code) {
+        stay_in_register(numbers);
+    }
+    static bool knows(uint64_t) { return true; }
+    auto operator()(const uint8_t* codes, uint64_t) const {
+        GridLevels<bits> grid;
+        if constexpr (f16_params) {
+            splat_two_f16(codes + after_codes, grid.scale, grid.bias);
         } else {
-            return GridLevels<bits>{scale, bias};
+            float params[2];
+            std::memcpy(params, codes + after_codes, sizeof params);
+            grid = {splat(params[0]), splat(params[1])};
+        }
+        if constexpr (has_level_table<bits>) {
+            return LevelTable{fma(grid.scale, numbers, grid.bias)};
+        } else {
+            return grid;
         }
     }
 };
@@ -79,6 +93,38 @@ inline auto codebook_levels(const uint8_t* codebook, bool f16_params) {
         }
         return LevelTable{f16_params ? load_f16(halves) : load(wide)};
     }
+}
+
+inline bool has_codebook(const PackedRows& rows, uint64_t index) {
+    return rows.layout != Layout::clustered || cluster_of(rows, index) < rows.num_codebooks;
+}
+
+// The codebook after the codes, or that of the row's cluster.
+template <int bits>
+struct CodebookReader {
+    const PackedRows& rows;
+    size_t after_codes;
+
+    CodebookReader(const PackedRows& rows, size_t first_code)
+        : rows(rows), after_codes(code_bytes(rows.embedding_dim, rows.grid) - first_code) {}
+    bool knows(uint64_t index) const { return has_codebook(rows, index); }
+    auto operator()(const uint8_t* codes, uint64_t index) const {
+        const uint8_t* codebook = codes + after_codes;
+        if (rows.layout == Layout::clustered)
+            codebook = rows.codebooks + cluster_of(rows, index) * codebook_bytes(rows.grid);
+        return codebook_levels<bits>(codebook, rows.grid.f16_params);
+    }
+};
+
+template <class T>
+struct Type {};
+
+// Calls use(Type<reader>()) with the reader for those rows.
+template <int bits, class Use>
+inline void with_levels(const PackedRows& rows, Use use) {
+    if (rows.layout != Layout::uniform) return use(Type<CodebookReader<bits>>());
+    if (rows.grid.f16_params) return use(Type<GridReader<bits, true>>());
+    use(Type<GridReader<bits, false>>());
 }
 
 // The codes of the last columns, fewer than sixteen, without reading past the row.

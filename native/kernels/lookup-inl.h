@@ -1,38 +1,7 @@
 // Reading packed rows: gather and pool. A bag adds its rows' levels in index order, each column by itself.
 
-// What a few dozen rows need before their codes are read: all that costs the same for a row of any width, in loops that
-// keep many cache misses in flight and work on many rows at once.
-inline constexpr size_t prepared_rows = 64;
-
-struct Prepared {
-    alignas(64) float params[2 * prepared_rows];   // uniform: scale and bias of each row
-    alignas(64) uint16_t half_params[2 * prepared_rows] = {};
-    const uint8_t* codes[prepared_rows];
-    const uint8_t* codebooks[prepared_rows] = {};
-    float weights[prepared_rows] = {};
-};
-
-// Where rows come from: indices[i], of either width, or i itself.
-struct OwnNumbers {
-    int64_t at(size_t i) const { return static_cast<int64_t>(i); }
-};
-template <class Index>
-struct GivenNumbers {
-    const Index* indices;
-    int64_t at(size_t i) const { return indices[i]; }
-};
-
-template <class Use>
-inline void with_numbers(const Integers& indices, Use use) {
-    if (!indices.values) return use(OwnNumbers{});
-    if (indices.are_64_bits) return use(GivenNumbers<int64_t>{static_cast<const int64_t*>(indices.values)});
-    use(GivenNumbers<int32_t>{static_cast<const int32_t*>(indices.values)});
-}
-
-// An address for the cache, never for a load: the index has not been checked yet.
-inline uintptr_t address_of_row(const PackedRows& rows, int64_t index) {
-    return reinterpret_cast<uintptr_t>(rows.bytes) + static_cast<uint64_t>(index) * rows.row_bytes;
-}
+// Rows are read so many at a time, while the next ones are on their way to the cache.
+inline constexpr size_t rows_at_once = 64;
 
 // Into the second-level cache: the first has little room for what is not needed yet.
 inline void prefetch_row(uintptr_t row, size_t row_bytes) {
@@ -47,80 +16,6 @@ inline void prefetch_output(const Output& out, size_t row, size_t d) {
     for (size_t at = 0; at < width; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(values + at), 1);
 }
 inline constexpr size_t bags_ahead = 4;
-
-// Finds `count` rows from position `first` on. Faults are noted; a row at fault is replaced by row 0.
-template <class Numbers>
-[[gnu::always_inline]] inline void find_rows(const PackedRows& rows, Numbers numbers, size_t first, size_t count,
-                                             const uint8_t** __restrict found, LookupFault& fault) {
-    const uint64_t num_rows = rows.num_rows;
-    const PackedRows local = rows;   // which no store to `found` can change
-    uint64_t highest = 0;            // Without a branch, the loop works on many at once.
-    for (size_t i = 0; i < count; i++) {
-        const int64_t index = numbers.at(first + i);
-        highest = static_cast<uint64_t>(index) > highest ? static_cast<uint64_t>(index) : highest;
-        found[i] = reinterpret_cast<const uint8_t*>(address_of_row(local, index));
-    }
-    if (highest < num_rows) [[likely]] return;
-    for (size_t i = 0; i < count; i++) {
-        if (static_cast<uint64_t>(numbers.at(first + i)) < num_rows) continue;
-        fault.note(first + i, LookupFault::outside);
-        found[i] = rows.bytes;
-    }
-}
-
-// The codebook of a row by its cluster; the first one, and a fault, if there is none.
-inline const uint8_t* find_codebook(const PackedRows& rows, int64_t index, size_t position, LookupFault& fault) {
-    const size_t row = static_cast<uint64_t>(index) < rows.num_rows ? static_cast<size_t>(index) : 0;
-    size_t cluster = cluster_of(rows, row);
-    if (cluster >= rows.num_codebooks) [[unlikely]] {
-        fault.note(position, LookupFault::no_codebook);
-        cluster = 0;
-    }
-    return rows.codebooks + cluster * codebook_bytes(rows.grid);
-}
-
-// Finds scale and bias, or the codebook, of the rows whose codes have been found.
-template <class Numbers>
-[[gnu::always_inline]] inline void find_levels(const PackedRows& rows, Numbers numbers, size_t first, size_t count,
-                                               Prepared& prepared, LookupFault& fault) {
-    const size_t after_codes = code_bytes(rows.embedding_dim, rows.grid);
-    if (rows.layout == Layout::codebook) {
-        for (size_t i = 0; i < count; i++) prepared.codebooks[i] = prepared.codes[i] + after_codes;
-    } else if (rows.layout == Layout::clustered) {
-        for (size_t i = 0; i < count; i++)
-            prepared.codebooks[i] = find_codebook(rows, numbers.at(first + i), first + i, fault);
-    } else if (rows.grid.f16_params) {
-#pragma GCC unroll 8
-        for (size_t i = 0; i < count; i++) std::memcpy(prepared.half_params + 2 * i, prepared.codes[i] + after_codes, 4);
-        for (size_t i = 0; i < 2 * count; i += 16) store(prepared.params + i, load_f16(prepared.half_params + i));
-    } else {
-        for (size_t i = 0; i < count; i++) std::memcpy(prepared.params + 2 * i, prepared.codes[i] + after_codes, 8);
-    }
-}
-
-struct Bag {
-    size_t start, end;    // of its indices
-    size_t number;        // row of the output
-    Pooling pooling;
-};
-
-// Some of the prepared rows.
-struct Span {
-    size_t first, end;
-};
-
-// Calls use(i, levels) for each prepared row of a span.
-template <int bits, class Use>
-[[gnu::always_inline]] inline void for_prepared(const PackedRows& rows, const Prepared& prepared, Span span, Use use) {
-    if (rows.layout == Layout::uniform) {
-        const GridReader<bits> read_grid;
-        for (size_t i = span.first; i < span.end; i++) use(i, read_grid(prepared.params + 2 * i));
-    } else if (rows.grid.f16_params) {
-        for (size_t i = span.first; i < span.end; i++) use(i, codebook_levels<bits>(prepared.codebooks[i], true));
-    } else {
-        for (size_t i = span.first; i < span.end; i++) use(i, codebook_levels<bits>(prepared.codebooks[i], false));
-    }
-}
 
 // To bfloat16, nearest, ties to even; NaN stays NaN.
 inline void store_bf16(uint16_t* p, const float* values, size_t count) {
@@ -151,124 +46,166 @@ inline void store_values(const Output& out, size_t row, size_t j, F32x16 values,
     std::memcpy(to + 2 * j, narrow, 2 * n);
 }
 
-// Reads a run of rows, some of them at a time.
+// A window has few enough rows for all tiles of them to be read from the first-level cache, and for the next ones to be
+// on their way to the second.
+inline constexpr size_t most_window_rows = 256, least_window_rows = 16;
+inline constexpr size_t window_bytes = size_t{1} << 14;
+inline constexpr size_t most_window_bags = 256;
+
+// Reads a run of rows, a window of some of them at a time.
 struct RowReader {
     const PackedRows& rows;
-    const Integers& indices;
-    const float* weights;
-    const int64_t padding_index;
-    const size_t end;          // of the run
-    const bool prefetches;
+    const Bags& bags;
+    const size_t end;            // of the run
     LookupFault& fault;
-    size_t prefetched;         // rows up to this position
-    // The positions that have been prepared. Rows that are padding are left out; without padding, the row at position i
-    // is prepared as number i - start.
-    size_t start = 0, stop = 0, count = 0;
-    Prepared prepared;
+    const bool reads_in_place;   // indices, which are as they have to be
+    const size_t window_rows;    // at most
+    size_t prefetched;           // rows up to this position
+    // The window: rows, what they are multiplied by, and where bags start among them; the last one starts nothing.
+    // Rows that are padding have been left out.
+    const uint64_t* indices = nullptr;
+    const float* weights = nullptr;
+    size_t starts[most_window_bags + 1];
+    uint64_t own_indices[most_window_rows];
+    float own_weights[most_window_rows];
 
-    RowReader(const PackedRows& rows, const Integers& indices, const float* weights, int64_t padding_index,
-              bool prefetches, size_t first, size_t end, LookupFault& fault)
+    RowReader(const PackedRows& rows, const Bags& bags, size_t first, size_t end, bool is_one_tile, LookupFault& fault)
         : rows(rows),
-          indices(indices),
-          weights(weights),
-          padding_index(padding_index),
+          bags(bags),
           end(end),
-          prefetches(prefetches),
           fault(fault),
-          prefetched(first) {}
+          reads_in_place(bags.indices.values && bags.indices.are_64_bits && bags.padding_index == no_padding),
+          window_rows(reads_in_place && is_one_tile && !bags.prefetches
+                          ? SIZE_MAX
+                          : std::clamp(window_bytes / rows.row_bytes, least_window_rows, most_window_rows)),
+          prefetched(bags.prefetches ? first : end) {}
 
-    // Prepares rows from position `from` on, up to `until` at most.
-    [[gnu::noinline]] void prepare(size_t from, size_t until) {
-        start = from;
-        stop = until - from < prepared_rows ? until : from + prepared_rows;
-        with_numbers(indices, [&](auto numbers) {
-            if (prefetches) {   // The rows after these, which arrive while these are read.
-                const size_t last = end - stop < prepared_rows ? end : stop + prepared_rows;
-                for (; prefetched < last; prefetched++)
-                    prefetch_row(address_of_row(rows, numbers.at(prefetched)), rows.row_bytes);
-            }
-            // Mostly there are as many as can be. Loops that then always run as often cost no mispredicted branch.
-            if (stop - start == prepared_rows) {
-                find_rows(rows, numbers, start, prepared_rows, prepared.codes, fault);
-                find_levels(rows, numbers, start, prepared_rows, prepared, fault);
-            } else {
-                find_rows(rows, numbers, start, stop - start, prepared.codes, fault);
-                find_levels(rows, numbers, start, stop - start, prepared, fault);
-            }
-        });
-        count = stop - start;
-        if (weights) std::memcpy(prepared.weights, weights + start, count * sizeof(float));
-        if (padding_index != no_padding) leave_padding_out();
+    uint64_t index_at(size_t position) const {
+        return bags.indices.values ? static_cast<uint64_t>(bags.indices[position]) : position;
+    }
+    bool is_padding(uint64_t index) const {
+        return bags.padding_index != no_padding && index == static_cast<uint64_t>(bags.padding_index);
     }
 
-    // The rows of a bag of at most prepared_rows indices.
-    Span hold(const Bag& bag) {
-        if (padding_index != no_padding) {
-            if (start != bag.start || stop != bag.end) prepare(bag.start, bag.end);
-            return {0, count};
-        }
-        // Those of the next bags are prepared along with them.
-        if (bag.start < start || bag.end > stop) prepare(bag.start, end);
-        return {bag.start - start, bag.end - start};
+    // The end of a window that starts at `first` and may not go further than `last`.
+    size_t end_of_window(size_t first, size_t last) const {
+        return last - first < window_rows ? last : first + window_rows;
     }
 
-    void leave_padding_out() {
-        size_t kept = 0;
-        for (size_t i = 0; i < count; i++) {
-            prepared.codes[kept] = prepared.codes[i];
-            prepared.codebooks[kept] = prepared.codebooks[i];
-            std::memmove(prepared.params + 2 * kept, prepared.params + 2 * i, 2 * sizeof(float));
-            prepared.weights[kept] = prepared.weights[i];
-            kept += indices[start + i] != padding_index;
+    // Opens a window on positions first .. last, which are bags that start where `starts` says.
+    [[gnu::noinline]] void open(size_t first, size_t last, size_t num_bags) {
+        weights = bags.per_sample_weights ? bags.per_sample_weights + first : nullptr;
+        if (reads_in_place) {
+            indices = static_cast<const uint64_t*>(bags.indices.values) + first;
+        } else {
+            for (size_t i = first; i < last; i++) own_indices[i - first] = index_at(i);
+            indices = own_indices;
+            if (bags.padding_index != no_padding) leave_padding_out(num_bags);
         }
-        count = kept;
+        // The rows after these, many at once, which keeps many under way. An address that is only for the cache may be
+        // any.
+        for (const size_t ahead = end_of_window(last, end); prefetched < ahead; prefetched++) {
+            const uint64_t offset = index_at(prefetched) * rows.row_bytes;
+            prefetch_row(reinterpret_cast<uintptr_t>(rows.bytes) + offset, rows.row_bytes);
+        }
+    }
+
+    // Opens a window on bags from `first` on and returns how many; none, if the first has too many rows.
+    size_t open_bags(size_t first, size_t last) {
+        const size_t start = bags.start(first), most = std::min(last - first, most_window_bags);
+        size_t count = 0;
+        starts[0] = 0;
+        for (; count < most; count++) {
+            starts[count + 1] = bags.start(first + count + 1) - start;
+            if (starts[count + 1] > window_rows) break;
+        }
+        if (count > 0) open(start, start + starts[count], count);
+        return count;
+    }
+
+    void leave_padding_out(size_t num_bags) {
+        size_t kept = 0, i = 0;
+        for (size_t bag = 0; bag < num_bags; bag++) {
+            for (; i < starts[bag + 1]; i++) {
+                own_indices[kept] = own_indices[i];
+                if (weights) own_weights[kept] = weights[i];
+                kept += !is_padding(own_indices[i]);
+            }
+            starts[bag + 1] = kept;
+        }
+        if (weights) weights = own_weights;
+    }
+
+    // Notes the first fault of a run in which there is one.
+    [[gnu::noinline]] void note_fault(size_t first) {
+        for (size_t i = first; i < end; i++) {
+            const uint64_t index = index_at(i);
+            if (is_padding(index)) continue;
+            if (index >= rows.num_rows) return fault.note(i, LookupFault::outside);
+            if (!has_codebook(rows, index)) return fault.note(i, LookupFault::no_codebook);
+        }
     }
 };
 
 template <int bits>
-inline void store_prepared(const RowReader& reader, const Output& out) {
-    const size_t d = reader.rows.embedding_dim;
+inline void store_rows(RowReader& reader, size_t first, const Output& out) {
+    const PackedRows& rows = reader.rows;
+    const size_t d = rows.embedding_dim;
     const Spread<bits> spread;
-    const SpreadLast<bits> spread_last(reader.rows);
-    for_prepared<bits>(reader.rows, reader.prepared, {0, reader.count}, [&](size_t i, const auto& levels) {
-        const uint8_t* codes = reader.prepared.codes[i];
-        size_t j = 0;
-        for (; j + 16 <= d; j += 16, codes += 2 * bits)
-            store_values(out, reader.start + i, j, in_column_order<bits>(levels(spread(codes))), 16);
-        if (j < d) store_values(out, reader.start + i, j, in_column_order<bits>(levels(spread_last(codes))), d - j);
+    const SpreadLast<bits> spread_last(rows);
+    with_levels<bits>(rows, [&]<class ReadLevels>(Type<ReadLevels>) {
+        const ReadLevels read_levels(rows, 0);
+        for (size_t stop; first < reader.end; first = stop) {
+            stop = reader.end_of_window(first, reader.end);
+            reader.open(first, stop, 0);
+            for (size_t i = first; i < stop; i++) {
+                const uint64_t index = reader.indices[i - first];
+                if (index >= rows.num_rows || !read_levels.knows(index)) [[unlikely]] return reader.note_fault(i);
+                const uint8_t* codes = rows.bytes + index * rows.row_bytes;
+                const auto levels = read_levels(codes, index);
+                size_t j = 0;
+                for (; j + 16 <= d; j += 16, codes += 2 * bits)
+                    store_values(out, i, j, in_column_order<bits>(levels(spread(codes))), 16);
+                if (j < d) store_values(out, i, j, in_column_order<bits>(levels(spread_last(codes))), d - j);
+            }
+        }
     });
 }
 
 void gather_rows(const PackedRows& rows, const Integers& indices, bool prefetches, size_t first, size_t end,
                  const Output& out, LookupFault& fault) noexcept {
-    RowReader reader(rows, indices, nullptr, no_padding, prefetches, first, end, fault);
-    for (size_t i = first; i < end; i = reader.stop) {
-        reader.prepare(i, end);
-        if (rows.grid.bits == 2)
-            store_prepared<2>(reader, out);
-        else if (rows.grid.bits == 4)
-            store_prepared<4>(reader, out);
-        else
-            store_prepared<8>(reader, out);
-    }
+    const Bags bags{.indices = indices, .prefetches = prefetches};
+    RowReader reader(rows, bags, first, end, true, fault);
+    if (rows.grid.bits == 2) return store_rows<2>(reader, first, out);
+    if (rows.grid.bits == 4) return store_rows<4>(reader, first, out);
+    store_rows<8>(reader, first, out);
+}
+
+// So many sums, in vectors, are added up in registers: a tile of the columns.
+inline constexpr size_t most_tile_values = 16 * most_sums;
+
+inline constexpr std::array<float, most_tile_values> filled_with(float value) {
+    std::array<float, most_tile_values> values{};
+    values.fill(value);
+    return values;
 }
 
 // How a row's levels join those before.
 struct AddLevels {
-    static F32x16 start() { return splat(0.0f); }
-    AddLevels(const Prepared&, size_t) {}
+    static constexpr auto start = filled_with(0.0f);
+    AddLevels(const float*, size_t) {}
     F32x16 operator()(F32x16 so_far, F32x16 levels) const { return add(so_far, levels); }
 };
 struct AddWeightedLevels {
     F32x16 weight;
 
-    static F32x16 start() { return splat(0.0f); }
-    AddWeightedLevels(const Prepared& prepared, size_t i) : weight(splat(prepared.weights[i])) {}
+    static constexpr auto start = filled_with(0.0f);
+    AddWeightedLevels(const float* weights, size_t i) : weight(splat(weights[i])) {}
     F32x16 operator()(F32x16 so_far, F32x16 levels) const { return fma(weight, levels, so_far); }
 };
 struct KeepLargestLevels {
-    static F32x16 start() { return splat(-__builtin_inff()); }
-    KeepLargestLevels(const Prepared&, size_t) {}
+    static constexpr auto start = filled_with(-__builtin_inff());
+    KeepLargestLevels(const float*, size_t) {}
     F32x16 operator()(F32x16 so_far, F32x16 levels) const { return max(levels, so_far); }
 };
 
@@ -290,113 +227,174 @@ struct Sums {
     [[gnu::always_inline]] inline void change(const Change& change) {
         unrolled<vectors>([&](size_t v) { vector[v] = change(v, vector[v]); });
     }
-    // One by one: as one piece, they would be kept in memory.
-    [[gnu::always_inline]] inline void copy_from(const Sums& other) {
-        unrolled<vectors>([&](size_t v) { vector[v] = other.vector[v]; });
+};
+
+// Pools a tile of the bags in a window, in registers: `vectors` times sixteen columns, or the last ones, fewer than
+// sixteen, whose codes start at byte `first_code` of a row. Sums start as given, and go to `to`, a bag's `stride` after
+// the last one's, in column order or as they are. False if an index has no row, or its row no codebook. Not inlined,
+// and without all else that there is to do, so that the loop over rows has all registers.
+using PoolTileFn = bool (*)(const RowReader&, size_t first_code, size_t first_bag, size_t end_bag, const float* start,
+                            float* to, size_t stride, bool in_order);
+
+template <int bits, class Join, class ReadLevels, size_t vectors, bool are_last>
+[[gnu::noinline]] bool pool_tile(const RowReader& reader, size_t first_code, size_t first_bag, size_t end_bag,
+                                 const float* start, float* to, size_t stride, bool in_order) {
+    const ReadLevels read_levels(reader.rows, first_code);
+    const auto spread = [&] {
+        if constexpr (are_last)
+            return SpreadLast<bits>(reader.rows);
+        else
+            return Spread<bits>();
+    }();
+    const uint8_t* const bytes = reader.rows.bytes + first_code;
+    const size_t row_bytes = reader.rows.row_bytes, num_rows = reader.rows.num_rows;
+    const uint64_t* const indices = reader.indices;
+    const float* const weights = reader.weights;
+    const size_t* const starts = reader.starts;
+    size_t i = starts[first_bag];
+    for (size_t bag = first_bag; bag < end_bag; bag++) {
+        Sums<vectors> sums;
+        sums.change([&](size_t v, F32x16) { return load(start + 16 * v); });
+        for (const size_t end = starts[bag + 1]; i < end; i++) {
+            const uint64_t index = indices[i];
+            if (index >= num_rows || !read_levels.knows(index)) [[unlikely]] return false;
+            const uint8_t* codes = bytes + index * row_bytes;
+            asm("" : "+r"(codes));   // One address and constant distances: GCC would keep a register for each vector.
+            const auto levels = read_levels(codes, index);
+            const Join join(weights, i);
+            sums.change([&](size_t v, F32x16 sum) __attribute__((always_inline)) {
+                return join(sum, levels(spread(codes + 2 * bits * v)));
+            });
+        }
+        if (in_order) [[likely]]
+            unrolled<vectors>([&](size_t v) { store(to + 16 * v, in_column_order<bits>(sums.vector[v])); });
+        else
+            unrolled<vectors>([&](size_t v) { store(to + 16 * v, sums.vector[v]); });
+        to += stride;
+    }
+    return true;
+}
+
+// The functions for the last columns, and for 1, 2, 4 .. most_sums vectors.
+template <int bits, class Join, class ReadLevels, class Powers = std::make_index_sequence<std::bit_width(most_sums)>>
+struct PoolTiles;
+template <int bits, class Join, class ReadLevels, size_t... powers>
+struct PoolTiles<bits, Join, ReadLevels, std::index_sequence<powers...>> {
+    static constexpr PoolTileFn functions[] = {
+        pool_tile<bits, Join, ReadLevels, 1, true>,
+        pool_tile<bits, Join, ReadLevels, size_t{1} << powers, false>...,
+    };
+};
+
+// Some columns that are pooled together.
+struct Tile {
+    PoolTileFn pool;
+    size_t j, num_columns, num_values;   // num_values: a multiple of sixteen
+    size_t first_code;
+};
+
+// Pools bags, tile by tile.
+struct Pooler {
+    RowReader& reader;
+    const Output& out;
+    const PoolTileFn* functions;
+    const float* start;   // most_tile_values
+    alignas(64) float sums[16 * most_tile_values];
+
+    template <class Use>
+    void for_tiles(const Use& use) const {
+        const size_t d = reader.rows.embedding_dim;
+        for (size_t j = 0; j < d;) {
+            const size_t vectors = std::min(std::bit_floor((d - j) / 16), most_sums);
+            const size_t num_columns = vectors > 0 ? 16 * vectors : d - j;
+            const size_t first_code = j / 8 * static_cast<size_t>(reader.rows.grid.bits);
+            use(Tile{functions[std::bit_width(vectors)], j, num_columns, vectors > 0 ? num_columns : 16, first_code});
+            j += num_columns;
+        }
+    }
+
+    // Brings sums of a bag, of so many rows, to the output.
+    void put_out(const Tile& tile, const float* from, size_t bag, size_t num_rows) const {
+        const F32x16 divisor = splat(static_cast<float>(num_rows));
+        for (size_t j = 0; j < tile.num_columns; j += 16) {
+            F32x16 values = num_rows > 0 ? load(from + j) : splat(0.0f);
+            if (reader.bags.pooling == Pooling::mean && num_rows > 0) values = div(values, divisor);
+            store_values(out, bag, tile.j + j, values, std::min(tile.num_columns - j, size_t{16}));
+        }
+    }
+
+    // The bags of a window, the first of which is bag `first` of all.
+    bool pool_window(size_t first, size_t num_bags) {
+        bool are_found = true;
+        for_tiles([&](const Tile& tile) {
+            if (out.type == ValueType::f32 && reader.bags.pooling == Pooling::sum && tile.num_columns == tile.num_values) {
+                float* const to = reinterpret_cast<float*>(out.values + first * out.row_bytes) + tile.j;
+                are_found &= tile.pool(reader, tile.first_code, 0, num_bags, start, to, out.row_bytes / 4, true);
+                return;
+            }
+            const size_t bags_at_once = std::size(sums) / tile.num_values;
+            for (size_t bag = 0; bag < num_bags && are_found;) {
+                const size_t stop = std::min(num_bags, bag + bags_at_once);
+                are_found = tile.pool(reader, tile.first_code, bag, stop, start, sums, tile.num_values, true);
+                for (const float* from = sums; bag < stop; bag++, from += tile.num_values)
+                    put_out(tile, from, first + bag, reader.starts[bag + 1] - reader.starts[bag]);
+            }
+        });
+        return are_found;
+    }
+
+    // A bag of more rows than a window has.
+    bool pool_long_bag(size_t bag) {
+        const size_t first = reader.bags.start(bag), last = reader.bags.start(bag + 1);
+        bool are_found = true;
+        for_tiles([&](const Tile& tile) {
+            std::copy_n(start, tile.num_values, sums);
+            size_t num_rows = 0;
+            for (size_t i = first, stop; i < last && are_found; i = stop) {
+                stop = reader.end_of_window(i, last);
+                reader.starts[0] = 0;
+                reader.starts[1] = stop - i;
+                reader.open(i, stop, 1);
+                are_found = tile.pool(reader, tile.first_code, 0, 1, sums, sums, 0, stop == last);
+                num_rows += reader.starts[1];
+            }
+            put_out(tile, sums, bag, num_rows);
+        });
+        return are_found;
+    }
+
+    void pool(size_t first, size_t end) {
+        while (first < end) {
+            const size_t num_bags = reader.open_bags(first, end);
+            if (reader.bags.prefetches)
+                for (size_t i = 0; i < num_bags; i++) prefetch_output(out, first + i, reader.rows.embedding_dim);
+            const bool are_found = num_bags > 0 ? pool_window(first, num_bags) : pool_long_bag(first);
+            if (!are_found) [[unlikely]] return reader.note_fault(reader.bags.start(first));
+            first += std::max(num_bags, size_t{1});
+        }
     }
 };
 
-template <int bits, class Join, size_t vectors, class SpreadCodes>
-[[gnu::always_inline]] inline void add_prepared(const RowReader& reader, Span span, size_t first_code,
-                                                const SpreadCodes& spread, Sums<vectors>& sums) {
-    const auto add_row = [&](size_t i, const auto& levels) __attribute__((always_inline)) {
-        const Join join(reader.prepared, i);
-        const uint8_t* codes = reader.prepared.codes[i] + first_code;
-        asm("" : "+r"(codes));   // One address and constant distances: GCC would keep a register for each vector.
-        sums.change([&](size_t v, F32x16 sum) __attribute__((always_inline)) {
-            return join(sum, levels(spread(codes + 2 * bits * v)));
-        });
-    };
-    for_prepared<bits>(reader.rows, reader.prepared, span, add_row);
-}
-
-// For bags of more rows than can be prepared at once; returns how many count.
-template <int bits, class Join, size_t vectors, class SpreadCodes>
-[[gnu::noinline]] size_t add_long_bag(RowReader& reader, const Bag& bag, size_t first_code, const SpreadCodes& spread,
-                                      Sums<vectors>& all) {
-    size_t count = 0;
-    for (size_t i = bag.start; i < bag.end; i = reader.stop) {
-        reader.prepare(i, bag.end);
-        Sums<vectors> sums;
-        sums.copy_from(all);
-        add_prepared<bits, Join>(reader, {0, reader.count}, first_code, spread, sums);
-        all.copy_from(sums);
-        count += reader.count;
-    }
-    return count;
-}
-
-// Pools `vectors` times sixteen columns from column j on, in registers; the last vector may have fewer.
-template <int bits, class Join, size_t vectors, class SpreadCodes>
-inline void pool_columns(RowReader& reader, const Bag& bag, size_t j, const Output& out, const SpreadCodes& spread) {
-    const size_t first_code = j / 8 * bits;
-    size_t count;
-    Sums<vectors> sums;
-    sums.change([](size_t, F32x16) { return Join::start(); });
-    if (bag.end - bag.start <= prepared_rows) [[likely]] {
-        const Span span = reader.hold(bag);
-        add_prepared<bits, Join>(reader, span, first_code, spread, sums);
-        count = span.end - span.first;
-    } else {
-        Sums<vectors> in_memory;
-        in_memory.copy_from(sums);
-        count = add_long_bag<bits, Join>(reader, bag, first_code, spread, in_memory);
-        sums.copy_from(in_memory);
-    }
-    sums.change([](size_t, F32x16 sum) { return in_column_order<bits>(sum); });
-    if (bag.pooling == Pooling::mean) {
-        const F32x16 divisor = splat(static_cast<float>(count));
-        sums.change([&](size_t, F32x16 sum) { return div(sum, divisor); });
-    }
-    if (count == 0) sums.change([](size_t, F32x16) { return splat(0.0f); });
-    const size_t left = reader.rows.embedding_dim - j;
-    if (out.type == ValueType::f32 && left >= 16) [[likely]] {
-        float* const to = reinterpret_cast<float*>(out.values + bag.number * out.row_bytes) + j;
-        unrolled<vectors>([&](size_t v) { store(to + 16 * v, sums.vector[v]); });
-    } else {
-        Sums<vectors> in_memory;
-        in_memory.copy_from(sums);
-        for (size_t v = 0; v < vectors; v++)
-            store_values(out, bag.number, j + 16 * v, in_memory.vector[v], left < 16 ? left : 16);
-    }
-}
-
-// Pools from column j on, in tiles of that many vectors, then of half as many, and so on.
-template <int bits, class Join, size_t vectors>
-inline void pool_tiles(RowReader& reader, const Bag& bag, size_t j, const Output& out) {
-    const size_t d = reader.rows.embedding_dim;
-    for (; j + 16 * vectors <= d; j += 16 * vectors)
-        pool_columns<bits, Join, vectors>(reader, bag, j, out, Spread<bits>());
-    if constexpr (vectors > 1) {
-        pool_tiles<bits, Join, vectors / 2>(reader, bag, j, out);
-    } else if (j < d) {
-        pool_columns<bits, Join, 1>(reader, bag, j, out, SpreadLast<bits>(reader.rows));
-    }
-}
-
 template <int bits, class Join>
-inline void pool_bags_by(RowReader& reader, const Bags& bags, size_t first, size_t end, const Output& out) {
-    Bag bag{0, bags.start(first), first, bags.pooling};
-    for (; bag.number < end; bag.number++) {
-        bag.start = bag.end;
-        bag.end = bags.start(bag.number + 1);
-        if (reader.prefetches) prefetch_output(out, bag.number + bags_ahead, reader.rows.embedding_dim);
-        pool_tiles<bits, Join, most_sums>(reader, bag, 0, out);
-    }
+inline void pool_bags_by(RowReader& reader, size_t first, size_t end, const Output& out) {
+    with_levels<bits>(reader.rows, [&]<class ReadLevels>(Type<ReadLevels>) {
+        Pooler(reader, out, PoolTiles<bits, Join, ReadLevels>::functions, Join::start.data()).pool(first, end);
+    });
 }
 
 template <int bits>
-inline void pool_bags_of(RowReader& reader, const Bags& bags, size_t first, size_t end, const Output& out) {
-    if (bags.pooling == Pooling::max) return pool_bags_by<bits, KeepLargestLevels>(reader, bags, first, end, out);
-    if (bags.per_sample_weights) return pool_bags_by<bits, AddWeightedLevels>(reader, bags, first, end, out);
-    pool_bags_by<bits, AddLevels>(reader, bags, first, end, out);
+inline void pool_bags_of(RowReader& reader, size_t first, size_t end, const Output& out) {
+    if (reader.bags.pooling == Pooling::max) return pool_bags_by<bits, KeepLargestLevels>(reader, first, end, out);
+    if (reader.bags.per_sample_weights) return pool_bags_by<bits, AddWeightedLevels>(reader, first, end, out);
+    pool_bags_by<bits, AddLevels>(reader, first, end, out);
 }
 
 void pool_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
                LookupFault& fault) noexcept {
-    RowReader reader(rows, bags.indices, bags.per_sample_weights, bags.padding_index, bags.prefetches,
-                     bags.start(first), bags.start(end), fault);
-    if (rows.grid.bits == 2) return pool_bags_of<2>(reader, bags, first, end, out);
-    if (rows.grid.bits == 4) return pool_bags_of<4>(reader, bags, first, end, out);
-    pool_bags_of<8>(reader, bags, first, end, out);
+    const size_t vectors = rows.embedding_dim / 16;
+    const bool is_one_tile = rows.embedding_dim < 16 || (rows.embedding_dim % 16 == 0 && std::has_single_bit(vectors) && vectors <= most_sums);
+    RowReader reader(rows, bags, bags.start(first), bags.start(end), is_one_tile, fault);
+    if (rows.grid.bits == 2) return pool_bags_of<2>(reader, first, end, out);
+    if (rows.grid.bits == 4) return pool_bags_of<4>(reader, first, end, out);
+    pool_bags_of<8>(reader, first, end, out);
 }
