@@ -246,25 +246,39 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool are_last>
         else
             return Spread<bits>();
     }();
+    struct Row {
+        const uint8_t* codes;
+        decltype(read_levels(nullptr, 0)) levels;
+    };
     const uint8_t* const bytes = reader.rows.bytes + first_code;
     const size_t row_bytes = reader.rows.row_bytes, num_rows = reader.rows.num_rows;
     const uint64_t* const indices = reader.indices;
     const float* const weights = reader.weights;
     const size_t* const starts = reader.starts;
+    const size_t last = starts[end_bag];
+    const auto read = [&](size_t i, Row& row) __attribute__((always_inline)) {
+        const uint64_t index = indices[i < last ? i : last - 1];
+        if (index >= num_rows || !read_levels.knows(index)) [[unlikely]] return false;
+        row.codes = bytes + index * row_bytes;
+        row.levels = read_levels(row.codes, index);
+        return true;
+    };
+    // Levels are read two rows early: from the cache and through the conversion, they come late.
     size_t i = starts[first_bag];
+    Row row{}, next{}, after_next{};
+    if (i < last && !(read(i, row) && read(i + 1, next))) return false;
     for (size_t bag = first_bag; bag < end_bag; bag++) {
         Sums<vectors> sums;
         sums.change([&](size_t v, F32x16) { return load(start + 16 * v); });
         for (const size_t end = starts[bag + 1]; i < end; i++) {
-            const uint64_t index = indices[i];
-            if (index >= num_rows || !read_levels.knows(index)) [[unlikely]] return false;
-            const uint8_t* codes = bytes + index * row_bytes;
-            asm("" : "+r"(codes));   // One address and constant distances: GCC would keep a register for each vector.
-            const auto levels = read_levels(codes, index);
+            if (!read(i + 2, after_next)) [[unlikely]] return false;
             const Join join(weights, i);
+            asm("" : "+r"(row.codes));   // One address and constant distances: GCC would keep a register for each vector.
             sums.change([&](size_t v, F32x16 sum) __attribute__((always_inline)) {
-                return join(sum, levels(spread(codes + 2 * bits * v)));
+                return join(sum, row.levels(spread(row.codes + 2 * bits * v)));
             });
+            row = next;
+            next = after_next;
         }
         if (in_order) [[likely]]
             unrolled<vectors>([&](size_t v) { store(to + 16 * v, in_column_order<bits>(sums.vector[v])); });
