@@ -29,6 +29,7 @@ constexpr const char* isa_name = "avx2";
 constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = false;   // two permutations, a shift and a blend
 constexpr size_t most_sums = 4;   // vectors of sums that stay in registers
+constexpr size_t vectors_of_words = 4;
 
 inline void stay_in_register(F32x16&) {}   // there are not enough of them
 
@@ -61,14 +62,11 @@ inline __m128i load_eight_u16(const uint16_t* p) { return _mm_loadu_si128(reinte
 inline F32x16 load_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(load_eight_u16(p)), _mm256_cvtph_ps(load_eight_u16(p + 8))};
 }
-// The two float16 at p, each to all lanes.
-inline void splat_two_f16(const uint8_t* p, F32x16& first, F32x16& second) {
+// The two float16 at p; `to` has room for four.
+inline void widen_two_f16(const uint8_t* p, float* to) {
     int32_t two;
     std::memcpy(&two, p, 4);
-    const __m256 alternating = _mm256_cvtph_ps(_mm_set1_epi32(two));
-    const __m256 even = _mm256_moveldup_ps(alternating), odd = _mm256_movehdup_ps(alternating);
-    first = {even, even};
-    second = {odd, odd};
+    _mm_storeu_ps(to, _mm_cvtph_ps(_mm_cvtsi32_si128(two)));
 }
 inline F32x16 load_bf16(const uint16_t* p) {
     const auto widen = [](__m128i bits) {
@@ -200,6 +198,40 @@ inline I32x16 only_code(I32x16 codes) {
     if constexpr (bits == 8) return codes;
     const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
     return {_mm256_and_si256(codes.low, mask), bits == 4 ? codes.high : _mm256_and_si256(codes.high, mask)};
+}
+
+// Levels of 64 codes in eight words of 4 bytes: vector v has the two codes in byte v of each word. What is loaded from
+// byte v on has them in its lowest byte without a shift; it ends three bytes behind the codes, in scale and bias. A
+// code in the high half of a byte counts sixteen times, for which a scale that was float16 has room.
+template <class Levels>
+inline F32x16 levels_of_words(const Levels& levels, const uint8_t* codes, size_t v) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + v));
+    const I32x16 kept = {_mm256_and_si256(words, _mm256_set1_epi32(0x0f)),
+                         _mm256_and_si256(words, _mm256_set1_epi32(0xf0))};
+    const F32x16 scale = {levels.scale.low, _mm256_mul_ps(levels.scale.high, _mm256_set1_ps(1.0f / 16))};
+    return fma(scale, to_float(kept), levels.bias);
+}
+template <class Sums>
+inline void words_in_column_order(Sums& sums) {
+    __m256 twos[8], fours[8];   // codes that follow each other, of words 0 .. 3 or 4 .. 7 mixed
+    for (size_t v = 0; v < 4; v++) {
+        twos[2 * v] = _mm256_unpacklo_ps(sums.vector[v].low, sums.vector[v].high);
+        twos[2 * v + 1] = _mm256_unpackhi_ps(sums.vector[v].low, sums.vector[v].high);
+    }
+    for (size_t i = 0; i < 4; i++) {
+        const size_t from = i / 2 * 4 + i % 2;
+        const __m256d first = _mm256_castps_pd(twos[from]), second = _mm256_castps_pd(twos[from + 2]);
+        fours[2 * i] = _mm256_castpd_ps(_mm256_unpacklo_pd(first, second));
+        fours[2 * i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(first, second));
+    }
+    // Now fours[i] has the first four codes of words i and i + 4, fours[4 + i] the others.
+    for (size_t v = 0; v < 2; v++) {
+        const size_t i = 2 * v;
+        sums.vector[v] = {_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20),
+                          _mm256_permute2f128_ps(fours[i + 1], fours[i + 5], 0x20)};
+        sums.vector[v + 2] = {_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31),
+                              _mm256_permute2f128_ps(fours[i + 1], fours[i + 5], 0x31)};
+    }
 }
 
 // The float of each code in a table of sixteen, by the low four bits.

@@ -25,6 +25,7 @@ constexpr const char* isa_name = "avx512";
 constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = true;
 constexpr size_t most_sums = 16;   // vectors of sums that stay in registers
+constexpr size_t vectors_of_words = 0;
 
 // Keeps GCC from loading a constant again for each use, when loads are what bounds a loop.
 inline void stay_in_register(F32x16& x) { asm("" : "+v"(x)); }
@@ -48,6 +49,12 @@ inline void splat_two_f16(const uint8_t* p, F32x16& first, F32x16& second) {
     const __m512 alternating = _mm512_cvtph_ps(_mm256_set1_epi32(two));
     first = _mm512_moveldup_ps(alternating);
     second = _mm512_movehdup_ps(alternating);
+}
+// The same, to where there is room for four.
+inline void widen_two_f16(const uint8_t* p, float* to) {
+    int32_t two;
+    std::memcpy(&two, p, 4);
+    _mm_storeu_ps(to, _mm_cvtph_ps(_mm_cvtsi32_si128(two)));
 }
 inline F32x16 load_bf16(const uint16_t* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

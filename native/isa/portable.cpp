@@ -33,6 +33,7 @@ constexpr bool has_fast_fma = false;   // the C library's, which may be a functi
 #endif
 constexpr bool looks_up_in_one = true;   // sixteen multiply-adds a row, not one a value
 constexpr size_t most_sums = 2;
+constexpr size_t vectors_of_words = 0;
 
 template <class Fn>
 inline F32x16 each_lane(Fn fn) {
@@ -103,12 +104,18 @@ inline void store_first(float* p, F32x16 x, size_t n) { std::memcpy(p, x.lane, n
 inline F32x16 load_f16(const uint16_t* p) {
     return each_lane([p](size_t i) { return widen_f16(p[i]); });
 }
-// The two float16 at p, each to all lanes.
-inline void splat_two_f16(const uint8_t* p, F32x16& first, F32x16& second) {
+// The two float16 at p.
+inline void widen_two_f16(const uint8_t* p, float* to) {
     uint16_t two[2];
     std::memcpy(two, p, sizeof two);
-    first = splat(widen_f16(two[0]));
-    second = splat(widen_f16(two[1]));
+    to[0] = widen_f16(two[0]);
+    to[1] = widen_f16(two[1]);
+}
+inline void splat_two_f16(const uint8_t* p, F32x16& first, F32x16& second) {
+    float two[2];
+    widen_two_f16(p, two);
+    first = splat(two[0]);
+    second = splat(two[1]);
 }
 inline F32x16 load_bf16(const uint16_t* p) {
     return each_lane([p](size_t i) { return float_of(static_cast<uint32_t>(p[i]) << 16); });

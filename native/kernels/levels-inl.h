@@ -14,46 +14,62 @@ alignas(64) inline constexpr float numbers_of_levels<2>[16] = {0, 1, 2, 3, 0, 1,
 struct LevelTable {
     F32x16 levels;
 
+    LevelTable open() const { return *this; }
     F32x16 operator()(I32x16 codes) const { return look_up(levels, codes); }
 };
 
 template <int bits>
 inline constexpr bool has_level_table = bits < 8 && looks_up_in_one;
 
-// Levels on a grid.
-template <int bits>
+// Levels on a grid, and the scale and bias of one where they lie.
+template <int bits, bool f16_params>
 struct GridLevels {
     F32x16 scale, bias;
 
     F32x16 operator()(I32x16 codes) const { return fma(scale, to_float(only_code<bits>(codes)), bias); }
 };
+template <int bits, bool f16_params>
+struct StoredGrid {
+    const float* params;
 
-// What reads the levels of a row, given the address of its byte `first_code`.
+    GridLevels<bits, f16_params> open() const { return {splat(params[0]), splat(params[1])}; }
+};
 
-// They are made of the scale and bias after the codes.
+// What reads the levels of a row, given the address of its byte `first_code`. They are kept until `most_early` more rows
+// have been read, and opened to be used: where scale and bias are all there is to keep, memory does it best, from where
+// they are splat by a load.
+inline constexpr size_t most_early = 3;
+
+// Levels are made of the scale and bias after the codes.
 template <int bits, bool f16_params>
 struct GridReader {
     size_t after_codes;
     F32x16 numbers = load(numbers_of_levels<bits>);
+    float stored[most_early + 1][4];
 
     GridReader(const PackedRows& rows, size_t first_code)
         : after_codes(code_bytes(rows.embedding_dim, rows.grid) - first_code) {
-        stay_in_register(numbers);
+        if constexpr (has_level_table<bits>) stay_in_register(numbers);
     }
     static bool knows(uint64_t) { return true; }
-    auto operator()(const uint8_t* codes, uint64_t) const {
-        GridLevels<bits> grid;
-        if constexpr (f16_params) {
-            splat_two_f16(codes + after_codes, grid.scale, grid.bias);
-        } else {
-            float params[2];
-            std::memcpy(params, codes + after_codes, sizeof params);
-            grid = {splat(params[0]), splat(params[1])};
-        }
+    auto operator()(const uint8_t* codes, uint64_t, size_t position) {
         if constexpr (has_level_table<bits>) {
+            GridLevels<bits, f16_params> grid;
+            if constexpr (f16_params) {
+                splat_two_f16(codes + after_codes, grid.scale, grid.bias);
+            } else {
+                float params[2];
+                std::memcpy(params, codes + after_codes, sizeof params);
+                grid = {splat(params[0]), splat(params[1])};
+            }
             return LevelTable{fma(grid.scale, numbers, grid.bias)};
         } else {
-            return grid;
+            float* const params = stored[position % std::size(stored)];
+            if constexpr (f16_params)
+                widen_two_f16(codes + after_codes, params);
+            else
+                std::memcpy(params, codes + after_codes, 2 * sizeof(float));
+            return StoredGrid<bits, f16_params>{params};
         }
     }
 };
@@ -63,6 +79,7 @@ struct LongCodebook {
     const uint8_t* codebook;
     bool f16_params;
 
+    LongCodebook open() const { return *this; }
     F32x16 operator()(I32x16 codes) const {
         uint8_t bytes[16];
         store_codes<8>(bytes, codes);
@@ -108,7 +125,7 @@ struct CodebookReader {
     CodebookReader(const PackedRows& rows, size_t first_code)
         : rows(rows), after_codes(code_bytes(rows.embedding_dim, rows.grid) - first_code) {}
     bool knows(uint64_t index) const { return has_codebook(rows, index); }
-    auto operator()(const uint8_t* codes, uint64_t index) const {
+    auto operator()(const uint8_t* codes, uint64_t index, size_t) const {
         const uint8_t* codebook = codes + after_codes;
         if (rows.layout == Layout::clustered)
             codebook = rows.codebooks + cluster_of(rows, index) * codebook_bytes(rows.grid);

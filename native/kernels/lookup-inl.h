@@ -154,7 +154,7 @@ inline void store_rows(RowReader& reader, size_t first, const Output& out) {
     const Spread<bits> spread;
     const SpreadLast<bits> spread_last(rows);
     with_levels<bits>(rows, [&]<class ReadLevels>(Type<ReadLevels>) {
-        const ReadLevels read_levels(rows, 0);
+        ReadLevels read_levels(rows, 0);
         for (size_t stop; first < reader.end; first = stop) {
             stop = reader.end_of_window(first, reader.end);
             reader.open(first, stop, 0);
@@ -162,7 +162,7 @@ inline void store_rows(RowReader& reader, size_t first, const Output& out) {
                 const uint64_t index = reader.indices[i - first];
                 if (index >= rows.num_rows || !read_levels.knows(index)) [[unlikely]] return reader.note_fault(i);
                 const uint8_t* codes = rows.bytes + index * rows.row_bytes;
-                const auto levels = read_levels(codes, index);
+                const auto levels = read_levels(codes, index, i).open();
                 size_t j = 0;
                 for (; j + 16 <= d; j += 16, codes += 2 * bits)
                     store_values(out, i, j, in_column_order<bits>(levels(spread(codes))), 16);
@@ -239,7 +239,7 @@ using PoolTileFn = bool (*)(const RowReader&, size_t first_code, size_t first_ba
 template <int bits, class Join, class ReadLevels, size_t vectors, bool are_last>
 [[gnu::noinline]] bool pool_tile(const RowReader& reader, size_t first_code, size_t first_bag, size_t end_bag,
                                  const float* start, float* to, size_t stride, bool in_order) {
-    const ReadLevels read_levels(reader.rows, first_code);
+    ReadLevels read_levels(reader.rows, first_code);
     const auto spread = [&] {
         if constexpr (are_last)
             return SpreadLast<bits>(reader.rows);
@@ -248,8 +248,10 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool are_last>
     }();
     struct Row {
         const uint8_t* codes;
-        decltype(read_levels(nullptr, 0)) levels;
+        decltype(read_levels(nullptr, 0, 0)) levels;
     };
+    using Levels = decltype(Row{}.levels.open());
+    constexpr bool are_words = !are_last && vectors == vectors_of_words && std::is_same_v<Levels, GridLevels<4, true>>;
     const uint8_t* const bytes = reader.rows.bytes + first_code;
     const size_t row_bytes = reader.rows.row_bytes, num_rows = reader.rows.num_rows;
     const uint64_t* const indices = reader.indices;
@@ -260,7 +262,7 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool are_last>
         const uint64_t index = indices[i < last ? i : last - 1];
         if (index >= num_rows || !read_levels.knows(index)) [[unlikely]] return false;
         row.codes = bytes + index * row_bytes;
-        row.levels = read_levels(row.codes, index);
+        row.levels = read_levels(row.codes, index, i);
         return true;
     };
     // Levels are read two rows early: from the cache and through the conversion, they come late.
@@ -274,16 +276,23 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool are_last>
             if (!read(i + 2, after_next)) [[unlikely]] return false;
             const Join join(weights, i);
             asm("" : "+r"(row.codes));   // One address and constant distances: GCC would keep a register for each vector.
+            const auto levels = row.levels.open();
             sums.change([&](size_t v, F32x16 sum) __attribute__((always_inline)) {
-                return join(sum, row.levels(spread(row.codes + 2 * bits * v)));
+                if constexpr (are_words)
+                    return join(sum, levels_of_words(levels, row.codes, v));
+                else
+                    return join(sum, levels(spread(row.codes + 2 * bits * v)));
             });
             row = next;
             next = after_next;
         }
-        if (in_order) [[likely]]
-            unrolled<vectors>([&](size_t v) { store(to + 16 * v, in_column_order<bits>(sums.vector[v])); });
-        else
-            unrolled<vectors>([&](size_t v) { store(to + 16 * v, sums.vector[v]); });
+        if (in_order) [[likely]] {
+            if constexpr (are_words)
+                words_in_column_order(sums);
+            else
+                sums.change([](size_t, F32x16 sum) { return in_column_order<bits>(sum); });
+        }
+        unrolled<vectors>([&](size_t v) { store(to + 16 * v, sums.vector[v]); });
         to += stride;
     }
     return true;
