@@ -229,29 +229,26 @@ struct Sums {
     }
 };
 
-// Pools a tile of the bags in a window, in registers: `vectors` times sixteen columns, or the last ones, fewer than
-// sixteen, whose codes start at byte `first_code` of a row. Sums start as given, and go to `to`, a bag's `stride` after
-// the last one's, in column order or as they are. False if an index has no row, or its row no codebook. Not inlined,
-// and without all else that there is to do, so that the loop over rows has all registers.
+// Pools a tile of the bags in a window, in registers: `vectors` times sixteen columns, and the last ones of a row, fewer
+// than sixteen, if it has them. Its codes start at byte `first_code` of a row. Sums start as given, and go to `to`, a
+// bag's `stride` after the last one's, in column order or as they are; of the last ones, as many as are asked for.
+// False if an index has no row, or its row no codebook. Not inlined, and without all else that there is to do, so that
+// the loop over rows has all registers.
 using PoolTileFn = bool (*)(const RowReader&, size_t first_code, size_t first_bag, size_t end_bag, const float* start,
-                            float* to, size_t stride, bool in_order);
+                            float* to, size_t stride, size_t last_columns, bool in_order);
 
-template <int bits, class Join, class ReadLevels, size_t vectors, bool are_last>
+template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last>
 [[gnu::noinline]] bool pool_tile(const RowReader& reader, size_t first_code, size_t first_bag, size_t end_bag,
-                                 const float* start, float* to, size_t stride, bool in_order) {
+                                 const float* start, float* to, size_t stride, size_t last_columns, bool in_order) {
     ReadLevels read_levels(reader.rows, first_code);
-    const auto spread = [&] {
-        if constexpr (are_last)
-            return SpreadLast<bits>(reader.rows);
-        else
-            return Spread<bits>();
-    }();
+    const Spread<bits> spread;
+    const SpreadLast<bits> spread_last(reader.rows);
     struct Row {
         const uint8_t* codes;
         decltype(read_levels(nullptr, 0, 0)) levels;
     };
     using Levels = decltype(Row{}.levels.open());
-    constexpr bool are_words = !are_last && vectors == vectors_of_words && std::is_same_v<Levels, GridLevels<4, true>>;
+    constexpr bool are_words = !has_last && vectors == vectors_of_words && std::is_same_v<Levels, GridLevels<4, true>>;
     const uint8_t* const bytes = reader.rows.bytes + first_code;
     const size_t row_bytes = reader.rows.row_bytes, num_rows = reader.rows.num_rows;
     const uint64_t* const indices = reader.indices;
@@ -270,7 +267,7 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool are_last>
     Row row{}, next{}, after_next{};
     if (i < last && !(read(i, row) && read(i + 1, next))) return false;
     for (size_t bag = first_bag; bag < end_bag; bag++) {
-        Sums<vectors> sums;
+        Sums<vectors + has_last> sums;
         sums.change([&](size_t v, F32x16) { return load(start + 16 * v); });
         for (const size_t end = starts[bag + 1]; i < end; i++) {
             if (!read(i + 2, after_next)) [[unlikely]] return false;
@@ -281,7 +278,8 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool are_last>
                 if constexpr (are_words)
                     return join(sum, levels_of_words(levels, row.codes, v));
                 else
-                    return join(sum, levels(spread(row.codes + 2 * bits * v)));
+                    return join(sum, levels(v < vectors ? spread(row.codes + 2 * bits * v)
+                                                        : spread_last(row.codes + 2 * bits * v)));
             });
             row = next;
             next = after_next;
@@ -293,26 +291,33 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool are_last>
                 sums.change([](size_t, F32x16 sum) { return in_column_order<bits>(sum); });
         }
         unrolled<vectors>([&](size_t v) { store(to + 16 * v, sums.vector[v]); });
+        if constexpr (has_last) store_first(to + 16 * vectors, sums.vector[vectors], last_columns);
         to += stride;
     }
     return true;
 }
 
-// The functions for the last columns, and for 1, 2, 4 .. most_sums vectors.
-template <int bits, class Join, class ReadLevels, class Powers = std::make_index_sequence<std::bit_width(most_sums)>>
-struct PoolTiles;
-template <int bits, class Join, class ReadLevels, size_t... powers>
-struct PoolTiles<bits, Join, ReadLevels, std::index_sequence<powers...>> {
-    static constexpr PoolTileFn functions[] = {
-        pool_tile<bits, Join, ReadLevels, 1, true>,
-        pool_tile<bits, Join, ReadLevels, size_t{1} << powers, false>...,
-    };
+// The functions for 0, 1, 2, 4 .. vectors, with the last columns and without.
+struct PoolTileFns {
+    static constexpr size_t count = std::bit_width(most_sums) + 1;
+    PoolTileFn whole[count], last[count];
 };
+template <int bits, class Join, class ReadLevels, size_t... widths>
+constexpr PoolTileFns pool_tile_fns(std::index_sequence<widths...>) {
+    constexpr auto with_last = []<size_t vectors>(Type<std::integral_constant<size_t, vectors>>) -> PoolTileFn {
+        if constexpr (vectors < most_sums) return pool_tile<bits, Join, ReadLevels, vectors, true>;
+        else return nullptr;
+    };
+    return {{nullptr, pool_tile<bits, Join, ReadLevels, size_t{1} << widths, false>...},
+            {pool_tile<bits, Join, ReadLevels, 0, true>, with_last(Type<std::integral_constant<size_t, size_t{1} << widths>>())...}};
+}
 
 // Some columns that are pooled together.
 struct Tile {
     PoolTileFn pool;
-    size_t j, num_columns, num_values;   // num_values: a multiple of sixteen
+    size_t j, num_columns;
+    size_t num_values;     // a multiple of sixteen
+    size_t last_columns;
     size_t first_code;
 };
 
@@ -320,7 +325,7 @@ struct Tile {
 struct Pooler {
     RowReader& reader;
     const Output& out;
-    const PoolTileFn* functions;
+    const PoolTileFns& functions;
     const float* start;   // most_tile_values
     alignas(64) float sums[16 * most_tile_values];
 
@@ -329,9 +334,12 @@ struct Pooler {
         const size_t d = reader.rows.embedding_dim;
         for (size_t j = 0; j < d;) {
             const size_t vectors = std::min(std::bit_floor((d - j) / 16), most_sums);
-            const size_t num_columns = vectors > 0 ? 16 * vectors : d - j;
+            const size_t left = d - j - 16 * vectors;
+            const bool has_last = left > 0 && left < 16 && vectors < most_sums;
+            const PoolTileFn pool = (has_last ? functions.last : functions.whole)[std::bit_width(vectors)];
+            const size_t num_columns = 16 * vectors + (has_last ? left : 0);
             const size_t first_code = j / 8 * static_cast<size_t>(reader.rows.grid.bits);
-            use(Tile{functions[std::bit_width(vectors)], j, num_columns, vectors > 0 ? num_columns : 16, first_code});
+            use(Tile{pool, j, num_columns, 16 * (vectors + has_last), left, first_code});
             j += num_columns;
         }
     }
@@ -350,15 +358,15 @@ struct Pooler {
     bool pool_window(size_t first, size_t num_bags) {
         bool are_found = true;
         for_tiles([&](const Tile& tile) {
-            if (out.type == ValueType::f32 && reader.bags.pooling == Pooling::sum && tile.num_columns == tile.num_values) {
+            if (out.type == ValueType::f32 && reader.bags.pooling == Pooling::sum) {
                 float* const to = reinterpret_cast<float*>(out.values + first * out.row_bytes) + tile.j;
-                are_found &= tile.pool(reader, tile.first_code, 0, num_bags, start, to, out.row_bytes / 4, true);
+                are_found &= tile.pool(reader, tile.first_code, 0, num_bags, start, to, out.row_bytes / 4, tile.last_columns, true);
                 return;
             }
             const size_t bags_at_once = std::size(sums) / tile.num_values;
             for (size_t bag = 0; bag < num_bags && are_found;) {
                 const size_t stop = std::min(num_bags, bag + bags_at_once);
-                are_found = tile.pool(reader, tile.first_code, bag, stop, start, sums, tile.num_values, true);
+                are_found = tile.pool(reader, tile.first_code, bag, stop, start, sums, tile.num_values, 16, true);
                 for (const float* from = sums; bag < stop; bag++, from += tile.num_values)
                     put_out(tile, from, first + bag, reader.starts[bag + 1] - reader.starts[bag]);
             }
@@ -378,7 +386,7 @@ struct Pooler {
                 reader.starts[0] = 0;
                 reader.starts[1] = stop - i;
                 reader.open(i, stop, 1);
-                are_found = tile.pool(reader, tile.first_code, 0, 1, sums, sums, 0, stop == last);
+                are_found = tile.pool(reader, tile.first_code, 0, 1, sums, sums, 0, 16, stop == last);
                 num_rows += reader.starts[1];
             }
             put_out(tile, sums, bag, num_rows);
@@ -401,7 +409,9 @@ struct Pooler {
 template <int bits, class Join>
 inline void pool_bags_by(RowReader& reader, size_t first, size_t end, const Output& out) {
     with_levels<bits>(reader.rows, [&]<class ReadLevels>(Type<ReadLevels>) {
-        Pooler(reader, out, PoolTiles<bits, Join, ReadLevels>::functions, Join::start.data()).pool(first, end);
+        static constexpr PoolTileFns functions =
+            pool_tile_fns<bits, Join, ReadLevels>(std::make_index_sequence<std::bit_width(most_sums)>());
+        Pooler(reader, out, functions, Join::start.data()).pool(first, end);
     });
 }
 
