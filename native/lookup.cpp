@@ -1,5 +1,7 @@
 #include "lookup.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "dispatch.h"
@@ -11,8 +13,14 @@ namespace {
 
 constexpr size_t rows_at_a_time = 1024;
 
-// Tables of this size in all stay in the second-level cache, and prefetching would only cost.
-constexpr size_t small_tables_bytes = size_t{1} << 19;
+// Bytes of the second-level cache. Tables that fit stay there, and prefetching would only cost.
+size_t second_level_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    static const long known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (known > 0) return static_cast<size_t>(known);
+#endif
+    return size_t{1} << 20;
+}
 
 size_t table_bytes(const PackedRows& rows) { return rows.num_rows * rows.row_bytes; }
 
@@ -55,18 +63,17 @@ LookupFault gather(const PackedRows& rows, const Integers& indices, const Output
     const Kernels& k = kernels();
     const size_t count = indices.values ? indices.count : rows.num_rows;
     const int threads = threads_for(count * rows.embedding_dim);
-    const bool prefetches = table_bytes(rows) > small_tables_bytes;
+    const bool prefetches = table_bytes(rows) > second_level_bytes();
     const size_t pieces = (count + rows_at_a_time - 1) / rows_at_a_time;
     LookupFault fault;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (size_t piece = 0; piece < pieces; piece++) {
+    for_each_piece(pieces, threads, [&](size_t piece) {
         const size_t first = piece * rows_at_a_time;
         LookupFault found;
         k.gather_rows(rows, indices, prefetches, first, std::min(count, first + rows_at_a_time), out, found);
-        if (found.kind == LookupFault::none) continue;
+        if (found.kind == LookupFault::none) return;
 #pragma omp critical(embpack_gather_fault)
         fault.note(found.position, found.kind);
-    }
+    });
     return fault;
 }
 
@@ -77,25 +84,24 @@ LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup) {
         total_values += count_values(lookup);
         total_bytes += table_bytes(lookup.rows);
     }
-    for (Lookup& lookup : lookups) lookup.bags.prefetches = total_bytes > small_tables_bytes;
+    for (Lookup& lookup : lookups) lookup.bags.prefetches = total_bytes > second_level_bytes();
     const int threads = threads_for(total_values);
     const std::vector<Piece> pieces = cut(lookups, threads);
     LookupFault fault;
     faulty_lookup = lookups.size();
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (size_t i = 0; i < pieces.size(); i++) {
-        const auto [number, first, end] = pieces[i];
+    for_each_piece(pieces.size(), threads, [&](size_t i) {
+        const size_t number = pieces[i].lookup;
         const Lookup& lookup = lookups[number];
         LookupFault found;
-        k.pool_bags(lookup.rows, lookup.bags, first, end, lookup.out, found);
-        if (found.kind == LookupFault::none) continue;
+        k.pool_bags(lookup.rows, lookup.bags, pieces[i].first_bag, pieces[i].end_bag, lookup.out, found);
+        if (found.kind == LookupFault::none) return;
 #pragma omp critical(embpack_pool_fault)
         if (number <= faulty_lookup) {
             if (number < faulty_lookup) fault = {};
             faulty_lookup = number;
             fault.note(found.position, found.kind);
         }
-    }
+    });
     return fault;
 }
 
