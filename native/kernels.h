@@ -196,7 +196,8 @@ struct Kernels {
     uint64_t (*encode_by_codebook)(const RowBlock&, Grid, const Codebooks&, uint8_t* packed, SquaredSums&) noexcept;
 
     // Rows first .. end of the output: row indices[i] of the table, or row i where there are no indices. Any index may
-    // be given; one that has no row, or whose row has no codebook, is a fault, and its values are anything.
+    // be given; the first that has no row, or whose row has no codebook, is noted as the fault, and all values are then
+    // anything.
     void (*gather_rows)(const PackedRows&, const Integers& indices, bool prefetches, size_t first, size_t end,
                         const Output&, LookupFault&) noexcept;
 

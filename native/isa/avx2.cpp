@@ -43,6 +43,12 @@ inline Mask16 first_lanes(size_t n) {
 }
 
 inline F32x16 splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+// The float at p. A load does it, but GCC would rather work with one float first, and spread what comes out.
+inline F32x16 splat_at(const float* p) {
+    __m256 x = _mm256_broadcast_ss(p);
+    asm("" : "+x"(x));
+    return {x, x};
+}
 inline F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline F32x16 load_first(const float* p, size_t n) {
     const __m256 low = _mm256_maskload_ps(p, first_lanes_of_eight(n));

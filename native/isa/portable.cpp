@@ -92,6 +92,7 @@ inline Mask16 first_lanes(size_t n) { return {(1u << n) - 1u}; }
 inline F32x16 splat(float x) {
     return each_lane([x](size_t) { return x; });
 }
+inline F32x16 splat_at(const float* p) { return splat(*p); }
 inline F32x16 load(const float* p) {
     return each_lane([p](size_t i) { return p[i]; });
 }

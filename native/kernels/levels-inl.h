@@ -21,7 +21,7 @@ struct LevelTable {
 template <int bits>
 inline constexpr bool has_level_table = bits < 8 && looks_up_in_one;
 
-// Levels on a grid, and the scale and bias of one where they lie.
+// Levels on a grid.
 template <int bits, bool f16_params>
 struct GridLevels {
     F32x16 scale, bias;
@@ -29,23 +29,22 @@ struct GridLevels {
     F32x16 operator()(I32x16 codes) const { return fma(scale, to_float(only_code<bits>(codes)), bias); }
 };
 template <int bits, bool f16_params>
-struct StoredGrid {
+struct KeptGrid {
     const float* params;
 
-    GridLevels<bits, f16_params> open() const { return {splat(params[0]), splat(params[1])}; }
+    GridLevels<bits, f16_params> open() const { return {splat_at(params), splat_at(params + 1)}; }
 };
 
-// What reads the levels of a row, given the address of its byte `first_code`. They are kept until `most_early` more rows
-// have been read, and opened to be used: where scale and bias are all there is to keep, memory does it best, from where
-// they are splat by a load.
-inline constexpr size_t most_early = 3;
+// What reads the levels of a row, given the address of its byte `first_code`. They are opened to be used, which may be
+// kept_rows - 1 rows later: scale and bias are kept in memory, since a load can splat them.
+inline constexpr size_t kept_rows = 4;
 
 // Levels are made of the scale and bias after the codes.
 template <int bits, bool f16_params>
 struct GridReader {
     size_t after_codes;
     F32x16 numbers = load(numbers_of_levels<bits>);
-    float stored[most_early + 1][4];
+    float kept[kept_rows][4];
 
     GridReader(const PackedRows& rows, size_t first_code)
         : after_codes(code_bytes(rows.embedding_dim, rows.grid) - first_code) {
@@ -64,12 +63,12 @@ struct GridReader {
             }
             return LevelTable{fma(grid.scale, numbers, grid.bias)};
         } else {
-            float* const params = stored[position % std::size(stored)];
+            float* const params = kept[position % kept_rows];
             if constexpr (f16_params)
                 widen_two_f16(codes + after_codes, params);
             else
                 std::memcpy(params, codes + after_codes, 2 * sizeof(float));
-            return StoredGrid<bits, f16_params>{params};
+            return KeptGrid<bits, f16_params>{params};
         }
     }
 };

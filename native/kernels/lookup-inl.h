@@ -1,8 +1,5 @@
 // Reading packed rows: gather and pool. A bag adds its rows' levels in index order, each column by itself.
 
-// Rows are read so many at a time, while the next ones are on their way to the cache.
-inline constexpr size_t rows_at_once = 64;
-
 // Into the second-level cache: the first has little room for what is not needed yet.
 inline void prefetch_row(uintptr_t row, size_t row_bytes) {
     for (size_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(row + at), 0, 2);
@@ -15,7 +12,6 @@ inline void prefetch_output(const Output& out, size_t row, size_t d) {
     const size_t width = d * value_bytes(out.type);
     for (size_t at = 0; at < width; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(values + at), 1);
 }
-inline constexpr size_t bags_ahead = 4;
 
 // To bfloat16, nearest, ties to even; NaN stays NaN.
 inline void store_bf16(uint16_t* p, const float* values, size_t count) {
@@ -46,10 +42,11 @@ inline void store_values(const Output& out, size_t row, size_t j, F32x16 values,
     std::memcpy(to + 2 * j, narrow, 2 * n);
 }
 
-// A window has few enough rows for all tiles of them to be read from the first-level cache, and for the next ones to be
-// on their way to the second.
+// Rows that are read more than once, tile by tile, are read a window at a time, which stays in the first-level cache.
+// So are those whose indices are not there as they have to be, and those that are to be on their way to the cache while
+// the ones before are read. Otherwise a window has no end.
 inline constexpr size_t most_window_rows = 256, least_window_rows = 16;
-inline constexpr size_t window_bytes = size_t{1} << 14;
+inline constexpr size_t window_bytes = size_t{1} << 15;
 inline constexpr size_t most_window_bags = 256;
 
 // Reads a run of rows, a window of some of them at a time.
@@ -61,21 +58,22 @@ struct RowReader {
     const bool reads_in_place;   // indices, which are as they have to be
     const size_t window_rows;    // at most
     size_t prefetched;           // rows up to this position
-    // The window: rows, what they are multiplied by, and where bags start among them; the last one starts nothing.
-    // Rows that are padding have been left out.
+    // The window: rows, without those that are padding, what they are multiplied by, and where bags start among them
+    // and the last one ends.
     const uint64_t* indices = nullptr;
     const float* weights = nullptr;
     size_t starts[most_window_bags + 1];
     uint64_t own_indices[most_window_rows];
     float own_weights[most_window_rows];
 
-    RowReader(const PackedRows& rows, const Bags& bags, size_t first, size_t end, bool is_one_tile, LookupFault& fault)
+    RowReader(const PackedRows& rows, const Bags& bags, size_t first, size_t end, bool are_read_once,
+              LookupFault& fault)
         : rows(rows),
           bags(bags),
           end(end),
           fault(fault),
           reads_in_place(bags.indices.values && bags.indices.are_64_bits && bags.padding_index == no_padding),
-          window_rows(reads_in_place && is_one_tile && !bags.prefetches
+          window_rows(reads_in_place && are_read_once && !bags.prefetches
                           ? SIZE_MAX
                           : std::clamp(window_bytes / rows.row_bytes, least_window_rows, most_window_rows)),
           prefetched(bags.prefetches ? first : end) {}
@@ -229,18 +227,42 @@ struct Sums {
     }
 };
 
-// Pools a tile of the bags in a window, in registers: `vectors` times sixteen columns, and the last ones of a row, fewer
-// than sixteen, if it has them. Its codes start at byte `first_code` of a row. Sums start as given, and go to `to`, a
-// bag's `stride` after the last one's, in column order or as they are; of the last ones, as many as are asked for.
-// False if an index has no row, or its row no codebook. Not inlined, and without all else that there is to do, so that
-// the loop over rows has all registers.
-using PoolTileFn = bool (*)(const RowReader&, size_t first_code, size_t first_bag, size_t end_bag, const float* start,
-                            float* to, size_t stride, size_t last_columns, bool in_order);
+// Columns that are pooled together: `vectors` times sixteen, and the last ones of a row, fewer than sixteen.
+struct TileShape {
+    size_t vectors, last_columns;
+
+    size_t num_columns() const { return 16 * vectors + last_columns; }
+    size_t num_values() const { return 16 * (vectors + (last_columns > 0)); }
+};
+
+// The first tile of so many columns. The last ones are a tile of their own only where they do not fit in another.
+inline TileShape first_tile(size_t num_columns) {
+    const size_t vectors = std::min(std::bit_floor(num_columns / 16), most_sums);
+    const size_t left = num_columns - 16 * vectors;
+    return {vectors, vectors < most_sums && left < 16 ? left : 0};
+}
+
+// What to pool of a tile: bags of the window, from the tile's first byte of a row on. Sums start from `start` and go to
+// `to`, a bag's `stride` after the last one's; of the last columns, `last_columns`. Those of a bag that goes on are
+// left as they are, in an order that is nobody else's.
+struct TileJob {
+    size_t first_code;
+    size_t first_bag, end_bag;
+    const float* start;
+    float* to;
+    size_t stride;
+    size_t last_columns = 16;
+    size_t rows_before = 0;
+    bool ends_bags = true;
+};
+
+// Pools a tile in registers. False if an index has no row, or its row no codebook. Not inlined, and without all else
+// that there is to do, so that the loop over rows has all registers.
+using PoolTileFn = bool (*)(const RowReader&, TileJob);
 
 template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last>
-[[gnu::noinline]] bool pool_tile(const RowReader& reader, size_t first_code, size_t first_bag, size_t end_bag,
-                                 const float* start, float* to, size_t stride, size_t last_columns, bool in_order) {
-    ReadLevels read_levels(reader.rows, first_code);
+[[gnu::noinline]] bool pool_tile(const RowReader& reader, TileJob job) {
+    ReadLevels read_levels(reader.rows, job.first_code);
     const Spread<bits> spread;
     const SpreadLast<bits> spread_last(reader.rows);
     struct Row {
@@ -249,12 +271,12 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last>
     };
     using Levels = decltype(Row{}.levels.open());
     constexpr bool are_words = !has_last && vectors == vectors_of_words && std::is_same_v<Levels, GridLevels<4, true>>;
-    const uint8_t* const bytes = reader.rows.bytes + first_code;
+    const uint8_t* const bytes = reader.rows.bytes + job.first_code;
     const size_t row_bytes = reader.rows.row_bytes, num_rows = reader.rows.num_rows;
     const uint64_t* const indices = reader.indices;
     const float* const weights = reader.weights;
     const size_t* const starts = reader.starts;
-    const size_t last = starts[end_bag];
+    const size_t last = starts[job.end_bag];
     const auto read = [&](size_t i, Row& row) __attribute__((always_inline)) {
         const uint64_t index = indices[i < last ? i : last - 1];
         if (index >= num_rows || !read_levels.knows(index)) [[unlikely]] return false;
@@ -262,136 +284,128 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last>
         row.levels = read_levels(row.codes, index, i);
         return true;
     };
-    // Levels are read two rows early: from the cache and through the conversion, they come late.
-    size_t i = starts[first_bag];
+    // Levels are read two rows early: out of the cache and through their conversion, they take longer than a row does,
+    // and the codes that wait for them would fill what the CPU has to look ahead.
+    size_t i = starts[job.first_bag];
     Row row{}, next{}, after_next{};
     if (i < last && !(read(i, row) && read(i + 1, next))) return false;
-    for (size_t bag = first_bag; bag < end_bag; bag++) {
+    for (size_t bag = job.first_bag; bag < job.end_bag; bag++) {
         Sums<vectors + has_last> sums;
-        sums.change([&](size_t v, F32x16) { return load(start + 16 * v); });
+        sums.change([&](size_t v, F32x16) { return load(job.start + 16 * v); });
+        const size_t rows_of_bag = job.rows_before + starts[bag + 1] - i;
         for (const size_t end = starts[bag + 1]; i < end; i++) {
             if (!read(i + 2, after_next)) [[unlikely]] return false;
             const Join join(weights, i);
-            asm("" : "+r"(row.codes));   // One address and constant distances: GCC would keep a register for each vector.
+            // One address and constant distances: GCC would keep a register for each vector.
+            asm("" : "+r"(row.codes));
             const auto levels = row.levels.open();
             sums.change([&](size_t v, F32x16 sum) __attribute__((always_inline)) {
+                const uint8_t* const codes = row.codes + 2 * bits * v;
                 if constexpr (are_words)
                     return join(sum, levels_of_words(levels, row.codes, v));
                 else
-                    return join(sum, levels(v < vectors ? spread(row.codes + 2 * bits * v)
-                                                        : spread_last(row.codes + 2 * bits * v)));
+                    return join(sum, levels(v < vectors ? spread(codes) : spread_last(codes)));
             });
             row = next;
             next = after_next;
         }
-        if (in_order) [[likely]] {
+        if (job.ends_bags) [[likely]] {
             if constexpr (are_words)
                 words_in_column_order(sums);
             else
                 sums.change([](size_t, F32x16 sum) { return in_column_order<bits>(sum); });
+            if (reader.bags.pooling == Pooling::mean) {
+                const F32x16 divisor = splat(static_cast<float>(rows_of_bag));
+                sums.change([&](size_t, F32x16 sum) { return div(sum, divisor); });
+            }
+            if (rows_of_bag == 0) [[unlikely]] sums.change([](size_t, F32x16) { return splat(0.0f); });
         }
-        unrolled<vectors>([&](size_t v) { store(to + 16 * v, sums.vector[v]); });
-        if constexpr (has_last) store_first(to + 16 * vectors, sums.vector[vectors], last_columns);
-        to += stride;
+        unrolled<vectors>([&](size_t v) { store(job.to + 16 * v, sums.vector[v]); });
+        if constexpr (has_last) store_first(job.to + 16 * vectors, sums.vector[vectors], job.last_columns);
+        job.to += job.stride;
     }
     return true;
 }
 
-// The functions for 0, 1, 2, 4 .. vectors, with the last columns and without.
-struct PoolTileFns {
-    static constexpr size_t count = std::bit_width(most_sums) + 1;
-    PoolTileFn whole[count], last[count];
-};
-template <int bits, class Join, class ReadLevels, size_t... widths>
-constexpr PoolTileFns pool_tile_fns(std::index_sequence<widths...>) {
-    constexpr auto with_last = []<size_t vectors>(Type<std::integral_constant<size_t, vectors>>) -> PoolTileFn {
-        if constexpr (vectors < most_sums) return pool_tile<bits, Join, ReadLevels, vectors, true>;
-        else return nullptr;
-    };
-    return {{nullptr, pool_tile<bits, Join, ReadLevels, size_t{1} << widths, false>...},
-            {pool_tile<bits, Join, ReadLevels, 0, true>, with_last(Type<std::integral_constant<size_t, size_t{1} << widths>>())...}};
+// The function for a tile.
+template <int bits, class Join, class ReadLevels, size_t vectors = most_sums>
+PoolTileFn find_pool_tile(TileShape tile) {
+    if constexpr (vectors == 0) {
+        return pool_tile<bits, Join, ReadLevels, 0, true>;
+    } else {
+        if (tile.vectors < vectors) return find_pool_tile<bits, Join, ReadLevels, vectors / 2>(tile);
+        if constexpr (vectors < most_sums)
+            if (tile.last_columns > 0) return pool_tile<bits, Join, ReadLevels, vectors, true>;
+        return pool_tile<bits, Join, ReadLevels, vectors, false>;
+    }
 }
 
-// Some columns that are pooled together.
-struct Tile {
-    PoolTileFn pool;
-    size_t j, num_columns;
-    size_t num_values;     // a multiple of sixteen
-    size_t last_columns;
-    size_t first_code;
-};
-
-// Pools bags, tile by tile.
+// Pools bags, window by window and tile by tile.
 struct Pooler {
     RowReader& reader;
     const Output& out;
-    const PoolTileFns& functions;
+    PoolTileFn (*find)(TileShape);
     const float* start;   // most_tile_values
-    alignas(64) float sums[16 * most_tile_values];
+    alignas(64) float pooled[16 * most_tile_values];
 
+    // Calls use(tile, j, first_code) for the tiles of a row: where its columns and its codes start. False as soon as
+    // that is.
     template <class Use>
-    void for_tiles(const Use& use) const {
+    bool for_tiles(const Use& use) const {
         const size_t d = reader.rows.embedding_dim;
         for (size_t j = 0; j < d;) {
-            const size_t vectors = std::min(std::bit_floor((d - j) / 16), most_sums);
-            const size_t left = d - j - 16 * vectors;
-            const bool has_last = left > 0 && left < 16 && vectors < most_sums;
-            const PoolTileFn pool = (has_last ? functions.last : functions.whole)[std::bit_width(vectors)];
-            const size_t num_columns = 16 * vectors + (has_last ? left : 0);
+            const TileShape tile = first_tile(d - j);
             const size_t first_code = j / 8 * static_cast<size_t>(reader.rows.grid.bits);
-            use(Tile{pool, j, num_columns, 16 * (vectors + has_last), left, first_code});
-            j += num_columns;
+            if (!use(tile, j, first_code)) return false;
+            j += tile.num_columns();
         }
+        return true;
     }
 
-    // Brings sums of a bag, of so many rows, to the output.
-    void put_out(const Tile& tile, const float* from, size_t bag, size_t num_rows) const {
-        const F32x16 divisor = splat(static_cast<float>(num_rows));
-        for (size_t j = 0; j < tile.num_columns; j += 16) {
-            F32x16 values = num_rows > 0 ? load(from + j) : splat(0.0f);
-            if (reader.bags.pooling == Pooling::mean && num_rows > 0) values = div(values, divisor);
-            store_values(out, bag, tile.j + j, values, std::min(tile.num_columns - j, size_t{16}));
-        }
+    // Brings what has been pooled of a bag to the output, from column j on.
+    void put_out(TileShape tile, size_t j, const float* from, size_t bag) const {
+        for (size_t at = 0; at < tile.num_columns(); at += 16)
+            store_values(out, bag, j + at, load(from + at), std::min(tile.num_columns() - at, size_t{16}));
     }
 
     // The bags of a window, the first of which is bag `first` of all.
     bool pool_window(size_t first, size_t num_bags) {
-        bool are_found = true;
-        for_tiles([&](const Tile& tile) {
-            if (out.type == ValueType::f32 && reader.bags.pooling == Pooling::sum) {
-                float* const to = reinterpret_cast<float*>(out.values + first * out.row_bytes) + tile.j;
-                are_found &= tile.pool(reader, tile.first_code, 0, num_bags, start, to, out.row_bytes / 4, tile.last_columns, true);
-                return;
+        return for_tiles([&](TileShape tile, size_t j, size_t first_code) {
+            const PoolTileFn pool = find(tile);
+            if (out.type == ValueType::f32) {
+                float* const to = reinterpret_cast<float*>(out.values + first * out.row_bytes) + j;
+                const size_t stride = out.row_bytes / sizeof(float);
+                return pool(reader, {first_code, 0, num_bags, start, to, stride, tile.last_columns});
             }
-            const size_t bags_at_once = std::size(sums) / tile.num_values;
-            for (size_t bag = 0; bag < num_bags && are_found;) {
+            const size_t bags_at_once = std::size(pooled) / tile.num_values();
+            for (size_t bag = 0; bag < num_bags;) {
                 const size_t stop = std::min(num_bags, bag + bags_at_once);
-                are_found = tile.pool(reader, tile.first_code, bag, stop, start, sums, tile.num_values, 16, true);
-                for (const float* from = sums; bag < stop; bag++, from += tile.num_values)
-                    put_out(tile, from, first + bag, reader.starts[bag + 1] - reader.starts[bag]);
+                if (!pool(reader, {first_code, bag, stop, start, pooled, tile.num_values()})) return false;
+                for (const float* from = pooled; bag < stop; bag++, from += tile.num_values())
+                    put_out(tile, j, from, first + bag);
             }
+            return true;
         });
-        return are_found;
     }
 
-    // A bag of more rows than a window has.
+    // A bag of more rows than a window has, part by part.
     bool pool_long_bag(size_t bag) {
         const size_t first = reader.bags.start(bag), last = reader.bags.start(bag + 1);
-        bool are_found = true;
-        for_tiles([&](const Tile& tile) {
-            std::copy_n(start, tile.num_values, sums);
-            size_t num_rows = 0;
-            for (size_t i = first, stop; i < last && are_found; i = stop) {
+        return for_tiles([&](TileShape tile, size_t j, size_t first_code) {
+            TileJob job{first_code, 0, 1, start, pooled, 0};
+            for (size_t i = first, stop; i < last; i = stop) {
                 stop = reader.end_of_window(i, last);
                 reader.starts[0] = 0;
                 reader.starts[1] = stop - i;
                 reader.open(i, stop, 1);
-                are_found = tile.pool(reader, tile.first_code, 0, 1, sums, sums, 0, 16, stop == last);
-                num_rows += reader.starts[1];
+                job.ends_bags = stop == last;
+                if (!find(tile)(reader, job)) return false;
+                job.rows_before += reader.starts[1];
+                job.start = pooled;
             }
-            put_out(tile, sums, bag, num_rows);
+            put_out(tile, j, pooled, bag);
+            return true;
         });
-        return are_found;
     }
 
     void pool(size_t first, size_t end) {
@@ -409,9 +423,7 @@ struct Pooler {
 template <int bits, class Join>
 inline void pool_bags_by(RowReader& reader, size_t first, size_t end, const Output& out) {
     with_levels<bits>(reader.rows, [&]<class ReadLevels>(Type<ReadLevels>) {
-        static constexpr PoolTileFns functions =
-            pool_tile_fns<bits, Join, ReadLevels>(std::make_index_sequence<std::bit_width(most_sums)>());
-        Pooler(reader, out, functions, Join::start.data()).pool(first, end);
+        Pooler(reader, out, find_pool_tile<bits, Join, ReadLevels>, Join::start.data()).pool(first, end);
     });
 }
 
@@ -424,9 +436,8 @@ inline void pool_bags_of(RowReader& reader, size_t first, size_t end, const Outp
 
 void pool_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
                LookupFault& fault) noexcept {
-    const size_t vectors = rows.embedding_dim / 16;
-    const bool is_one_tile = rows.embedding_dim < 16 || (rows.embedding_dim % 16 == 0 && std::has_single_bit(vectors) && vectors <= most_sums);
-    RowReader reader(rows, bags, bags.start(first), bags.start(end), is_one_tile, fault);
+    const bool are_read_once = first_tile(rows.embedding_dim).num_columns() == rows.embedding_dim;
+    RowReader reader(rows, bags, bags.start(first), bags.start(end), are_read_once, fault);
     if (rows.grid.bits == 2) return pool_bags_of<2>(reader, first, end, out);
     if (rows.grid.bits == 4) return pool_bags_of<4>(reader, first, end, out);
     pool_bags_of<8>(reader, first, end, out);

@@ -74,7 +74,7 @@ void choose_bags(LookupCase& c, Chooser& choose) {
         // With a last offset, there may be indices after it.
         make_indices(c, total + (with_last && choose.one_in(4) ? choose.below(9) : 0), choose.random());
     } else {
-        c.bag_size = choose.one_in(4) ? choose.between(0, 200) : choose.between(0, 8);
+        c.bag_size = choose.one_in(4) ? choose.between(0, 600) : choose.between(0, 8);
         c.num_bags = choose.below(600 / (c.bag_size + 1) + 1);
         make_indices(c, c.bag_size * c.num_bags, choose.random());
     }

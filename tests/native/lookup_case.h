@@ -181,10 +181,15 @@ inline std::vector<float> decode_row(const LookupCase& c, size_t row) {
     return levels;
 }
 
-// The rows of an output; those with a fault are empty, for they may be anything.
+// The rows of an output. With a fault they are empty, for they may be anything.
 struct Answer {
     std::vector<std::vector<float>> rows;
     LookupFault fault;
+
+    void forget_values_at_fault() {
+        if (fault.kind != LookupFault::none)
+            for (std::vector<float>& row : rows) row.clear();
+    }
 };
 
 inline Answer gather_plainly(const LookupCase& c, bool by_indices) {
@@ -195,6 +200,7 @@ inline Answer gather_plainly(const LookupCase& c, bool by_indices) {
         const bool is_faulty = has_fault(c, i, row, answer.fault);
         answer.rows.push_back(is_faulty ? std::vector<float>() : decode_row(c, static_cast<size_t>(row)));
     }
+    answer.forget_values_at_fault();
     return answer;
 }
 
@@ -204,13 +210,9 @@ inline Answer pool_plainly(const LookupCase& c) {
         const bool keeps_largest = c.pooling == Pooling::max;
         std::vector<float> sums(c.embedding_dim, keeps_largest ? -std::numeric_limits<float>::infinity() : 0.0f);
         size_t count = 0;
-        bool is_faulty = false;
         for (size_t i = c.start(bag); i < c.start(bag + 1); i++) {
-            if (has_fault(c, i, c.indices[i], answer.fault)) {
-                is_faulty = true;
-                continue;
-            }
             if (c.padding_index != no_padding && c.indices[i] == c.padding_index) continue;
+            if (has_fault(c, i, c.indices[i], answer.fault)) continue;
             const std::vector<float> levels = decode_row(c, static_cast<size_t>(c.indices[i]));
             for (size_t j = 0; j < c.embedding_dim; j++) {
                 if (keeps_largest)
@@ -224,8 +226,9 @@ inline Answer pool_plainly(const LookupCase& c) {
             if (count == 0) sum = 0.0f;
             if (count != 0 && c.pooling == Pooling::mean) sum /= static_cast<float>(count);
         }
-        answer.rows.push_back(is_faulty ? std::vector<float>() : sums);
+        answer.rows.push_back(sums);
     }
+    answer.forget_values_at_fault();
     return answer;
 }
 
@@ -346,7 +349,7 @@ inline void check_answer(const LookupCase& c, const std::vector<uint8_t>& got, c
     CHECK(gaps_untouched);
 }
 
-// Bit for bit what another instruction set gave, except in rows at fault, and that there may be several bits for what
+// Bit for bit what another instruction set gave, except at a fault, and that there may be several bits for what
 // is no number if there was such a thing in the table.
 inline void compare_outputs(const LookupCase& c, const std::vector<uint8_t>& got, const std::vector<uint8_t>& other,
                             const Answer& wanted) {

@@ -20,9 +20,9 @@ constexpr ValueType types[] = {ValueType::f32, ValueType::f16, ValueType::bf16};
 constexpr Pooling poolings[] = {Pooling::sum, Pooling::mean, Pooling::max};
 constexpr Layout layouts[] = {Layout::uniform, Layout::codebook, Layout::clustered};
 
-// Around the 64 rows that are prepared at once, together 580.
-const std::vector<size_t> bag_sizes = {1, 0, 63, 64, 2, 65, 0, 127, 128, 0, 129, 1, 0};
-constexpr size_t num_indices = 580;
+// Around the 256 rows that a window has at most, together 1093.
+const std::vector<size_t> bag_sizes = {1, 0, 63, 256, 2, 257, 0, 513, 1, 0};
+constexpr size_t num_indices = 1093;
 
 LookupCase make_case(size_t num_rows, size_t embedding_dim, Grid grid, Layout layout, Random& random) {
     LookupCase c;
@@ -80,9 +80,9 @@ void test_bags(const Isas& isas, LookupArenas& arenas) {
                     check_case(c, isas, arenas);
                 }
                 c.has_offsets = false;
-                for (size_t bag_size : {0, 1, 31, 64, 65, 193}) {
+                for (size_t bag_size : {0, 1, 31, 256, 257, 550}) {
                     c.bag_size = bag_size;
-                    c.num_bags = bag_size == 1 ? 150 : 3;
+                    c.num_bags = bag_size == 1 ? 300 : 3;
                     make_indices(c, bag_size * c.num_bags + 1, random);
                     choose(c, number++, random);
                     check_case(c, isas, arenas);
@@ -94,7 +94,7 @@ void test_bags(const Isas& isas, LookupArenas& arenas) {
 void test_only_padding(const Isas& isas, LookupArenas& arenas) {
     Random random(3);
     for (Pooling pooling : poolings)
-        for (size_t bag_size : {1, 64, 65, 200}) {
+        for (size_t bag_size : {1, 256, 257, 600}) {
             LookupCase c = make_case(4, 21, {4, true}, Layout::uniform, random);
             c.pooling = pooling;
             c.bag_size = bag_size;
@@ -112,8 +112,7 @@ std::vector<int64_t> faulty_indices(const LookupCase& c) {
     return {-1, static_cast<int64_t>(c.num_rows), INT32_MIN, INT32_MAX};
 }
 
-// In tables small and large, whose rows are prefetched before their indices are checked, the first fault is told, and
-// only rows with faults suffer.
+// In tables small and large, whose rows are prefetched before their indices are checked, the first fault is told.
 void test_outside(const Isas& isas, LookupArenas& arenas) {
     Random random(4);
     for (size_t num_rows : {1, 16000})
@@ -121,7 +120,7 @@ void test_outside(const Isas& isas, LookupArenas& arenas) {
             LookupCase c = make_case(num_rows, 63, {4, true}, Layout::uniform, random);
             c.indices_are_64_bits = are_64_bits;
             for (int64_t bad : faulty_indices(c))
-                for (size_t first_at : {0, 1, 64, 579}) {
+                for (size_t first_at : {size_t{0}, size_t{1}, size_t{64}, num_indices - 1}) {
                     make_indices(c, num_indices, random);
                     for (size_t at : {first_at, size_t{450}, num_indices - 1})
                         if (at >= first_at) c.indices[at] = bad;
