@@ -118,7 +118,7 @@ inline bool has_codebook(const PackedRows& rows, uint64_t index) {
 // The codebook after the codes, or that of the row's cluster.
 template <int bits>
 struct CodebookReader {
-    const PackedRows& rows;
+    const PackedRows rows;   // a copy, which no store can change
     size_t after_codes;
 
     CodebookReader(const PackedRows& rows, size_t first_code)
@@ -127,7 +127,7 @@ struct CodebookReader {
     auto operator()(const uint8_t* codes, uint64_t index, size_t) const {
         const uint8_t* codebook = codes + after_codes;
         if (rows.layout == Layout::clustered)
-            codebook = rows.codebooks + cluster_of(rows, index) * codebook_bytes(rows.grid);
+            codebook = rows.codebooks + cluster_of(rows, index) * codebook_bytes({bits, rows.grid.f16_params});
         return codebook_levels<bits>(codebook, rows.grid.f16_params);
     }
 };
