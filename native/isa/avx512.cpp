@@ -25,6 +25,7 @@ constexpr const char* isa_name = "avx512";
 constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = true;
 constexpr size_t most_sums = 16;   // vectors of sums that stay in registers
+constexpr size_t rows_early = 2;    // rows whose levels are read before they are added
 constexpr size_t vectors_of_words = 0;
 
 // Keeps GCC from loading a constant again for each use, when loads are what bounds a loop.

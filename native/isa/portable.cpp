@@ -33,6 +33,7 @@ constexpr bool has_fast_fma = false;   // the C library's, which may be a functi
 #endif
 constexpr bool looks_up_in_one = true;   // sixteen multiply-adds a row, not one a value
 constexpr size_t most_sums = 2;
+constexpr size_t rows_early = 1;
 constexpr size_t vectors_of_words = 0;
 
 template <class Fn>

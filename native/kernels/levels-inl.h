@@ -35,9 +35,9 @@ struct KeptGrid {
     GridLevels<bits, f16_params> open() const { return {splat_at(params), splat_at(params + 1)}; }
 };
 
-// What reads the levels of a row, given the address of its byte `first_code`. They are opened to be used, which may be
-// kept_rows - 1 rows later: scale and bias are kept in memory, since a load can splat them.
-inline constexpr size_t kept_rows = 4;
+// What reads the levels of a row, given the address of its byte `first_code`. They are opened to be used, up to
+// rows_early rows later: scale and bias are kept in memory, since a load can splat them.
+inline constexpr size_t kept_rows = std::bit_ceil(rows_early + 1);
 
 // Levels are made of the scale and bias after the codes.
 template <int bits, bool f16_params>

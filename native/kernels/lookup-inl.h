@@ -284,30 +284,31 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last>
         row.levels = read_levels(row.codes, index, i);
         return true;
     };
-    // Levels are read two rows early: out of the cache and through their conversion, they take longer than a row does,
+    // Levels are read some rows early: out of the cache and through their conversion, they take longer than a row does,
     // and the codes that wait for them would fill what the CPU has to look ahead.
     size_t i = starts[job.first_bag];
-    Row row{}, next{}, after_next{};
-    if (i < last && !(read(i, row) && read(i + 1, next))) return false;
+    Row ahead[rows_early + 1] = {};   // row i and those after it
+    bool are_found = true;
+    if (i < last) unrolled<rows_early>([&](size_t k) { are_found = are_found && read(i + k, ahead[k]); });
+    if (!are_found) return false;
     for (size_t bag = job.first_bag; bag < job.end_bag; bag++) {
         Sums<vectors + has_last> sums;
         sums.change([&](size_t v, F32x16) { return load(job.start + 16 * v); });
         const size_t rows_of_bag = job.rows_before + starts[bag + 1] - i;
         for (const size_t end = starts[bag + 1]; i < end; i++) {
-            if (!read(i + 2, after_next)) [[unlikely]] return false;
+            if (!read(i + rows_early, ahead[rows_early])) [[unlikely]] return false;
             const Join join(weights, i);
-            // One address and constant distances: GCC would keep a register for each vector.
-            asm("" : "+r"(row.codes));
-            const auto levels = row.levels.open();
+            const uint8_t* codes = ahead[0].codes;
+            asm("" : "+r"(codes));   // One address and constant distances: GCC would keep a register for each vector.
+            const auto levels = ahead[0].levels.open();
             sums.change([&](size_t v, F32x16 sum) __attribute__((always_inline)) {
-                const uint8_t* const codes = row.codes + 2 * bits * v;
+                const uint8_t* const from = codes + 2 * bits * v;
                 if constexpr (are_words)
-                    return join(sum, levels_of_words(levels, row.codes, v));
+                    return join(sum, levels_of_words(levels, codes, v));
                 else
-                    return join(sum, levels(v < vectors ? spread(codes) : spread_last(codes)));
+                    return join(sum, levels(v < vectors ? spread(from) : spread_last(from)));
             });
-            row = next;
-            next = after_next;
+            unrolled<rows_early>([&](size_t k) { ahead[k] = ahead[k + 1]; });
         }
         if (job.ends_bags) [[likely]] {
             if constexpr (are_words)
