@@ -25,14 +25,13 @@ inline void store_bf16(uint16_t* p, const float* values, size_t count) {
 }
 
 // Columns j .. j + n of a row of the output.
-inline void store_values(const Output& out, size_t row, size_t j, F32x16 values, size_t n) {
-    uint8_t* const to = out.values + row * out.row_bytes;
-    if (out.type == ValueType::f32) {
+inline void store_values(uint8_t* to, ValueType type, size_t j, F32x16 values, size_t n) {
+    if (type == ValueType::f32) {
         float* const wide = reinterpret_cast<float*>(to) + j;
         return n == 16 ? store(wide, values) : store_first(wide, values, n);
     }
     uint16_t narrow[16];
-    if (out.type == ValueType::f16) {
+    if (type == ValueType::f16) {
         store_f16(narrow, values);
     } else {
         float wide[16];
@@ -147,7 +146,7 @@ struct RowReader {
 
 template <int bits>
 inline void store_rows(RowReader& reader, size_t first, const Output& out) {
-    const PackedRows& rows = reader.rows;
+    const PackedRows rows = reader.rows;
     const size_t d = rows.embedding_dim;
     const Spread<bits> spread;
     const SpreadLast<bits> spread_last(rows);
@@ -156,15 +155,17 @@ inline void store_rows(RowReader& reader, size_t first, const Output& out) {
         for (size_t stop; first < reader.end; first = stop) {
             stop = reader.end_of_window(first, reader.end);
             reader.open(first, stop, 0);
+            const uint64_t* const indices = reader.indices;
             for (size_t i = first; i < stop; i++) {
-                const uint64_t index = reader.indices[i - first];
+                const uint64_t index = indices[i - first];
                 if (index >= rows.num_rows || !read_levels.knows(index)) [[unlikely]] return reader.note_fault(i);
                 const uint8_t* codes = rows.bytes + index * rows.row_bytes;
                 const auto levels = read_levels(codes, index, i).open();
+                uint8_t* const to = out.values + i * out.row_bytes;
                 size_t j = 0;
                 for (; j + 16 <= d; j += 16, codes += 2 * bits)
-                    store_values(out, i, j, in_column_order<bits>(levels(spread(codes))), 16);
-                if (j < d) store_values(out, i, j, in_column_order<bits>(levels(spread_last(codes))), d - j);
+                    store_values(to, out.type, j, in_column_order<bits>(levels(spread(codes))), 16);
+                if (j < d) store_values(to, out.type, j, in_column_order<bits>(levels(spread_last(codes))), d - j);
             }
         }
     });
@@ -365,8 +366,9 @@ struct Pooler {
 
     // Brings what has been pooled of a bag to the output, from column j on.
     void put_out(TileShape tile, size_t j, const float* from, size_t bag) const {
+        uint8_t* const to = out.values + bag * out.row_bytes;
         for (size_t at = 0; at < tile.num_columns(); at += 16)
-            store_values(out, bag, j + at, load(from + at), std::min(tile.num_columns() - at, size_t{16}));
+            store_values(to, out.type, j + at, load(from + at), std::min(tile.num_columns() - at, size_t{16}));
     }
 
     // The bags of a window, the first of which is bag `first` of all.
