@@ -59,15 +59,16 @@ class EightBits(_PyTorch):
 
 
 class Fp32(_PyTorch):
-    """The values themselves."""
+    """The values themselves, in memory of PyTorch's own: lines of a row begin where cache lines do."""
 
     operator: ClassVar[str] = "torch.nn.functional.embedding_bag"
     bits: ClassVar[int] = 32
+    copies: ClassVar[int] = 2
 
     def load(self, tables: Sequence[PackedTable]) -> Callable[[Bags], Lookup]:
         """Decode the table."""
         (table,) = tables
-        weight = torch.from_numpy(table.dequantize())
+        weight = torch.from_numpy(table.dequantize()).clone()
         pool = torch.nn.functional.embedding_bag
 
         def bind(bags: Bags) -> Lookup:
