@@ -1,16 +1,10 @@
 // Reading packed rows: gather and pool. A bag adds its rows' levels in index order, each column by itself.
 
-// Into the second-level cache: the first has little room for what is not needed yet.
-inline void prefetch_row(uintptr_t row, size_t row_bytes) {
-    for (size_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(row + at), 0, 2);
-    __builtin_prefetch(reinterpret_cast<const void*>(row + row_bytes - 1), 0, 2);
-}
-
-// Lines to be written compete with rows for the few that can be under way; asked for late, they wait longest.
-inline void prefetch_output(const Output& out, size_t row, size_t d) {
-    const uintptr_t values = reinterpret_cast<uintptr_t>(out.values) + row * out.row_bytes;
-    const size_t width = d * value_bytes(out.type);
-    for (size_t at = 0; at < width; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(values + at), 1);
+// An index has not been checked when its row is prefetched, but an address that is only for the cache may be any.
+inline void prefetch_row(const PackedRows& rows, uint64_t index) {
+    const uintptr_t row = reinterpret_cast<uintptr_t>(rows.bytes) + index * rows.row_bytes;
+    for (size_t at = 0; at < rows.row_bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(row + at));
+    __builtin_prefetch(reinterpret_cast<const void*>(row + rows.row_bytes - 1));
 }
 
 // To bfloat16, nearest, ties to even; NaN stays NaN.
@@ -42,11 +36,14 @@ inline void store_values(uint8_t* to, ValueType type, size_t j, F32x16 values, s
 }
 
 // Rows that are read more than once, tile by tile, are read a window at a time, which stays in the first-level cache.
-// So are those whose indices are not there as they have to be, and those that are to be on their way to the cache while
-// the ones before are read. Otherwise a window has no end.
+// So are those whose indices are not there as they have to be. Otherwise a window has no end.
 inline constexpr size_t most_window_rows = 256, least_window_rows = 16;
 inline constexpr size_t window_bytes = size_t{1} << 15;
 inline constexpr size_t most_window_bags = 256;
+
+// Rows are prefetched so far ahead of those that are read: enough to be there in time, few enough to be there still.
+inline constexpr size_t most_rows_ahead = 96, least_rows_ahead = 16;
+inline constexpr size_t bytes_ahead = size_t{1} << 13;
 
 // Reads a run of rows, a window of some of them at a time.
 struct RowReader {
@@ -56,13 +53,14 @@ struct RowReader {
     LookupFault& fault;
     const bool reads_in_place;   // indices, which are as they have to be
     const size_t window_rows;    // at most
-    size_t prefetched;           // rows up to this position
+    const size_t rows_ahead;
     // The window: rows, without those that are padding, what they are multiplied by, and where bags start among them
     // and the last one ends.
     const uint64_t* indices = nullptr;
     const float* weights = nullptr;
     size_t starts[most_window_bags + 1];
-    uint64_t own_indices[most_window_rows];
+    size_t num_indices = 0;      // with those after the window that are known already
+    uint64_t own_indices[most_window_rows + most_rows_ahead];
     float own_weights[most_window_rows];
 
     RowReader(const PackedRows& rows, const Bags& bags, size_t first, size_t end, bool are_read_once,
@@ -72,10 +70,14 @@ struct RowReader {
           end(end),
           fault(fault),
           reads_in_place(bags.indices.values && bags.indices.are_64_bits && bags.padding_index == no_padding),
-          window_rows(reads_in_place && are_read_once && !bags.prefetches
+          window_rows(reads_in_place && are_read_once
                           ? SIZE_MAX
                           : std::clamp(window_bytes / rows.row_bytes, least_window_rows, most_window_rows)),
-          prefetched(bags.prefetches ? first : end) {}
+          rows_ahead(std::clamp(bytes_ahead / rows.row_bytes, least_rows_ahead, most_rows_ahead)) {
+        if (!bags.prefetches) return;
+        const size_t first_ones = std::min(end - first, rows_ahead);
+        for (size_t i = 0; i < first_ones; i++) prefetch_row(rows, index_at(first + i));
+    }
 
     uint64_t index_at(size_t position) const {
         return bags.indices.values ? static_cast<uint64_t>(bags.indices[position]) : position;
@@ -94,17 +96,17 @@ struct RowReader {
         weights = bags.per_sample_weights ? bags.per_sample_weights + first : nullptr;
         if (reads_in_place) {
             indices = static_cast<const uint64_t*>(bags.indices.values) + first;
-        } else {
-            for (size_t i = first; i < last; i++) own_indices[i - first] = index_at(i);
-            indices = own_indices;
-            if (bags.padding_index != no_padding) leave_padding_out(num_bags);
+            num_indices = end - first;
+            return;
         }
-        // The rows after these, many at once, which keeps many under way. An address that is only for the cache may be
-        // any.
-        for (const size_t ahead = end_of_window(last, end); prefetched < ahead; prefetched++) {
-            const uint64_t offset = index_at(prefetched) * rows.row_bytes;
-            prefetch_row(reinterpret_cast<uintptr_t>(rows.bytes) + offset, rows.row_bytes);
-        }
+        indices = own_indices;
+        num_indices = last - first;
+        for (size_t i = first; i < last; i++) own_indices[i - first] = index_at(i);
+        if (bags.padding_index != no_padding) num_indices = leave_padding_out(num_bags);
+        if (!bags.prefetches) return;
+        const size_t known = std::min(end - last, rows_ahead);
+        for (size_t i = 0; i < known; i++) own_indices[num_indices + i] = index_at(last + i);
+        num_indices += known;
     }
 
     // Opens a window on bags from `first` on and returns how many; none, if the first has too many rows.
@@ -120,7 +122,7 @@ struct RowReader {
         return count;
     }
 
-    void leave_padding_out(size_t num_bags) {
+    size_t leave_padding_out(size_t num_bags) {
         size_t kept = 0, i = 0;
         for (size_t bag = 0; bag < num_bags; bag++) {
             for (; i < starts[bag + 1]; i++) {
@@ -131,6 +133,7 @@ struct RowReader {
             starts[bag + 1] = kept;
         }
         if (weights) weights = own_weights;
+        return kept;
     }
 
     // Notes the first fault of a run in which there is one.
@@ -147,7 +150,8 @@ struct RowReader {
 template <int bits>
 inline void store_rows(RowReader& reader, size_t first, const Output& out) {
     const PackedRows rows = reader.rows;
-    const size_t d = rows.embedding_dim;
+    const size_t d = rows.embedding_dim, rows_ahead = reader.rows_ahead;
+    const bool prefetches = reader.bags.prefetches;
     const Spread<bits> spread;
     const SpreadLast<bits> spread_last(rows);
     with_levels<bits>(rows, [&]<class ReadLevels>(Type<ReadLevels>) {
@@ -161,6 +165,7 @@ inline void store_rows(RowReader& reader, size_t first, const Output& out) {
                 if (index >= rows.num_rows || !read_levels.knows(index)) [[unlikely]] return reader.note_fault(i);
                 const uint8_t* codes = rows.bytes + index * rows.row_bytes;
                 const auto levels = read_levels(codes, index, i).open();
+                if (prefetches) prefetch_row(rows, indices[std::min(i - first + rows_ahead, reader.num_indices - 1)]);
                 uint8_t* const to = out.values + i * out.row_bytes;
                 size_t j = 0;
                 for (; j + 16 <= d; j += 16, codes += 2 * bits)
@@ -257,11 +262,13 @@ struct TileJob {
     bool ends_bags = true;
 };
 
+inline constexpr size_t bags_ahead = 4;
+
 // Pools a tile in registers. False if an index has no row, or its row no codebook. Not inlined, and without all else
 // that there is to do, so that the loop over rows has all registers.
 using PoolTileFn = bool (*)(const RowReader&, TileJob);
 
-template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last>
+template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last, bool prefetches>
 [[gnu::noinline]] bool pool_tile(const RowReader& reader, TileJob job) {
     ReadLevels read_levels(reader.rows, job.first_code);
     const Spread<bits> spread;
@@ -278,6 +285,7 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last>
     const float* const weights = reader.weights;
     const size_t* const starts = reader.starts;
     const size_t last = starts[job.end_bag];
+    const size_t rows_ahead = reader.rows_ahead, num_indices = reader.num_indices;
     const auto read = [&](size_t i, Row& row) __attribute__((always_inline)) {
         const uint64_t index = indices[i < last ? i : last - 1];
         if (index >= num_rows || !read_levels.knows(index)) [[unlikely]] return false;
@@ -295,9 +303,13 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last>
     for (size_t bag = job.first_bag; bag < job.end_bag; bag++) {
         Sums<vectors + has_last> sums;
         sums.change([&](size_t v, F32x16) { return load(job.start + 16 * v); });
+        if constexpr (prefetches)   // Lines to be written compete with rows for the few that can be under way.
+            unrolled<vectors>([&](size_t v) { __builtin_prefetch(job.to + bags_ahead * job.stride + 16 * v, 1); });
         const size_t rows_of_bag = job.rows_before + starts[bag + 1] - i;
         for (const size_t end = starts[bag + 1]; i < end; i++) {
             if (!read(i + rows_early, ahead[rows_early])) [[unlikely]] return false;
+            if constexpr (prefetches)
+                prefetch_row(reader.rows, indices[std::min(i + rows_ahead, num_indices - 1)]);
             const Join join(weights, i);
             const uint8_t* codes = ahead[0].codes;
             asm("" : "+r"(codes));   // One address and constant distances: GCC would keep a register for each vector.
@@ -331,22 +343,23 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last>
 
 // The function for a tile.
 template <int bits, class Join, class ReadLevels, size_t vectors = most_sums>
-PoolTileFn find_pool_tile(TileShape tile) {
-    if constexpr (vectors == 0) {
-        return pool_tile<bits, Join, ReadLevels, 0, true>;
-    } else {
-        if (tile.vectors < vectors) return find_pool_tile<bits, Join, ReadLevels, vectors / 2>(tile);
-        if constexpr (vectors < most_sums)
-            if (tile.last_columns > 0) return pool_tile<bits, Join, ReadLevels, vectors, true>;
-        return pool_tile<bits, Join, ReadLevels, vectors, false>;
-    }
+PoolTileFn find_pool_tile(TileShape tile, bool prefetches) {
+    if constexpr (vectors > 0)
+        if (tile.vectors < vectors) return find_pool_tile<bits, Join, ReadLevels, vectors / 2>(tile, prefetches);
+    const auto choose = [&]<bool has_last>(std::bool_constant<has_last>) -> PoolTileFn {
+        if (prefetches) return pool_tile<bits, Join, ReadLevels, vectors, has_last, true>;
+        return pool_tile<bits, Join, ReadLevels, vectors, has_last, false>;
+    };
+    if constexpr (vectors < most_sums)
+        if (vectors == 0 || tile.last_columns > 0) return choose(std::true_type());
+    if constexpr (vectors > 0) return choose(std::false_type());
 }
 
 // Pools bags, window by window and tile by tile.
 struct Pooler {
     RowReader& reader;
     const Output& out;
-    PoolTileFn (*find)(TileShape);
+    PoolTileFn (*find)(TileShape, bool prefetches);
     const float* start;   // most_tile_values
     alignas(64) float pooled[16 * most_tile_values];
 
@@ -364,6 +377,9 @@ struct Pooler {
         return true;
     }
 
+    // The first tile is the one to prefetch rows.
+    bool prefetches_from(size_t j) const { return reader.bags.prefetches && j == 0; }
+
     // Brings what has been pooled of a bag to the output, from column j on.
     void put_out(TileShape tile, size_t j, const float* from, size_t bag) const {
         uint8_t* const to = out.values + bag * out.row_bytes;
@@ -374,7 +390,7 @@ struct Pooler {
     // The bags of a window, the first of which is bag `first` of all.
     bool pool_window(size_t first, size_t num_bags) {
         return for_tiles([&](TileShape tile, size_t j, size_t first_code) {
-            const PoolTileFn pool = find(tile);
+            const PoolTileFn pool = find(tile, prefetches_from(j));
             if (out.type == ValueType::f32) {
                 float* const to = reinterpret_cast<float*>(out.values + first * out.row_bytes) + j;
                 const size_t stride = out.row_bytes / sizeof(float);
@@ -402,7 +418,7 @@ struct Pooler {
                 reader.starts[1] = stop - i;
                 reader.open(i, stop, 1);
                 job.ends_bags = stop == last;
-                if (!find(tile)(reader, job)) return false;
+                if (!find(tile, prefetches_from(j))(reader, job)) return false;
                 job.rows_before += reader.starts[1];
                 job.start = pooled;
             }
@@ -414,8 +430,6 @@ struct Pooler {
     void pool(size_t first, size_t end) {
         while (first < end) {
             const size_t num_bags = reader.open_bags(first, end);
-            if (reader.bags.prefetches)
-                for (size_t i = 0; i < num_bags; i++) prefetch_output(out, first + i, reader.rows.embedding_dim);
             const bool are_found = num_bags > 0 ? pool_window(first, num_bags) : pool_long_bag(first);
             if (!are_found) [[unlikely]] return reader.note_fault(reader.bags.start(first));
             first += std::max(num_bags, size_t{1});
