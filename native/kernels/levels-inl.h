@@ -35,13 +35,15 @@ struct KeptGrid {
     GridLevels<bits, f16_params> open() const { return {splat_at(params), splat_at(params + 1)}; }
 };
 
-// What reads the levels of a row, given the address of its byte `first_code`. They are opened to be used, up to
-// rows_early rows later: scale and bias are kept in memory, since a load can splat them.
+// What reads the levels of row `index`, given the address of its byte `first_code`; false if it has none. They are
+// opened to be used, up to rows_early rows later: scale and bias are kept in memory, since a load can splat them.
 inline constexpr size_t kept_rows = std::bit_ceil(rows_early + 1);
 
 // Levels are made of the scale and bias after the codes.
 template <int bits, bool f16_params>
 struct GridReader {
+    using Kept = std::conditional_t<has_level_table<bits>, LevelTable, KeptGrid<bits, f16_params>>;
+
     size_t after_codes;
     F32x16 numbers = load(numbers_of_levels<bits>);
     float kept[kept_rows][4];
@@ -50,8 +52,8 @@ struct GridReader {
         : after_codes(code_bytes(rows.embedding_dim, rows.grid) - first_code) {
         if constexpr (has_level_table<bits>) stay_in_register(numbers);
     }
-    static bool knows(uint64_t) { return true; }
-    auto operator()(const uint8_t* codes, uint64_t, size_t position) {
+
+    bool read(const uint8_t* codes, uint64_t, size_t position, Kept& levels) {
         if constexpr (has_level_table<bits>) {
             GridLevels<bits, f16_params> grid;
             if constexpr (f16_params) {
@@ -61,15 +63,16 @@ struct GridReader {
                 std::memcpy(params, codes + after_codes, sizeof params);
                 grid = {splat(params[0]), splat(params[1])};
             }
-            return LevelTable{fma(grid.scale, numbers, grid.bias)};
+            levels = {fma(grid.scale, numbers, grid.bias)};
         } else {
             float* const params = kept[position % kept_rows];
             if constexpr (f16_params)
                 widen_two_f16(codes + after_codes, params);
             else
                 std::memcpy(params, codes + after_codes, 2 * sizeof(float));
-            return KeptGrid<bits, f16_params>{params};
+            levels = {params};
         }
+        return true;
     }
 };
 
@@ -94,41 +97,43 @@ struct LongCodebook {
     }
 };
 
-template <int bits>
-inline auto codebook_levels(const uint8_t* codebook, bool f16_params) {
-    if constexpr (bits == 8) {
-        return LongCodebook{codebook, f16_params};
-    } else {
-        uint16_t halves[16];
-        float wide[16];
-        for (size_t repeat = 0; repeat < 16; repeat += 1 << bits) {
-            if (f16_params)
-                std::memcpy(halves + repeat, codebook, 2 << bits);
-            else
-                std::memcpy(wide + repeat, codebook, 4 << bits);
-        }
-        return LevelTable{f16_params ? load_f16(halves) : load(wide)};
-    }
-}
-
 inline bool has_codebook(const PackedRows& rows, uint64_t index) {
     return rows.layout != Layout::clustered || cluster_of(rows, index) < rows.num_codebooks;
 }
 
-// The codebook after the codes, or that of the row's cluster.
+// Levels are those of the codebook after the codes, or of that of the row's cluster.
 template <int bits>
 struct CodebookReader {
+    using Kept = std::conditional_t<bits == 8, LongCodebook, LevelTable>;
+
     const PackedRows rows;   // a copy, which no store can change
     size_t after_codes;
 
     CodebookReader(const PackedRows& rows, size_t first_code)
         : rows(rows), after_codes(code_bytes(rows.embedding_dim, rows.grid) - first_code) {}
-    bool knows(uint64_t index) const { return has_codebook(rows, index); }
-    auto operator()(const uint8_t* codes, uint64_t index, size_t) const {
+
+    bool read(const uint8_t* codes, uint64_t index, size_t, Kept& levels) const {
         const uint8_t* codebook = codes + after_codes;
-        if (rows.layout == Layout::clustered)
-            codebook = rows.codebooks + cluster_of(rows, index) * codebook_bytes({bits, rows.grid.f16_params});
-        return codebook_levels<bits>(codebook, rows.grid.f16_params);
+        if (rows.layout == Layout::clustered) {
+            const size_t cluster = cluster_of(rows, index);
+            if (cluster >= rows.num_codebooks) [[unlikely]] return false;
+            codebook = rows.codebooks + cluster * codebook_bytes({bits, rows.grid.f16_params});
+        }
+        const bool f16_params = rows.grid.f16_params;
+        if constexpr (bits == 8) {
+            levels = {codebook, f16_params};
+        } else {
+            uint16_t halves[16];
+            float wide[16];
+            for (size_t repeat = 0; repeat < 16; repeat += 1 << bits) {
+                if (f16_params)
+                    std::memcpy(halves + repeat, codebook, 2 << bits);
+                else
+                    std::memcpy(wide + repeat, codebook, 4 << bits);
+            }
+            levels = {f16_params ? load_f16(halves) : load(wide)};
+        }
+        return true;
     }
 };
 

@@ -162,9 +162,11 @@ inline void store_rows(RowReader& reader, size_t first, const Output& out) {
             const uint64_t* const indices = reader.indices;
             for (size_t i = first; i < stop; i++) {
                 const uint64_t index = indices[i - first];
-                if (index >= rows.num_rows || !read_levels.knows(index)) [[unlikely]] return reader.note_fault(i);
                 const uint8_t* codes = rows.bytes + index * rows.row_bytes;
-                const auto levels = read_levels(codes, index, i).open();
+                typename ReadLevels::Kept kept;
+                if (index >= rows.num_rows || !read_levels.read(codes, index, i, kept)) [[unlikely]]
+                    return reader.note_fault(i);
+                const auto levels = kept.open();
                 if (prefetches) prefetch_row(rows, indices[std::min(i - first + rows_ahead, reader.num_indices - 1)]);
                 uint8_t* const to = out.values + i * out.row_bytes;
                 size_t j = 0;
@@ -275,9 +277,9 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last,
     const SpreadLast<bits> spread_last(reader.rows);
     struct Row {
         const uint8_t* codes;
-        decltype(read_levels(nullptr, 0, 0)) levels;
+        typename ReadLevels::Kept levels;
     };
-    using Levels = decltype(Row{}.levels.open());
+    using Levels = decltype(Row().levels.open());
     constexpr bool are_words = !has_last && vectors == vectors_of_words && std::is_same_v<Levels, GridLevels<4, true>>;
     const uint8_t* const bytes = reader.rows.bytes + job.first_code;
     const size_t row_bytes = reader.rows.row_bytes, num_rows = reader.rows.num_rows;
@@ -288,10 +290,9 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last,
     const size_t rows_ahead = reader.rows_ahead, num_indices = reader.num_indices;
     const auto read = [&](size_t i, Row& row) __attribute__((always_inline)) {
         const uint64_t index = indices[i < last ? i : last - 1];
-        if (index >= num_rows || !read_levels.knows(index)) [[unlikely]] return false;
+        if (index >= num_rows) [[unlikely]] return false;
         row.codes = bytes + index * row_bytes;
-        row.levels = read_levels(row.codes, index, i);
-        return true;
+        return read_levels.read(row.codes, index, i, row.levels);
     };
     // Levels are read some rows early: out of the cache and through their conversion, they take longer than a row does,
     // and the codes that wait for them would fill what the CPU has to look ahead.
@@ -362,6 +363,9 @@ struct Pooler {
     PoolTileFn (*find)(TileShape, bool prefetches);
     const float* start;   // most_tile_values
     alignas(64) float pooled[16 * most_tile_values];
+
+    Pooler(RowReader& reader, const Output& out, PoolTileFn (*find)(TileShape, bool), const float* start)
+        : reader(reader), out(out), find(find), start(start) {}
 
     // Calls use(tile, j, first_code) for the tiles of a row: where its columns and its codes start. False as soon as
     // that is.
