@@ -30,7 +30,7 @@ constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = false;   // two permutations, a shift and a blend
 constexpr size_t most_sums = 4;   // vectors of sums that stay in registers
 constexpr size_t rows_early = 3;    // rows whose levels are read before they are added
-constexpr size_t vectors_of_words = 4;
+constexpr size_t vectors_of_words = 4;   // that levels_of_words makes together
 
 inline void stay_in_register(F32x16&) {}   // there are not enough of them
 

@@ -26,7 +26,7 @@ constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = true;
 constexpr size_t most_sums = 16;   // vectors of sums that stay in registers
 constexpr size_t rows_early = 2;    // rows whose levels are read before they are added
-constexpr size_t vectors_of_words = 0;
+constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
 
 // Keeps GCC from loading a constant again for each use, when loads are what bounds a loop.
 inline void stay_in_register(F32x16& x) { asm("" : "+v"(x)); }

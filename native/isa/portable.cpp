@@ -34,7 +34,7 @@ constexpr bool has_fast_fma = false;   // the C library's, which may be a functi
 constexpr bool looks_up_in_one = true;   // sixteen multiply-adds a row, not one a value
 constexpr size_t most_sums = 2;
 constexpr size_t rows_early = 1;
-constexpr size_t vectors_of_words = 0;
+constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
 
 template <class Fn>
 inline F32x16 each_lane(Fn fn) {
