@@ -1,13 +1,10 @@
 // AVX2, FMA and F16C (Haswell and later, Zen and later): sixteen lanes are two registers.
 #include <immintrin.h>
 
-#include <algorithm>
-#include <array>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <utility>
+#include <type_traits>
 
 #include "../kernels.h"
 

@@ -1,13 +1,10 @@
 // AVX-512 (F, BW, DQ, VL: Skylake-X and later, Zen 4 and later): sixteen lanes are one register.
 #include <immintrin.h>
 
-#include <algorithm>
-#include <array>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <utility>
+#include <type_traits>
 
 #include "../kernels.h"
 

@@ -1,11 +1,8 @@
 // Plain C++ for any CPU: sixteen lanes are an array, and the compiler makes of it what it can.
-#include <algorithm>
-#include <array>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <utility>
+#include <type_traits>
 
 #include "../kernels.h"
 

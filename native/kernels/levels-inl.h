@@ -37,7 +37,8 @@ struct KeptGrid {
 
 // What reads the levels of row `index`, given the address of its byte `first_code`; false if it has none. They are
 // opened to be used, up to rows_early rows later: scale and bias are kept in memory, since a load can splat them.
-inline constexpr size_t kept_rows = std::bit_ceil(rows_early + 1);
+inline constexpr size_t kept_rows = 4;
+static_assert(kept_rows > rows_early);
 
 // Levels are made of the scale and bias after the codes.
 template <int bits, bool f16_params>

@@ -1,5 +1,14 @@
 // Reading packed rows: gather and pool. A bag adds its rows' levels in index order, each column by itself.
 
+// Not the standard library's: an instruction set's file must not have templates that another's has, too.
+inline constexpr size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+inline constexpr size_t within(size_t x, size_t least, size_t most) { return smaller(x < least ? least : x, most); }
+inline constexpr size_t largest_power_within(size_t x) {
+    size_t power = x > 0;
+    while (power <= x / 2 && power > 0) power *= 2;
+    return power;
+}
+
 // An index has not been checked when its row is prefetched, but an address that is only for the cache may be any.
 inline void prefetch_row(const PackedRows& rows, uint64_t index) {
     const uintptr_t row = reinterpret_cast<uintptr_t>(rows.bytes) + index * rows.row_bytes;
@@ -72,10 +81,10 @@ struct RowReader {
           reads_in_place(bags.indices.values && bags.indices.are_64_bits && bags.padding_index == no_padding),
           window_rows(reads_in_place && are_read_once
                           ? SIZE_MAX
-                          : std::clamp(window_bytes / rows.row_bytes, least_window_rows, most_window_rows)),
-          rows_ahead(std::clamp(bytes_ahead / rows.row_bytes, least_rows_ahead, most_rows_ahead)) {
+                          : within(window_bytes / rows.row_bytes, least_window_rows, most_window_rows)),
+          rows_ahead(within(bytes_ahead / rows.row_bytes, least_rows_ahead, most_rows_ahead)) {
         if (!bags.prefetches) return;
-        const size_t first_ones = std::min(end - first, rows_ahead);
+        const size_t first_ones = smaller(end - first, rows_ahead);
         for (size_t i = 0; i < first_ones; i++) prefetch_row(rows, index_at(first + i));
     }
 
@@ -104,14 +113,14 @@ struct RowReader {
         for (size_t i = first; i < last; i++) own_indices[i - first] = index_at(i);
         if (bags.padding_index != no_padding) num_indices = leave_padding_out(num_bags);
         if (!bags.prefetches) return;
-        const size_t known = std::min(end - last, rows_ahead);
+        const size_t known = smaller(end - last, rows_ahead);
         for (size_t i = 0; i < known; i++) own_indices[num_indices + i] = index_at(last + i);
         num_indices += known;
     }
 
     // Opens a window on bags from `first` on and returns how many; none, if the first has too many rows.
     size_t open_bags(size_t first, size_t last) {
-        const size_t start = bags.start(first), most = std::min(last - first, most_window_bags);
+        const size_t start = bags.start(first), most = smaller(last - first, most_window_bags);
         size_t count = 0;
         starts[0] = 0;
         for (; count < most; count++) {
@@ -167,7 +176,7 @@ inline void store_rows(RowReader& reader, size_t first, const Output& out) {
                 if (index >= rows.num_rows || !read_levels.read(codes, index, i, kept)) [[unlikely]]
                     return reader.note_fault(i);
                 const auto levels = kept.open();
-                if (prefetches) prefetch_row(rows, indices[std::min(i - first + rows_ahead, reader.num_indices - 1)]);
+                if (prefetches) prefetch_row(rows, indices[smaller(i - first + rows_ahead, reader.num_indices - 1)]);
                 uint8_t* const to = out.values + i * out.row_bytes;
                 size_t j = 0;
                 for (; j + 16 <= d; j += 16, codes += 2 * bits)
@@ -190,10 +199,13 @@ void gather_rows(const PackedRows& rows, const Integers& indices, bool prefetche
 // So many sums, in vectors, are added up in registers: a tile of the columns.
 inline constexpr size_t most_tile_values = 16 * most_sums;
 
-inline constexpr std::array<float, most_tile_values> filled_with(float value) {
-    std::array<float, most_tile_values> values{};
-    values.fill(value);
-    return values;
+struct TileValues {
+    float values[most_tile_values];
+};
+inline constexpr TileValues filled_with(float value) {
+    TileValues filled{};
+    for (float& each : filled.values) each = value;
+    return filled;
 }
 
 // How a row's levels join those before.
@@ -245,7 +257,7 @@ struct TileShape {
 
 // The first tile of so many columns. The last ones are a tile of their own only where they do not fit in another.
 inline TileShape first_tile(size_t num_columns) {
-    const size_t vectors = std::min(std::bit_floor(num_columns / 16), most_sums);
+    const size_t vectors = smaller(largest_power_within(num_columns / 16), most_sums);
     const size_t left = num_columns - 16 * vectors;
     return {vectors, vectors < most_sums && left < 16 ? left : 0};
 }
@@ -310,7 +322,7 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last,
         for (const size_t end = starts[bag + 1]; i < end; i++) {
             if (!read(i + rows_early, ahead[rows_early])) [[unlikely]] return false;
             if constexpr (prefetches)
-                prefetch_row(reader.rows, indices[std::min(i + rows_ahead, num_indices - 1)]);
+                prefetch_row(reader.rows, indices[smaller(i + rows_ahead, num_indices - 1)]);
             const Join join(weights, i);
             const uint8_t* codes = ahead[0].codes;
             asm("" : "+r"(codes));   // One address and constant distances: GCC would keep a register for each vector.
@@ -347,13 +359,13 @@ template <int bits, class Join, class ReadLevels, size_t vectors = most_sums>
 PoolTileFn find_pool_tile(TileShape tile, bool prefetches) {
     if constexpr (vectors > 0)
         if (tile.vectors < vectors) return find_pool_tile<bits, Join, ReadLevels, vectors / 2>(tile, prefetches);
-    const auto choose = [&]<bool has_last>(std::bool_constant<has_last>) -> PoolTileFn {
-        if (prefetches) return pool_tile<bits, Join, ReadLevels, vectors, has_last, true>;
-        return pool_tile<bits, Join, ReadLevels, vectors, has_last, false>;
-    };
     if constexpr (vectors < most_sums)
-        if (vectors == 0 || tile.last_columns > 0) return choose(std::true_type());
-    if constexpr (vectors > 0) return choose(std::false_type());
+        if (vectors == 0 || tile.last_columns > 0)
+            return prefetches ? pool_tile<bits, Join, ReadLevels, vectors, true, true>
+                              : pool_tile<bits, Join, ReadLevels, vectors, true, false>;
+    if constexpr (vectors > 0)
+        return prefetches ? pool_tile<bits, Join, ReadLevels, vectors, false, true>
+                          : pool_tile<bits, Join, ReadLevels, vectors, false, false>;
 }
 
 // Pools bags, window by window and tile by tile.
@@ -388,7 +400,7 @@ struct Pooler {
     void put_out(TileShape tile, size_t j, const float* from, size_t bag) const {
         uint8_t* const to = out.values + bag * out.row_bytes;
         for (size_t at = 0; at < tile.num_columns(); at += 16)
-            store_values(to, out.type, j + at, load(from + at), std::min(tile.num_columns() - at, size_t{16}));
+            store_values(to, out.type, j + at, load(from + at), smaller(tile.num_columns() - at, 16));
     }
 
     // The bags of a window, the first of which is bag `first` of all.
@@ -400,9 +412,9 @@ struct Pooler {
                 const size_t stride = out.row_bytes / sizeof(float);
                 return pool(reader, {first_code, 0, num_bags, start, to, stride, tile.last_columns});
             }
-            const size_t bags_at_once = std::size(pooled) / tile.num_values();
+            const size_t bags_at_once = (sizeof pooled / sizeof *pooled) / tile.num_values();
             for (size_t bag = 0; bag < num_bags;) {
-                const size_t stop = std::min(num_bags, bag + bags_at_once);
+                const size_t stop = smaller(num_bags, bag + bags_at_once);
                 if (!pool(reader, {first_code, bag, stop, start, pooled, tile.num_values()})) return false;
                 for (const float* from = pooled; bag < stop; bag++, from += tile.num_values())
                     put_out(tile, j, from, first + bag);
@@ -436,7 +448,7 @@ struct Pooler {
             const size_t num_bags = reader.open_bags(first, end);
             const bool are_found = num_bags > 0 ? pool_window(first, num_bags) : pool_long_bag(first);
             if (!are_found) [[unlikely]] return reader.note_fault(reader.bags.start(first));
-            first += std::max(num_bags, size_t{1});
+            first += num_bags > 0 ? num_bags : 1;
         }
     }
 };
@@ -444,7 +456,7 @@ struct Pooler {
 template <int bits, class Join>
 inline void pool_bags_by(RowReader& reader, size_t first, size_t end, const Output& out) {
     with_levels<bits>(reader.rows, [&]<class ReadLevels>(Type<ReadLevels>) {
-        Pooler(reader, out, find_pool_tile<bits, Join, ReadLevels>, Join::start.data()).pool(first, end);
+        Pooler(reader, out, find_pool_tile<bits, Join, ReadLevels>, Join::start.values).pool(first, end);
     });
 }
 
