@@ -171,10 +171,10 @@ inline void store_rows(RowReader& reader, size_t first, const Output& out) {
             const uint64_t* const indices = reader.indices;
             for (size_t i = first; i < stop; i++) {
                 const uint64_t index = indices[i - first];
+                if (index >= rows.num_rows) [[unlikely]] return reader.note_fault(i);
                 const uint8_t* codes = rows.bytes + index * rows.row_bytes;
                 typename ReadLevels::Kept kept;
-                if (index >= rows.num_rows || !read_levels.read(codes, index, i, kept)) [[unlikely]]
-                    return reader.note_fault(i);
+                if (!read_levels.read(codes, index, i, kept)) [[unlikely]] return reader.note_fault(i);
                 const auto levels = kept.open();
                 if (prefetches) prefetch_row(rows, indices[smaller(i - first + rows_ahead, reader.num_indices - 1)]);
                 uint8_t* const to = out.values + i * out.row_bytes;
