@@ -17,6 +17,7 @@
 #include "dispatch.h"
 #include "lookup.h"
 #include "quantize.h"
+#include "tensors.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -96,6 +97,34 @@ Layout parse_layout(const std::string& name) {
 }
 
 // Packed rows, and the arrays that they lie in.
+// What rows of the clustered layout share: a number of a codebook each, and the codebooks.
+struct Shared {
+    const void* clusters = nullptr;
+    size_t num_clusters = 0, cluster_bytes = 0;
+    const void* codebooks = nullptr;
+    size_t num_codebooks = 0, codebook_bytes = 0;
+};
+
+PackedRows make_rows(const void* packed, size_t num_rows, size_t row_bytes, size_t embedding_dim, Grid grid,
+                     Layout layout, const Shared& shared) {
+    PackedRows rows{static_cast<const uint8_t*>(packed), num_rows, embedding_dim, row_bytes, grid, layout};
+    require(embedding_dim > 0 && embedding_dim <= 8 * row_bytes, "embedding_dim does not go with packed");
+    require(row_bytes == packed_row_bytes(embedding_dim, grid, layout), "packed has the wrong row bytes");
+    const bool is_clustered = layout == Layout::clustered;
+    require(is_clustered == (shared.cluster_bytes > 0) && is_clustered == (shared.codebook_bytes > 0),
+            "clusters and codebooks go with the clustered layout");
+    if (!is_clustered) return rows;
+    require(shared.cluster_bytes <= 2, "clusters must be uint8 or uint16");
+    require(shared.num_clusters == num_rows, "clusters must have one number for each row");
+    require(shared.codebook_bytes == codebook_bytes(grid), "codebooks have the wrong size");
+    require(shared.num_codebooks > 0 || num_rows == 0, "codebooks are none");
+    rows.codebooks = static_cast<const uint8_t*>(shared.codebooks);
+    rows.clusters = static_cast<const uint8_t*>(shared.clusters);
+    rows.cluster_bytes = shared.cluster_bytes;
+    rows.num_codebooks = shared.num_codebooks;
+    return rows;
+}
+
 struct PackedView {
     PackedArray packed;
     std::optional<Clusters> clusters;
@@ -105,23 +134,21 @@ struct PackedView {
     PackedView(const PackedArray& packed, size_t embedding_dim, int bits, bool f16_params, const std::string& layout,
                const std::optional<Clusters>& clusters, const std::optional<PackedArray>& codebooks)
         : packed(packed), clusters(clusters), codebooks(codebooks) {
-        const Grid grid = make_grid(bits, f16_params);
-        rows = {packed.data(), packed.shape(0), embedding_dim, packed.shape(1), grid, parse_layout(layout)};
-        require(embedding_dim > 0 && embedding_dim <= 8 * rows.row_bytes, "embedding_dim does not go with packed");
-        require(rows.row_bytes == packed_row_bytes(embedding_dim, grid, rows.layout), "packed has the wrong row bytes");
-        const bool is_clustered = rows.layout == Layout::clustered;
-        require(is_clustered == clusters.has_value() && is_clustered == codebooks.has_value(),
-                "clusters and codebooks go with the clustered layout");
-        if (!is_clustered) return;
-        const bool is_u8 = clusters->dtype() == nb::dtype<uint8_t>();
-        require(is_u8 || clusters->dtype() == nb::dtype<uint16_t>(), "clusters must be uint8 or uint16");
-        require(clusters->shape(0) == rows.num_rows, "clusters must have one number for each row");
-        require(codebooks->shape(1) == codebook_bytes(grid), "codebooks have the wrong size");
-        rows.codebooks = codebooks->data();
-        rows.clusters = static_cast<const uint8_t*>(clusters->data());
-        rows.cluster_bytes = is_u8 ? 1 : 2;
-        rows.num_codebooks = codebooks->shape(0);
-        require(rows.num_codebooks > 0 || rows.num_rows == 0, "codebooks are none");
+        Shared shared;
+        if (clusters) {
+            const bool is_u8 = clusters->dtype() == nb::dtype<uint8_t>();
+            require(is_u8 || clusters->dtype() == nb::dtype<uint16_t>(), "clusters must be uint8 or uint16");
+            shared.clusters = clusters->data();
+            shared.num_clusters = clusters->shape(0);
+            shared.cluster_bytes = is_u8 ? 1 : 2;
+        }
+        if (codebooks) {
+            shared.codebooks = codebooks->data();
+            shared.num_codebooks = codebooks->shape(0);
+            shared.codebook_bytes = codebooks->shape(1);
+        }
+        rows = make_rows(packed.data(), packed.shape(0), packed.shape(1), embedding_dim, make_grid(bits, f16_params),
+                         parse_layout(layout), shared);
     }
 };
 
@@ -242,40 +269,194 @@ const float* view_weights(const std::optional<Floats>& weights, const Integers& 
     return weights ? weights->data() : nullptr;
 }
 
+int64_t gather_into(const PackedRows& rows, const Integers& indices, const Output& out) {
+    if (rows.num_rows == 0) return indices.values ? 0 : -1;
+    nb::gil_scoped_release release;
+    return tell_fault(gather(rows, indices, out));
+}
+
 int64_t gather_rows(const PackedView& view, const std::optional<Indices>& indices, const ValuesOut& out) {
     const Integers from = indices ? view_integers(*indices) : Integers{};
     // An empty array may have no address, but no address means all rows.
     if (indices && from.count == 0) return -1;
-    const Output to = view_output(out, indices ? from.count : view.rows.num_rows, view.rows.embedding_dim);
-    if (view.rows.num_rows == 0) return indices ? 0 : -1;
+    const size_t num_rows = indices ? from.count : view.rows.num_rows;
+    return gather_into(view.rows, from, view_output(out, num_rows, view.rows.embedding_dim));
+}
+
+int64_t pool_into(const PackedRows& rows, const Bags& bags, const Output& out) {
+    if (bags.offsets.values) {
+        require(bags.num_bags <= bags.offsets.count && bags.num_bags + 1 >= bags.offsets.count,
+                "out must have a row for each bag");
+        if (!are_offsets(bags.offsets, bags.indices.count)) return bad_offsets;
+    } else {
+        require(bags.num_bags == 0 || bags.indices.count / bags.num_bags == bags.bag_size, "bags leave the indices");
+    }
+    if (rows.num_rows == 0 && bags.indices.count > 0) return 0;
     nb::gil_scoped_release release;
-    return tell_fault(gather(view.rows, from, to));
+    size_t faulty_lookup;
+    LookupFault fault = pool({{rows, bags, out}}, faulty_lookup);
+    // An index after the last bag is never read, but a mistake all the same.
+    for (size_t i = bags.start(bags.num_bags); i < bags.indices.count; i++)
+        if (static_cast<uint64_t>(bags.indices[i]) >= rows.num_rows) fault.note(i, LookupFault::outside);
+    return tell_fault(fault);
 }
 
 int64_t pool_rows(const PackedView& view, const Indices& indices, const std::optional<Indices>& offsets,
                   size_t bag_size, const std::optional<Floats>& per_sample_weights, int64_t padding_index,
                   const std::string& mode, const ValuesOut& out) {
-    Bags bags{.indices = view_integers(indices), .padding_index = padding_index, .pooling = parse_mode(mode)};
-    bags.num_bags = out.shape(0);
+    Bags bags{.indices = view_integers(indices), .bag_size = bag_size, .num_bags = out.shape(0),
+              .padding_index = padding_index, .pooling = parse_mode(mode)};
     bags.per_sample_weights = view_weights(per_sample_weights, bags.indices);
-    if (offsets) {
-        bags.offsets = view_integers(*offsets);
-        require(bags.num_bags <= bags.offsets.count && bags.num_bags + 1 >= bags.offsets.count,
-                "out must have a row for each bag");
-        if (!are_offsets(bags.offsets, bags.indices.count)) return bad_offsets;
-    } else {
-        bags.bag_size = bag_size;
-        require(bags.num_bags == 0 || bags.indices.count / bags.num_bags == bag_size, "bags leave the indices");
+    if (offsets) bags.offsets = view_integers(*offsets);
+    return pool_into(view.rows, bags, view_output(out, bags.num_bags, view.rows.embedding_dim));
+}
+
+// PyTorch's functions. It is never unloaded.
+const dlpack::ExchangeApi* exchange_api = nullptr;
+
+void use_exchange_api(const nb::capsule& capsule) {
+    auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!api) throw nb::python_error();
+    while (api && api->major != dlpack::known_major) api = api->older;
+    require(api, "the exchange API has an unknown version");
+    exchange_api = api;
+}
+
+// A contiguous tensor on the CPU, which its object owns.
+dlpack::Tensor view_tensor(nb::handle object, const char* complaint) {
+    require(exchange_api, "use_exchange_api has not been called");
+    dlpack::Tensor tensor;
+    if (exchange_api->tensor_from_object(object.ptr(), &tensor) != 0) throw nb::python_error();
+    bool is_contiguous = true;
+    int64_t stride = 1;
+    for (int32_t i = tensor.ndim; i-- > 0;) {
+        if (tensor.strides && tensor.shape[i] > 1) is_contiguous &= tensor.strides[i] == stride;
+        stride *= tensor.shape[i];
     }
-    const Output to = view_output(out, bags.num_bags, view.rows.embedding_dim);
-    if (view.rows.num_rows == 0 && bags.indices.count > 0) return 0;
-    nb::gil_scoped_release release;
-    size_t faulty_lookup;
-    LookupFault fault = pool({{view.rows, bags, to}}, faulty_lookup);
-    // An index after the last bag is never read, but a mistake all the same.
-    for (size_t i = bags.start(bags.num_bags); i < bags.indices.count; i++)
-        if (static_cast<uint64_t>(bags.indices[i]) >= view.rows.num_rows) fault.note(i, LookupFault::outside);
-    return tell_fault(fault);
+    require(tensor.device_type == dlpack::cpu && tensor.type_lanes == 1 && (is_contiguous || stride == 0), complaint);
+    if (tensor.data) tensor.data = static_cast<uint8_t*>(tensor.data) + tensor.byte_offset;
+    return tensor;
+}
+
+dlpack::Tensor view_bytes(nb::handle object) {
+    const char* complaint = "a table's tensors must be uint8 [rows, bytes], contiguous and on the CPU";
+    const dlpack::Tensor tensor = view_tensor(object, complaint);
+    require(tensor.ndim == 2 && tensor.type_code == dlpack::unsigned_integer && tensor.type_bits == 8, complaint);
+    return tensor;
+}
+
+size_t count_values(const dlpack::Tensor& tensor) {
+    size_t count = 1;
+    for (int32_t i = 0; i < tensor.ndim; i++) count *= static_cast<size_t>(tensor.shape[i]);
+    return count;
+}
+
+dlpack::Tensor view_integer_tensor(nb::handle object) {
+    const char* complaint = "indices and offsets must be int32 or int64, contiguous and on the CPU";
+    const dlpack::Tensor tensor = view_tensor(object, complaint);
+    require(tensor.type_code == dlpack::integer && (tensor.type_bits == 32 || tensor.type_bits == 64), complaint);
+    return tensor;
+}
+
+Integers as_integers(const dlpack::Tensor& tensor) {
+    return {tensor.data, count_values(tensor), tensor.type_bits == 64};
+}
+
+// A new tensor of these values, and where it is.
+nb::object make_tensor(std::vector<int64_t> shape, ValueType type, Output& out) {
+    dlpack::Tensor prototype{nullptr, dlpack::cpu, 0, static_cast<int32_t>(shape.size()), dlpack::floating, 0, 1,
+                             shape.data(), nullptr, 0};
+    prototype.type_bits = static_cast<uint8_t>(8 * value_bytes(type));
+    if (type == ValueType::bf16) prototype.type_code = dlpack::bfloat;
+    const auto set_error = [](void*, const char*, const char* text) { PyErr_SetString(PyExc_RuntimeError, text); };
+    dlpack::ManagedTensor* tensor;
+    void* object;
+    if (exchange_api->allocate(&prototype, &tensor, nullptr, set_error) != 0) throw nb::python_error();
+    out = {static_cast<uint8_t*>(tensor->tensor.data) + tensor->tensor.byte_offset,
+           static_cast<size_t>(shape.back()) * value_bytes(type), type};
+    if (exchange_api->managed_tensor_to_object(tensor, &object) != 0) throw nb::python_error();
+    return nb::steal(static_cast<PyObject*>(object));
+}
+
+ValueType parse_value_type(const std::string& name) {
+    require(name == "float32" || name == "float16" || name == "bfloat16", "dtype must be float32, float16 or bfloat16");
+    return name == "float32" ? ValueType::f32 : name == "float16" ? ValueType::f16 : ValueType::bf16;
+}
+
+// What was asked for, or the fault in its place.
+nb::object found_or(int64_t fault, const nb::object& found) { return fault == -1 ? found : nb::int_(fault); }
+
+// The tensors of a table: packed, and clusters uint8 [rows, bytes of a number] and codebooks uint8 [codebooks, bytes].
+PackedRows view_table(nb::handle packed, nb::handle clusters, nb::handle codebooks, size_t embedding_dim, int bits,
+                      const std::string& param_dtype, const std::string& layout) {
+    Shared shared;
+    if (!clusters.is_none()) {
+        const dlpack::Tensor tensor = view_bytes(clusters);
+        shared.clusters = tensor.data;
+        shared.num_clusters = static_cast<size_t>(tensor.shape[0]);
+        shared.cluster_bytes = static_cast<size_t>(tensor.shape[1]);
+    }
+    if (!codebooks.is_none()) {
+        const dlpack::Tensor tensor = view_bytes(codebooks);
+        shared.codebooks = tensor.data;
+        shared.num_codebooks = static_cast<size_t>(tensor.shape[0]);
+        shared.codebook_bytes = static_cast<size_t>(tensor.shape[1]);
+    }
+    require(param_dtype == "float16" || param_dtype == "float32", "param_dtype must be float16 or float32");
+    const dlpack::Tensor rows = view_bytes(packed);
+    return make_rows(rows.data, static_cast<size_t>(rows.shape[0]), static_cast<size_t>(rows.shape[1]), embedding_dim,
+                     make_grid(bits, param_dtype == "float16"), parse_layout(layout), shared);
+}
+
+nb::object gather_tensors(nb::handle packed, nb::handle clusters, nb::handle codebooks, size_t embedding_dim, int bits,
+                          const std::string& param_dtype, const std::string& layout, nb::handle indices,
+                          const std::string& dtype) {
+    const PackedRows rows = view_table(packed, clusters, codebooks, embedding_dim, bits, param_dtype, layout);
+    const dlpack::Tensor tensor = view_integer_tensor(indices);
+    const Integers from = as_integers(tensor);
+    std::vector<int64_t> shape(tensor.shape, tensor.shape + tensor.ndim);
+    shape.push_back(static_cast<int64_t>(embedding_dim));
+    Output to;
+    const nb::object out = make_tensor(std::move(shape), parse_value_type(dtype), to);
+    return found_or(from.count == 0 ? -1 : gather_into(rows, from, to), out);
+}
+
+size_t count_bags(const dlpack::Tensor& indices, const dlpack::Tensor& offsets, bool include_last_offset) {
+    require(indices.ndim == 1 && offsets.ndim == 1, "offsets go with 1-D indices, and are 1-D");
+    require(indices.type_bits == offsets.type_bits, "indices and offsets must be of one type");
+    require(offsets.shape[0] >= include_last_offset, "offsets must end with where the last bag ends");
+    return static_cast<size_t>(offsets.shape[0]) - include_last_offset;
+}
+
+const float* view_weights(nb::handle object, const Bags& bags) {
+    const char* complaint = "per_sample_weights must be float32, contiguous, and one for each index, for sums";
+    const dlpack::Tensor tensor = view_tensor(object, complaint);
+    const bool are_f32 = tensor.type_code == dlpack::floating && tensor.type_bits == 32;
+    require(are_f32 && count_values(tensor) == bags.indices.count && bags.pooling == Pooling::sum, complaint);
+    return static_cast<const float*>(tensor.data);
+}
+
+nb::object pool_tensors(nb::handle packed, nb::handle clusters, nb::handle codebooks, size_t embedding_dim, int bits,
+                        const std::string& param_dtype, const std::string& layout, nb::handle indices,
+                        nb::handle offsets, const std::string& mode, nb::handle per_sample_weights,
+                        bool include_last_offset, int64_t padding_index, const std::string& dtype) {
+    const PackedRows rows = view_table(packed, clusters, codebooks, embedding_dim, bits, param_dtype, layout);
+    const dlpack::Tensor tensor = view_integer_tensor(indices);
+    Bags bags{.indices = as_integers(tensor), .padding_index = padding_index, .pooling = parse_mode(mode)};
+    if (offsets.is_none()) {
+        require(tensor.ndim == 2, "indices without offsets must be 2-D");
+        bags.num_bags = static_cast<size_t>(tensor.shape[0]);
+        bags.bag_size = static_cast<size_t>(tensor.shape[1]);
+    } else {
+        const dlpack::Tensor starts = view_integer_tensor(offsets);
+        bags.num_bags = count_bags(tensor, starts, include_last_offset);
+        if (starts.shape[0] > 0) bags.offsets = as_integers(starts);
+    }
+    if (!per_sample_weights.is_none()) bags.per_sample_weights = view_weights(per_sample_weights, bags);
+    Output to;
+    const std::vector<int64_t> shape{static_cast<int64_t>(bags.num_bags), static_cast<int64_t>(embedding_dim)};
+    const nb::object out = make_tensor(shape, parse_value_type(dtype), to);
+    return found_or(pool_into(rows, bags, to), out);
 }
 
 // Several tables, and for each feature which one it reads and how it pools.
@@ -407,6 +588,16 @@ NB_MODULE(_native, m) {
           "Pool bags of rows into `out`, by offsets or, without them, of bag_size. Returns what gather does, or "
           "bad_offsets.");
     m.attr("bad_offsets") = bad_offsets;
+    // The same of PyTorch's tensors. The table's are packed, clusters and codebooks.
+    m.def("use_exchange_api", &use_exchange_api, nb::arg("api"), "Take torch.Tensor.__dlpack_c_exchange_api__.");
+    m.def("gather_tensors", &gather_tensors, nb::arg("packed"), nb::arg("clusters").none(), nb::arg("codebooks").none(),
+          nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("param_dtype"), nb::arg("layout"), nb::arg("indices"),
+          nb::arg("dtype"), "The rows `indices` as a new tensor, or what gather returns for a fault.");
+    m.def("pool_tensors", &pool_tensors, nb::arg("packed"), nb::arg("clusters").none(), nb::arg("codebooks").none(),
+          nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("param_dtype"), nb::arg("layout"), nb::arg("indices"),
+          nb::arg("offsets").none(), nb::arg("mode"), nb::arg("per_sample_weights").none(),
+          nb::arg("include_last_offset"), nb::arg("padding_index"), nb::arg("dtype"),
+          "Pooled bags as a new tensor, or what pool returns for a fault.");
     nb::class_<GroupView>(m, "TableGroup", "Packed rows of several tables, and the features that read them.")
         .def(nb::init<const nb::list&, const std::vector<size_t>&, const std::vector<std::string>&>(),
              nb::arg("tables"), nb::arg("table_of"), nb::arg("modes"),

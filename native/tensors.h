@@ -1,0 +1,53 @@
+// PyTorch's tensors without PyTorch: by the table of functions that it offers for this, DLPack's exchange API
+// (https://dmlc.github.io/dlpack/latest/c_api.html), a view of a tensor takes some nanoseconds, and the core needs no
+// PyTorch to be built.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace embpack {
+
+// The structs of DLPack 1.3 that are used, field for field.
+namespace dlpack {
+
+enum TypeCode : uint8_t { integer = 0, unsigned_integer = 1, floating = 2, bfloat = 4 };
+inline constexpr int32_t cpu = 1;
+
+struct Tensor {
+    void* data;
+    int32_t device_type, device_id;
+    int32_t ndim;
+    uint8_t type_code, type_bits;
+    uint16_t type_lanes;
+    int64_t* shape;
+    int64_t* strides;
+    uint64_t byte_offset;
+};
+
+struct ManagedTensor {
+    uint32_t major, minor;
+    void* context;
+    void (*deleter)(ManagedTensor*);
+    uint64_t flags;
+    Tensor tensor;
+};
+
+using SetError = void (*)(void* context, const char* kind, const char* message);
+
+struct ExchangeApi {
+    uint32_t major, minor;
+    ExchangeApi* older;
+    // These return 0, or -1 with an error set.
+    int (*allocate)(Tensor* prototype, ManagedTensor** out, void* error_context, SetError);
+    int (*managed_tensor_from_object)(void* object, ManagedTensor** out);
+    int (*managed_tensor_to_object)(ManagedTensor*, void** object);
+    int (*tensor_from_object)(void* object, Tensor* out);   // which the object goes on to own
+    void* current_work_stream;
+};
+
+inline constexpr uint32_t known_major = 1;
+
+}  // namespace dlpack
+
+}  // namespace embpack

@@ -1,0 +1,13 @@
+"""Packed tables in PyTorch: operators, and modules in place of nn.Embedding and nn.EmbeddingBag."""
+
+from embpack.errors import MissingExtraError
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError("embpack.torch", "PyTorch", "torch") from error
+
+from embpack.torch import ops  # noqa: F401  (registers the operators)
+from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag
+
+__all__ = ["PackedEmbedding", "PackedEmbeddingBag"]

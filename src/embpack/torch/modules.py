@@ -1,0 +1,323 @@
+"""PackedEmbedding and PackedEmbeddingBag: nn.Embedding and nn.EmbeddingBag over packed rows."""
+
+import warnings
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embpack.layouts import RowFormat, cluster_dtype
+from embpack.quantize import quantize
+from embpack.table import MODES, PackedTable
+from embpack.torch.ops import as_table
+
+# What a float module can be that a packed one cannot.
+UNSUPPORTED = {
+    "max_norm": "it rewrites rows while they are looked up; renormalize the weight before packing",
+    "sparse": "a packed table has no gradients, sparse or dense",
+    "scale_grad_by_freq": "a packed table has no gradients to scale",
+}
+
+
+class _PackedRows(nn.Module):
+    """A packed table as buffers, all uint8, so that .half() and .to(dtype) leave them alone.
+
+    Attributes:
+        packed: uint8 [num_embeddings, row_bytes].
+        clusters: uint8 [num_embeddings, 1 or 2], little-endian numbers; None but in the clustered layout.
+        codebooks: uint8 [num_codebooks, bytes of a codebook]; None but in the clustered layout.
+    """
+
+    packed: Tensor
+    clusters: Tensor | None
+    codebooks: Tensor | None
+
+    def __init__(self, num_embeddings: int, row_format: RowFormat, num_codebooks: int = 0) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.row_format = row_format
+        clusters = codebooks = None
+        if row_format.is_clustered:
+            number_bytes = cluster_dtype(num_codebooks).itemsize
+            clusters = torch.zeros((num_embeddings, number_bytes), dtype=torch.uint8)
+            codebooks = torch.zeros((num_codebooks, row_format.codebook_bytes), dtype=torch.uint8)
+        self.register_buffer("packed", torch.zeros((num_embeddings, row_format.row_bytes), dtype=torch.uint8))
+        self.register_buffer("clusters", clusters)
+        self.register_buffer("codebooks", codebooks)
+
+    def _adopt(self, table: PackedTable) -> Self:
+        self.packed = _as_tensor(table.packed)
+        if table.clusters is not None and table.codebooks is not None:
+            self.clusters = _as_tensor(table.clusters.reshape(-1, 1).view(np.uint8))
+            self.codebooks = _as_tensor(np.ascontiguousarray(table.codebooks).view(np.uint8))
+        return self
+
+    @property
+    def embedding_dim(self) -> int:
+        """Values a row."""
+        return self.row_format.embedding_dim
+
+    @property
+    def table(self) -> PackedTable:
+        """The rows as a PackedTable, which shares their memory."""
+        return as_table(*self._table_arguments())
+
+    def _table_arguments(self) -> tuple[Any, ...]:
+        row_format = self.row_format
+        of_rows = (row_format.embedding_dim, row_format.bits, row_format.param_dtype, row_format.layout)
+        return (self.packed, self.clusters, self.codebooks, *of_rows)
+
+    def _describe(self) -> str:
+        row_format = self.row_format
+        return (
+            f"{self.num_embeddings}, {row_format.embedding_dim}, {row_format.layout}, {row_format.bits} bits, "
+            f"{row_format.param_dtype} parameters"
+        )
+
+
+class PackedEmbedding(_PackedRows):
+    """nn.Embedding over packed rows.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: values a row.
+        bits: of a code, 2, 4 or 8.
+        param_dtype: "float16" or "float32", of scale and bias or codebooks.
+        layout: "uniform", "codebook" or "clustered".
+        num_codebooks: for the clustered layout.
+        padding_idx: kept for its meaning to others; its row is looked up like any, as nn.Embedding does.
+
+    The rows are zeros, to be loaded by load_state_dict; from_float and from_table make modules with rows.
+
+    Source: torch.nn.Embedding.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        bits: int = 4,
+        param_dtype: str = "float16",
+        layout: str = "uniform",
+        num_codebooks: int = 0,
+        padding_idx: int | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, RowFormat(embedding_dim, bits, param_dtype, layout), num_codebooks)
+        self.padding_idx = _check_padding(padding_idx, num_embeddings)
+
+    @classmethod
+    def from_table(cls, table: PackedTable, *, padding_idx: int | None = None) -> "PackedEmbedding":
+        """Make a module of a table, sharing its memory; read-only memory, as of a mapped file, stays so."""
+        return cls(*_shape(table), **_format(table), padding_idx=padding_idx)._adopt(table)
+
+    @classmethod
+    def from_float(cls, module: nn.Embedding, method: str = "greedy", **options: Any) -> "PackedEmbedding":
+        """Pack a float module.
+
+        Args:
+            module: on the CPU, in any of PyTorch's float types that embpack.quantize takes.
+            method: as embpack.quantize takes it.
+            **options: others that embpack.quantize takes: bits, param_dtype.
+
+        Raises:
+            ValueError: the module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq).
+        """
+        _check_supported(module)
+        return cls.from_table(quantize(module.weight.detach(), method, **options), padding_idx=module.padding_idx)
+
+    def to_float(self) -> nn.Embedding:
+        """Return nn.Embedding with the rows as float32."""
+        weight = torch.from_numpy(self.table.dequantize())
+        return nn.Embedding(
+            self.num_embeddings, self.embedding_dim, _weight=weight, _freeze=True, padding_idx=self.padding_idx
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look rows up.
+
+        Args:
+            input: int32 or int64 of any shape [...], each in [0, num_embeddings).
+
+        Returns:
+            float32 [..., embedding_dim].
+
+        Raises:
+            IndexError: an index is out of range; names its position and value.
+            TypeError: input is of another type.
+        """
+        found: Tensor = torch.ops.embpack.embedding.default(*self._table_arguments(), input)
+        return found
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return self._describe() + ("" if self.padding_idx is None else f", padding_idx={self.padding_idx}")
+
+
+class PackedEmbeddingBag(_PackedRows):
+    """nn.EmbeddingBag over packed rows.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: values a row.
+        mode: "mean", "sum" or "max".
+        bits: of a code, 2, 4 or 8.
+        param_dtype: "float16" or "float32", of scale and bias or codebooks.
+        layout: "uniform", "codebook" or "clustered".
+        num_codebooks: for the clustered layout.
+        include_last_offset: whether offsets end with where the last bag ends.
+        padding_idx: rows of this index are left out, of a mean's count too.
+
+    The rows are zeros, to be loaded by load_state_dict; from_float and from_table make modules with rows. Modes are
+    right: PyTorch's own quantized module returns sums where means are asked for.
+
+    Source: torch.nn.EmbeddingBag.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        mode: str = "mean",
+        bits: int = 4,
+        param_dtype: str = "float16",
+        layout: str = "uniform",
+        num_codebooks: int = 0,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, RowFormat(embedding_dim, bits, param_dtype, layout), num_codebooks)
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+        self.mode = mode
+        self.include_last_offset = include_last_offset
+        self.padding_idx = _check_padding(padding_idx, num_embeddings)
+
+    @classmethod
+    def from_table(
+        cls,
+        table: PackedTable,
+        *,
+        mode: str = "mean",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+    ) -> "PackedEmbeddingBag":
+        """Make a module of a table, sharing its memory; read-only memory, as of a mapped file, stays so."""
+        module = cls(
+            *_shape(table),
+            **_format(table),
+            mode=mode,
+            include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
+        )
+        return module._adopt(table)
+
+    @classmethod
+    def from_float(cls, module: nn.EmbeddingBag, method: str = "greedy", **options: Any) -> "PackedEmbeddingBag":
+        """Pack a float module.
+
+        Args:
+            module: on the CPU, in any of PyTorch's float types that embpack.quantize takes.
+            method: as embpack.quantize takes it.
+            **options: others that embpack.quantize takes: bits, param_dtype.
+
+        Raises:
+            ValueError: the module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq).
+        """
+        _check_supported(module)
+        return cls.from_table(
+            quantize(module.weight.detach(), method, **options),
+            mode=module.mode,
+            include_last_offset=module.include_last_offset,
+            padding_idx=module.padding_idx,
+        )
+
+    def to_float(self) -> nn.EmbeddingBag:
+        """Return nn.EmbeddingBag with the rows as float32."""
+        weight = torch.from_numpy(self.table.dequantize())
+        module = nn.EmbeddingBag(
+            self.num_embeddings,
+            self.embedding_dim,
+            _weight=weight,
+            mode=self.mode,
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+        )
+        return module.requires_grad_(requires_grad=False)
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Pool bags of rows.
+
+        Args:
+            input: int32 or int64, each in [0, num_embeddings): 1-D [L] with offsets, or 2-D [B, n] for B bags of n.
+            offsets: of input's type [B], non-decreasing from 0: where each bag starts in 1-D input; with
+                include_last_offset [B + 1].
+            per_sample_weights: float32, shaped like input; only in mode "sum". They get gradients if they ask.
+
+        Returns:
+            float32 [B, embedding_dim]; an empty bag is zeros.
+
+        Raises:
+            IndexError: an index is out of range; names its position and value.
+            TypeError: an argument is of another type.
+            ValueError: the arguments do not go together.
+        """
+        pool: Any = torch.ops.embpack.embedding_bag.default
+        how: str | Tensor = self.mode
+        if per_sample_weights is not None:
+            if self.mode != "sum":
+                raise ValueError(f"per_sample_weights go with mode 'sum' only, not {self.mode!r}")
+            pool, how = torch.ops.embpack.embedding_bag.weighted, per_sample_weights
+        pooled: Tensor = pool(
+            *self._table_arguments(),
+            input,
+            offsets,
+            how,
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+        )
+        return pooled
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        last = ", include_last_offset=True" if self.include_last_offset else ""
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self._describe()}, mode={self.mode!r}{last}{padding}"
+
+
+def _as_tensor(array: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    with warnings.catch_warnings():
+        # PyTorch warns of read-only memory, as of a mapped file. Nothing here writes to a buffer.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _shape(table: PackedTable) -> tuple[int, int]:
+    return table.num_embeddings, table.embedding_dim
+
+
+def _format(table: PackedTable) -> dict[str, Any]:
+    codebooks = 0 if table.codebooks is None else len(table.codebooks)
+    row_format = table.row_format
+    return {
+        "bits": row_format.bits,
+        "param_dtype": row_format.param_dtype,
+        "layout": row_format.layout,
+        "num_codebooks": codebooks,
+    }
+
+
+def _check_padding(padding_idx: int | None, num_embeddings: int) -> int | None:
+    if padding_idx is None:
+        return None
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(f"padding_idx is {padding_idx}, but the table has {num_embeddings} rows")
+    return padding_idx % num_embeddings
+
+
+def _check_supported(module: nn.Embedding | nn.EmbeddingBag) -> None:
+    for name, reason in UNSUPPORTED.items():
+        if getattr(module, name):
+            raise ValueError(f"the module has {name}={getattr(module, name)}: {reason}")

@@ -1,0 +1,225 @@
+"""The operators embpack::embedding, embpack::embedding_bag and embpack::embedding_bag.weighted.
+
+A table is its tensors: packed uint8 [num_embeddings, row_bytes] and, in the clustered layout, clusters uint8
+[num_embeddings, 1 or 2] (little-endian numbers) and codebooks uint8 [num_codebooks, bytes of a codebook]; and what the
+bytes mean: embedding_dim, bits, param_dtype and layout (see embpack.layouts.RowFormat). All are on the CPU.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embpack import _native
+from embpack.layouts import RowFormat
+from embpack.table import MODES, PackedTable
+
+INDEX_DTYPES = (torch.int64, torch.int32)
+# What the core calls the types of values.
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+TABLE = "Tensor packed, Tensor? clusters, Tensor? codebooks, int embedding_dim, int bits, str param_dtype, str layout"
+LAST = "bool include_last_offset=False, int? padding_idx=None, ScalarType dtype=float"
+
+# The arguments of an operator are passed on as they come.
+_gather_tensors: Any = _native.gather_tensors
+_pool_tensors: Any = _native.pool_tensors
+
+_make_library: Any = torch.library.Library
+library = _make_library("embpack", "DEF")
+library.define(f"embedding({TABLE}, Tensor indices, *, ScalarType dtype=float) -> Tensor")
+library.define(f"embedding_bag({TABLE}, Tensor indices, Tensor? offsets, str mode, *, {LAST}) -> Tensor")
+# Sums of weighted rows, which alone can have gradients: an operator of its own, for autograd takes its time.
+library.define(
+    f"embedding_bag.weighted({TABLE}, Tensor indices, Tensor? offsets, Tensor per_sample_weights, *, {LAST}) -> Tensor"
+)
+_exchange_api: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+if _exchange_api is None:
+    raise ImportError(f"embpack.torch needs PyTorch 2.13 or later; this is {torch.__version__}")
+_native.use_exchange_api(_exchange_api)
+
+
+def as_table(
+    packed: Tensor,
+    clusters: Tensor | None,
+    codebooks: Tensor | None,
+    embedding_dim: int,
+    bits: int,
+    param_dtype: str,
+    layout: str,
+) -> PackedTable:
+    """Make a PackedTable of a table's tensors, sharing their memory.
+
+    Raises:
+        ValueError: they are not a table's (see PackedTable).
+    """
+    row_format = RowFormat(embedding_dim, bits, param_dtype, layout)
+    numbers = None if clusters is None else clusters.numpy()
+    if numbers is not None:
+        numbers = numbers[:, 0] if numbers.shape[1] == 1 else numbers.view("<u2")[:, 0]
+    values = None if codebooks is None else codebooks.numpy().view(np.dtype(param_dtype))
+    return PackedTable(packed.numpy(), row_format, clusters=numbers, codebooks=values)
+
+
+def _embedding(*arguments: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    try:
+        found: Tensor | int = _gather_tensors(*arguments, DTYPE_NAMES[dtype])
+    except (KeyError, ValueError):
+        *table, indices = arguments
+        _check_types(table, indices, None, dtype)
+        if indices.is_contiguous():
+            raise
+        return _embedding(*table, indices.contiguous(), dtype=dtype)
+    if isinstance(found, int):
+        *table, indices = arguments
+        raise as_table(*table).explain_fault(found, indices.reshape(-1).numpy())
+    return found
+
+
+def _embedding_bag(
+    *arguments: Any,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    return _pool(arguments, None, include_last_offset, padding_idx, dtype)
+
+
+def _weighted_embedding_bag(
+    *arguments: Any,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    *table, indices, offsets, weights = arguments
+    _check_weights(weights, indices)
+    weights = weights.detach().contiguous()
+    return _pool((*table, indices, offsets, "sum"), weights, include_last_offset, padding_idx, dtype)
+
+
+def _pool(
+    arguments: tuple[Any, ...],
+    weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    padding = -1 if padding_idx is None else _as_row(padding_idx, len(arguments[0]))
+    try:
+        found: Tensor | int = _pool_tensors(*arguments, weights, include_last_offset, padding, DTYPE_NAMES[dtype])
+    except (KeyError, ValueError):
+        *table, indices, offsets, mode = arguments
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}") from None
+        count_bags(indices, offsets, include_last_offset)
+        _check_types(table, indices, offsets, dtype)
+        if indices.is_contiguous() and (offsets is None or offsets.is_contiguous()):
+            raise
+        starts = None if offsets is None else offsets.contiguous()
+        dense = (*table, indices.contiguous(), starts, mode)
+        return _pool(dense, weights, include_last_offset, padding_idx, dtype)
+    if isinstance(found, int):
+        *table, indices, offsets, mode = arguments
+        starts = None if offsets is None else offsets.numpy()
+        raise as_table(*table).explain_fault(found, indices.reshape(-1).numpy(), starts)
+    return found
+
+
+def count_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> int:
+    """Number of bags of these arguments of nn.functional.embedding_bag.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    if offsets is not None and indices.dim() == 1 and offsets.dim() == 1:
+        if include_last_offset and offsets.shape[0] == 0:
+            raise ValueError("offsets are empty; with include_last_offset they end with where the last bag ends")
+        return offsets.shape[0] - include_last_offset
+    if indices.dim() == 2 and offsets is None:
+        return indices.shape[0]
+    if indices.dim() == 2:
+        raise ValueError("offsets are for 1-D indices; each row of 2-D indices is a bag by itself")
+    if indices.dim() != 1:
+        raise ValueError(f"indices have {indices.dim()} dimensions; a bag takes 1-D with offsets, or 2-D")
+    if offsets is None:
+        raise ValueError("1-D indices need offsets: where each bag starts")
+    raise ValueError(f"offsets have {offsets.dim()} dimensions; they must be 1-D")
+
+
+def _as_row(padding_idx: int, num_embeddings: int) -> int:
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(f"padding_idx is {padding_idx}, but the table has {num_embeddings} rows")
+    return padding_idx % num_embeddings
+
+
+def _check_weights(weights: Tensor, indices: Tensor) -> None:
+    if weights.dtype != torch.float32:
+        raise TypeError(f"per_sample_weights are {weights.dtype}; they must be torch.float32")
+    if weights.shape != indices.shape:
+        raise ValueError(
+            f"per_sample_weights have shape {list(weights.shape)}, indices {list(indices.shape)}; they must agree"
+        )
+
+
+def _check_types(table: list[Any], indices: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> None:
+    """Say it better than the core, which has refused the arguments."""
+    if dtype not in DTYPE_NAMES:
+        raise ValueError(f"dtype is {dtype}; choose one of {', '.join(map(str, DTYPE_NAMES))}")
+    if indices.dtype not in INDEX_DTYPES:
+        raise TypeError(f"indices are {indices.dtype}; they must be torch.int32 or torch.int64")
+    if offsets is not None and offsets.dtype != indices.dtype:
+        raise TypeError(f"indices are {indices.dtype} and offsets {offsets.dtype}; they must be of one type")
+    as_table(*table)
+
+
+library.impl("embedding", _embedding, "CPU")
+library.impl("embedding_bag", _embedding_bag, "CPU")
+library.impl("embedding_bag.weighted", _weighted_embedding_bag, "CPU")
+
+
+def _fake_embedding(*arguments: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    packed, embedding_dim, indices = arguments[0], arguments[3], arguments[7]
+    return torch.empty((*indices.shape, embedding_dim), dtype=dtype, device=packed.device)
+
+
+def _fake_bags(
+    *arguments: Any,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    packed, embedding_dim, indices, offsets = arguments[0], arguments[3], arguments[7], arguments[8]
+    num_bags = count_bags(indices, offsets, include_last_offset)
+    return torch.empty((num_bags, embedding_dim), dtype=dtype, device=packed.device)
+
+
+torch.library.register_fake("embpack::embedding", _fake_embedding, lib=library)
+torch.library.register_fake("embpack::embedding_bag", _fake_bags, lib=library)
+torch.library.register_fake("embpack::embedding_bag.weighted", _fake_bags, lib=library)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    packed, clusters, codebooks, *row_format, indices, offsets, _ = inputs
+    ctx.row_format = row_format
+    ctx.padding_idx = keyword_only_inputs["padding_idx"]
+    ctx.save_for_backward(packed, clusters, codebooks, indices, offsets)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """The derivative by a weight is the product of its row and its bag's gradient."""
+    packed, clusters, codebooks, indices, offsets = ctx.saved_tensors
+    rows = torch.ops.embpack.embedding(packed, clusters, codebooks, *ctx.row_format, indices)
+    if offsets is None:
+        of_rows = gradient.unsqueeze(1)
+    else:
+        positions = torch.arange(indices.shape[0], dtype=offsets.dtype)
+        bags = torch.searchsorted(offsets, positions, right=True) - 1
+        nobodys = gradient.new_zeros((1, gradient.shape[1]))  # indices after the last offset are in no bag
+        of_rows = torch.cat([gradient, nobodys])[bags.clamp(max=gradient.shape[0])]
+    by_weights = (rows * of_rows).sum(-1)
+    if ctx.padding_idx is not None:
+        by_weights = by_weights.masked_fill(indices == ctx.padding_idx % packed.shape[0], 0)
+    return (None,) * 9 + (by_weights,)
+
+
+torch.library.register_autograd("embpack::embedding_bag.weighted", _differentiate, setup_context=_remember, lib=library)

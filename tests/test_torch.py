@@ -1,0 +1,296 @@
+"""embpack.torch: operators and modules against PyTorch's own over the same values."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import embpack
+from embpack.torch import PackedEmbedding, PackedEmbeddingBag
+
+ROWS, DIM = 40, 20
+METHODS = ("asym", "kmeans-lloyd", "kmeans-cls:K=3")
+
+
+def make_table(method: str = "asym", dim: int = DIM, **options: object) -> embpack.PackedTable:
+    weight = np.random.default_rng(0).standard_normal((ROWS, dim), dtype=np.float32)
+    return embpack.quantize(weight, method, **options)
+
+
+def make_bags(dtype: torch.dtype = torch.int64) -> tuple[torch.Tensor, torch.Tensor]:
+    indices = torch.from_numpy(np.random.default_rng(1).integers(0, ROWS, 30)).to(dtype)
+    return indices, torch.tensor([0, 0, 1, 20, 30], dtype=dtype)  # empty, one, many, and an empty one at the end
+
+
+def arguments_of(module: PackedEmbedding | PackedEmbeddingBag) -> tuple[object, ...]:
+    return module._table_arguments()
+
+
+# Float32 sums of up to 30 rows of values below 4, in another order.
+def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=30 * 30 * 4 * 2**-24)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("padding_idx", [None, 3, -1])
+@pytest.mark.parametrize("include_last_offset", [False, True])
+def test_bags_are_those_of_the_float_module(method, mode, dtype, padding_idx, include_last_offset):
+    options = {"mode": mode, "padding_idx": padding_idx, "include_last_offset": include_last_offset}
+    packed = PackedEmbeddingBag.from_table(make_table(method), **options)
+    wanted = packed.to_float()
+    assert (wanted.mode, wanted.padding_idx, wanted.include_last_offset) == (
+        mode,
+        packed.padding_idx,
+        include_last_offset,
+    )
+    indices, offsets = make_bags(dtype)
+    assert_close(packed(indices, offsets), wanted(indices, offsets))
+    table = make_table(method).embedding_bag(
+        indices, offsets, mode, include_last_offset=include_last_offset, padding_idx=padding_idx
+    )
+    np.testing.assert_array_equal(packed(indices, offsets).numpy(), table)
+    square = indices.reshape(5, 6)
+    assert_close(packed(square), wanted(square))
+    scattered = torch.stack([indices, indices], 1)[:, 0]
+    assert torch.equal(packed(scattered, offsets), packed(indices, offsets))
+    assert torch.equal(packed(square.T), packed(square.T.contiguous()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (0,), (2, 0, 3)])
+def test_embeddings_are_those_of_the_float_module(method, shape):
+    packed = PackedEmbedding.from_table(make_table(method), padding_idx=-1)
+    indices = torch.randint(0, ROWS, shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(packed(indices), packed.to_float()(indices))
+    assert torch.equal(packed(indices.int()), packed(indices))
+    assert packed.to_float().padding_idx == packed.padding_idx == ROWS - 1
+
+
+def test_from_float_packs_what_quantize_packs():
+    bag = nn.EmbeddingBag(ROWS, DIM, mode="sum", padding_idx=2)
+    packed = PackedEmbeddingBag.from_float(bag, "greedy", bits=8)
+    np.testing.assert_array_equal(packed.table.packed, embpack.quantize(bag.weight.detach(), "greedy", bits=8).packed)
+    assert (packed.mode, packed.padding_idx, packed.table.bits) == ("sum", 2, 8)
+    embedding = nn.Embedding(ROWS, DIM).to(torch.bfloat16)
+    np.testing.assert_array_equal(
+        PackedEmbedding.from_float(embedding).table.packed, embpack.quantize(embedding.weight.detach()).packed
+    )
+
+
+@pytest.mark.parametrize("module", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}])
+def test_what_a_packed_module_cannot_do_is_refused(module, options):
+    packed = PackedEmbedding if module is nn.Embedding else PackedEmbeddingBag
+    with pytest.raises(ValueError, match=f"the module has {next(iter(options))}="):
+        packed.from_float(module(4, 4, **options))
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("padding_idx", [None, 5])
+def test_weights_get_their_gradients(square, padding_idx):
+    packed = PackedEmbeddingBag.from_table(make_table(), mode="sum", padding_idx=padding_idx)
+    indices, offsets = make_bags()
+    arguments = (indices.reshape(5, 6), None) if square else (indices, offsets)
+    gradients = []
+    for module in (packed, packed.to_float()):
+        weights = torch.linspace(-1, 1, 30).reshape(arguments[0].shape).requires_grad_()
+        (module(*arguments, weights) ** 2).sum().backward()
+        gradients.append(weights.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in packed.parameters())
+
+
+def test_indices_after_the_last_offset_have_no_gradient():
+    packed = PackedEmbeddingBag.from_table(make_table(), mode="sum", include_last_offset=True)
+    weights = torch.ones(6, requires_grad=True)
+    packed(torch.arange(6), torch.tensor([0, 2, 4]), weights).sum().backward()
+    assert (weights.grad[:4] != 0).all() and (weights.grad[4:] == 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_operators_pass_opcheck(method):
+    module = PackedEmbeddingBag.from_table(make_table(method))
+    indices, offsets = make_bags()
+    table = arguments_of(module)
+    operators = torch.ops.embpack
+    torch.library.opcheck(operators.embedding.default, (*table, indices))
+    torch.library.opcheck(operators.embedding.default, (*table, indices), {"dtype": torch.bfloat16})
+    for mode in ("sum", "mean", "max"):
+        torch.library.opcheck(operators.embedding_bag.default, (*table, indices, offsets, mode), {"padding_idx": 1})
+    torch.library.opcheck(
+        operators.embedding_bag.default, (*table, indices, offsets, "sum"), {"include_last_offset": True}
+    )
+    weights = torch.rand(30, requires_grad=True)
+    torch.library.opcheck(operators.embedding_bag.weighted, (*table, indices, offsets, weights))
+    square = (*table, indices.reshape(5, 6), None)
+    torch.library.opcheck(operators.embedding_bag.weighted, (*square, torch.rand(5, 6, requires_grad=True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_of_other_types_are_rounded(dtype):
+    module = PackedEmbeddingBag.from_table(make_table(), mode="sum")
+    indices, offsets = make_bags()
+    found = torch.ops.embpack.embedding_bag(*arguments_of(module), indices, offsets, "sum", dtype=dtype)
+    assert torch.equal(found, module(indices, offsets).to(dtype))
+    rows = torch.ops.embpack.embedding(*arguments_of(module), indices, dtype=dtype)
+    assert torch.equal(rows, torch.from_numpy(module.table[indices]).to(dtype))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_modules_are_saved_and_loaded(tmp_path, method):
+    table = make_table(method)
+    bag = PackedEmbeddingBag.from_table(table)
+    codebooks = 0 if table.codebooks is None else len(table.codebooks)
+    options = {"layout": table.layout, "num_codebooks": codebooks}
+    indices, offsets = make_bags()
+    wanted = bag(indices, offsets)
+    assert all(buffer.dtype == torch.uint8 for buffer in bag.state_dict().values())
+
+    empty = PackedEmbeddingBag(ROWS, DIM, **options)
+    torch.save(bag.state_dict(), tmp_path / "bag.pt")
+    empty.load_state_dict(torch.load(tmp_path / "bag.pt", weights_only=True))
+    assert torch.equal(empty(indices, offsets), wanted)
+
+    other = PackedEmbeddingBag(ROWS, DIM, **options)
+    save_model(bag, tmp_path / "bag.safetensors")
+    load_model(other, tmp_path / "bag.safetensors")
+    assert torch.equal(other(indices, offsets), wanted)
+
+    for again in (copy.deepcopy(bag), pickle.loads(pickle.dumps(bag)), copy.deepcopy(bag).half().to(torch.bfloat16)):
+        assert torch.equal(again(indices, offsets), wanted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_modules_are_compiled_and_exported(tmp_path, method):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = PackedEmbeddingBag.from_table(make_table(method), mode="sum")
+            self.rows = PackedEmbedding.from_table(make_table(method))
+
+        def forward(self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return self.bag(indices, offsets) + self.bag(indices, offsets, weights) + self.rows(indices).sum(0)
+
+    model = Model()
+    arguments = (*make_bags(), torch.rand(30))
+    wanted = model(*arguments)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), wanted)
+    length, batch = torch.export.Dim("length", max=1000), torch.export.Dim("batch", max=1000)
+    program = torch.export.export(model, arguments, dynamic_shapes=({0: length}, {0: batch}, {0: length}))
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(loaded(*arguments), wanted)
+    shorter = (arguments[0][:25], torch.tensor([0, 3, 7]), arguments[2][:25])
+    torch.testing.assert_close(loaded(*shorter), model(*shorter))
+
+
+class _Sums(Dataset):
+    def __init__(self, module: PackedEmbeddingBag) -> None:
+        self.module = module
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return self.module(torch.arange(number, number + 20).reshape(1, -1))[0]
+
+
+def test_modules_work_in_workers_of_a_data_loader():
+    module = PackedEmbeddingBag.from_table(make_table(), mode="sum")
+    found = torch.cat(list(DataLoader(_Sums(module), batch_size=4, num_workers=2)))
+    assert torch.equal(found, torch.stack([_Sums(module)[number] for number in range(8)]))
+
+
+def test_a_module_shares_the_memory_of_its_table():
+    table = make_table()
+    module = PackedEmbedding.from_table(table)
+    assert module.packed.data_ptr() == table.packed.ctypes.data
+    assert np.shares_memory(module.table.packed, table.packed)
+
+
+def test_a_mapped_table_stays_mapped(tmp_path):
+    table = make_table("kmeans-cls:K=3")
+    embpack.save(tmp_path / "tables.safetensors", {"rows": table})
+    mapped = embpack.load(tmp_path / "tables.safetensors")["rows"]
+    module = PackedEmbedding.from_table(mapped)
+    assert module.packed.data_ptr() == mapped.packed.ctypes.data
+    assert torch.equal(module(torch.arange(ROWS)), torch.from_numpy(table.dequantize()))
+
+
+def test_modules_say_what_they_are():
+    bag = PackedEmbeddingBag.from_table(make_table(), mode="sum", padding_idx=1, include_last_offset=True)
+    assert repr(bag) == (
+        "PackedEmbeddingBag(40, 20, uniform, 4 bits, float16 parameters, mode='sum', include_last_offset=True, "
+        "padding_idx=1)"
+    )
+    assert repr(PackedEmbedding(3, 4, bits=2)) == "PackedEmbedding(3, 4, uniform, 2 bits, float16 parameters)"
+
+
+BAG = PackedEmbeddingBag.from_table(make_table(), mode="sum")
+ONE = torch.tensor([0])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (IndexError, r"indices\[1\] is 40, but the table has 40 rows \(valid: 0 to 39\)", (torch.tensor([0, 40]), ONE)),
+        (IndexError, r"indices\[0\] is -1", (torch.tensor([[-1]]), None)),
+        (ValueError, r"offsets\[0\] is 1; the first bag must start at 0", (torch.arange(3), torch.tensor([1]))),
+        (ValueError, r"offsets\[2\] is 1, less than offsets\[1\], 2", (torch.arange(3), torch.tensor([0, 2, 1]))),
+        (ValueError, r"there are 3 indices; no offset may be larger", (torch.arange(3), torch.tensor([0, 4]))),
+        (ValueError, "1-D indices need offsets", (torch.arange(3), None)),
+        (ValueError, "offsets are for 1-D indices", (torch.zeros((2, 2), dtype=torch.int64), ONE)),
+        (ValueError, "indices have 3 dimensions", (torch.zeros((1, 2, 3), dtype=torch.int64), None)),
+        (ValueError, "offsets have 2 dimensions", (torch.arange(3), torch.zeros((1, 1), dtype=torch.int64))),
+        (TypeError, r"indices are torch.float32; they must be torch.int32 or torch.int64", (torch.ones(1, 2), None)),
+        (TypeError, "indices are torch.int64 and offsets torch.int32", (torch.arange(3), ONE.int())),
+        (TypeError, "per_sample_weights are torch.float64", (torch.arange(1), ONE, torch.ones(1).double())),
+        (ValueError, r"per_sample_weights have shape \[2\], indices \[1\]", (torch.arange(1), ONE, torch.ones(2))),
+    ],
+)
+def test_wrong_arguments_are_named(error, message, arguments):
+    with pytest.raises(error, match=message):
+        BAG(*arguments)
+
+
+def test_other_mistakes_are_named():
+    with pytest.raises(ValueError, match="per_sample_weights go with mode 'sum' only, not 'mean'"):
+        PackedEmbeddingBag.from_table(make_table())(torch.arange(1), ONE, torch.ones(1))
+    with pytest.raises(ValueError, match="padding_idx is 40, but the table has 40 rows"):
+        PackedEmbeddingBag.from_table(make_table(), padding_idx=40)
+    with pytest.raises(ValueError, match="mode is 'median'; choose one of sum, mean, max"):
+        PackedEmbeddingBag(3, 4, mode="median")
+    with pytest.raises(ValueError, match="mode is 'median'; choose one of sum, mean, max"):
+        torch.ops.embpack.embedding_bag(*arguments_of(BAG), torch.arange(1), ONE, "median")
+    with pytest.raises(ValueError, match=r"dtype is torch\.float64; choose one of torch\.float32"):
+        torch.ops.embpack.embedding(*arguments_of(BAG), ONE, dtype=torch.float64)
+    with pytest.raises(ValueError, match="packed has 14 bytes a row, but embedding_dim 21 at 4 bits"):
+        torch.ops.embpack.embedding(BAG.packed, None, None, 21, 4, "float16", "uniform", ONE)
+    with pytest.raises(ValueError, match="offsets are empty; with include_last_offset"):
+        empty = torch.empty(0, dtype=torch.int64)
+        torch.ops.embpack.embedding_bag(*arguments_of(BAG), ONE, empty, "sum", include_last_offset=True)
+
+
+def test_damaged_clusters_are_named():
+    module = PackedEmbedding.from_table(make_table("kmeans-cls:K=3"))
+    module.clusters[7] = 200
+    with pytest.raises(embpack.FormatError, match="row 7 is of cluster 200, but the table has 3 codebooks"):
+        module(torch.tensor([1, 7]))
+
+
+def test_no_bags_and_no_rows():
+    empty = torch.empty(0, dtype=torch.int64)
+    assert BAG(empty, empty).shape == (0, DIM)
+    assert torch.equal(BAG(empty, torch.tensor([0, 0])), torch.zeros(2, DIM))
+    nothing = PackedEmbeddingBag(0, DIM)
+    assert torch.equal(nothing(empty, ONE), torch.zeros(1, DIM))
+    with pytest.raises(IndexError, match=r"indices\[0\] is 0, but the table has 0 rows"):
+        nothing(ONE, ONE)
