@@ -1,0 +1,230 @@
+"""TorchRec's quantized embedding collections, with embpack's bytes in them.
+
+A TorchRec user gets the paper's search with nothing else changed:
+
+    import embpack.torchrec
+
+    model.ebc = embpack.torchrec.quantize(model.ebc)  # in place of TorchRec's quantization by minimum and maximum
+
+TorchRec looks indices up by FBGEMM, which sets one that is out of range to 0 **in the caller's KeyedJaggedTensor**,
+pools row 0 and says so on stderr alone; embpack.TableGroup raises IndexError.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from embpack.errors import MissingExtraError
+from embpack.methods import Method, parse_method
+from embpack.quantize import quantize as quantize_table
+from embpack.table import PackedTable
+
+try:
+    import torch
+    from torchrec.modules.embedding_configs import (  # type: ignore[import-untyped]
+        DataType,
+        EmbeddingBagConfig,
+        EmbeddingConfig,
+    )
+    from torchrec.modules.embedding_modules import (  # type: ignore[import-untyped]
+        EmbeddingBagCollection,
+        EmbeddingCollection,
+    )
+    from torchrec.quant import embedding_modules as quant  # type: ignore[import-untyped]
+except ImportError as error:
+    # TorchRec's own requirements name FBGEMM for GPUs, which overwrites the one for CPUs: no extra can have it.
+    what = "TorchRec (pip install --no-deps torchrec==1.9.2) and what it runs on"
+    raise MissingExtraError("embpack.torchrec", what, "torchrec") from error
+
+from embpack.fbgemm import check_table, fill_tbe, from_tbe
+
+__all__ = ["from_tables", "quantize", "to_tables"]
+
+_DATA_TYPES = {2: DataType.INT2, 4: DataType.INT4, 8: DataType.INT8}
+# What TorchRec leaves on a float module for its quantized one, and the constructor's name for it.
+_MARKS = {
+    quant.MODULE_ATTR_REGISTER_TBES_BOOL: "register_tbes",
+    quant.MODULE_ATTR_QUANT_STATE_DICT_SPLIT_SCALE_BIAS: "quant_state_dict_split_scale_bias",
+    quant.MODULE_ATTR_ROW_ALIGNMENT_INT: "row_alignment",
+    quant.MODULE_ATTR_CACHE_FEATURES_ORDER: "cache_features_order",
+}
+
+
+def quantize(
+    collection: Any, method: str | Method = "greedy", bits: int = 4, *, output_dtype: torch.dtype = torch.float32
+) -> Any:
+    """Quantize an embedding collection with one of embpack's methods.
+
+    Args:
+        collection: torchrec.EmbeddingBagCollection, weighted or not, or torchrec.EmbeddingCollection, of float32,
+            float16 or bfloat16 tables on any device but meta; it is not changed. What TorchRec's quant_prep_* and
+            pruning marked on it, counts.
+        method: of uniform rows, as embpack.quantize takes it; "asym" makes TorchRec's own bytes.
+        bits: a code, 2, 4 or 8, for all tables; from_tables takes each table as it was packed.
+        output_dtype: of the pooled values.
+
+    Returns:
+        The EmbeddingBagCollection or EmbeddingCollection of torchrec.quant.embedding_modules, on the CPU, with float16
+        scales and biases.
+
+    Raises:
+        TypeError: collection is something else.
+        ValueError: the method makes no uniform rows, or a table cannot be packed or held; the table is named.
+
+    Source: torchrec.quant.embedding_modules.EmbeddingBagCollection.from_float, which takes minimum and maximum.
+    """
+    chosen = parse_method(method)
+    if chosen.layout != "uniform":
+        raise ValueError(
+            f"method {chosen.name!r} makes rows of the {chosen.layout} layout, but TorchRec reads uniform ones only; "
+            "choose 'greedy' or another method of uniform rows"
+        )
+    configs, embeddings = _read_collection(collection)
+    rows_kept = getattr(collection, quant.MODULE_ATTR_EMB_CONFIG_NAME_TO_NUM_ROWS_POST_PRUNING_DICT, {})
+    tables = {}
+    for config in configs:
+        weight = embeddings[config.name].weight
+        if config.name in rows_kept:
+            config.num_embeddings_post_pruning = rows_kept[config.name]
+            weight = weight[: rows_kept[config.name]]
+        tables[config.name] = _quantize_table(weight, chosen, bits, config.name)
+    options = {option: getattr(collection, mark) for mark, option in _MARKS.items() if hasattr(collection, mark)}
+    if isinstance(collection, EmbeddingBagCollection):
+        options["is_weighted"] = collection.is_weighted()
+    else:
+        options["need_indices"] = collection.need_indices()
+    return from_tables(tables, configs, output_dtype=output_dtype, **options)
+
+
+def from_tables(
+    tables: Mapping[str, PackedTable],
+    configs: Sequence[Any],
+    *,
+    output_dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Any:
+    """Make TorchRec's quantized collection of packed tables, on the CPU.
+
+    Args:
+        tables: by the names of the configs; uniform, with float16 parameters, of any bits. Their bytes are copied.
+        configs: EmbeddingBagConfig of each table for an EmbeddingBagCollection, or EmbeddingConfig for an
+            EmbeddingCollection; copied, and their data_type set to the table's bits.
+        output_dtype: of the pooled values.
+        options: what else the collection's constructor takes: is_weighted (False if not given) for bags, need_indices
+            for an EmbeddingCollection; row_alignment (16), register_tbes, quant_state_dict_split_scale_bias,
+            cache_features_order.
+
+    Returns:
+        The EmbeddingBagCollection or EmbeddingCollection of torchrec.quant.embedding_modules.
+
+    Raises:
+        TypeError: the configs are not all of one kind, or there is no such option.
+        ValueError: tables and configs do not agree, or TorchRec cannot hold a table; says what to do.
+    """
+    copies = [copy.deepcopy(config) for config in configs]
+    kind = _kind_of(copies)
+    _check_names(tables, [config.name for config in copies])
+    for config in copies:
+        _check_config(config, tables[config.name])
+        config.data_type = _DATA_TYPES[tables[config.name].bits]
+    if kind is quant.EmbeddingBagCollection:
+        options = {"is_weighted": False, **options}
+    collection = kind(tables=copies, device=torch.device("cpu"), output_dtype=output_dtype, **options)
+    # Filled in place: what goes through the constructor stays in memory a second time.
+    for module in collection._emb_modules:
+        fill_tbe(module, [tables[name] for name, *_ in module.embedding_specs])
+    return collection
+
+
+def to_tables(collection: Any) -> dict[str, PackedTable]:
+    """Read the tables of TorchRec's quantized collection, whoever quantized them.
+
+    They can be looked up, compared, and saved by embpack.save, as PyTorch's weights_only loading refuses TorchRec's own
+    state dict.
+
+    Args:
+        collection: EmbeddingBagCollection or EmbeddingCollection of torchrec.quant.embedding_modules, of INT2, INT4 or
+            INT8 tables, on any device.
+
+    Returns:
+        The tables by name, in the order of the configs, with bytes of their own; see fbgemm.from_tbe.
+
+    Raises:
+        TypeError: collection is something else, or has virtual tables.
+        ValueError: a table is not packed, or is pruned.
+    """
+    if isinstance(collection, quant.EmbeddingBagCollection):
+        configs = collection.embedding_bag_configs()
+    elif isinstance(collection, quant.EmbeddingCollection):
+        configs = collection.embedding_configs()
+    else:
+        raise TypeError(
+            f"collection is a {type(collection).__name__}; to_tables reads an EmbeddingBagCollection or "
+            "EmbeddingCollection of torchrec.quant, which quantize makes"
+        )
+    tables = {
+        name: table
+        for module in collection._emb_modules
+        for (name, *_), table in zip(module.embedding_specs, from_tbe(module), strict=True)
+    }
+    return {config.name: tables[config.name] for config in configs}
+
+
+def _read_collection(collection: Any) -> tuple[list[Any], Any]:
+    """Return copies of the configs of a float collection, and its embeddings by name."""
+    if isinstance(collection, EmbeddingBagCollection):
+        configs, embeddings = collection.embedding_bag_configs(), collection.embedding_bags
+    elif isinstance(collection, EmbeddingCollection):
+        configs, embeddings = collection.embedding_configs(), collection.embeddings
+    else:
+        raise TypeError(
+            f"collection is a {type(collection).__name__}; quantize takes a torchrec.EmbeddingBagCollection or "
+            "torchrec.EmbeddingCollection, as it is before it is sharded"
+        )
+    return copy.deepcopy(configs), embeddings
+
+
+def _quantize_table(weight: torch.Tensor, method: Method, bits: int, name: str) -> PackedTable:
+    if weight.is_meta:
+        raise ValueError(f"table {name!r} lies on the meta device and has no values; load the weights first")
+    try:
+        return quantize_table(weight, method, bits, "float16")
+    except ValueError as error:
+        # What embpack.quantize proposes is no way out here.
+        only = "; but TorchRec has float16 parameters only: rescale the table" if "param_dtype=" in str(error) else ""
+        raise ValueError(f"table {name!r}: {error}{only}") from error
+
+
+def _kind_of(configs: Sequence[Any]) -> Any:
+    kinds = {EmbeddingBagConfig: quant.EmbeddingBagCollection, EmbeddingConfig: quant.EmbeddingCollection}
+    for config_kind, kind in kinds.items():
+        if configs and all(isinstance(config, config_kind) for config in configs):
+            return kind
+    names = ", ".join(sorted({type(config).__name__ for config in configs})) or "none"
+    raise TypeError(
+        f"the configs are {names}; give an EmbeddingBagConfig for each table, or an EmbeddingConfig for each"
+    )
+
+
+def _check_names(tables: Iterable[str], names: Sequence[str]) -> None:
+    tables = list(tables)
+    for name in names:
+        if name not in tables:
+            raise ValueError(f"a config names table {name!r}, but the tables are {', '.join(tables) or 'none'}; add it")
+    for name in tables:
+        if name not in names:
+            raise ValueError(f"table {name!r} has no config; the configs are of {', '.join(names)}: add one")
+
+
+def _check_config(config: Any, table: PackedTable) -> None:
+    check_table(table, f"table {config.name!r}", "TorchRec")
+    if config.use_virtual_table:
+        raise ValueError(f"table {config.name!r} is virtual and has no fixed rows; set use_virtual_table=False")
+    # Only bags know of pruning in TorchRec.
+    pruned = config.num_embeddings_post_pruning if isinstance(config, EmbeddingBagConfig) else None
+    wanted = (config.num_embeddings if pruned is None else pruned, config.embedding_dim)
+    if table.shape != wanted:
+        raise ValueError(
+            f"table {config.name!r} is {table.num_embeddings} x {table.embedding_dim}, but its config says "
+            f"{wanted[0]} x {wanted[1]}; they must agree"
+        )
