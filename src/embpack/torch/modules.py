@@ -124,7 +124,7 @@ class PackedEmbedding(_PackedRows):
         Raises:
             ValueError: the module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq).
         """
-        _check_supported(module)
+        check_supported(module, "the module")
         return cls.from_table(quantize(module.weight.detach(), method, **options), padding_idx=module.padding_idx)
 
     def to_float(self) -> nn.Embedding:
@@ -226,7 +226,7 @@ class PackedEmbeddingBag(_PackedRows):
         Raises:
             ValueError: the module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq).
         """
-        _check_supported(module)
+        check_supported(module, "the module")
         return cls.from_table(
             quantize(module.weight.detach(), method, **options),
             mode=module.mode,
@@ -317,7 +317,8 @@ def _check_padding(padding_idx: int | None, num_embeddings: int) -> int | None:
     return padding_idx % num_embeddings
 
 
-def _check_supported(module: nn.Embedding | nn.EmbeddingBag) -> None:
-    for name, reason in UNSUPPORTED.items():
-        if getattr(module, name):
-            raise ValueError(f"the module has {name}={getattr(module, name)}: {reason}")
+def check_supported(module: nn.Embedding | nn.EmbeddingBag, name: str) -> None:
+    """Raise ValueError if a module does what a packed one cannot."""
+    for option, reason in UNSUPPORTED.items():
+        if getattr(module, option):
+            raise ValueError(f"{name} has {option}={getattr(module, option)}: {reason}")

@@ -1,0 +1,188 @@
+"""quantize_: a model's embeddings packed in place."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from embpack.convert import TableReport
+from embpack.quantize import quantize
+from embpack.rules import MIN_ROWS
+from embpack.table import PackedTable
+from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported
+
+Filter = Callable[[nn.Module, str], bool]
+COLUMNS = ("module", "rows", "dim", "before", "after", "ratio", "l2 loss")
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What packing a model came to; print shows it as a table.
+
+    Attributes:
+        tables: one for each module that was packed, in the model's order.
+        left_alone: name and reason of each embedding that was not.
+    """
+
+    tables: tuple[TableReport, ...]
+    left_alone: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        rows = [COLUMNS, *map(_describe, self.tables)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+        lines = []
+        for name, *cells in rows:
+            numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append("  ".join([name.ljust(widths[0]), *numbers]))
+        before, after = (sum(getattr(table, name) for table in self.tables) for name in ("bytes_before", "bytes_after"))
+        lines.append(f"{before:,} -> {after:,} bytes" + (f" ({after / before:.2%})" if before else ""))
+        lines += [f"left alone: {name}, {reason}" for name, reason in self.left_alone]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module hangs in a model."""
+
+    parent: nn.Module
+    child: str
+    name: str
+
+
+def quantize_(
+    model: nn.Module,
+    method: str = "greedy",
+    *,
+    bits: int = 4,
+    param_dtype: str | None = None,
+    filter: Filter | None = None,
+    tied: Literal["refuse", "untie"] = "refuse",
+) -> ModelReport:
+    """Pack the embeddings of a model, in place: each nn.Embedding and nn.EmbeddingBag becomes a packed module.
+
+    Args:
+        model: on the CPU. Nothing of it is changed unless all can be packed.
+        method: as embpack.quantize takes it.
+        bits: of a code, 2, 4 or 8.
+        param_dtype: "float16" or "float32"; None as embpack.quantize has it.
+        filter: called with module and name, says whether to pack it; None packs all of at least 16 rows: smaller ones
+            save nothing worth their loss.
+        tied: what to do if a weight is shared with a module that is not packed, as of an output layer: "refuse" raises,
+            "untie" packs the embedding and leaves the other its float weight.
+
+    Returns:
+        What became of each embedding.
+
+    Raises:
+        ValueError: a weight is tied, a module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq), the
+            model is itself an embedding, or an argument is not as above.
+
+    Source: torchao.quantization.quantize_, its shape.
+    """
+    if tied not in ("refuse", "untie"):
+        raise ValueError(f"tied is {tied!r}; choose 'refuse' or 'untie'")
+    if type(model) in PACKED:
+        raise ValueError("the model is itself an embedding, which cannot be swapped in place; use from_float")
+    places, left_alone = _find(model, filter)
+    modules = [(module, places[module]) for module in places]
+    for module, hangs in modules:
+        check_supported(module, hangs[0].name)
+    if tied == "refuse":
+        _refuse_tied(model, places)
+    packed: dict[int, PackedTable] = {}
+    reports, swaps = [], []
+    for module, hangs in modules:
+        weight, start = module.weight.detach(), perf_counter()
+        table = packed.get(id(module.weight))
+        if table is None:
+            table = packed[id(module.weight)] = quantize(weight, method, bits=bits, param_dtype=param_dtype)
+        reports.append(_report(hangs[0].name, weight, table, perf_counter() - start))
+        swaps.append((hangs, PACKED[type(module)](module, table)))
+    for hangs, new in swaps:
+        for place in hangs:
+            setattr(place.parent, place.child, new.train(model.training))
+    return ModelReport(tuple(reports), tuple(left_alone))
+
+
+def _pack_embedding(module: Any, table: PackedTable) -> nn.Module:
+    return PackedEmbedding.from_table(table, padding_idx=module.padding_idx)
+
+
+def _pack_bag(module: Any, table: PackedTable) -> nn.Module:
+    return PackedEmbeddingBag.from_table(
+        table, mode=module.mode, include_last_offset=module.include_last_offset, padding_idx=module.padding_idx
+    )
+
+
+PACKED: dict[type, Callable[[Any, PackedTable], nn.Module]] = {
+    nn.Embedding: _pack_embedding,
+    nn.EmbeddingBag: _pack_bag,
+}
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[nn.Module, _Place]]:
+    for parent_name, parent in model.named_modules():
+        for child, module in parent._modules.items():  # named_children leaves out what hangs twice
+            if module is not None:
+                yield module, _Place(parent, child, f"{parent_name}.{child}" if parent_name else child)
+
+
+def _find(model: nn.Module, filter: Filter | None) -> tuple[dict[Any, list[_Place]], list[tuple[str, str]]]:
+    places: dict[Any, list[_Place]] = {}
+    left_alone = []
+    for module, place in _walk(model):
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        reason = _reason_to_leave(module, place.name, filter)
+        if reason is None:
+            places.setdefault(module, []).append(place)
+        else:
+            left_alone.append((place.name, reason))
+    return places, left_alone
+
+
+def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: Filter | None) -> str | None:
+    if type(module) not in PACKED:
+        return f"a {type(module).__name__}, whose own forward a packed module would not have"
+    if filter is not None:
+        return None if filter(module, name) else "the filter says no"
+    if module.num_embeddings < MIN_ROWS:
+        return f"only {module.num_embeddings} rows"
+    return None
+
+
+def _refuse_tied(model: nn.Module, places: dict[Any, list[_Place]]) -> None:
+    names = {id(module.weight): f"{hangs[0].name}.weight" for module, hangs in places.items()}
+    for owner_name, owner in model.named_modules():
+        if owner in places:
+            continue
+        for parameter_name, parameter in owner.named_parameters(recurse=False):
+            if id(parameter) in names:
+                other = f"{owner_name}.{parameter_name}" if owner_name else parameter_name
+                raise ValueError(
+                    f"{names[id(parameter)]} is also {other}, which stays float: pass tied='untie' to pack the one and "
+                    "leave the other as it is, or a filter that leaves the embedding alone"
+                )
+
+
+def _report(name: str, weight: Tensor, table: PackedTable, seconds: float) -> TableReport:
+    return TableReport(
+        name=name,
+        num_embeddings=table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        dtype=table.dtype,
+        method=table.method,
+        bytes_before=weight.numel() * weight.element_size(),
+        bytes_after=table.nbytes,
+        loss=table.loss or 0.0,
+        seconds=seconds,
+    )
+
+
+def _describe(table: TableReport) -> tuple[str, ...]:
+    before, after = table.bytes_before, table.bytes_after
+    ratio = f"{after / before:.2%}" if before else "-"
+    shape = (f"{table.num_embeddings:,}", str(table.embedding_dim))
+    return (table.name, *shape, f"{before:,}", f"{after:,}", ratio, f"{table.loss:.5f}")
