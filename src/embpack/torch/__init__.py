@@ -8,7 +8,8 @@ except ImportError as error:
     raise MissingExtraError("embpack.torch", "PyTorch", "torch") from error
 
 from embpack.torch import ops  # noqa: F401  (registers the operators)
+from embpack.torch.checkpoint import load_checkpoint
 from embpack.torch.convert import ModelReport, quantize_
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag
 
-__all__ = ["ModelReport", "PackedEmbedding", "PackedEmbeddingBag", "quantize_"]
+__all__ = ["ModelReport", "PackedEmbedding", "PackedEmbeddingBag", "load_checkpoint", "quantize_"]

@@ -43,7 +43,7 @@ class ModelReport:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a module hangs in a model."""
 
     parent: nn.Module
@@ -122,17 +122,18 @@ PACKED: dict[type, Callable[[Any, PackedTable], nn.Module]] = {
 }
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[nn.Module, _Place]]:
+def walk_children(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
+    """All modules below a model, once for each place where they hang."""
     for parent_name, parent in model.named_modules():
         for child, module in parent._modules.items():  # named_children leaves out what hangs twice
             if module is not None:
-                yield module, _Place(parent, child, f"{parent_name}.{child}" if parent_name else child)
+                yield module, Place(parent, child, f"{parent_name}.{child}" if parent_name else child)
 
 
-def _find(model: nn.Module, filter: Filter | None) -> tuple[dict[Any, list[_Place]], list[tuple[str, str]]]:
-    places: dict[Any, list[_Place]] = {}
+def _find(model: nn.Module, filter: Filter | None) -> tuple[dict[Any, list[Place]], list[tuple[str, str]]]:
+    places: dict[Any, list[Place]] = {}
     left_alone = []
-    for module, place in _walk(model):
+    for module, place in walk_children(model):
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
         reason = _reason_to_leave(module, place.name, filter)
@@ -153,7 +154,7 @@ def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: 
     return None
 
 
-def _refuse_tied(model: nn.Module, places: dict[Any, list[_Place]]) -> None:
+def _refuse_tied(model: nn.Module, places: dict[Any, list[Place]]) -> None:
     names = {id(module.weight): f"{hangs[0].name}.weight" for module, hangs in places.items()}
     for owner_name, owner in model.named_modules():
         if owner in places:

@@ -110,7 +110,9 @@ class PackedEmbedding(_PackedRows):
     @classmethod
     def from_table(cls, table: PackedTable, *, padding_idx: int | None = None) -> "PackedEmbedding":
         """Make a module of a table, sharing its memory; read-only memory, as of a mapped file, stays so."""
-        return cls(*_shape(table), **_format(table), padding_idx=padding_idx)._adopt(table)
+        with torch.device("meta"):  # no memory for rows that are there already
+            module = cls(*_shape(table), **_format(table), padding_idx=padding_idx)
+        return module._adopt(table)
 
     @classmethod
     def from_float(cls, module: nn.Embedding, method: str = "greedy", **options: Any) -> "PackedEmbedding":
@@ -205,13 +207,14 @@ class PackedEmbeddingBag(_PackedRows):
         padding_idx: int | None = None,
     ) -> "PackedEmbeddingBag":
         """Make a module of a table, sharing its memory; read-only memory, as of a mapped file, stays so."""
-        module = cls(
-            *_shape(table),
-            **_format(table),
-            mode=mode,
-            include_last_offset=include_last_offset,
-            padding_idx=padding_idx,
-        )
+        with torch.device("meta"):  # no memory for rows that are there already
+            module = cls(
+                *_shape(table),
+                **_format(table),
+                mode=mode,
+                include_last_offset=include_last_offset,
+                padding_idx=padding_idx,
+            )
         return module._adopt(table)
 
     @classmethod

@@ -1,0 +1,112 @@
+"""embpack.torch.load_checkpoint: models with their tables packed and mapped."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import read_raw, write_raw
+from safetensors.torch import save_model
+from torch import nn
+
+import embpack
+from embpack.torch import PackedEmbedding, PackedEmbeddingBag, load_checkpoint
+
+
+class Recommender(nn.Module):
+    def __init__(self, rows: int = 100) -> None:
+        super().__init__()
+        self.user_embedding = nn.EmbeddingBag(rows, 16, mode="sum", padding_idx=0)
+        self.item_embedding = nn.Embedding(50, 16)
+        self.kind_embedding = nn.Embedding(3, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.top = nn.Linear(16, 1)
+
+    def forward(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        rows = self.norm(self.item_embedding(items) + self.kind_embedding(items % 3))
+        return self.user_embedding(users).sum(1) + self.top(rows).squeeze(-1)
+
+
+def make_checkpoint(folder: Path, model: nn.Module, method: str = "greedy") -> Path:
+    save_model(model, folder / "float.safetensors")
+    embpack.quantize_file(folder / "float.safetensors", folder / "packed.safetensors", method=method)
+    return folder / "packed.safetensors"
+
+
+@pytest.mark.parametrize("method", ["greedy", "kmeans-lloyd", "kmeans-cls:K=4"])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_model_has_its_tables_packed_and_all_else_as_it_was(tmp_path, method, device):
+    trained = Recommender().eval()
+    path = make_checkpoint(tmp_path, trained, method)
+    with torch.device(device):
+        model = Recommender()
+    assert load_checkpoint(model.eval(), path) is model
+    assert isinstance(model.user_embedding, PackedEmbeddingBag)
+    assert isinstance(model.item_embedding, PackedEmbedding)
+    assert isinstance(model.kind_embedding, nn.Embedding)
+    assert (model.user_embedding.mode, model.user_embedding.padding_idx) == ("sum", 0)
+    tables = embpack.load(path)
+    np.testing.assert_array_equal(model.item_embedding.table.packed, tables["item_embedding.weight"].packed)
+    assert torch.equal(model.top.weight, trained.top.weight)
+    assert torch.equal(model.kind_embedding.weight, trained.kind_embedding.weight)
+    users, items = torch.randint(1, 100, (5, 4)), torch.randint(0, 50, (5,))
+    assert torch.nn.functional.cosine_similarity(model(users, items), trained(users, items), dim=0) > 0.95
+
+
+def test_a_model_with_ten_gigabytes_of_tables_opens_without_reading_them(tmp_path):
+    path = make_checkpoint(tmp_path, Recommender())
+    raw, rows = read_raw(path), 900_000_000
+    size, header = 0, {"__metadata__": raw.metadata}
+    described = json.loads(raw.metadata["embpack"])
+    text = json.dumps(described).replace('"num_embeddings": 100', f'"num_embeddings": {rows}')
+    header["__metadata__"]["embpack"] = text
+    for name, tensor in raw.tensors.items():
+        shape = [rows, 12] if name == "user_embedding.weight" else list(tensor.shape)
+        length = rows * 12 if name == "user_embedding.weight" else len(tensor.payload)
+        header[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [size, size + length]}
+        size += length
+    write_raw(tmp_path / "large.safetensors", header, size=size)
+    with torch.device("meta"):
+        model = Recommender(rows)
+    before = resident_bytes()
+    load_checkpoint(model, tmp_path / "large.safetensors")
+    assert model.user_embedding.packed.nbytes > 10e9
+    assert resident_bytes() - before < 50e6
+    assert torch.equal(model.user_embedding(torch.tensor([[rows - 1]])), torch.zeros(1, 16))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_what_does_not_go_together_is_named(tmp_path):
+    path = make_checkpoint(tmp_path, Recommender())
+    with pytest.raises(ValueError, match="user_embedding is 90 x 16, but its table is 100 x 16"):
+        load_checkpoint(Recommender(90), path)
+
+    without = Recommender()
+    without.item_embedding = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"item_embedding is a Linear, but its weight is packed, which takes nn\.Emb"):
+        load_checkpoint(without, path)
+    del without.item_embedding
+    with pytest.raises(ValueError, match=r"the model has no embedding for item_embedding\.weight"):
+        load_checkpoint(without, path)
+
+    more = Recommender()
+    more.bottom = nn.Linear(1, 1, bias=False)
+    del more.top
+    with pytest.raises(ValueError, match=r"it lacks bottom\.weight, and the model lacks top\.bias, top\.weight"):
+        load_checkpoint(more, path)
+
+    with torch.device("meta"):
+        other = Recommender()
+        other.register_buffer("positions", torch.arange(3), persistent=False)
+    with pytest.raises(ValueError, match="positions: still on the meta device"):
+        load_checkpoint(other, path)
+
+
+def test_a_file_of_floats_is_refused(tmp_path):
+    save_model(Recommender(), tmp_path / "float.safetensors")
+    with pytest.raises(embpack.FormatError):
+        load_checkpoint(Recommender(), tmp_path / "float.safetensors")
