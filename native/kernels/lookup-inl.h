@@ -3,6 +3,7 @@
 // Not the standard library's: an instruction set's file must not have templates that another's has, too.
 inline constexpr size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 inline constexpr size_t within(size_t x, size_t least, size_t most) { return smaller(x < least ? least : x, most); }
+// The largest power of two that is not above x; 0 for 0.
 inline constexpr size_t largest_power_within(size_t x) {
     size_t power = x > 0;
     while (power <= x / 2 && power > 0) power *= 2;
@@ -291,6 +292,7 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last,
         const uint8_t* codes;
         typename ReadLevels::Kept levels;
     };
+    // Where codes are read as words, an instruction set makes levels of them by itself.
     using Levels = decltype(Row().levels.open());
     constexpr bool are_words = !has_last && vectors == vectors_of_words && std::is_same_v<Levels, GridLevels<4, true>>;
     const uint8_t* const bytes = reader.rows.bytes + job.first_code;
