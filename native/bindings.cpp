@@ -96,7 +96,6 @@ Layout parse_layout(const std::string& name) {
     return Layout::clustered;
 }
 
-// Packed rows, and the arrays that they lie in.
 // What rows of the clustered layout share: a number of a codebook each, and the codebooks.
 struct Shared {
     const void* clusters = nullptr;
@@ -125,6 +124,7 @@ PackedRows make_rows(const void* packed, size_t num_rows, size_t row_bytes, size
     return rows;
 }
 
+// Packed rows, and the arrays that they lie in.
 struct PackedView {
     PackedArray packed;
     std::optional<Clusters> clusters;

@@ -213,7 +213,7 @@ class PackedTable:
         array = as_integers(indices, "indices")
         starts, num_bags = _read_bags(array, offsets, include_last_offset=include_last_offset)
         weights = None if per_sample_weights is None else as_weights(per_sample_weights, array, (mode,))
-        padding = -1 if padding_idx is None else self._as_padding(padding_idx)
+        padding = -1 if padding_idx is None else as_row(padding_idx, self.num_embeddings)
         out = np.empty((num_bags, self.embedding_dim), output_dtype(dtype))
         bag_size = array.shape[1] if starts is None else 0
         flat = array if array.ndim == 1 else array.reshape(-1)
@@ -265,11 +265,16 @@ class PackedTable:
             "its clusters are damaged"
         )
 
-    def _as_padding(self, padding_idx: int) -> int:
-        rows = self.num_embeddings
-        if not -rows <= padding_idx < rows:
-            raise ValueError(f"padding_idx is {padding_idx}, but the table has {rows} rows")
-        return padding_idx % rows
+
+def as_row(padding_idx: int, num_embeddings: int) -> int:
+    """The row that padding_idx names; negative counts from the end.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(f"padding_idx is {padding_idx}, but the table has {num_embeddings} rows")
+    return padding_idx % num_embeddings
 
 
 def as_integers(values: Any, what: str) -> NDArray[Any]:

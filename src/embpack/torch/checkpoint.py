@@ -74,11 +74,11 @@ def _swap(model: nn.Module, tables: Mapping[str, PackedTable]) -> tuple[str, ...
 
 
 def _pack(module: Any, name: str, table: PackedTable) -> nn.Module:
-    make = PACKED.get(type(module))
-    if make is None:
+    packed = PACKED.get(type(module))
+    if packed is None:
         known = ", ".join(f"nn.{kind.__name__}" for kind in PACKED)
         raise ValueError(f"{name} is a {type(module).__name__}, but its weight is packed, which takes {known}")
     shape = (module.num_embeddings, module.embedding_dim)
     if shape != table.shape:
         raise ValueError(f"{name} is {shape[0]} x {shape[1]}, but its table is {table.shape[0]} x {table.shape[1]}")
-    return make(module, table).train(module.training)
+    return packed.like(module, table).train(module.training)

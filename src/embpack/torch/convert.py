@@ -99,26 +99,16 @@ def quantize_(
         if table is None:
             table = packed[id(module.weight)] = quantize(weight, method, bits=bits, param_dtype=param_dtype)
         reports.append(_report(hangs[0].name, weight, table, perf_counter() - start))
-        swaps.append((hangs, PACKED[type(module)](module, table)))
+        swaps.append((hangs, PACKED[type(module)].like(module, table)))
     for hangs, new in swaps:
         for place in hangs:
             setattr(place.parent, place.child, new.train(model.training))
     return ModelReport(tuple(reports), tuple(left_alone))
 
 
-def _pack_embedding(module: Any, table: PackedTable) -> nn.Module:
-    return PackedEmbedding.from_table(table, padding_idx=module.padding_idx)
-
-
-def _pack_bag(module: Any, table: PackedTable) -> nn.Module:
-    return PackedEmbeddingBag.from_table(
-        table, mode=module.mode, include_last_offset=module.include_last_offset, padding_idx=module.padding_idx
-    )
-
-
-PACKED: dict[type, Callable[[Any, PackedTable], nn.Module]] = {
-    nn.Embedding: _pack_embedding,
-    nn.EmbeddingBag: _pack_bag,
+PACKED: dict[type, type[PackedEmbedding] | type[PackedEmbeddingBag]] = {
+    nn.Embedding: PackedEmbedding,
+    nn.EmbeddingBag: PackedEmbeddingBag,
 }
 
 

@@ -1,7 +1,7 @@
 """PackedEmbedding and PackedEmbeddingBag: nn.Embedding and nn.EmbeddingBag over packed rows."""
 
 import warnings
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from embpack.layouts import RowFormat, cluster_dtype
 from embpack.quantize import quantize
-from embpack.table import MODES, PackedTable
+from embpack.table import MODES, PackedTable, as_row
 from embpack.torch.ops import as_table
 
 # What a float module can be that a packed one cannot.
@@ -29,6 +29,9 @@ class _PackedRows(nn.Module):
         codebooks: uint8 [num_codebooks, bytes of a codebook]; None but in the clustered layout.
     """
 
+    # Those of the float module that it has, too.
+    options: ClassVar[tuple[str, ...]]
+
     packed: Tensor
     clusters: Tensor | None
     codebooks: Tensor | None
@@ -45,6 +48,33 @@ class _PackedRows(nn.Module):
         self.register_buffer("packed", torch.zeros((num_embeddings, row_format.row_bytes), dtype=torch.uint8))
         self.register_buffer("clusters", clusters)
         self.register_buffer("codebooks", codebooks)
+
+    @classmethod
+    def from_float(cls, module: nn.Embedding | nn.EmbeddingBag, method: str = "greedy", **options: Any) -> Self:
+        """Pack a float module, nn.Embedding or nn.EmbeddingBag as this class is.
+
+        Args:
+            module: on the CPU, in any of PyTorch's float types that embpack.quantize takes.
+            method: as embpack.quantize takes it.
+            **options: others that embpack.quantize takes: bits, param_dtype.
+
+        Raises:
+            ValueError: the module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq).
+        """
+        check_supported(module, "the module")
+        return cls.like(module, quantize(module.weight.detach(), method, **options))
+
+    @classmethod
+    def like(cls, module: nn.Embedding | nn.EmbeddingBag, table: PackedTable) -> Self:
+        """Make a module of a table, with the options of a float module."""
+        return cls._make(table, **{name: getattr(module, name) for name in cls.options})
+
+    @classmethod
+    def _make(cls, table: PackedTable, **options: Any) -> Self:
+        make: Any = cls
+        with torch.device("meta"):  # no memory for rows that are there already
+            module: Self = make(*table.shape, **_format(table), **options)
+        return module._adopt(table)
 
     def _adopt(self, table: PackedTable) -> Self:
         self.packed = _as_tensor(table.packed)
@@ -93,6 +123,8 @@ class PackedEmbedding(_PackedRows):
     Source: torch.nn.Embedding.
     """
 
+    options = ("padding_idx",)
+
     def __init__(
         self,
         num_embeddings: int,
@@ -105,29 +137,12 @@ class PackedEmbedding(_PackedRows):
         padding_idx: int | None = None,
     ) -> None:
         super().__init__(num_embeddings, RowFormat(embedding_dim, bits, param_dtype, layout), num_codebooks)
-        self.padding_idx = _check_padding(padding_idx, num_embeddings)
+        self.padding_idx = None if padding_idx is None else as_row(padding_idx, num_embeddings)
 
     @classmethod
     def from_table(cls, table: PackedTable, *, padding_idx: int | None = None) -> "PackedEmbedding":
         """Make a module of a table, sharing its memory; read-only memory, as of a mapped file, stays so."""
-        with torch.device("meta"):  # no memory for rows that are there already
-            module = cls(*_shape(table), **_format(table), padding_idx=padding_idx)
-        return module._adopt(table)
-
-    @classmethod
-    def from_float(cls, module: nn.Embedding, method: str = "greedy", **options: Any) -> "PackedEmbedding":
-        """Pack a float module.
-
-        Args:
-            module: on the CPU, in any of PyTorch's float types that embpack.quantize takes.
-            method: as embpack.quantize takes it.
-            **options: others that embpack.quantize takes: bits, param_dtype.
-
-        Raises:
-            ValueError: the module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq).
-        """
-        check_supported(module, "the module")
-        return cls.from_table(quantize(module.weight.detach(), method, **options), padding_idx=module.padding_idx)
+        return cls._make(table, padding_idx=padding_idx)
 
     def to_float(self) -> nn.Embedding:
         """Return nn.Embedding with the rows as float32."""
@@ -177,6 +192,8 @@ class PackedEmbeddingBag(_PackedRows):
     Source: torch.nn.EmbeddingBag.
     """
 
+    options = ("mode", "include_last_offset", "padding_idx")
+
     def __init__(
         self,
         num_embeddings: int,
@@ -195,7 +212,7 @@ class PackedEmbeddingBag(_PackedRows):
             raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
         self.mode = mode
         self.include_last_offset = include_last_offset
-        self.padding_idx = _check_padding(padding_idx, num_embeddings)
+        self.padding_idx = None if padding_idx is None else as_row(padding_idx, num_embeddings)
 
     @classmethod
     def from_table(
@@ -207,35 +224,7 @@ class PackedEmbeddingBag(_PackedRows):
         padding_idx: int | None = None,
     ) -> "PackedEmbeddingBag":
         """Make a module of a table, sharing its memory; read-only memory, as of a mapped file, stays so."""
-        with torch.device("meta"):  # no memory for rows that are there already
-            module = cls(
-                *_shape(table),
-                **_format(table),
-                mode=mode,
-                include_last_offset=include_last_offset,
-                padding_idx=padding_idx,
-            )
-        return module._adopt(table)
-
-    @classmethod
-    def from_float(cls, module: nn.EmbeddingBag, method: str = "greedy", **options: Any) -> "PackedEmbeddingBag":
-        """Pack a float module.
-
-        Args:
-            module: on the CPU, in any of PyTorch's float types that embpack.quantize takes.
-            method: as embpack.quantize takes it.
-            **options: others that embpack.quantize takes: bits, param_dtype.
-
-        Raises:
-            ValueError: the module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq).
-        """
-        check_supported(module, "the module")
-        return cls.from_table(
-            quantize(module.weight.detach(), method, **options),
-            mode=module.mode,
-            include_last_offset=module.include_last_offset,
-            padding_idx=module.padding_idx,
-        )
+        return cls._make(table, mode=mode, include_last_offset=include_last_offset, padding_idx=padding_idx)
 
     def to_float(self) -> nn.EmbeddingBag:
         """Return nn.EmbeddingBag with the rows as float32."""
@@ -297,10 +286,6 @@ def _as_tensor(array: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
         return torch.from_numpy(array)
 
 
-def _shape(table: PackedTable) -> tuple[int, int]:
-    return table.num_embeddings, table.embedding_dim
-
-
 def _format(table: PackedTable) -> dict[str, Any]:
     codebooks = 0 if table.codebooks is None else len(table.codebooks)
     row_format = table.row_format
@@ -310,14 +295,6 @@ def _format(table: PackedTable) -> dict[str, Any]:
         "layout": row_format.layout,
         "num_codebooks": codebooks,
     }
-
-
-def _check_padding(padding_idx: int | None, num_embeddings: int) -> int | None:
-    if padding_idx is None:
-        return None
-    if not -num_embeddings <= padding_idx < num_embeddings:
-        raise ValueError(f"padding_idx is {padding_idx}, but the table has {num_embeddings} rows")
-    return padding_idx % num_embeddings
 
 
 def check_supported(module: nn.Embedding | nn.EmbeddingBag, name: str) -> None:

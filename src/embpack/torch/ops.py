@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embpack import _native
 from embpack.layouts import RowFormat
-from embpack.table import MODES, PackedTable
+from embpack.table import MODES, PackedTable, as_row
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 # What the core calls the types of values.
@@ -104,7 +104,7 @@ def _pool(
     padding_idx: int | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    padding = -1 if padding_idx is None else _as_row(padding_idx, len(arguments[0]))
+    padding = -1 if padding_idx is None else as_row(padding_idx, len(arguments[0]))
     try:
         found: Tensor | int = _pool_tensors(*arguments, weights, include_last_offset, padding, DTYPE_NAMES[dtype])
     except (KeyError, ValueError):
@@ -144,12 +144,6 @@ def count_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: boo
     if offsets is None:
         raise ValueError("1-D indices need offsets: where each bag starts")
     raise ValueError(f"offsets have {offsets.dim()} dimensions; they must be 1-D")
-
-
-def _as_row(padding_idx: int, num_embeddings: int) -> int:
-    if not -num_embeddings <= padding_idx < num_embeddings:
-        raise ValueError(f"padding_idx is {padding_idx}, but the table has {num_embeddings} rows")
-    return padding_idx % num_embeddings
 
 
 def _check_weights(weights: Tensor, indices: Tensor) -> None:
