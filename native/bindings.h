@@ -1,0 +1,69 @@
+// What the bindings of quantizing, of lookup and of PyTorch's tensors have in common. They check sizes and types, release
+// the GIL and call. Messages for users are made in Python, which has checked everything that a user can get wrong before
+// it calls; what is checked here keeps memory safe whoever calls.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "lookup.h"
+
+namespace nb = nanobind;
+
+namespace embpack {
+
+// Each adds its functions to the module.
+void bind_quantize(nb::module_&);
+void bind_lookup(nb::module_&);
+void bind_tensors(nb::module_&);
+
+inline void require(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+// float32, float16, or bfloat16 as uint16.
+ValueType value_type(nb::dlpack::dtype, const char* complaint);
+
+Grid make_grid(int bits, bool f16_params);
+Layout parse_layout(const std::string& name);
+Pooling parse_mode(const std::string& mode);
+
+// What rows of the clustered layout share: a number of a codebook each, and the codebooks.
+struct Shared {
+    const void* clusters = nullptr;
+    size_t num_clusters = 0, cluster_bytes = 0;
+    const void* codebooks = nullptr;
+    size_t num_codebooks = 0, codebook_bytes = 0;
+};
+
+PackedRows make_rows(const void* packed, size_t num_rows, size_t row_bytes, size_t embedding_dim, Grid, Layout,
+                     const Shared&);
+
+// A fault as Python makes a message of it: -1 for none, the position of an index that is outside, or -2 - position of
+// one whose row has no codebook.
+inline constexpr int64_t bad_offsets = INT64_MIN;
+
+int64_t gather_into(const PackedRows&, const Integers& indices, const Output&);
+int64_t pool_into(const PackedRows&, const Bags&, const Output&);
+
+// The bags of a feature, pooled from a table, for some columns of a group's output.
+struct FeatureLookup {
+    size_t table, feature;
+    Pooling pooling;
+    int64_t padding_index = no_padding;
+};
+
+// Values of a row of the output of several lookups. Their tables and features must be there.
+size_t group_width(const std::vector<PackedRows>& tables, const std::vector<FeatureLookup>&, size_t num_features);
+
+// Pools bags of all features, `batch` of each, feature after feature. Returns a lookup with a fault, and the fault; a
+// fault of offsets is of no lookup.
+std::tuple<size_t, int64_t> pool_group_into(const std::vector<PackedRows>& tables, const std::vector<FeatureLookup>&,
+                                            const Bags& of_features, size_t batch, Output);
+
+}  // namespace embpack

@@ -1,0 +1,279 @@
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "bindings.h"
+
+namespace embpack {
+
+Grid make_grid(int bits, bool f16_params) {
+    require(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8");
+    return {bits, f16_params};
+}
+
+ValueType value_type(nb::dlpack::dtype dtype, const char* message) {
+    if (dtype == nb::dtype<float>()) return ValueType::f32;
+    const bool half = dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float);
+    require(dtype.bits == 16 && (half || dtype == nb::dtype<uint16_t>()), message);
+    return half ? ValueType::f16 : ValueType::bf16;
+}
+
+Layout parse_layout(const std::string& name) {
+    if (name == "uniform") return Layout::uniform;
+    if (name == "codebook") return Layout::codebook;
+    require(name == "clustered", "layout must be uniform, codebook or clustered");
+    return Layout::clustered;
+}
+
+Pooling parse_mode(const std::string& mode) {
+    require(mode == "sum" || mode == "mean" || mode == "max", "mode must be sum, mean or max");
+    return mode == "sum" ? Pooling::sum : mode == "mean" ? Pooling::mean : Pooling::max;
+}
+
+PackedRows make_rows(const void* packed, size_t num_rows, size_t row_bytes, size_t embedding_dim, Grid grid,
+                     Layout layout, const Shared& shared) {
+    PackedRows rows{static_cast<const uint8_t*>(packed), num_rows, embedding_dim, row_bytes, grid, layout};
+    require(embedding_dim > 0 && embedding_dim <= 8 * row_bytes, "embedding_dim does not go with packed");
+    require(row_bytes == packed_row_bytes(embedding_dim, grid, layout), "packed has the wrong row bytes");
+    const bool is_clustered = layout == Layout::clustered;
+    require(is_clustered == (shared.cluster_bytes > 0) && is_clustered == (shared.codebook_bytes > 0),
+            "clusters and codebooks go with the clustered layout");
+    if (!is_clustered) return rows;
+    require(shared.cluster_bytes <= 2, "clusters must be uint8 or uint16");
+    require(shared.num_clusters == num_rows, "clusters must have one number for each row");
+    require(shared.codebook_bytes == codebook_bytes(grid), "codebooks have the wrong size");
+    require(shared.num_codebooks > 0 || num_rows == 0, "codebooks are none");
+    rows.codebooks = static_cast<const uint8_t*>(shared.codebooks);
+    rows.clusters = static_cast<const uint8_t*>(shared.clusters);
+    rows.cluster_bytes = shared.cluster_bytes;
+    rows.num_codebooks = shared.num_codebooks;
+    return rows;
+}
+
+namespace {
+
+using PackedArray = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ValuesOut = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Clusters = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+int64_t tell_fault(const LookupFault& fault) {
+    const int64_t position = static_cast<int64_t>(fault.position);
+    if (fault.kind == LookupFault::none) return -1;
+    return fault.kind == LookupFault::outside ? position : -2 - position;
+}
+
+// Whether offsets start at 0, do not decrease, and stay within the indices.
+bool are_offsets(const Integers& offsets, size_t num_indices) {
+    int64_t before = 0;
+    for (size_t i = 0; i < offsets.count; i++) {
+        if (offsets[i] < before) return false;
+        before = offsets[i];
+    }
+    return static_cast<size_t>(before) <= num_indices && (offsets.count == 0 || offsets[0] == 0);
+}
+
+}  // namespace
+
+int64_t gather_into(const PackedRows& rows, const Integers& indices, const Output& out) {
+    if (rows.num_rows == 0) return indices.values ? 0 : -1;
+    nb::gil_scoped_release release;
+    return tell_fault(gather(rows, indices, out));
+}
+
+int64_t pool_into(const PackedRows& rows, const Bags& bags, const Output& out) {
+    if (bags.offsets.values) {
+        require(bags.num_bags <= bags.offsets.count && bags.num_bags + 1 >= bags.offsets.count,
+                "out must have a row for each bag");
+        if (!are_offsets(bags.offsets, bags.indices.count)) return bad_offsets;
+    } else {
+        require(bags.num_bags == 0 || bags.indices.count / bags.num_bags == bags.bag_size, "bags leave the indices");
+    }
+    if (rows.num_rows == 0 && bags.indices.count > 0) return 0;
+    nb::gil_scoped_release release;
+    size_t faulty_lookup;
+    LookupFault fault = pool({{rows, bags, out}}, faulty_lookup);
+    // An index after the last bag is never read, but a mistake all the same.
+    for (size_t i = bags.start(bags.num_bags); i < bags.indices.count; i++)
+        if (static_cast<uint64_t>(bags.indices[i]) >= rows.num_rows) fault.note(i, LookupFault::outside);
+    return tell_fault(fault);
+}
+
+size_t group_width(const std::vector<PackedRows>& tables, const std::vector<FeatureLookup>& lookups,
+                   size_t num_features) {
+    size_t width = 0;
+    for (const FeatureLookup& lookup : lookups) {
+        require(lookup.table < tables.size(), "a lookup has no table");
+        require(lookup.feature < num_features, "a lookup has no feature");
+        width += tables[lookup.table].embedding_dim;
+    }
+    return width;
+}
+
+std::tuple<size_t, int64_t> pool_group_into(const std::vector<PackedRows>& tables,
+                                            const std::vector<FeatureLookup>& lookups, const Bags& of_features,
+                                            size_t batch, Output to) {
+    nb::gil_scoped_release release;
+    const Integers& starts = of_features.offsets;
+    if (!are_offsets(starts, of_features.indices.count)) return {0, bad_offsets};
+    const size_t offset_bytes = starts.are_64_bits ? 8 : 4;
+    std::vector<Lookup> cut;
+    for (size_t i = 0; i < lookups.size(); i++) {
+        const PackedRows& rows = tables[lookups[i].table];
+        const size_t first = lookups[i].feature * batch;
+        Bags bags = of_features;
+        bags.offsets.values = static_cast<const uint8_t*>(starts.values) + first * offset_bytes;
+        bags.offsets.count = std::min(batch + 1, starts.count - first);
+        bags.num_bags = batch;
+        bags.pooling = lookups[i].pooling;
+        bags.padding_index = lookups[i].padding_index;
+        if (rows.num_rows == 0 && bags.start(0) < bags.start(batch)) return {i, static_cast<int64_t>(bags.start(0))};
+        cut.push_back({rows, bags, to});
+        to.values += rows.embedding_dim * value_bytes(to.type);
+    }
+    size_t faulty = 0;
+    const LookupFault fault = pool(cut, faulty);
+    return {faulty, tell_fault(fault)};
+}
+
+namespace {
+
+// Packed rows, and the arrays that they lie in.
+struct PackedView {
+    PackedArray packed;
+    std::optional<Clusters> clusters;
+    std::optional<PackedArray> codebooks;
+    PackedRows rows;
+
+    PackedView(const PackedArray& packed, size_t embedding_dim, int bits, bool f16_params, const std::string& layout,
+               const std::optional<Clusters>& clusters, const std::optional<PackedArray>& codebooks)
+        : packed(packed), clusters(clusters), codebooks(codebooks) {
+        Shared shared;
+        if (clusters) {
+            const bool is_u8 = clusters->dtype() == nb::dtype<uint8_t>();
+            require(is_u8 || clusters->dtype() == nb::dtype<uint16_t>(), "clusters must be uint8 or uint16");
+            shared.clusters = clusters->data();
+            shared.num_clusters = clusters->shape(0);
+            shared.cluster_bytes = is_u8 ? 1 : 2;
+        }
+        if (codebooks) {
+            shared.codebooks = codebooks->data();
+            shared.num_codebooks = codebooks->shape(0);
+            shared.codebook_bytes = codebooks->shape(1);
+        }
+        rows = make_rows(packed.data(), packed.shape(0), packed.shape(1), embedding_dim, make_grid(bits, f16_params),
+                         parse_layout(layout), shared);
+    }
+};
+
+Integers view_integers(const Indices& array) {
+    const bool is_i64 = array.dtype() == nb::dtype<int64_t>();
+    require(is_i64 || array.dtype() == nb::dtype<int32_t>(), "indices and offsets must be int32 or int64");
+    return {array.data(), array.shape(0), is_i64};
+}
+
+Output view_output(const ValuesOut& out, size_t num_rows, size_t width) {
+    require(out.shape(0) == num_rows && out.shape(1) == width, "out has the wrong shape");
+    const ValueType type = value_type(out.dtype(), "out must be float32, float16 or uint16 (bfloat16)");
+    return {static_cast<uint8_t*>(out.data()), width * value_bytes(type), type};
+}
+
+const float* view_weights(const std::optional<Floats>& weights, const Integers& indices) {
+    require(!weights || weights->shape(0) == indices.count, "per_sample_weights must have one weight for each index");
+    return weights ? weights->data() : nullptr;
+}
+
+int64_t gather_rows(const PackedView& view, const std::optional<Indices>& indices, const ValuesOut& out) {
+    const Integers from = indices ? view_integers(*indices) : Integers{};
+    // An empty array may have no address, but no address means all rows.
+    if (indices && from.count == 0) return -1;
+    const size_t num_rows = indices ? from.count : view.rows.num_rows;
+    return gather_into(view.rows, from, view_output(out, num_rows, view.rows.embedding_dim));
+}
+
+int64_t pool_rows(const PackedView& view, const Indices& indices, const std::optional<Indices>& offsets,
+                  size_t bag_size, const std::optional<Floats>& per_sample_weights, int64_t padding_index,
+                  const std::string& mode, const ValuesOut& out) {
+    Bags bags{.indices = view_integers(indices), .bag_size = bag_size, .num_bags = out.shape(0),
+              .padding_index = padding_index, .pooling = parse_mode(mode)};
+    bags.per_sample_weights = view_weights(per_sample_weights, bags.indices);
+    if (offsets) bags.offsets = view_integers(*offsets);
+    return pool_into(view.rows, bags, view_output(out, bags.num_bags, view.rows.embedding_dim));
+}
+
+// Several tables, and for each feature which one it reads and how it pools.
+class GroupView {
+public:
+    GroupView(const nb::list& views, const std::vector<size_t>& table_of, const std::vector<std::string>& modes) {
+        for (nb::handle view : views) {
+            if (!nb::isinstance<PackedView>(view)) throw nb::type_error("tables must be PackedRows");
+            views_.push_back(nb::cast<const PackedView&>(view));
+            tables_.push_back(views_.back().rows);
+        }
+        require(modes.size() == table_of.size(), "modes must have one for each feature");
+        for (size_t i = 0; i < modes.size(); i++) lookups_.push_back({table_of[i], i, parse_mode(modes[i])});
+        width_ = group_width(tables_, lookups_, lookups_.size());
+    }
+
+    std::tuple<size_t, int64_t> pool(const Indices& indices, const Indices& offsets,
+                                     const std::optional<Floats>& per_sample_weights, const ValuesOut& out) const {
+        Bags bags{.indices = view_integers(indices), .offsets = view_integers(offsets)};
+        bags.per_sample_weights = view_weights(per_sample_weights, bags.indices);
+        const size_t batch = out.shape(0);
+        require(bags.offsets.count == lookups_.size() * batch + 1, "offsets must have one more than there are bags");
+        return pool_group_into(tables_, lookups_, bags, batch, view_output(out, batch, width_));
+    }
+
+private:
+    std::vector<PackedView> views_;
+    std::vector<PackedRows> tables_;
+    std::vector<FeatureLookup> lookups_;
+    size_t width_ = 0;
+};
+
+}  // namespace
+
+void bind_lookup(nb::module_& m) {
+    nb::class_<PackedView>(m, "PackedRows", "Packed rows, as gather and pool take them.")
+        .def(nb::init<const PackedArray&, size_t, int, bool, const std::string&, const std::optional<Clusters>&,
+                      const std::optional<PackedArray>&>(),
+             nb::arg("packed").noconvert(), nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("f16_params"),
+             nb::arg("layout"), nb::arg("clusters").none(), nb::arg("codebooks").none(),
+             nb::sig("def __init__(self, packed: numpy.typing.NDArray[numpy.uint8], embedding_dim: int, bits: int, "
+                     "f16_params: bool, layout: str, clusters: numpy.typing.NDArray[typing.Any] | None, "
+                     "codebooks: numpy.typing.NDArray[numpy.uint8] | None) -> None"));
+    m.def("gather", &gather_rows, nb::arg("rows"), nb::arg("indices").none(), nb::arg("out").noconvert(),
+          nb::sig("def gather(rows: PackedRows, indices: numpy.typing.NDArray[typing.Any] | None, "
+                  "out: numpy.typing.NDArray[typing.Any]) -> int"),
+          "Decode the rows `indices` (None: all) into `out`. Returns the position of the first index out of range, "
+          "-2 - the position of the first whose row has no codebook, or -1.");
+    m.def("pool", &pool_rows, nb::arg("rows"), nb::arg("indices"), nb::arg("offsets").none(), nb::arg("bag_size"),
+          nb::arg("per_sample_weights").none().noconvert(), nb::arg("padding_index"), nb::arg("mode"),
+          nb::arg("out").noconvert(),
+          nb::sig("def pool(rows: PackedRows, indices: numpy.typing.NDArray[typing.Any], "
+                  "offsets: numpy.typing.NDArray[typing.Any] | None, bag_size: int, "
+                  "per_sample_weights: numpy.typing.NDArray[numpy.float32] | None, padding_index: int, mode: str, "
+                  "out: numpy.typing.NDArray[typing.Any]) -> int"),
+          "Pool bags of rows into `out`, by offsets or, without them, of bag_size. Returns what gather does, or "
+          "bad_offsets.");
+    m.attr("bad_offsets") = bad_offsets;
+    nb::class_<GroupView>(m, "TableGroup", "Packed rows of several tables, and the features that read them.")
+        .def(nb::init<const nb::list&, const std::vector<size_t>&, const std::vector<std::string>&>(),
+             nb::arg("tables"), nb::arg("table_of"), nb::arg("modes"),
+             nb::sig("def __init__(self, tables: list[PackedRows], table_of: collections.abc.Sequence[int], "
+                     "modes: collections.abc.Sequence[str]) -> None"))
+        .def("pool", &GroupView::pool, nb::arg("indices"), nb::arg("offsets"),
+             nb::arg("per_sample_weights").none().noconvert(), nb::arg("out").noconvert(),
+             nb::sig("def pool(self, indices: numpy.typing.NDArray[typing.Any], "
+                     "offsets: numpy.typing.NDArray[typing.Any], "
+                     "per_sample_weights: numpy.typing.NDArray[numpy.float32] | None, "
+                     "out: numpy.typing.NDArray[typing.Any]) -> tuple[int, int]"),
+             "Pool the bags of all features. Returns a feature with a fault, and what the function pool does.");
+}
+
+}  // namespace embpack

@@ -1,0 +1,180 @@
+#include "quantize.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+
+namespace embpack {
+namespace {
+
+using RowsArray = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using PackedOut = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FloatOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Starts = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using RowClusters = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using CodebookValues = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// A method's search, by the name that src/embpack/methods gives it.
+template <class Fn>
+struct Named {
+    const char* name;
+    Fn Kernels::*search;
+};
+constexpr Named<SearchFn> searches[] = {
+    {"asym", &Kernels::search_asym},
+    {"sym", &Kernels::search_sym},
+    {"table", &Kernels::search_table},
+    {"greedy", &Kernels::search_greedy},
+    {"gss", &Kernels::search_gss},
+    {"aciq", &Kernels::search_aciq},
+    {"hist-apprx", &Kernels::search_hist_apprx},
+    {"hist-brute", &Kernels::search_hist_brute},
+};
+
+constexpr Named<CodebookFn> codebook_searches[] = {
+    {"kmeans", &Kernels::search_kmeans},
+    {"kmeans-lloyd", &Kernels::search_kmeans_lloyd},
+};
+
+template <class Fn, size_t count>
+Fn Kernels::*find_named(const Named<Fn> (&searches)[count], const std::string& name) {
+    for (const Named<Fn>& known : searches)
+        if (name == known.name) return known.search;
+    throw std::invalid_argument("no kernel for search '" + name + "'");
+}
+
+Rows view_rows(const RowsArray& rows) {
+    require(rows.shape(1) > 0, "rows have no columns");
+    const ValueType type = value_type(rows.dtype(), "rows must be float32, float16 or uint16 (bfloat16)");
+    return {rows.data(), type, rows.shape(0), rows.shape(1)};
+}
+
+using QuantizeAnswer = std::tuple<int, size_t, std::vector<std::tuple<double, double>>>;
+
+QuantizeAnswer make_answer(const QuantizeResult& result) {
+    std::vector<std::tuple<double, double>> sums;
+    for (const SquaredSums& span : result.sums) sums.emplace_back(span.error, span.norm);
+    return {static_cast<int>(result.fault), result.faulty_row, sums};
+}
+
+// What every way of packing asks of its arguments.
+void require_room(const Rows& rows, Grid grid, Layout layout, size_t span_rows, const PackedOut& packed) {
+    require(packed.shape(0) == rows.num_rows && packed.shape(1) == packed_row_bytes(rows.embedding_dim, grid, layout),
+            "packed has the wrong shape");
+    require(span_rows > 0 && span_rows % block_rows == 0, "span_rows must be a multiple of the rows of a block");
+}
+
+QuantizeAnswer quantize(const RowsArray& rows, const std::string& search, const SearchParams& params, int bits,
+                        bool f16_params, size_t span_rows, const PackedOut& packed) {
+    const Rows view = view_rows(rows);
+    const Grid grid = make_grid(bits, f16_params);
+    require(params.b > 0, "b must be positive");
+    require_room(view, grid, Layout::uniform, span_rows, packed);
+    SearchFn Kernels::*fn = find_named(searches, search);
+    const bool counts_bins = fn == &Kernels::search_hist_apprx || fn == &Kernels::search_hist_brute;
+    require(!counts_bins || params.b <= max_bins, "b is more bins than a histogram holds");
+    uint8_t* out = packed.data();
+    nb::gil_scoped_release release;
+    return make_answer(quantize_rows(view, fn, params, grid, span_rows, out));
+}
+
+QuantizeAnswer quantize_with_codebooks(const RowsArray& rows, const std::string& search, int bits, bool f16_params,
+                                       size_t span_rows, const PackedOut& packed) {
+    const Rows view = view_rows(rows);
+    const Grid grid = make_grid(bits, f16_params);
+    require_room(view, grid, Layout::codebook, span_rows, packed);
+    CodebookFn Kernels::*fn = find_named(codebook_searches, search);
+    uint8_t* out = packed.data();
+    nb::gil_scoped_release release;
+    return make_answer(quantize_by_codebooks(view, fn, grid, span_rows, out));
+}
+
+QuantizeAnswer quantize_with_clusters(const RowsArray& rows, const RowClusters& clusters, const CodebookValues& values,
+                                      int bits, bool f16_params, size_t span_rows, const PackedOut& packed) {
+    const Rows view = view_rows(rows);
+    const Grid grid = make_grid(bits, f16_params);
+    require_room(view, grid, Layout::clustered, span_rows, packed);
+    require(values.shape(1) == size_t{1} << bits, "values must have 2^bits levels for each codebook");
+    require(clusters.shape(0) == view.num_rows, "clusters must have one number for each row");
+    for (size_t i = 0; i < view.num_rows; i++)
+        require(clusters.data()[i] < values.shape(0), "a cluster has no codebook");
+    uint8_t* out = packed.data();
+    nb::gil_scoped_release release;
+    return make_answer(quantize_by_clusters(view, values.data(), clusters.data(), grid, span_rows, out));
+}
+
+void fit(const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& values, const Starts& starts, int bits,
+         const FloatOut& codebooks) {
+    make_grid(bits, false);
+    require(starts.shape(0) > 0, "starts must have one entry more than there are groups");
+    const size_t groups = starts.shape(0) - 1;
+    const int64_t* start = starts.data();
+    require(start[0] == 0 && start[groups] == static_cast<int64_t>(values.shape(0)), "starts leave the values");
+    for (size_t group = 0; group < groups; group++) require(start[group] <= start[group + 1], "starts decrease");
+    require(codebooks.shape(0) == groups && codebooks.shape(1) == size_t{1} << bits, "codebooks have the wrong shape");
+    float* out = codebooks.data();
+    nb::gil_scoped_release release;
+    fit_codebooks(values.data(), start, groups, bits, out);
+}
+
+std::tuple<int, size_t, float, float> bound(const RowsArray& rows) {
+    const Rows view = view_rows(rows);
+    require(view.num_rows > 0, "there are no rows");
+    nb::gil_scoped_release release;
+    const Bounds bounds = bound_table(view);
+    return {static_cast<int>(bounds.fault), bounds.faulty_row, bounds.xmin, bounds.xmax};
+}
+
+std::vector<std::string> list_searches() {
+    std::vector<std::string> names;
+    for (const Named<SearchFn>& known : searches) names.emplace_back(known.name);
+    for (const Named<CodebookFn>& known : codebook_searches) names.emplace_back(known.name);
+    return names;
+}
+
+}  // namespace
+
+void bind_quantize(nb::module_& m) {
+    nb::class_<SearchParams>(m, "SearchParams", "What a search may need beside the rows.")
+        .def("__init__",
+             [](SearchParams* self, int b, double r, bool local_minima_only, float xmin, float xmax) {
+                 new (self) SearchParams{b, r, local_minima_only, xmin, xmax};
+             },
+             nb::kw_only(), nb::arg("b") = SearchParams{}.b, nb::arg("r") = SearchParams{}.r,
+             nb::arg("local_minima_only") = false, nb::arg("xmin") = 0.0f, nb::arg("xmax") = 0.0f);
+
+    // Written out where the generated signature would not say what an array holds.
+    m.def("quantize", &quantize, nb::arg("rows"), nb::arg("search"), nb::arg("params"), nb::arg("bits"),
+          nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
+          nb::sig("def quantize(rows: numpy.typing.NDArray[typing.Any], search: str, params: SearchParams, bits: int, "
+                  "f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
+                  "-> tuple[int, int, list[tuple[float, float]]]"),
+          "Pack rows into `packed`. Returns (fault, faulty row, sums of squared errors and of squares for each span).");
+    m.attr("block_rows") = block_rows;
+    m.attr("max_bins") = max_bins;
+    m.def("bound", &bound, nb::arg("rows"),
+          nb::sig("def bound(rows: numpy.typing.NDArray[typing.Any]) -> tuple[int, int, float, float]"),
+          "Bounds of all values: (fault, faulty row, smallest, largest).");
+    m.def("quantize_with_codebooks", &quantize_with_codebooks, nb::arg("rows"), nb::arg("search"), nb::arg("bits"),
+          nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
+          nb::sig("def quantize_with_codebooks(rows: numpy.typing.NDArray[typing.Any], search: str, bits: int, "
+                  "f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
+                  "-> tuple[int, int, list[tuple[float, float]]]"),
+          "Pack rows, each with a codebook of its own. Returns what quantize does.");
+    m.def("quantize_with_clusters", &quantize_with_clusters, nb::arg("rows"), nb::arg("clusters"), nb::arg("values"),
+          nb::arg("bits"), nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
+          nb::sig("def quantize_with_clusters(rows: numpy.typing.NDArray[typing.Any], "
+                  "clusters: numpy.typing.NDArray[numpy.uint32], values: numpy.typing.NDArray[numpy.float32], "
+                  "bits: int, f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
+                  "-> tuple[int, int, list[tuple[float, float]]]"),
+          "Pack rows by the codebooks of their clusters. Returns what quantize does.");
+
+    m.def("fit_codebooks", &fit, nb::arg("values").noconvert(), nb::arg("starts"), nb::arg("bits"),
+          nb::arg("codebooks").noconvert(),
+          "Fill in a codebook for each group values[starts[g] : starts[g + 1]], putting the values in order.");
+    m.def("searches", &list_searches, "Names of the searches that have a kernel.");
+}
+
+}  // namespace embpack
