@@ -9,7 +9,15 @@ except ImportError as error:
 
 from embpack.torch import ops  # noqa: F401  (registers the operators)
 from embpack.torch.checkpoint import load_checkpoint
+from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.convert import ModelReport, quantize_
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag
 
-__all__ = ["ModelReport", "PackedEmbedding", "PackedEmbeddingBag", "load_checkpoint", "quantize_"]
+__all__ = [
+    "ModelReport",
+    "PackedEmbedding",
+    "PackedEmbeddingBag",
+    "PackedEmbeddingBagCollection",
+    "load_checkpoint",
+    "quantize_",
+]

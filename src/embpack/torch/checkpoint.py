@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from embpack.files import open_packed
 from embpack.table import PackedTable
-from embpack.torch.convert import PACKED, Place, walk_children
+from embpack.torch.convert import PACKED, Place, swap_collections, walk_children
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
@@ -17,7 +17,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
 
     Args:
         model: made on the meta device (with torch.device("meta"): ...), or with values, which are replaced. Each
-            nn.Embedding and nn.EmbeddingBag whose weight is a packed table of the file becomes a packed module.
+            nn.Embedding and nn.EmbeddingBag whose weight is a packed table of the file becomes a packed module, those
+            of TorchRec's collections as quantize_ has it.
         path: a file written by embpack quantize; for a sharded one its folder or index.
 
     Returns:
@@ -70,6 +71,7 @@ def _swap(model: nn.Module, tables: Mapping[str, PackedTable]) -> tuple[str, ...
         raise ValueError(f"the model has no embedding for {', '.join(nobodys)}")
     for place, module in swaps:
         setattr(place.parent, place.child, module)
+    swap_collections(model)
     return tuple(f"{place.name}." for place, _ in swaps)
 
 

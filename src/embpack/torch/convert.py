@@ -1,5 +1,6 @@
 """quantize_: a model's embeddings packed in place."""
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
@@ -7,10 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from embpack.convert import TableReport
+from embpack.convert import Progress, TableReport
 from embpack.quantize import quantize
 from embpack.rules import MIN_ROWS
 from embpack.table import PackedTable
+from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported
 
 Filter = Callable[[nn.Module, str], bool]
@@ -59,8 +61,12 @@ def quantize_(
     param_dtype: str | None = None,
     filter: Filter | None = None,
     tied: Literal["refuse", "untie"] = "refuse",
+    progress: Progress = lambda name, rows: None,
 ) -> ModelReport:
     """Pack the embeddings of a model, in place: each nn.Embedding and nn.EmbeddingBag becomes a packed module.
+
+    Those of TorchRec's collections, too: an EmbeddingBagCollection becomes a PackedEmbeddingBagCollection if all of its
+    tables are packed; otherwise, and in an EmbeddingCollection, TorchRec's module goes on, over packed tables.
 
     Args:
         model: on the CPU. Nothing of it is changed unless all can be packed.
@@ -71,6 +77,7 @@ def quantize_(
             save nothing worth their loss.
         tied: what to do if a weight is shared with a module that is not packed, as of an output layer: "refuse" raises,
             "untie" packs the embedding and leaves the other its float weight.
+        progress: called with a module's name and its number of rows when it is packed.
 
     Returns:
         What became of each embedding.
@@ -83,8 +90,9 @@ def quantize_(
     """
     if tied not in ("refuse", "untie"):
         raise ValueError(f"tied is {tied!r}; choose 'refuse' or 'untie'")
-    if type(model) in PACKED:
-        raise ValueError("the model is itself an embedding, which cannot be swapped in place; use from_float")
+    if type(model) in PACKED or is_torchrec_bags(model):
+        kind = type(model).__name__
+        raise ValueError(f"the model is itself an embedding ({kind}), which cannot be swapped in place; use from_float")
     places, left_alone = _find(model, filter)
     modules = [(module, places[module]) for module in places]
     for module, hangs in modules:
@@ -99,10 +107,12 @@ def quantize_(
         if table is None:
             table = packed[id(module.weight)] = quantize(weight, method, bits=bits, param_dtype=param_dtype)
         reports.append(_report(hangs[0].name, weight, table, perf_counter() - start))
-        swaps.append((hangs, PACKED[type(module)].like(module, table)))
+        progress(hangs[0].name, table.num_embeddings)
+        swaps.append((hangs, PACKED[type(module)].like(module, table).train(module.training)))
     for hangs, new in swaps:
         for place in hangs:
-            setattr(place.parent, place.child, new.train(model.training))
+            setattr(place.parent, place.child, new)
+    swap_collections(model)
     return ModelReport(tuple(reports), tuple(left_alone))
 
 
@@ -110,6 +120,26 @@ PACKED: dict[type, type[PackedEmbedding] | type[PackedEmbeddingBag]] = {
     nn.Embedding: PackedEmbedding,
     nn.EmbeddingBag: PackedEmbeddingBag,
 }
+
+
+def is_torchrec_bags(module: nn.Module) -> bool:
+    """Whether it is a torchrec.EmbeddingBagCollection; without TorchRec nothing is."""
+    torchrec: Any = sys.modules.get("torchrec.modules.embedding_modules")
+    return torchrec is not None and type(module) is torchrec.EmbeddingBagCollection
+
+
+def swap_collections(model: nn.Module) -> None:
+    """Swap TorchRec's collections of bags that are all packed."""
+    swaps: dict[nn.Module, nn.Module] = {}
+    for module, place in list(walk_children(model)):
+        collection: Any = module
+        if is_torchrec_bags(module) and all(
+            type(bag) is PackedEmbeddingBag for bag in collection.embedding_bags.values()
+        ):
+            if module not in swaps:
+                packed = PackedEmbeddingBagCollection.like(collection, collection.embedding_bags)
+                swaps[module] = packed.train(module.training)
+            setattr(place.parent, place.child, swaps[module])
 
 
 def walk_children(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:

@@ -92,7 +92,7 @@ def _weighted_embedding_bag(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     *table, indices, offsets, weights = arguments
-    _check_weights(weights, indices)
+    check_weights(weights, indices)
     weights = weights.detach().contiguous()
     return _pool((*table, indices, offsets, "sum"), weights, include_last_offset, padding_idx, dtype)
 
@@ -146,7 +146,8 @@ def count_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: boo
     raise ValueError(f"offsets have {offsets.dim()} dimensions; they must be 1-D")
 
 
-def _check_weights(weights: Tensor, indices: Tensor) -> None:
+def check_weights(weights: Tensor, indices: Tensor) -> None:
+    """Raise TypeError or ValueError if weights do not go with indices."""
     if weights.dtype != torch.float32:
         raise TypeError(f"per_sample_weights are {weights.dtype}; they must be torch.float32")
     if weights.shape != indices.shape:

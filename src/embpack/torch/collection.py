@@ -1,0 +1,212 @@
+"""PackedEmbeddingBagCollection: many packed tables, pooled in one call."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embpack.table import PackedTable
+from embpack.torch.collection_ops import TableUse, describe_tables
+from embpack.torch.modules import PackedEmbeddingBag
+
+
+class PackedEmbeddingBagCollection(nn.Module):
+    """torchrec.EmbeddingBagCollection over packed rows: many tables, one call of the core whatever their number.
+
+    Args:
+        embedding_bags: the tables by name, each pooled by its mode, without the rows of its padding_idx; of any layout,
+            bits and embedding_dim.
+        feature_names: by name of a table, the features that read it. None: one feature each, of the table's name.
+        is_weighted: whether weights of a KeyedJaggedTensor count; all modes must be "sum" then.
+        include_last_offset: whether the offsets of plain tensors end with where the last bag ends.
+
+    Attributes:
+        features: names of the features of plain input, in their order: that of feature_names, each once.
+        embedding_names: names of the lookups, whose values are side by side in a row of the output: a feature's name,
+            and of one that reads several tables, "feature@table".
+        embedding_dims: values of each.
+
+    TorchRec is needed only by those who give a KeyedJaggedTensor.
+
+    Raises:
+        ValueError: there is no table, or feature_names are of other ones.
+
+    Source: torchrec.EmbeddingBagCollection.
+    """
+
+    def __init__(
+        self,
+        embedding_bags: Mapping[str, PackedEmbeddingBag],
+        feature_names: Mapping[str, Sequence[str]] | None = None,
+        *,
+        is_weighted: bool = False,
+        include_last_offset: bool = False,
+    ) -> None:
+        super().__init__()
+        names = {name: (name,) for name in embedding_bags} if feature_names is None else feature_names
+        if not embedding_bags or set(names) != set(embedding_bags):
+            tables = ", ".join(embedding_bags) or "none"
+            raise ValueError(f"the tables are {tables}, but feature_names are of {', '.join(names) or 'none'}")
+        self.embedding_bags = nn.ModuleDict(embedding_bags)
+        self.feature_names = {name: tuple(names[name]) for name in embedding_bags}
+        self.is_weighted = is_weighted
+        self.include_last_offset = include_last_offset
+        self._set_lookups()
+
+    def _set_lookups(self) -> None:
+        """Find once what does not change from call to call: a hundred tables take a while to ask."""
+        bags: Any = self.embedding_bags
+        self._readers = [name for names in self.feature_names.values() for name in names]
+        self.features = tuple(dict.fromkeys(self._readers))
+        self._feature_of = [self.features.index(name) for name in self._readers]
+        self.embedding_names: list[str] = []
+        self.embedding_dims: list[int] = []
+        uses = []
+        for table, names in self.feature_names.items():
+            row_format, padding_idx = bags[table].row_format, bags[table].padding_idx
+            self.embedding_names += [name if self._readers.count(name) == 1 else f"{name}@{table}" for name in names]
+            self.embedding_dims += [row_format.embedding_dim] * len(names)
+            of_rows = (row_format.embedding_dim, row_format.bits, row_format.param_dtype, row_format.layout)
+            uses.append(TableUse(*of_rows, bags[table].mode, -1 if padding_idx is None else padding_idx, len(names)))
+        self._described = describe_tables(uses)
+
+    @classmethod
+    def from_float(cls, collection: Any, method: str = "greedy", **options: Any) -> "PackedEmbeddingBagCollection":
+        """Pack a torchrec.EmbeddingBagCollection.
+
+        Args:
+            collection: on the CPU, not sharded.
+            method: as embpack.quantize takes it.
+            **options: others that embpack.quantize takes: bits, param_dtype.
+        """
+        packed = {
+            name: PackedEmbeddingBag.from_float(bag, method, **options)
+            for name, bag in collection.embedding_bags.items()
+        }
+        return cls.like(collection, packed)
+
+    @classmethod
+    def like(cls, collection: Any, embedding_bags: Mapping[str, PackedEmbeddingBag]) -> "PackedEmbeddingBagCollection":
+        """Make a collection of packed tables, with the features of a torchrec.EmbeddingBagCollection."""
+        feature_names = {config.name: config.feature_names for config in collection.embedding_bag_configs()}
+        return cls(embedding_bags, feature_names, is_weighted=collection.is_weighted())
+
+    @property
+    def tables(self) -> dict[str, PackedTable]:
+        """The rows as PackedTables by name, which share their memory."""
+        bags: Any = self.embedding_bags
+        return {name: bag.table for name, bag in bags.items()}
+
+    def to_float(self) -> Any:
+        """Return torchrec.EmbeddingBagCollection with the rows as float32.
+
+        Raises:
+            ValueError: TorchRec lacks a table's mode, or padding_idx.
+        """
+        from torchrec.modules.embedding_configs import (  # type: ignore[import-untyped]
+            EmbeddingBagConfig,
+            PoolingType,
+        )
+        from torchrec.modules.embedding_modules import EmbeddingBagCollection  # type: ignore[import-untyped]
+
+        bags: Any = self.embedding_bags
+        poolings = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
+        for name, bag in bags.items():
+            if bag.mode not in poolings or bag.padding_idx is not None:
+                what = f"mode {bag.mode!r}" if bag.mode not in poolings else f"padding_idx {bag.padding_idx}"
+                raise ValueError(
+                    f"table {name!r} has {what}, which TorchRec lacks; take embedding_bags[name].to_float()"
+                )
+        configs = [
+            EmbeddingBagConfig(
+                name=name,
+                embedding_dim=bag.embedding_dim,
+                num_embeddings=bag.num_embeddings,
+                feature_names=list(self.feature_names[name]),
+                pooling=poolings[bag.mode],
+            )
+            for name, bag in bags.items()
+        ]
+        made = EmbeddingBagCollection(tables=configs, is_weighted=self.is_weighted, device=torch.device("meta"))
+        floats = {f"embedding_bags.{name}.weight": bag.to_float().weight for name, bag in bags.items()}
+        made.load_state_dict(floats, assign=True)
+        return made.requires_grad_(requires_grad=False)
+
+    def forward(self, input: Any, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Any:
+        """Pool the bags of all features.
+
+        Args:
+            input: a KeyedJaggedTensor, which has all features, in any order, and maybe others; or int32 or int64
+                indices, those of the first of self.features, then those of the second, and so on, with as many bags
+                each: 1-D [L] with offsets, or 2-D [F * B, n] for F features and B bags of n.
+            offsets: int32 or int64 [F * B], non-decreasing from 0: where each bag starts in 1-D input; with
+                include_last_offset [F * B + 1].
+            per_sample_weights: float32, shaped like input, if all modes are "sum". They get gradients if they ask, as
+                those of a KeyedJaggedTensor do.
+
+        Returns:
+            float32 [B, sum(embedding_dims)]; an empty bag is zeros. Of a KeyedJaggedTensor, in a KeyedTensor.
+
+        Raises:
+            IndexError: an index is out of range; names its position and value, and the numbers of feature and table.
+            TypeError: an argument is of another type.
+            ValueError: the arguments do not go together, or features of a KeyedJaggedTensor are missing, or have
+                different numbers of bags.
+        """
+        if isinstance(input, Tensor):
+            where = (self._feature_of, len(self.features))
+            return self._pool(where, (input, offsets), per_sample_weights, self.include_last_offset)
+        if offsets is not None or per_sample_weights is not None:
+            raise ValueError("a KeyedJaggedTensor has offsets and weights of its own")
+        return self._pool_features(input)
+
+    def _pool_features(self, features: Any) -> Any:
+        from torchrec.sparse.jagged_tensor import KeyedTensor  # type: ignore[import-untyped]
+
+        if features.variable_stride_per_key() or features.inverse_indices_or_none() is not None:
+            raise ValueError("features have different numbers of bags (variable stride); give each key as many")
+        positions = {key: position for position, key in enumerate(features.keys())}
+        missing = [name for name in self.features if name not in positions]
+        if missing:
+            raise ValueError(f"the features lack {', '.join(missing)}; they are {', '.join(positions)}")
+        where = ([positions[name] for name in self._readers], len(positions))
+        weights = features.weights() if self.is_weighted else None
+        pooled = self._pool(where, (features.values(), features.offsets()), weights, include_last_offset=True)
+        return KeyedTensor(self.embedding_names, self.embedding_dims, pooled)
+
+    def _pool(
+        self,
+        where: tuple[list[int], int],
+        bags: tuple[Tensor, Tensor | None],
+        weights: Tensor | None,
+        include_last_offset: bool,
+    ) -> Tensor:
+        pool: Any = torch.ops.embpack.embedding_bag_collection.default
+        arguments: tuple[Any, ...] = (*self._tensors(), self._described, *where, *bags)
+        if weights is not None:
+            self._check_weights_go_with_modes()
+            pool = torch.ops.embpack.embedding_bag_collection.weighted
+            arguments = (*arguments, weights)
+        pooled: Tensor = pool(*arguments, include_last_offset=include_last_offset)
+        return pooled
+
+    def _tensors(self) -> tuple[list[Any], ...]:
+        of_bags = [bag._buffers for bag in self.embedding_bags._modules.values() if bag is not None]
+        clustered = [buffers for buffers in of_bags if buffers["clusters"] is not None]
+        return (
+            [buffers["packed"] for buffers in of_bags],
+            [buffers["clusters"] for buffers in clustered],
+            [buffers["codebooks"] for buffers in clustered],
+        )
+
+    def _check_weights_go_with_modes(self) -> None:
+        bags: Any = self.embedding_bags
+        for name, bag in bags.items():
+            if bag.mode != "sum":
+                raise ValueError(f"weights go with mode 'sum' only, and table {name!r} has mode {bag.mode!r}")
+
+    def extra_repr(self) -> str:
+        """What print shows beside the tables."""
+        readers = [f"{name}: {', '.join(names)}" for name, names in self.feature_names.items() if names != (name,)]
+        return "; ".join(readers)

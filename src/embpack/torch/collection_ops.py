@@ -1,0 +1,280 @@
+"""The operators embpack::embedding_bag_collection and embpack::embedding_bag_collection.weighted.
+
+They pool bags from several tables at once. The tables' tensors are lists: packed of all, clusters and codebooks of the
+clustered ones (see embpack.torch.ops); what else there is to say of them is a text that describe_tables makes, for a
+hundred tables' lists of it would take longer to pass than their rows to pool. indices are those of num_features
+features, feature after feature, with as many bags each. A table is looked up as often as the text says; lookup i, over
+all tables, pools the bags of feature feature_of[i], and its values follow those of lookup i - 1 in a row of the output.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from embpack import _native
+from embpack.table import MODES, as_row, explain_offsets
+from embpack.torch.ops import DTYPE_NAMES, INDEX_DTYPES, as_table, check_weights, library
+
+TABLES = "Tensor[] packed, Tensor[] clusters, Tensor[] codebooks, str tables, int[] feature_of, int num_features"
+BAGS = "Tensor indices, Tensor? offsets"
+LAST = "bool include_last_offset=False, ScalarType dtype=float"
+
+library.define(f"embedding_bag_collection({TABLES}, {BAGS}, *, {LAST}) -> Tensor")
+library.define(f"embedding_bag_collection.weighted({TABLES}, {BAGS}, Tensor per_sample_weights, *, {LAST}) -> Tensor")
+# The derivative of weighted by its weights, times a gradient of its output.
+library.define(
+    f"embedding_bag_collection_by_weights({TABLES}, {BAGS}, Tensor gradient, *, bool include_last_offset=False) "
+    "-> Tensor"
+)
+
+
+class TableUse(NamedTuple):
+    """What is known of a table beside its tensors, how its bags are pooled, and how many lookups read it."""
+
+    embedding_dim: int
+    bits: int
+    param_dtype: str
+    layout: str
+    mode: str
+    padding_index: int  # -1: none
+    num_lookups: int
+
+
+def describe_tables(uses: Sequence[TableUse]) -> str:
+    """Make the operators' argument `tables`."""
+    return json.dumps(uses, separators=(",", ":"))
+
+
+class Description(NamedTuple):
+    """What a text of describe_tables says, and the same for the core."""
+
+    uses: tuple[TableUse, ...]
+    table_of: tuple[int, ...]
+    width: int
+    native: Any
+
+
+@lru_cache
+def read_tables(text: str) -> Description:
+    """Read a text of describe_tables.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        uses = tuple(TableUse(*values) for values in json.loads(text))
+        native: Any = _native.TensorGroup()
+        for use in uses:
+            native.add(*use)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"tables are not described as describe_tables does it: {error}") from error
+    table_of = tuple(table for table, use in enumerate(uses) for _ in range(use.num_lookups))
+    return Description(uses, table_of, sum(uses[table].embedding_dim for table in table_of), native)
+
+
+class Group(NamedTuple):
+    """The operators' arguments but for the bags."""
+
+    packed: list[Tensor]
+    clusters: list[Tensor]
+    codebooks: list[Tensor]
+    tables: str
+    feature_of: list[int]
+    num_features: int
+
+    def table_arguments(self) -> Iterator[tuple[Any, ...]]:
+        """What embpack.torch.ops.as_table takes, of each table."""
+        clusters, codebooks = iter(self.clusters), iter(self.codebooks)
+        for packed, use in zip(self.packed, read_tables(self.tables).uses, strict=True):
+            is_clustered = use.layout == "clustered"
+            shared = (next(clusters), next(codebooks)) if is_clustered else (None, None)
+            yield packed, *shared, use.embedding_dim, use.bits, use.param_dtype, use.layout
+
+    def check(self) -> None:
+        """Raise ValueError if the tables are not as described, or the lookups not theirs."""
+        uses, table_of, *_ = read_tables(self.tables)
+        clustered = sum(use.layout == "clustered" for use in uses)
+        counts = (len(self.packed), len(self.clusters), len(self.codebooks), len(self.feature_of))
+        if counts != (len(uses), clustered, clustered, len(table_of)):
+            raise ValueError(
+                f"there are {counts[0]} packed, {counts[1]} clusters, {counts[2]} codebooks, {counts[3]} feature_of; "
+                f"tables describe {len(uses)}, {clustered}, {clustered} and {len(table_of)}"
+            )
+        for use, arguments in zip(uses, self.table_arguments(), strict=True):
+            table = as_table(*arguments)
+            if use.mode not in MODES:
+                raise ValueError(f"mode is {use.mode!r}; choose one of {', '.join(MODES)}")
+            if use.padding_index != -1:
+                as_row(use.padding_index, table.num_embeddings)
+        for feature in self.feature_of:
+            if not 0 <= feature < self.num_features:
+                raise ValueError(f"a lookup is of feature {feature}, but there are {self.num_features}")
+
+
+def count_bags_of_features(
+    num_features: int, indices: Tensor, offsets: Tensor | None, include_last_offset: bool
+) -> int:
+    """How many bags each feature has.
+
+    Raises:
+        ValueError: indices and offsets do not go together, or features have different numbers of bags.
+    """
+    if offsets is None:
+        if indices.dim() != 2:
+            raise ValueError(
+                f"{indices.dim()}-D indices need offsets: where each bag starts; 2-D ones have a bag a row"
+            )
+        num_bags, what = indices.shape[0], "rows of indices"
+    else:
+        if indices.dim() != 1 or offsets.dim() != 1:
+            raise ValueError(f"indices are {indices.dim()}-D and offsets {offsets.dim()}-D; both must be 1-D")
+        if include_last_offset and offsets.shape[0] == 0:
+            raise ValueError("offsets are empty; with include_last_offset they end with where the last bag ends")
+        num_bags, what = offsets.shape[0] - include_last_offset, "bags"
+    if num_features < 1 or num_bags % num_features:
+        raise ValueError(f"there are {num_bags} {what}; {num_features} features take a multiple of {num_features}")
+    return num_bags // num_features
+
+
+def _pool_collection(*arguments: Any, include_last_offset: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    *group, indices, offsets = arguments
+    return _pool(Group(*group), (indices, offsets), None, include_last_offset, dtype)
+
+
+def _pool_weighted_collection(
+    *arguments: Any, include_last_offset: bool = False, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    *group, indices, offsets, weights = arguments
+    check_weights(weights, indices)
+    return _pool(Group(*group), (indices, offsets), weights.detach(), include_last_offset, dtype)
+
+
+def _pool(
+    group: Group,
+    bags: tuple[Tensor, Tensor | None],
+    weights: Tensor | None,
+    include_last_offset: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    indices, offsets = bags
+    if offsets is None:
+        count_bags_of_features(group.num_features, indices, None, include_last_offset)
+        offsets, include_last_offset = _find_starts(indices), False
+        indices = indices.reshape(-1)
+    values, starts = indices.contiguous(), offsets.contiguous()
+    weights = None if weights is None else weights.reshape(-1).contiguous()
+    *tensors, text, feature_of, num_features = group
+    pool = read_tables(text).native.pool
+    try:
+        found: Any = pool(
+            *tensors, feature_of, num_features, values, starts, weights, include_last_offset, DTYPE_NAMES[dtype]
+        )
+    except (KeyError, TypeError, ValueError):
+        _check(group, indices, offsets, include_last_offset, dtype)
+        raise
+    if isinstance(found, tuple):
+        raise _explain(group, found, values, starts)
+    pooled: Tensor = found
+    return pooled
+
+
+def _find_starts(indices: Tensor) -> Tensor:
+    """Where the bags of 2-D indices start."""
+    num_bags, bag_size = indices.shape
+    return torch.arange(num_bags, dtype=torch.int64) * bag_size
+
+
+def _check(group: Group, indices: Tensor, offsets: Tensor, include_last_offset: bool, dtype: torch.dtype) -> None:
+    """Say it better than the core, which has refused the arguments."""
+    if dtype not in DTYPE_NAMES:
+        raise ValueError(f"dtype is {dtype}; choose one of {', '.join(map(str, DTYPE_NAMES))}")
+    for what, tensor in (("indices", indices), ("offsets", offsets)):
+        if tensor.dtype not in INDEX_DTYPES:
+            raise TypeError(f"{what} are {tensor.dtype}; they must be torch.int32 or torch.int64")
+    group.check()
+    count_bags_of_features(group.num_features, indices, offsets, include_last_offset)
+
+
+def _explain(group: Group, found: tuple[int, int], indices: Tensor, offsets: Tensor) -> Exception:
+    lookup, fault = found
+    if fault == _native.bad_offsets:
+        return explain_offsets(offsets.numpy(), len(indices))
+    table = read_tables(group.tables).table_of[lookup]
+    error = as_table(*list(group.table_arguments())[table]).explain_fault(fault, indices.numpy())
+    return type(error)(f"feature {group.feature_of[lookup]}, table {table}: {error}")
+
+
+def _differentiate_by_weights(*arguments: Any, include_last_offset: bool = False) -> Tensor:
+    """The derivative by a weight: the product of its row and its bag's gradient, for each lookup that reads it."""
+    *of_group, indices, offsets, gradient = arguments
+    group = Group(*of_group)
+    uses, table_of, *_ = read_tables(group.tables)
+    tables = list(group.table_arguments())
+    batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset)
+    values = indices.reshape(-1)
+    edges = _find_starts(indices) if offsets is None else offsets
+    if offsets is None or not include_last_offset:
+        edges = torch.cat([edges, edges.new_tensor([values.shape[0]])])
+    by_weights: Tensor = gradient.new_zeros(values.shape)
+    column = 0
+    for table, feature in zip(table_of, group.feature_of, strict=True):
+        of_feature = edges[feature * batch : (feature + 1) * batch + 1]
+        of_values = slice(int(of_feature[0]), int(of_feature[-1]))
+        rows = torch.ops.embpack.embedding(*tables[table], values[of_values])
+        width = uses[table].embedding_dim
+        of_bags = gradient[:, column : column + width].repeat_interleave(of_feature.diff(), dim=0)
+        products = (rows * of_bags).sum(-1).masked_fill(values[of_values] == uses[table].padding_index, 0)
+        by_weights[of_values] += products
+        column += width
+    return by_weights.reshape(indices.shape)
+
+
+library.impl("embedding_bag_collection", _pool_collection, "CPU")
+library.impl("embedding_bag_collection.weighted", _pool_weighted_collection, "CPU")
+library.impl("embedding_bag_collection_by_weights", _differentiate_by_weights, "CPU")
+
+NUM_ARGUMENTS = len(Group._fields)
+
+
+def _fake_pooled(*arguments: Any, include_last_offset: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    group, (indices, offsets, *_) = Group(*arguments[:NUM_ARGUMENTS]), arguments[NUM_ARGUMENTS:]
+    batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset)
+    return torch.empty((batch, read_tables(group.tables).width), dtype=dtype, device=indices.device)
+
+
+def _fake_by_weights(*arguments: Any, include_last_offset: bool = False) -> Tensor:
+    indices, _, gradient = arguments[NUM_ARGUMENTS:]
+    by_weights: Tensor = gradient.new_empty(indices.shape)
+    return by_weights
+
+
+torch.library.register_fake("embpack::embedding_bag_collection", _fake_pooled, lib=library)
+torch.library.register_fake("embpack::embedding_bag_collection.weighted", _fake_pooled, lib=library)
+torch.library.register_fake("embpack::embedding_bag_collection_by_weights", _fake_by_weights, lib=library)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    group, (indices, offsets, _) = Group(*inputs[:NUM_ARGUMENTS]), inputs[NUM_ARGUMENTS:]
+    ctx.counts = (len(group.packed), len(group.clusters), len(group.codebooks), 2)
+    ctx.of_lookups = group[3:]
+    ctx.include_last_offset = keyword_only_inputs["include_last_offset"]
+    ctx.save_for_backward(*group.packed, *group.clusters, *group.codebooks, indices, offsets)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)
+    *tensors, bags = ([next(saved) for _ in range(count)] for count in ctx.counts)
+    by_weights = torch.ops.embpack.embedding_bag_collection_by_weights(
+        *tensors, *ctx.of_lookups, *bags, gradient, include_last_offset=ctx.include_last_offset
+    )
+    of_tensors = ([None] * len(of_tables) for of_tables in tensors)
+    return (*of_tensors, None, None, None, None, None, by_weights)
+
+
+torch.library.register_autograd(
+    "embpack::embedding_bag_collection.weighted", _differentiate, setup_context=_remember, lib=library
+)
