@@ -372,6 +372,25 @@ def test_two_tables_in_a_graph(rng):
     assert_same_bits(item_values, tables[1].embedding_bag(items, starts, "sum"))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "median"}, "mode is 'median'; choose one of sum, mean, max"),
+        ({"mode": "sum", "dtype": "float64"}, "dtype is 'float64'; choose one of float32, float16, bfloat16"),
+        ({"mode": "sum", "padding_idx": 99}, "padding_idx is 99, but the table has 23 rows"),
+        ({"mode": "max", "inputs": ("a", None, "b")}, "per_sample_weights go with mode 'sum' only, not 'max'"),
+    ],
+)
+def test_bags_that_there_are_not(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_bags(hard_table("uniform", 4, "float16", 5), **options)
+
+
+def test_rows_of_a_type_that_there_is_not():
+    with pytest.raises(ValueError, match="dtype is 'float64'; choose one of float32, float16, bfloat16"):
+        build_gather(hard_table("uniform", 4, "float16", 5), dtype="float64")
+
+
 def test_the_tables_bytes_are_not_copied():
     table = hard_table("uniform", 4, "float16", 33)
     part = build_gather(table)
@@ -424,6 +443,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_missing_extra(hide_package):
-    hide_package("onnx", "embpack.onnx", "embpack.onnx.files", "embpack.onnx.graph")
+    modules = [f"embpack.onnx{name}" for name in ("", ".bags", ".files", ".graph", ".models")]
+    hide_package("onnx", *modules)
     with pytest.raises(MissingExtraError, match=r"embpack.onnx needs ONNX: pip install 'embpack\[onnx\]'"):
         importlib.import_module("embpack.onnx")

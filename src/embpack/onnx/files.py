@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from embpack.atomic import new_file
-from embpack.onnx.graph import OPSET, build_bags, build_gather, check_mode
+from embpack.onnx.bags import build_bags, check_mode
+from embpack.onnx.graph import OPSET, build_gather
 from embpack.table import PackedTable
 
 # Protobuf ends at 2 GiB, and takes several times the memory; what is beside it is written in chunks, and read by
@@ -77,17 +78,22 @@ def export(
     _check(table, path)
     _check_inputs(mode, per_sample_weights, index(indices_ndim))
     model, initializers = _make_model(table, mode, indices_ndim, per_sample_weights=per_sample_weights)
-    _write(path, model, initializers)
+    write_model(path, model, initializers)
 
 
 def _check(table: Any, path: Path) -> None:
     """Refuse what is no table, and what has no place in a model."""
     if not isinstance(table, PackedTable):
         raise TypeError(f"table is {type(table).__name__}, not PackedTable; pack it first: embpack.quantize(weight)")
-    if path.suffix != ".onnx":
-        raise ValueError(f"{path}: the name of an ONNX model ends in .onnx")
+    check_suffix(path)
     if table.num_embeddings == 0:
         raise ValueError(f"{path}: the table has no rows; there is nothing to look up")
+
+
+def check_suffix(path: Path) -> None:
+    """Raise ValueError if a name is no ONNX model's."""
+    if path.suffix != ".onnx":
+        raise ValueError(f"{path}: the name of an ONNX model ends in .onnx")
 
 
 def _check_inputs(mode: Any, per_sample_weights: Any, indices_ndim: int) -> None:
@@ -143,8 +149,18 @@ def _make_model(
     return model, part.initializers
 
 
-def _write(path: Path, model: onnx.ModelProto, initializers: Mapping[str, NDArray[Any]]) -> None:
-    """Write a model with its initializers, in the file or, if they are large, beside it."""
+def write_model(path: Path, model: onnx.ModelProto, initializers: Mapping[str, NDArray[Any]]) -> None:
+    """Write a model with its initializers, in the file or, if they are large, beside it.
+
+    Args:
+        path: of the model; an existing file is replaced at once, when everything is on the disk.
+        model: without those initializers; they are added to it.
+        initializers: by name, of one dimension or more; of more than EXTERNAL_BYTES together they are written to PATH
+            and EXTERNAL_SUFFIX, in chunks.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written to.
+    """
     beside = path.with_name(path.name + EXTERNAL_SUFFIX)
     with ExitStack() as files:
         model_file = files.enter_context(new_file(path))

@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from embpack.table import MODES, PackedTable
+from embpack.table import PackedTable, output_dtype
 
 # The first one with BitwiseAnd, and with a ScatterElements that finds the largest.
 OPSET = 18
 _PARAM_TYPES = {"float16": "<f2", "float32": "<f4"}
+# Of values, by embpack.table's names.
+_VALUE_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 _CHUNK_ROWS = 1 << 20
-_EMPTY_BAG = {"sum": 0.0, "mean": 0.0, "max": -np.inf}
 
 
 @dataclass
@@ -40,6 +41,13 @@ class TableGraph:
         self.nodes.append(helper.make_node(op, inputs, [output or name], name, **attributes))
         return output or name
 
+    def add_result(self, op: str, *inputs: str, output: str, dtype: str) -> None:
+        """Add a node that makes float32, and a cast if dtype is another type, so that output names the last value."""
+        if dtype == "float32":
+            self.add(op, *inputs, output=output)
+        else:
+            self.add("Cast", self.add(op, *inputs), output=output, to=_VALUE_TYPES[dtype])
+
     def constant(self, values: Any, dtype: Any = np.int64) -> str:
         """Add a small initializer, once for all uses of it."""
         array = np.array(values, dtype)
@@ -54,82 +62,42 @@ class TableGraph:
 
 
 def build_gather(
-    table: PackedTable, indices: str = "indices", output: str = "values", *, prefix: str = ""
+    table: PackedTable,
+    indices: str = "indices",
+    output: str = "values",
+    *,
+    prefix: str = "",
+    dtype: str = "float32",
 ) -> TableGraph:
     """Make the nodes that look rows up, as table[indices] does, to the bit.
 
     Args:
         table: N rows, embedding_dim d; its bytes become the initializers, not copied.
         indices: name of a value, int64 or int32 of any shape [...], each in [-N, N); negative ones count from the end.
-        output: name for the float32 [..., d].
+        output: name for the values [..., d].
         prefix: of all other names.
+        dtype: of the values: "float32", or "float16" or "bfloat16", to which float32 is rounded.
+
+    Raises:
+        ValueError: there is no such dtype.
     """
     graph = TableGraph(prefix)
+    add_gather(graph, table, indices, output, dtype)
+    return graph
+
+
+def add_gather(graph: TableGraph, table: PackedTable, indices: str, output: str, dtype: str) -> None:
+    """Add build_gather's nodes to a graph of the same table."""
+    output_dtype(dtype)
     flat = graph.add("Reshape", indices, graph.constant([-1]), name="flat")
-    rows = _add_rows(graph, table, flat)
+    rows = add_rows(graph, table, flat)
+    if dtype != "float32":
+        rows = graph.add("Cast", rows, to=_VALUE_TYPES[dtype])
     shape = graph.add("Concat", graph.add("Shape", indices), graph.constant([table.embedding_dim]), axis=0)
     graph.add("Reshape", rows, shape, output=output, allowzero=1)
-    return graph
 
 
-def build_bags(
-    table: PackedTable,
-    mode: str,
-    inputs: tuple[str, str, str | None] = ("indices", "offsets", None),
-    output: str = "values",
-    *,
-    prefix: str = "",
-) -> TableGraph:
-    """Make the nodes that pool bags of rows, as table.embedding_bag(indices, offsets, mode, weights) does.
-
-    Args:
-        table: N rows, embedding_dim d; its bytes become the initializers, not copied.
-        mode: "sum", "mean" or "max".
-        inputs: names of indices, int64 [L], of offsets, int64 [B], and of weights, float32 [L], or None for none.
-        output: name for the float32 [B, d].
-        prefix: of all other names.
-
-    Raises:
-        ValueError: there is no such mode, or it takes no weights.
-
-    Source: torch.nn.functional.embedding_bag.
-    """
-    indices, offsets, weights = inputs
-    check_mode(mode, has_weights=weights is not None)
-    graph = TableGraph(prefix)
-    rows = _add_rows(graph, table, indices)
-    if weights is not None:
-        rows = graph.add("Mul", rows, graph.add("Unsqueeze", weights, graph.constant([1])), name="weighted")
-    num_indices = graph.add("Shape", indices, name="num_indices")
-    bags = _add_bag_numbers(graph, offsets, num_indices)
-    pooled = _add_pooled(graph, table.embedding_dim, (rows, bags, offsets), mode)
-    if mode == "sum":
-        graph.add("Identity", pooled, output=output)
-        return graph
-    ends = graph.add("Slice", graph.add("Concat", offsets, num_indices, axis=0), *_from_one_on(graph), name="ends")
-    counts = graph.add("Unsqueeze", graph.add("Sub", ends, offsets), graph.constant([1]), name="counts")
-    if mode == "max":
-        is_empty = graph.add("Equal", counts, graph.constant([0]))
-        graph.add("Where", is_empty, graph.constant([0], np.float32), pooled, output=output)
-    else:
-        divisor = graph.add("Max", counts, graph.constant([1]))
-        graph.add("Div", pooled, graph.add("Cast", divisor, to=TensorProto.FLOAT), output=output)
-    return graph
-
-
-def check_mode(mode: Any, *, has_weights: bool) -> None:
-    """Refuse a mode that there is not, and weights where they have no meaning.
-
-    Raises:
-        ValueError: as said.
-    """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}, or None for single rows")
-    if has_weights and mode != "sum":
-        raise ValueError(f"per_sample_weights go with mode 'sum' only, not {mode!r}")
-
-
-def _add_rows(graph: TableGraph, table: PackedTable, indices: str) -> str:
+def add_rows(graph: TableGraph, table: PackedTable, indices: str) -> str:
     """Look rows up: indices [L] to float32 [L, d]."""
     codes = _add_codes(graph, table, indices)
     if table.layout == "uniform":
@@ -240,40 +208,3 @@ def _add_sum_rounded_once(graph: TableGraph, product: str, bias: str) -> str:
     moved = add("Mul", near, step, name="moved")
     # Of infinite parameters, which other packers let pass, the splitting would make NaN.
     return add("Cast", add("Where", add("IsInf", total), total, moved), to=TensorProto.FLOAT)
-
-
-def _from_one_on(graph: TableGraph) -> tuple[str, str, str]:
-    """Starts, ends and axes of a slice without the first element of axis 0."""
-    return graph.constant([1]), graph.constant([np.iinfo(np.int64).max]), graph.constant([0])
-
-
-def _add_bag_numbers(graph: TableGraph, offsets: str, num_indices: str) -> str:
-    """Number the bag of each index, int64 [L]: how many bags start at it or before, so the first bag is 1."""
-    one_more = graph.add("Add", num_indices, graph.constant([1]))
-    zeros = graph.add("ConstantOfShape", one_more, value=numpy_helper.from_array(np.zeros(1, np.int64)))
-    ones = graph.add(
-        "ConstantOfShape", graph.add("Shape", offsets), value=numpy_helper.from_array(np.ones(1, np.int64))
-    )
-    # An empty last bag starts after the last index: hence one more.
-    starts = graph.add("ScatterElements", zeros, offsets, ones, axis=0, reduction="add", name="starts")
-    numbers = graph.add("CumSum", starts, graph.constant(0))
-    return graph.add("Slice", numbers, graph.constant([0]), num_indices, graph.constant([0]), name="bags")
-
-
-def _add_pooled(graph: TableGraph, embedding_dim: int, values: tuple[str, str, str], mode: str) -> str:
-    """Sum rows [L, d] of equal bag numbers, or find their largest: float32 [B, d].
-
-    Rows before the first bag, which there are none of if offsets are right, go to a bag 0 that is cut off: a negative
-    index would put them into the last one. ScatterND, without targets as large as the rows, would be quicker, but ONNX
-    Runtime has several threads add to one bag at once, and loses rows.
-    """
-    rows, bags, offsets = values
-    one_more = graph.add("Add", graph.add("Shape", offsets), graph.constant([1]))
-    shape = graph.add("Concat", one_more, graph.constant([embedding_dim]), axis=0)
-    empty = numpy_helper.from_array(np.array([_EMPTY_BAG[mode]], np.float32))
-    start = graph.add("ConstantOfShape", shape, value=empty)
-    column = graph.add("Unsqueeze", bags, graph.constant([1]))
-    targets = graph.add("Expand", column, graph.add("Shape", rows))
-    reduction = "max" if mode == "max" else "add"
-    pooled = graph.add("ScatterElements", start, targets, rows, axis=0, reduction=reduction, name="pooled")
-    return graph.add("Slice", pooled, *_from_one_on(graph))

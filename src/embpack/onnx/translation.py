@@ -1,0 +1,282 @@
+"""PyTorch models as ONNX graphs: torch.onnx.export puts a placeholder for each lookup, and nodes replace those."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+from onnx.defs import OpSchema
+from onnxscript.values import Op, Opset
+
+from embpack.onnx.bags import Bags, add_bags
+from embpack.onnx.graph import OPSET, TableGraph, add_gather
+from embpack.table import PackedTable
+from embpack.torch.ops import as_table
+
+# Of placeholders; none is left in a model.
+_DOMAIN = "embpack"
+_TENSOR_TYPES = ("uint8", "int32", "int64", "float", "float16", "bfloat16")
+_DTYPE_NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+# Smaller initializers, such as shapes, stay with the nodes: tools want to see them there.
+_SMALL_BYTES = 1024
+# What PyTorch's exporter warns of itself; the second: of one name for two dimensions, which says that they are equal.
+_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
+    (r"# The axis name: (.*) will not be used, since it shares .* with another axis: \1\.", UserWarning),
+)
+
+
+class Tables:
+    """The tables of a model, each with the part of the graph that looks its rows up.
+
+    Attributes:
+        nodes: of all parts, in an order in which they can be run.
+    """
+
+    def __init__(self, initializers: Mapping[str, NDArray[Any]]) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self._initializers = initializers
+        self._parts: dict[Any, tuple[TableGraph, PackedTable]] = {}
+
+    def find(
+        self, packed: str, clusters: str | None, codebooks: str | None, *row_format: Any
+    ) -> tuple[TableGraph, PackedTable]:
+        """Return the part for a table and the table, given an operator's arguments; the same for the same memory."""
+        arrays = [None if name is None else self._read(name) for name in (packed, clusters, codebooks)]
+        key = (*row_format, *(array is not None and (array.ctypes.data, array.shape) for array in arrays))
+        if key not in self._parts:
+            tensors: list[Any] = [None if array is None else torch.from_numpy(array) for array in arrays]
+            # With one list of nodes, whose length is in the names, all parts have names of their own.
+            self._parts[key] = (TableGraph(f"{packed}.", self.nodes), as_table(*tensors, *row_format))
+        return self._parts[key]
+
+    def collect(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Return the tables' initializers and the small ones beside them."""
+        initializers, constants = {}, {}
+        for part, _ in self._parts.values():
+            initializers.update(part.initializers)
+            constants.update(part.constants)
+        return initializers, constants
+
+    def _read(self, name: str) -> NDArray[Any]:
+        if name not in self._initializers:
+            raise ValueError(
+                f"the table's tensor {name} is an input of the model or computed in it; make it a buffer, as "
+                "embpack.torch.PackedEmbedding does"
+            )
+        return self._initializers[name]
+
+
+Arguments = Mapping[str, Any]
+_TABLE = ("packed", "clusters", "codebooks", "embedding_dim", "bits", "param_dtype", "layout")
+
+
+def _look_up(tables: Tables, arguments: Arguments, output: str) -> None:
+    """Replace embpack::embedding."""
+    graph, table = tables.find(*(arguments[name] for name in _TABLE))
+    add_gather(graph, table, arguments["indices"], output, _dtype(arguments))
+
+
+def _pool(tables: Tables, arguments: Arguments, output: str) -> None:
+    """Replace embpack::embedding_bag and embpack::embedding_bag.weighted."""
+    graph, table = tables.find(*(arguments[name] for name in _TABLE))
+    bags = Bags(
+        arguments.get("mode", "sum"),
+        arguments["indices"],
+        arguments["offsets"],
+        arguments.get("per_sample_weights"),
+        include_last_offset=arguments.get("include_last_offset", False),
+        padding_idx=arguments.get("padding_idx"),
+        dtype=_dtype(arguments),
+    )
+    add_bags(graph, table, bags, output)
+
+
+def _dtype(arguments: Arguments) -> str:
+    """The operator's dtype as embpack.table names it; one that it does not take, as ONNX does."""
+    dtype = arguments.get("dtype", TensorProto.FLOAT)
+    return _DTYPE_NAMES.get(dtype, str(dtype))
+
+
+# What replaces a lookup, given its operator's arguments by name; tensors are names of values, lists of them lists.
+OPERATORS: dict[Any, Callable[[Tables, Arguments, str], None]] = {
+    torch.ops.embpack.embedding.default: _look_up,
+    torch.ops.embpack.embedding_bag.default: _pool,
+    torch.ops.embpack.embedding_bag.weighted: _pool,
+}
+
+
+@dataclass(frozen=True)
+class _Input:
+    """Stands for a tensor among a call's arguments: an input of its placeholder."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of an operator."""
+
+    operator: Any
+    arguments: dict[str, Any]
+
+    def expand(self, tables: Tables, node: onnx.NodeProto) -> None:
+        """Add the nodes that replace the call's placeholder."""
+        arguments = {
+            name: _replace(value, _Input, lambda at: node.input[at.number]) for name, value in self.arguments.items()
+        }
+        OPERATORS[self.operator](tables, arguments, node.output[0])
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError if a model is none of PyTorch's."""
+    if isinstance(model, PackedTable):
+        raise TypeError("model is a PackedTable; embpack.onnx.export writes a table")
+    if not isinstance(model, torch.nn.Module | torch.export.ExportedProgram):
+        raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module or an ExportedProgram")
+
+
+def translate_model(
+    model: Any, args: tuple[Any, ...], **options: Any
+) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
+    """Make an ONNX model without its large initializers, and those.
+
+    Args:
+        model: with lookups in packed embeddings.
+        args: example inputs.
+        **options: others that torch.onnx.export takes.
+
+    Raises:
+        ValueError: there are no lookups, or a table is no buffer of the model.
+    """
+    calls: list[_Call] = []
+    program = _export(model, args, calls, **options)
+    if not calls:
+        raise ValueError(
+            "the model looks nothing up in packed embeddings; pack them first, embpack.torch.quantize_(model), or "
+            "write it as it is: torch.onnx.export"
+        )
+    initializers = {name: value.const_value.numpy() for name, value in program.graph.initializers.items()}
+    program.graph.initializers.clear()
+    translated = onnx_ir.to_proto(program)
+    tables = Tables(initializers)
+    _expand(translated.graph, calls, tables)
+    _remove_domain(translated)
+    of_tables, constants = tables.collect()
+    used = _find_used(translated.graph)  # a table's own tensors no longer are
+    initializers = {name: array for name, array in initializers.items() if name in used}
+    small = {name: array for name, array in initializers.items() if array.nbytes <= _SMALL_BYTES}
+    for name, array in (small | constants).items():
+        translated.graph.initializer.append(numpy_helper.from_array(array, name))
+    large = {name: array for name, array in initializers.items() if name not in small}
+    return translated, large | of_tables
+
+
+def _export(model: Any, args: tuple[Any, ...], calls: list[_Call], **options: Any) -> Any:
+    """Have PyTorch export a model with placeholders, whose calls are added to a list."""
+    with warnings.catch_warnings():
+        for message, category in _WARNINGS:
+            warnings.filterwarnings("ignore", message, category)
+        program = torch.onnx.export(
+            model,
+            args,
+            verbose=False,
+            opset_version=OPSET,
+            custom_translation_table={operator: _make_translator(operator, calls) for operator in OPERATORS},
+            **options,
+        )
+    assert program is not None
+    return program.model
+
+
+def _make_translator(operator: Any, calls: list[_Call]) -> Callable[..., Any]:
+    """Make the function that PyTorch's exporter calls with the arguments of an operator."""
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def translate(*values: Any, **options: Any) -> Any:
+        tensors: list[Any] = []
+
+        def number(tensor: Any) -> _Input:
+            tensors.append(tensor)
+            return _Input(len(tensors) - 1)
+
+        arguments = dict(zip(names, values, strict=False)) | options
+        arguments = {name: _replace(value, onnx_ir.Value, number) for name, value in arguments.items()}
+        calls.append(_Call(operator, arguments))
+        return _placeholder(*tensors, number=len(calls) - 1)
+
+    return translate
+
+
+def _make_placeholder() -> Any:
+    """Make an operator of any number of tensors, and the number of a call."""
+    parameter, variadic = OpSchema.FormalParameter, OpSchema.FormalParameterOption.Variadic
+    types = [f"tensor({dtype})" for dtype in _TENSOR_TYPES]
+    schema = OpSchema(
+        "Lookup",
+        _DOMAIN,
+        1,
+        inputs=[parameter("tensors", "T", param_option=variadic, is_homogeneous=False)],
+        outputs=[parameter("values", "V")],
+        type_constraints=[("T", types, ""), ("V", types, "")],
+        attributes=[OpSchema.Attribute("number", OpSchema.AttrType.INT)],
+    )
+    return Op(Opset(_DOMAIN, 1), "Lookup", schema)
+
+
+_placeholder = _make_placeholder()
+
+
+def _replace(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Replace what is of a kind, in lists too."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, list | tuple):
+        return [_replace(element, kind, function) for element in value]
+    return value
+
+
+def _expand(graph: onnx.GraphProto, calls: list[_Call], tables: Tables) -> None:
+    """Replace the placeholders of a graph, and of those within it."""
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        for inner in _subgraphs(node):
+            _expand(inner, calls, tables)
+        if node.domain == _DOMAIN:
+            start = len(tables.nodes)
+            calls[node.attribute[0].i].expand(tables, node)
+            nodes += tables.nodes[start:]
+        else:
+            nodes.append(node)
+    count = len(graph.node)
+    graph.node.extend(nodes)  # copies them
+    del graph.node[:count]
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _find_used(graph: onnx.GraphProto) -> set[str]:
+    """Names of the values that are read in a graph, and in those within it."""
+    used = {value.name for value in graph.output}
+    for node in graph.node:
+        used.update(node.input)
+        for inner in _subgraphs(node):
+            used |= _find_used(inner)
+    return used
+
+
+def _remove_domain(model: onnx.ModelProto) -> None:
+    kept = [opset for opset in model.opset_import if opset.domain != _DOMAIN]
+    count = len(model.opset_import)
+    model.opset_import.extend(kept)
+    del model.opset_import[:count]
