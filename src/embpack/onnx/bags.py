@@ -70,7 +70,7 @@ def add_bags(graph: TableGraph, table: PackedTable, bags: Bags, output: str) -> 
     """Add build_bags' nodes to a graph of the same table."""
     check_mode(bags.mode, has_weights=bags.weights is not None)
     output_dtype(bags.dtype)
-    indices, offsets, weights = _add_flat(graph, bags)
+    indices, offsets, weights = add_flat(graph, bags)
     rows = add_rows(graph, table, indices)
     if weights is not None:
         rows = graph.add("Mul", rows, graph.add("Unsqueeze", weights, graph.constant([1])), name="weighted")
@@ -102,7 +102,7 @@ def check_mode(mode: Any, *, has_weights: bool) -> None:
         raise ValueError(f"per_sample_weights go with mode 'sum' only, not {mode!r}")
 
 
-def _add_flat(graph: TableGraph, bags: Bags) -> tuple[str, str, str | None]:
+def add_flat(graph: TableGraph, bags: Bags) -> tuple[str, str, str | None]:
     """Make indices and weights 1-D and offsets int64; those of rows of 2-D indices are multiples of a row's length."""
     indices, offsets, weights = bags.indices, bags.offsets, bags.weights
     if offsets is not None:

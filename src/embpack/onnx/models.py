@@ -38,8 +38,8 @@ def export_model(
     negative ones counting from the end, where PyTorch refuses those; nothing checks that offsets do not decrease.
 
     Args:
-        model: on the CPU, with lookups of embpack.torch's modules or operators embedding and embedding_bag. It is
-            exported in the mode it is in: model.eval() first.
+        model: on the CPU, with lookups of embpack.torch's modules or operators; of a PackedEmbeddingBagCollection, of
+            plain tensors. It is exported in the mode it is in: model.eval() first.
         args: example inputs of the model's forward, tensors of the types and, but for dynamic_shapes, the shapes that
             the ONNX model is to take.
         path: ends in .onnx; an existing file is replaced at once, when everything is on the disk.

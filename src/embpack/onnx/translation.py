@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
@@ -14,8 +14,10 @@ from onnx.defs import OpSchema
 from onnxscript.values import Op, Opset
 
 from embpack.onnx.bags import Bags, add_bags
+from embpack.onnx.features import Features
 from embpack.onnx.graph import OPSET, TableGraph, add_gather
 from embpack.table import PackedTable
+from embpack.torch.collection_ops import Group, read_tables
 from embpack.torch.ops import as_table
 
 # Of placeholders; none is left in a model.
@@ -40,6 +42,8 @@ class Tables:
 
     def __init__(self, initializers: Mapping[str, NDArray[Any]]) -> None:
         self.nodes: list[onnx.NodeProto] = []
+        # Of no table.
+        self.common = TableGraph("embpack.", self.nodes)
         self._initializers = initializers
         self._parts: dict[Any, tuple[TableGraph, PackedTable]] = {}
 
@@ -57,7 +61,7 @@ class Tables:
 
     def collect(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """Return the tables' initializers and the small ones beside them."""
-        initializers, constants = {}, {}
+        initializers, constants = {}, dict(self.common.constants)
         for part, _ in self._parts.values():
             initializers.update(part.initializers)
             constants.update(part.constants)
@@ -97,6 +101,23 @@ def _pool(tables: Tables, arguments: Arguments, output: str) -> None:
     add_bags(graph, table, bags, output)
 
 
+def _pool_collection(tables: Tables, arguments: Arguments, output: str) -> None:
+    """Replace embpack::embedding_bag_collection and embpack::embedding_bag_collection.weighted."""
+    group = Group(*(arguments[name] for name in Group._fields))
+    dtype, include_last = _dtype(arguments), arguments.get("include_last_offset", False)
+    bags = Bags("sum", arguments["indices"], arguments["offsets"], arguments.get("per_sample_weights"), include_last)
+    features = Features(tables.common, bags, group.num_features)
+    uses, table_of, *_ = read_tables(group.tables)
+    of_tables, pooled = list(group.table_arguments()), []
+    for table, feature in zip(table_of, group.feature_of, strict=True):
+        graph, rows = tables.find(*of_tables[table])
+        padding_idx = None if uses[table].padding_index == -1 else uses[table].padding_index
+        of_feature = replace(features.split(feature), mode=uses[table].mode, padding_idx=padding_idx, dtype=dtype)
+        pooled.append(f"{output}.{len(pooled)}")
+        add_bags(graph, rows, of_feature, pooled[-1])
+    tables.common.add("Concat", *pooled, axis=1, output=output)
+
+
 def _dtype(arguments: Arguments) -> str:
     """The operator's dtype as embpack.table names it; one that it does not take, as ONNX does."""
     dtype = arguments.get("dtype", TensorProto.FLOAT)
@@ -108,6 +129,8 @@ OPERATORS: dict[Any, Callable[[Tables, Arguments, str], None]] = {
     torch.ops.embpack.embedding.default: _look_up,
     torch.ops.embpack.embedding_bag.default: _pool,
     torch.ops.embpack.embedding_bag.weighted: _pool,
+    torch.ops.embpack.embedding_bag_collection.default: _pool_collection,
+    torch.ops.embpack.embedding_bag_collection.weighted: _pool_collection,
 }
 
 
