@@ -7,7 +7,7 @@
 #include <nanobind/ndarray.h>
 
 #include <stdexcept>
-#include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -30,8 +30,8 @@ inline void require(bool holds, const char* what) {
 ValueType value_type(nb::dlpack::dtype, const char* complaint);
 
 Grid make_grid(int bits, bool f16_params);
-Layout parse_layout(const std::string& name);
-Pooling parse_mode(const std::string& mode);
+Layout parse_layout(std::string_view name);
+Pooling parse_mode(std::string_view mode);
 
 // What rows of the clustered layout share: a number of a codebook each, and the codebooks.
 struct Shared {

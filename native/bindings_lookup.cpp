@@ -22,14 +22,14 @@ ValueType value_type(nb::dlpack::dtype dtype, const char* message) {
     return half ? ValueType::f16 : ValueType::bf16;
 }
 
-Layout parse_layout(const std::string& name) {
+Layout parse_layout(std::string_view name) {
     if (name == "uniform") return Layout::uniform;
     if (name == "codebook") return Layout::codebook;
     require(name == "clustered", "layout must be uniform, codebook or clustered");
     return Layout::clustered;
 }
 
-Pooling parse_mode(const std::string& mode) {
+Pooling parse_mode(std::string_view mode) {
     require(mode == "sum" || mode == "mean" || mode == "max", "mode must be sum, mean or max");
     return mode == "sum" ? Pooling::sum : mode == "mean" ? Pooling::mean : Pooling::max;
 }

@@ -1,8 +1,12 @@
 // Lookup of PyTorch's tensors.
 #include "tensors.h"
 
-#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <charconv>
+#include <string_view>
 
 #include "bindings.h"
 
@@ -76,7 +80,7 @@ nb::object make_tensor(std::vector<int64_t> shape, ValueType type, Output& out) 
     return nb::steal(static_cast<PyObject*>(object));
 }
 
-ValueType parse_value_type(const std::string& name) {
+ValueType parse_value_type(std::string_view name) {
     require(name == "float32" || name == "float16" || name == "bfloat16", "dtype must be float32, float16 or bfloat16");
     return name == "float32" ? ValueType::f32 : name == "float16" ? ValueType::f16 : ValueType::bf16;
 }
@@ -84,9 +88,33 @@ ValueType parse_value_type(const std::string& name) {
 // What was asked for, or the fault in its place.
 nb::object found_or(int64_t fault, const nb::object& found) { return fault == -1 ? found : nb::int_(fault); }
 
-Grid parse_grid(int bits, const std::string& param_dtype) {
-    require(param_dtype == "float16" || param_dtype == "float32", "param_dtype must be float16 or float32");
-    return make_grid(bits, param_dtype == "float16");
+// A row format, written as embpack.layouts.RowFormat is: "uniform:64:4:float16".
+struct Format {
+    size_t embedding_dim;
+    Grid grid;
+    Layout layout;
+};
+
+std::string_view cut_off(std::string_view& text) {
+    const size_t colon = text.find(':');
+    require(colon != text.npos, "a row format must have four parts");
+    const std::string_view part = text.substr(0, colon);
+    text.remove_prefix(colon + 1);
+    return part;
+}
+
+size_t parse_number(std::string_view text) {
+    size_t number = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+    require(error == std::errc() && end == text.data() + text.size(), "a row format has something that is no number");
+    return number;
+}
+
+Format parse_format(std::string_view text) {
+    const Layout layout = parse_layout(cut_off(text));
+    const size_t embedding_dim = parse_number(cut_off(text)), bits = parse_number(cut_off(text));
+    require(text == "float16" || text == "float32", "param_dtype must be float16 or float32");
+    return {embedding_dim, make_grid(static_cast<int>(std::min<size_t>(bits, 9)), text == "float16"), layout};
 }
 
 // Clusters uint8 [rows, bytes of a number] and codebooks uint8 [codebooks, bytes].
@@ -107,27 +135,19 @@ Shared view_shared(nb::handle clusters, nb::handle codebooks) {
     return shared;
 }
 
-PackedRows view_rows(nb::handle packed, size_t embedding_dim, Grid grid, Layout layout, const Shared& shared) {
+PackedRows view_rows(nb::handle packed, const Format& format, const Shared& shared) {
     const dlpack::Tensor rows = view_bytes(packed);
-    return make_rows(rows.data, static_cast<size_t>(rows.shape[0]), static_cast<size_t>(rows.shape[1]), embedding_dim,
-                     grid, layout, shared);
+    return make_rows(rows.data, static_cast<size_t>(rows.shape[0]), static_cast<size_t>(rows.shape[1]),
+                     format.embedding_dim, format.grid, format.layout, shared);
 }
 
-// The tensors of a table.
-PackedRows view_table(nb::handle packed, nb::handle clusters, nb::handle codebooks, size_t embedding_dim, int bits,
-                      const std::string& param_dtype, const std::string& layout) {
-    return view_rows(packed, embedding_dim, parse_grid(bits, param_dtype), parse_layout(layout),
-                     view_shared(clusters, codebooks));
-}
-
-nb::object gather_tensors(nb::handle packed, nb::handle clusters, nb::handle codebooks, size_t embedding_dim, int bits,
-                          const std::string& param_dtype, const std::string& layout, nb::handle indices,
-                          const std::string& dtype) {
-    const PackedRows rows = view_table(packed, clusters, codebooks, embedding_dim, bits, param_dtype, layout);
+nb::object gather_tensors(nb::handle packed, nb::handle clusters, nb::handle codebooks, std::string_view row_format,
+                          nb::handle indices, std::string_view dtype) {
+    const PackedRows rows = view_rows(packed, parse_format(row_format), view_shared(clusters, codebooks));
     const dlpack::Tensor tensor = view_integer_tensor(indices);
     const Integers from = as_integers(tensor);
     std::vector<int64_t> shape(tensor.shape, tensor.shape + tensor.ndim);
-    shape.push_back(static_cast<int64_t>(embedding_dim));
+    shape.push_back(static_cast<int64_t>(rows.embedding_dim));
     Output to;
     const nb::object out = make_tensor(std::move(shape), parse_value_type(dtype), to);
     return found_or(from.count == 0 ? -1 : gather_into(rows, from, to), out);
@@ -148,11 +168,10 @@ const float* view_weights(nb::handle object, const Bags& bags) {
     return static_cast<const float*>(tensor.data);
 }
 
-nb::object pool_tensors(nb::handle packed, nb::handle clusters, nb::handle codebooks, size_t embedding_dim, int bits,
-                        const std::string& param_dtype, const std::string& layout, nb::handle indices,
-                        nb::handle offsets, const std::string& mode, nb::handle per_sample_weights,
-                        bool include_last_offset, int64_t padding_index, const std::string& dtype) {
-    const PackedRows rows = view_table(packed, clusters, codebooks, embedding_dim, bits, param_dtype, layout);
+nb::object pool_tensors(nb::handle packed, nb::handle clusters, nb::handle codebooks, std::string_view row_format,
+                        nb::handle indices, nb::handle offsets, std::string_view mode, nb::handle per_sample_weights,
+                        bool include_last_offset, int64_t padding_index, std::string_view dtype) {
+    const PackedRows rows = view_rows(packed, parse_format(row_format), view_shared(clusters, codebooks));
     const dlpack::Tensor tensor = view_integer_tensor(indices);
     Bags bags{.indices = as_integers(tensor), .padding_index = padding_index, .pooling = parse_mode(mode)};
     if (offsets.is_none()) {
@@ -166,7 +185,7 @@ nb::object pool_tensors(nb::handle packed, nb::handle clusters, nb::handle codeb
     }
     if (!per_sample_weights.is_none()) bags.per_sample_weights = view_weights(per_sample_weights, bags);
     Output to;
-    const std::vector<int64_t> shape{static_cast<int64_t>(bags.num_bags), static_cast<int64_t>(embedding_dim)};
+    const std::vector<int64_t> shape{static_cast<int64_t>(bags.num_bags), static_cast<int64_t>(rows.embedding_dim)};
     const nb::object out = make_tensor(shape, parse_value_type(dtype), to);
     return found_or(pool_into(rows, bags, to), out);
 }
@@ -176,16 +195,15 @@ class TensorGroup {
 public:
     TensorGroup() = default;
 
-    void add(size_t embedding_dim, int bits, const std::string& param_dtype, const std::string& layout,
-             const std::string& mode, int64_t padding_index, size_t num_lookups) {
-        formats_.push_back({embedding_dim, parse_grid(bits, param_dtype), parse_layout(layout)});
+    void add(std::string_view row_format, std::string_view mode, int64_t padding_index, size_t num_lookups) {
+        formats_.push_back(parse_format(row_format));
         for (size_t i = 0; i < num_lookups; i++)
             lookups_.push_back({formats_.size() - 1, 0, parse_mode(mode), padding_index});
     }
 
     nb::object pool(const nb::list& packed, const nb::list& clusters, const nb::list& codebooks,
                     const std::vector<size_t>& feature_of, size_t num_features, nb::handle indices, nb::handle offsets,
-                    nb::handle per_sample_weights, bool include_last_offset, const std::string& dtype) const {
+                    nb::handle per_sample_weights, bool include_last_offset, std::string_view dtype) const {
         const std::vector<PackedRows> tables = view_tables(packed, clusters, codebooks);
         std::vector<FeatureLookup> lookups = lookups_;
         require(feature_of.size() == lookups.size(), "feature_of must have one for each lookup");
@@ -211,12 +229,6 @@ public:
     }
 
 private:
-    struct Format {
-        size_t embedding_dim;
-        Grid grid;
-        Layout layout;
-    };
-
     // Clusters and codebooks are those of the clustered tables only.
     std::vector<PackedRows> view_tables(const nb::list& packed, const nb::list& clusters,
                                         const nb::list& codebooks) const {
@@ -224,15 +236,14 @@ private:
         std::vector<PackedRows> tables;
         size_t clustered = 0;
         for (size_t i = 0; i < formats_.size(); i++) {
-            const auto [embedding_dim, grid, layout] = formats_[i];
             Shared shared;
-            if (layout == Layout::clustered) {
+            if (formats_[i].layout == Layout::clustered) {
                 require(clustered < clusters.size() && clustered < codebooks.size(),
                         "clusters and codebooks must have one tensor for each clustered table");
                 shared = view_shared(clusters[clustered], codebooks[clustered]);
                 clustered++;
             }
-            tables.push_back(view_rows(packed[i], embedding_dim, grid, layout, shared));
+            tables.push_back(view_rows(packed[i], formats_[i], shared));
         }
         require(clustered == clusters.size() && clustered == codebooks.size(),
                 "clusters and codebooks go with the clustered layout");
@@ -249,20 +260,21 @@ void bind_tensors(nb::module_& m) {
     // A table's tensors are packed, clusters and codebooks.
     m.def("use_exchange_api", &use_exchange_api, nb::arg("api"), "Take torch.Tensor.__dlpack_c_exchange_api__.");
     m.def("gather_tensors", &gather_tensors, nb::arg("packed"), nb::arg("clusters").none(), nb::arg("codebooks").none(),
-          nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("param_dtype"), nb::arg("layout"), nb::arg("indices"),
-          nb::arg("dtype"), "The rows `indices` as a new tensor, or what gather returns for a fault.");
+          nb::arg("row_format"), nb::arg("indices"), nb::arg("dtype"),
+          "The rows `indices` as a new tensor, or what gather returns for a fault.");
     m.def("pool_tensors", &pool_tensors, nb::arg("packed"), nb::arg("clusters").none(), nb::arg("codebooks").none(),
-          nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("param_dtype"), nb::arg("layout"), nb::arg("indices"),
-          nb::arg("offsets").none(), nb::arg("mode"), nb::arg("per_sample_weights").none(),
+          nb::arg("row_format"), nb::arg("indices"), nb::arg("offsets").none(), nb::arg("mode"), nb::arg("per_sample_weights").none(),
           nb::arg("include_last_offset"), nb::arg("padding_index"), nb::arg("dtype"),
           "Pooled bags as a new tensor, or what pool returns for a fault.");
     nb::class_<TensorGroup>(m, "TensorGroup", "What is known of several tables but their tensors, and who reads them.")
         .def(nb::init<>())
-        .def("add", &TensorGroup::add, nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("param_dtype"),
-             nb::arg("layout"), nb::arg("mode"), nb::arg("padding_index"), nb::arg("num_lookups"), "Add a table.")
+        .def("add", &TensorGroup::add, nb::arg("row_format"), nb::arg("mode"), nb::arg("padding_index"), nb::arg("num_lookups"), "Add a table.")
         .def("pool", &TensorGroup::pool, nb::arg("packed"), nb::arg("clusters"), nb::arg("codebooks"),
              nb::arg("feature_of"), nb::arg("num_features"), nb::arg("indices"), nb::arg("offsets"),
              nb::arg("per_sample_weights").none(), nb::arg("include_last_offset"), nb::arg("dtype"),
+             nb::sig("def pool(self, packed: list[typing.Any], clusters: list[typing.Any], codebooks: list[typing.Any], "
+                     "feature_of: collections.abc.Sequence[int], num_features: int, indices: object, offsets: object, "
+                     "per_sample_weights: object | None, include_last_offset: bool, dtype: str) -> object"),
              "Pool the bags of all features into one new tensor, or return what TableGroup.pool does for a fault. "
              "Lookups go from table to table; lookup i is of the bags of feature feature_of[i].");
 }

@@ -511,7 +511,7 @@ def test_a_model_without_packed_embeddings(tmp_path):
 
 class Computed(nn.Module):
     def forward(self, packed, indices):
-        return torch.ops.embpack.embedding(packed, None, None, DIM, 4, "float16", "uniform", indices)
+        return torch.ops.embpack.embedding(packed, None, None, f"uniform:{DIM}:4:float16", indices)
 
 
 def test_a_table_that_is_an_input(tmp_path):

@@ -439,3 +439,27 @@ def test_embedding_bag_says_what_is_wrong(table, what):
 def test_a_dtype_that_no_weights_have_is_refused(table):
     message = message_of(ValueError, PackedTable, table.packed, table.row_format, "float64")
     assert message == "dtype is 'float64'; the weights were one of float32, float16, bfloat16"
+
+
+@pytest.mark.parametrize(
+    "row_format", [RowFormat(64), RowFormat(3, 8, "float32", "codebook"), RowFormat(1, 2, layout="clustered")]
+)
+def test_a_row_format_is_what_its_text_says(row_format):
+    assert RowFormat.parse(str(row_format)) == row_format
+    assert str(RowFormat(64)) == "uniform:64:4:float16"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("uniform:64:4", "row format is 'uniform:64:4'; it has layout, embedding_dim, bits and param_dtype"),
+        ("uniform:64:4:float16:", "row format is"),
+        ("uniform:-1:4:float16", "row format is"),
+        ("uniform:64:3:float16", "bits is 3"),
+        ("packed:64:4:float16", "layout is 'packed'"),
+        ("uniform:64:4:int8", "param_dtype is 'int8'"),
+    ],
+)
+def test_a_text_that_is_no_row_format_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        RowFormat.parse(text)

@@ -273,7 +273,10 @@ def test_other_mistakes_are_named():
     with pytest.raises(ValueError, match=r"dtype is torch\.float64; choose one of torch\.float32"):
         torch.ops.embpack.embedding(*arguments_of(BAG), ONE, dtype=torch.float64)
     with pytest.raises(ValueError, match="packed has 14 bytes a row, but embedding_dim 21 at 4 bits"):
-        torch.ops.embpack.embedding(BAG.packed, None, None, 21, 4, "float16", "uniform", ONE)
+        torch.ops.embpack.embedding(BAG.packed, None, None, "uniform:21:4:float16", ONE)
+    for text in ("", "uniform", "uniform:20:4", "uniform:20:4:", "uniform:20:9:float16", "uniform:x:4:float16", ":::"):
+        with pytest.raises(ValueError, match=r"row format is|bits is 9"):
+            torch.ops.embpack.embedding_bag(BAG.packed, None, None, text, ONE, ONE, "sum")
     with pytest.raises(ValueError, match="offsets are empty; with include_last_offset"):
         empty = torch.empty(0, dtype=torch.int64)
         torch.ops.embpack.embedding_bag(*arguments_of(BAG), ONE, empty, "sum", include_last_offset=True)
@@ -294,3 +297,43 @@ def test_no_bags_and_no_rows():
     assert torch.equal(nothing(empty, ONE), torch.zeros(1, DIM))
     with pytest.raises(IndexError, match=r"indices\[0\] is 0, but the table has 0 rows"):
         nothing(ONE, ONE)
+
+
+# What PyTorch has itself
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packed_rows_go_to_pytorchs_operators_and_back(bits):
+    """The bytes are the same, both ways, and nothing is copied."""
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal((ROWS, DIM), dtype=np.float32))
+    prepack = getattr(torch.ops.quantized, f"embedding_bag_{'byte' if bits == 8 else f'{bits}bit'}_prepack")
+    theirs = prepack(weight)
+    table = embpack.PackedTable.from_packed(theirs.numpy(), DIM, bits=bits)
+    assert np.shares_memory(table.packed, theirs.numpy())
+    ours = PackedEmbeddingBag.from_table(embpack.quantize(weight, "asym", bits=bits), mode="sum")
+    assert torch.equal(ours.packed, theirs)
+    indices, offsets = make_bags()
+    name = f"embedding_bag_{'byte' if bits == 8 else f'{bits}bit'}_rowwise_offsets"
+    pooled = getattr(torch.ops.quantized, name)(ours.packed, indices, offsets)
+    # Theirs rounds scale times weight and adds biases by themselves: three roundings a row of sums below 30 * 4.
+    torch.testing.assert_close(pooled, ours(indices, offsets), rtol=0, atol=3 * 30 * 30 * 4 * 2**-24)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of PyTorch, by PyTorch
+def test_models_compile_by_inductor():
+    packed = PackedEmbeddingBag.from_table(make_table("kmeans-cls:K=3"), mode="mean", padding_idx=1)
+    model = nn.Sequential(packed, nn.Linear(DIM, 3), nn.ReLU())
+    square = make_bags()[0].reshape(5, 6)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(square), model(square))
+    embedding = PackedEmbedding.from_table(make_table())
+    doubled = torch.compile(lambda indices: 2 * embedding(indices), fullgraph=True, dynamic=True)
+    for count in (3, 30):
+        assert torch.equal(doubled(torch.arange(count)), 2 * embedding(torch.arange(count)))
+
+
+@pytest.mark.parametrize("module", [PackedEmbedding(3, 4), PackedEmbeddingBag(3, 4)])
+def test_a_table_takes_no_gradients(module):
+    assert not list(module.parameters())
+    with pytest.raises(RuntimeError, match="only Tensors of floating point"):
+        module.packed.requires_grad_()

@@ -509,7 +509,7 @@ def test_wrong_arguments_of_the_operator_are_named():
     with pytest.raises(ValueError, match="tables are not described as describe_tables does it"):
         pool(packed, clusters, codebooks, "[[1, 2]]", feature_of, num_features, *bags)
     with pytest.raises(ValueError, match="tables are not described as describe_tables does it: mode must be"):
-        pool(packed, [], [], describe_tables([TableUse(4, 4, "float16", "uniform", "median", -1, 1)]), [0], 1, *bags)
+        pool(packed, [], [], describe_tables([TableUse("uniform:4:4:float16", "median", -1, 1)]), [0], 1, *bags)
     with pytest.raises(
         ValueError, match="there are 4 packed, 2 clusters, 2 codebooks, 6 feature_of; tables describe 5, 2"
     ):

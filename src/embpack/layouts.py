@@ -1,5 +1,6 @@
 """How a packed row lies in memory (the bytes themselves: docs/format.md)."""
 
+import re
 from dataclasses import dataclass
 from operator import index
 from typing import Any, Literal
@@ -92,6 +93,24 @@ class RowFormat:
             raise ValueError(f"param_dtype is {self.param_dtype!r}; choose 'float16' or 'float32'")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
+
+    @classmethod
+    def parse(cls, text: str) -> "RowFormat":
+        """Read what str makes of a row format, such as "uniform:64:4:float16".
+
+        Raises:
+            ValueError: it is something else.
+        """
+        match = re.fullmatch(r"(\w+):(\d+):(\d+):(\w+)", text)
+        if not match:
+            raise ValueError(
+                f"row format is {text!r}; it has layout, embedding_dim, bits and param_dtype: 'uniform:64:4:float16'"
+            )
+        layout, embedding_dim, bits, param_dtype = match.groups()
+        return cls(int(embedding_dim), int(bits), param_dtype, layout)
+
+    def __str__(self) -> str:
+        return f"{self.layout}:{self.embedding_dim}:{self.bits}:{self.param_dtype}"
 
     @property
     def code_bytes(self) -> int:

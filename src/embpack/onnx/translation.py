@@ -48,15 +48,15 @@ class Tables:
         self._parts: dict[Any, tuple[TableGraph, PackedTable]] = {}
 
     def find(
-        self, packed: str, clusters: str | None, codebooks: str | None, *row_format: Any
+        self, packed: str, clusters: str | None, codebooks: str | None, row_format: str
     ) -> tuple[TableGraph, PackedTable]:
         """Return the part for a table and the table, given an operator's arguments; the same for the same memory."""
         arrays = [None if name is None else self._read(name) for name in (packed, clusters, codebooks)]
-        key = (*row_format, *(array is not None and (array.ctypes.data, array.shape) for array in arrays))
+        key = (row_format, *(array is not None and (array.ctypes.data, array.shape) for array in arrays))
         if key not in self._parts:
-            tensors: list[Any] = [None if array is None else torch.from_numpy(array) for array in arrays]
+            tensors: list[Any] = [*(None if array is None else torch.from_numpy(array) for array in arrays), row_format]
             # With one list of nodes, whose length is in the names, all parts have names of their own.
-            self._parts[key] = (TableGraph(f"{packed}.", self.nodes), as_table(*tensors, *row_format))
+            self._parts[key] = (TableGraph(f"{packed}.", self.nodes), as_table(*tensors))
         return self._parts[key]
 
     def collect(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
@@ -77,7 +77,7 @@ class Tables:
 
 
 Arguments = Mapping[str, Any]
-_TABLE = ("packed", "clusters", "codebooks", "embedding_dim", "bits", "param_dtype", "layout")
+_TABLE = ("packed", "clusters", "codebooks", "row_format")
 
 
 def _look_up(tables: Tables, arguments: Arguments, output: str) -> None:
@@ -107,8 +107,9 @@ def _pool_collection(tables: Tables, arguments: Arguments, output: str) -> None:
     dtype, include_last = _dtype(arguments), arguments.get("include_last_offset", False)
     bags = Bags("sum", arguments["indices"], arguments["offsets"], arguments.get("per_sample_weights"), include_last)
     features = Features(tables.common, bags, group.num_features)
-    uses, table_of, *_ = read_tables(group.tables)
-    of_tables, pooled = list(group.table_arguments()), []
+    uses, _, table_of, *_ = read_tables(group.tables)
+    of_tables = list(group.table_arguments())
+    pooled: list[str] = []
     for table, feature in zip(table_of, group.feature_of, strict=True):
         graph, rows = tables.find(*of_tables[table])
         padding_idx = None if uses[table].padding_index == -1 else uses[table].padding_index

@@ -67,8 +67,9 @@ class PackedEmbeddingBagCollection(nn.Module):
             row_format, padding_idx = bags[table].row_format, bags[table].padding_idx
             self.embedding_names += [name if self._readers.count(name) == 1 else f"{name}@{table}" for name in names]
             self.embedding_dims += [row_format.embedding_dim] * len(names)
-            of_rows = (row_format.embedding_dim, row_format.bits, row_format.param_dtype, row_format.layout)
-            uses.append(TableUse(*of_rows, bags[table].mode, -1 if padding_idx is None else padding_idx, len(names)))
+            uses.append(
+                TableUse(str(row_format), bags[table].mode, -1 if padding_idx is None else padding_idx, len(names))
+            )
         self._described = describe_tables(uses)
 
     @classmethod

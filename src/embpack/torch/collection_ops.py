@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from embpack import _native
+from embpack.layouts import RowFormat
 from embpack.table import MODES, as_row, explain_offsets
 from embpack.torch.ops import DTYPE_NAMES, INDEX_DTYPES, as_table, check_weights, library
 
@@ -35,10 +36,7 @@ library.define(
 class TableUse(NamedTuple):
     """What is known of a table beside its tensors, how its bags are pooled, and how many lookups read it."""
 
-    embedding_dim: int
-    bits: int
-    param_dtype: str
-    layout: str
+    row_format: str
     mode: str
     padding_index: int  # -1: none
     num_lookups: int
@@ -53,6 +51,7 @@ class Description(NamedTuple):
     """What a text of describe_tables says, and the same for the core."""
 
     uses: tuple[TableUse, ...]
+    row_formats: tuple[RowFormat, ...]
     table_of: tuple[int, ...]
     width: int
     native: Any
@@ -72,8 +71,10 @@ def read_tables(text: str) -> Description:
             native.add(*use)
     except (TypeError, ValueError) as error:
         raise ValueError(f"tables are not described as describe_tables does it: {error}") from error
+    row_formats = tuple(RowFormat.parse(use.row_format) for use in uses)
     table_of = tuple(table for table, use in enumerate(uses) for _ in range(use.num_lookups))
-    return Description(uses, table_of, sum(uses[table].embedding_dim for table in table_of), native)
+    width = sum(row_formats[table].embedding_dim for table in table_of)
+    return Description(uses, row_formats, table_of, width, native)
 
 
 class Group(NamedTuple):
@@ -89,15 +90,14 @@ class Group(NamedTuple):
     def table_arguments(self) -> Iterator[tuple[Any, ...]]:
         """What embpack.torch.ops.as_table takes, of each table."""
         clusters, codebooks = iter(self.clusters), iter(self.codebooks)
-        for packed, use in zip(self.packed, read_tables(self.tables).uses, strict=True):
-            is_clustered = use.layout == "clustered"
-            shared = (next(clusters), next(codebooks)) if is_clustered else (None, None)
-            yield packed, *shared, use.embedding_dim, use.bits, use.param_dtype, use.layout
+        for packed, row_format in zip(self.packed, read_tables(self.tables).row_formats, strict=True):
+            shared = (next(clusters), next(codebooks)) if row_format.is_clustered else (None, None)
+            yield packed, *shared, str(row_format)
 
     def check(self) -> None:
         """Raise ValueError if the tables are not as described, or the lookups not theirs."""
-        uses, table_of, *_ = read_tables(self.tables)
-        clustered = sum(use.layout == "clustered" for use in uses)
+        uses, row_formats, table_of, *_ = read_tables(self.tables)
+        clustered = sum(row_format.is_clustered for row_format in row_formats)
         counts = (len(self.packed), len(self.clusters), len(self.codebooks), len(self.feature_of))
         if counts != (len(uses), clustered, clustered, len(table_of)):
             raise ValueError(
@@ -212,7 +212,7 @@ def _differentiate_by_weights(*arguments: Any, include_last_offset: bool = False
     """The derivative by a weight: the product of its row and its bag's gradient, for each lookup that reads it."""
     *of_group, indices, offsets, gradient = arguments
     group = Group(*of_group)
-    uses, table_of, *_ = read_tables(group.tables)
+    uses, row_formats, table_of, *_ = read_tables(group.tables)
     tables = list(group.table_arguments())
     batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset)
     values = indices.reshape(-1)
@@ -225,7 +225,7 @@ def _differentiate_by_weights(*arguments: Any, include_last_offset: bool = False
         of_feature = edges[feature * batch : (feature + 1) * batch + 1]
         of_values = slice(int(of_feature[0]), int(of_feature[-1]))
         rows = torch.ops.embpack.embedding(*tables[table], values[of_values])
-        width = uses[table].embedding_dim
+        width = row_formats[table].embedding_dim
         of_bags = gradient[:, column : column + width].repeat_interleave(of_feature.diff(), dim=0)
         products = (rows * of_bags).sum(-1).masked_fill(values[of_values] == uses[table].padding_index, 0)
         by_weights[of_values] += products

@@ -2,7 +2,8 @@
 
 A table is its tensors: packed uint8 [num_embeddings, row_bytes] and, in the clustered layout, clusters uint8
 [num_embeddings, 1 or 2] (little-endian numbers) and codebooks uint8 [num_codebooks, bytes of a codebook]; and what the
-bytes mean: embedding_dim, bits, param_dtype and layout (see embpack.layouts.RowFormat). All are on the CPU.
+bytes mean, str(embpack.layouts.RowFormat): "uniform:64:4:float16" are layout, embedding_dim, bits and param_dtype, one
+text because each argument takes PyTorch a sixth of a microsecond. All tensors are on the CPU.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from embpack.table import MODES, PackedTable, as_row
 INDEX_DTYPES = (torch.int64, torch.int32)
 # What the core calls the types of values.
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-TABLE = "Tensor packed, Tensor? clusters, Tensor? codebooks, int embedding_dim, int bits, str param_dtype, str layout"
+TABLE = "Tensor packed, Tensor? clusters, Tensor? codebooks, str row_format"
 LAST = "bool include_last_offset=False, int? padding_idx=None, ScalarType dtype=float"
 
 # The arguments of an operator are passed on as they come.
@@ -39,26 +40,18 @@ if _exchange_api is None:
 _native.use_exchange_api(_exchange_api)
 
 
-def as_table(
-    packed: Tensor,
-    clusters: Tensor | None,
-    codebooks: Tensor | None,
-    embedding_dim: int,
-    bits: int,
-    param_dtype: str,
-    layout: str,
-) -> PackedTable:
+def as_table(packed: Tensor, clusters: Tensor | None, codebooks: Tensor | None, row_format: str) -> PackedTable:
     """Make a PackedTable of a table's tensors, sharing their memory.
 
     Raises:
         ValueError: they are not a table's (see PackedTable).
     """
-    row_format = RowFormat(embedding_dim, bits, param_dtype, layout)
+    parsed = RowFormat.parse(row_format)
     numbers = None if clusters is None else clusters.numpy()
     if numbers is not None:
         numbers = numbers[:, 0] if numbers.shape[1] == 1 else numbers.view("<u2")[:, 0]
-    values = None if codebooks is None else codebooks.numpy().view(np.dtype(param_dtype))
-    return PackedTable(packed.numpy(), row_format, clusters=numbers, codebooks=values)
+    values = None if codebooks is None else codebooks.numpy().view(np.dtype(parsed.param_dtype))
+    return PackedTable(packed.numpy(), parsed, clusters=numbers, codebooks=values)
 
 
 def _embedding(*arguments: Any, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -173,8 +166,8 @@ library.impl("embedding_bag.weighted", _weighted_embedding_bag, "CPU")
 
 
 def _fake_embedding(*arguments: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    packed, embedding_dim, indices = arguments[0], arguments[3], arguments[7]
-    return torch.empty((*indices.shape, embedding_dim), dtype=dtype, device=packed.device)
+    packed, _, _, row_format, indices = arguments
+    return torch.empty((*indices.shape, RowFormat.parse(row_format).embedding_dim), dtype=dtype, device=packed.device)
 
 
 def _fake_bags(
@@ -183,9 +176,9 @@ def _fake_bags(
     padding_idx: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    packed, embedding_dim, indices, offsets = arguments[0], arguments[3], arguments[7], arguments[8]
+    packed, _, _, row_format, indices, offsets, *_ = arguments
     num_bags = count_bags(indices, offsets, include_last_offset)
-    return torch.empty((num_bags, embedding_dim), dtype=dtype, device=packed.device)
+    return torch.empty((num_bags, RowFormat.parse(row_format).embedding_dim), dtype=dtype, device=packed.device)
 
 
 torch.library.register_fake("embpack::embedding", _fake_embedding, lib=library)
@@ -194,7 +187,7 @@ torch.library.register_fake("embpack::embedding_bag.weighted", _fake_bags, lib=l
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    packed, clusters, codebooks, *row_format, indices, offsets, _ = inputs
+    packed, clusters, codebooks, row_format, indices, offsets, _ = inputs
     ctx.row_format = row_format
     ctx.padding_idx = keyword_only_inputs["padding_idx"]
     ctx.save_for_backward(packed, clusters, codebooks, indices, offsets)
@@ -203,7 +196,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """The derivative by a weight is the product of its row and its bag's gradient."""
     packed, clusters, codebooks, indices, offsets = ctx.saved_tensors
-    rows = torch.ops.embpack.embedding(packed, clusters, codebooks, *ctx.row_format, indices)
+    rows = torch.ops.embpack.embedding(packed, clusters, codebooks, ctx.row_format, indices)
     if offsets is None:
         of_rows = gradient.unsqueeze(1)
     else:
@@ -214,7 +207,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     by_weights = (rows * of_rows).sum(-1)
     if ctx.padding_idx is not None:
         by_weights = by_weights.masked_fill(indices == ctx.padding_idx % packed.shape[0], 0)
-    return (None,) * 9 + (by_weights,)
+    return (None,) * 6 + (by_weights,)
 
 
 torch.library.register_autograd("embpack::embedding_bag.weighted", _differentiate, setup_context=_remember, lib=library)
