@@ -32,6 +32,8 @@ cases:
   layouts       rows with codebooks, and rows that share them, against uniform rows
   many-tables   100 tables x 1,000 bags in one call of TableGroup, against FBGEMM's table-batched embeddings
   single-bag    one bag of 20 rows: what a call from Python costs
+  modules       embpack.torch's modules against nn.EmbeddingBag, PyTorch's quantized module and, 100 tables of a
+                KeyedJaggedTensor, TorchRec's collections: one bag and many
   avx2          in-cache with ours held to AVX2, peers with all the CPU has
 
 All tables of a race hold the same values, at 8 bits and in float32 too, so all answers must be the same sums, which

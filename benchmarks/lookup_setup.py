@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import embpack
 from benchmarks.bags import Bags, Expected
@@ -100,8 +99,8 @@ def make_contestant(
 def find_wrong_by(expected: Expected) -> Callable[[Any, Any], str | None]:
     """Both answers must be what the rows sum to."""
 
-    def find_wrong(ours: NDArray[np.float32], theirs: Any) -> str | None:
-        return expected.find_wrong(ours) or expected.find_wrong(np.asarray(theirs))
+    def find_wrong(ours: Any, theirs: Any) -> str | None:
+        return expected.find_wrong(np.asarray(ours)) or expected.find_wrong(np.asarray(theirs))
 
     return find_wrong
 

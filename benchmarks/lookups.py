@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks.bags import DISTRIBUTIONS, Bags, Expected, make_bags, make_table, make_uneven_bags, quantize_normal
 from benchmarks.harness import Contestant, Workload
 from benchmarks.lookup_memory import race_out_of_cache
+from benchmarks.lookup_modules import race_modules
 from benchmarks.lookup_setup import (
     BAG_SIZES,
     OTHER_DIM,
@@ -181,5 +182,6 @@ CASES: dict[str, Callable[[Setup], Iterator[Workload[Any]]]] = {
     "layouts": race_layouts,
     "many-tables": race_many_tables,
     "single-bag": race_single_bag,
+    "modules": race_modules,
     "avx2": race_avx2,
 }

@@ -1,0 +1,81 @@
+"""The race of modules: what models call, and what a call costs there."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.bags import Expected, make_bags, make_table, make_uneven_bags
+from benchmarks.harness import Workload
+from benchmarks.lookup_setup import OTHER_DIM, Setup, describe_race, find_wrong_by, make_contestant, readying_us
+from benchmarks.peers import Lookup
+
+BAG_SIZE = 20
+# Of each table of a collection.
+BATCHES = (1, 100)
+
+
+def race_modules(setup: Setup) -> Iterator[Workload[Any]]:
+    """Our modules against PyTorch's and TorchRec's."""
+    try:
+        import torch
+
+        from benchmarks.peers.modules import BAGS
+    except ImportError as error:
+        setup.left_out["modules"] = str(error)
+        return
+    table = make_table(setup.sizes.rows, OTHER_DIM)
+    for indices in (BAG_SIZE, setup.sizes.indices):
+        bags = make_bags(len(table), BAG_SIZE, indices)
+        arguments = torch.from_numpy(bags.indices), torch.from_numpy(bags.offsets)
+        calls = {name: _bind(make(table), *arguments) for name, make in BAGS.items()}
+        yield _make_workload(setup, calls, [table], bags)
+    yield from _race_collections(setup)
+
+
+def _race_collections(setup: Setup) -> Iterator[Workload[Any]]:
+    try:
+        import torch
+        from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # type: ignore[import-untyped]
+
+        from benchmarks.peers.modules import make_collections
+    except ImportError as error:
+        setup.left_out["TorchRec's modules"] = str(error)
+        return
+    tables = [make_table(setup.sizes.rows, OTHER_DIM, seed) for seed in range(setup.sizes.tables)]
+    collections = make_collections(tables)
+    keys = [str(number) for number in range(len(tables))]
+    for batch in BATCHES:
+        bags = make_uneven_bags(setup.sizes.rows, BAG_SIZE, len(tables) * batch)
+        indices, offsets = torch.from_numpy(bags.indices), torch.from_numpy(bags.offsets)
+
+        def make_features(indices: Any = indices, offsets: Any = offsets) -> Any:
+            # In the call: TorchRec's modules keep in it what they have found out about it.
+            return KeyedJaggedTensor(keys, indices, offsets=offsets)
+
+        calls = {name: _bind_features(module, make_features) for name, module in collections.items()}
+        yield _make_workload(setup, calls, tables, bags)
+
+
+def _bind(module: Any, *arguments: Any) -> Lookup:
+    return lambda: module(*arguments)
+
+
+def _bind_features(module: Any, make_features: Any) -> Lookup:
+    return lambda: module(make_features()).values()
+
+
+def _make_workload(setup: Setup, calls: dict[str, Lookup], tables: list[Any], bags: Any) -> Workload[Any]:
+    """Make a race of one thread each; the first call is ours."""
+    import torch
+
+    make_us_ready = readying_us(setup.isa)
+
+    def make_ready() -> None:
+        make_us_ready()
+        torch.set_num_threads(1)
+
+    ours, *others = (make_contestant(name, call, bags, make_ready, None) for name, call in calls.items())
+    settings = describe_race("modules", setup, tables[0], bags) | {
+        "tables": len(tables),
+        "table_bytes": sum(table.nbytes for table in tables),
+    }
+    return Workload(settings, ours, others, find_wrong_by(Expected(tables, bags)))
