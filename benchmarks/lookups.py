@@ -161,18 +161,24 @@ def race_single_bag(setup: Setup) -> Iterator[Workload[Any]]:
     ]
     settings = describe_race("single-bag", setup, table, bags)
     if peers:
-        import torch  # Installed, or there were no such peers.
-
-        indices, offsets = torch.from_numpy(bags.indices), torch.from_numpy(bags.offsets[:-1].copy())
-        by_torch = make_contestant(
-            "embpack, torch tensors",
-            lambda: table.embedding_bag(indices, offsets, mode="sum"),
-            bags,
-            readying_us(setup.isa),
-            None,
-        )
-        others.append(by_torch)
+        others += _ours_from_torch(setup, table, bags)
     yield Workload(settings, make_ours(setup, table, bags), others, find_wrong_by(Expected([table], bags)))
+
+
+def _ours_from_torch(setup: Setup, table: PackedTable, bags: Bags) -> list[Contestant[Any]]:
+    """Our method and our operator, called with tensors."""
+    import torch  # Installed, or there were no peers.
+
+    from embpack.torch import PackedEmbeddingBag
+
+    indices, offsets = torch.from_numpy(bags.indices), torch.from_numpy(bags.offsets[:-1].copy())
+    pool, packed = torch.ops.embpack.embedding_bag.default, PackedEmbeddingBag.from_table(table).packed
+    row_format = str(table.row_format)
+    calls = {
+        "embpack, torch tensors": lambda: table.embedding_bag(indices, offsets, mode="sum"),
+        "embpack::embedding_bag": lambda: pool(packed, None, None, row_format, indices, offsets, "sum"),
+    }
+    return [make_contestant(name, call, bags, readying_us(setup.isa), None) for name, call in calls.items()]
 
 
 CASES: dict[str, Callable[[Setup], Iterator[Workload[Any]]]] = {

@@ -1,6 +1,7 @@
 """The benchmarks run, and refuse to time answers that differ."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import embpack
+from benchmarks import opening
 from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
 from benchmarks.harness import AnswersDifferError, Contestant, Timing, Workload, measure_spread, race
 from benchmarks.lookups import CASES
@@ -65,6 +67,15 @@ def test_every_case_of_lookup_runs(tmp_path):
         names = {other["name"] for other in others}
         if race_found["settings"]["case"] == "in-cache":
             assert {"PyTorch 4 bits", "PyTorch 8 bits", "PyTorch fp32"} <= names
+
+
+def test_opening_says_what_it_took(capsys):
+    opening.main(["--gigabytes", "0.5"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("13,888,888 x 64: 499,999,968 bytes of packed rows, 3,555,555,328 of float32")
+    assert re.search(
+        r"^opened, and two rows looked up, in \d\.\d{4} s, with \d+\.\d MiB more in memory$", printed, re.M
+    )
 
 
 def test_sums_that_are_wrong_are_found():
