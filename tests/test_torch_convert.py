@@ -100,6 +100,21 @@ def test_nothing_is_changed_if_one_module_cannot_be_packed():
     assert isinstance(model["good"], nn.Embedding)
 
 
+def test_what_counts_in_training_alone_can_be_switched_off():
+    model = nn.ModuleDict({"trained": nn.EmbeddingBag(20, 4, sparse=True, mode="sum")})
+    with pytest.raises(ValueError, match=r"trained has sparse=True: .* after training, set it to False and pack"):
+        quantize_(model)
+    model["trained"].sparse = False
+    quantize_(model)
+    assert isinstance(model["trained"], PackedEmbeddingBag)
+
+
+def test_progress_is_told_of_each_table():
+    told = []
+    quantize_(Recommender(), progress=lambda name, rows: told.append((name, rows)))
+    assert told == [("user", 100), ("towers.0", 50), ("towers.1", 60)]
+
+
 def test_a_subclass_is_left_alone_and_said_so():
     class Scaled(nn.Embedding):
         def forward(self, input: torch.Tensor) -> torch.Tensor:

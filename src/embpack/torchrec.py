@@ -65,7 +65,8 @@ def quantize(
 
     Returns:
         The EmbeddingBagCollection or EmbeddingCollection of torchrec.quant.embedding_modules, on the CPU, with float16
-        scales and biases.
+        scales and biases. As TorchRec has it, its KeyedTensor may have the features in another order than the float
+        collection's, if tables differ in pooling: take them by name.
 
     Raises:
         TypeError: collection is something else.

@@ -15,8 +15,8 @@ from embpack.torch.ops import as_table
 # What a float module can be that a packed one cannot.
 UNSUPPORTED = {
     "max_norm": "it rewrites rows while they are looked up; renormalize the weight before packing",
-    "sparse": "a packed table has no gradients, sparse or dense",
-    "scale_grad_by_freq": "a packed table has no gradients to scale",
+    "sparse": "a packed table has no gradients, sparse or dense; after training, set it to False and pack",
+    "scale_grad_by_freq": "a packed table has no gradients to scale; after training, set it to False and pack",
 }
 
 
