@@ -337,3 +337,14 @@ def test_a_table_takes_no_gradients(module):
     assert not list(module.parameters())
     with pytest.raises(RuntimeError, match="only Tensors of floating point"):
         module.packed.requires_grad_()
+
+
+def test_indices_on_another_device_are_refused():
+    embedding = PackedEmbedding.from_table(make_table())
+    for module in (embedding, BAG):
+        with pytest.raises(ValueError, match="the table is on cpu, indices on meta; both must be on the CPU"):
+            module(torch.zeros((2, 2), dtype=torch.int64, device="meta"))
+    on_meta = copy.deepcopy(embedding).to("meta")
+    assert on_meta(torch.zeros(3, dtype=torch.int64, device="meta")).shape == (3, DIM)
+    with pytest.raises(ValueError, match="the table is on meta, indices on cpu"):
+        on_meta(torch.zeros(3, dtype=torch.int64))

@@ -95,3 +95,42 @@ def test_a_file_of_floats_is_refused(tmp_path):
     save_model(Recommender(), tmp_path / "float.safetensors")
     with pytest.raises(embpack.FormatError):
         load_checkpoint(Recommender(), tmp_path / "float.safetensors")
+
+
+def test_a_weight_that_two_embeddings_share_may_be_in_the_file_once(tmp_path):
+    def make() -> nn.Module:
+        model = nn.ModuleDict({"query_embedding": nn.Embedding(20, 4), "title_embedding": nn.Embedding(20, 4)})
+        model["title_embedding"].weight = model["query_embedding"].weight
+        return model
+
+    path = make_checkpoint(tmp_path, make())  # save_model leaves out what is there twice
+    with torch.device("meta"):
+        model = make()
+    load_checkpoint(model, path)
+    assert isinstance(model["title_embedding"], PackedEmbedding)
+    assert model["title_embedding"].packed.data_ptr() == model["query_embedding"].packed.data_ptr()
+
+
+def test_what_a_packed_module_cannot_do_is_refused(tmp_path):
+    path = make_checkpoint(tmp_path, Recommender())
+    model = Recommender()
+    model.item_embedding.max_norm = 1.0
+    with pytest.raises(ValueError, match=r"item_embedding has max_norm=1\.0"):
+        load_checkpoint(model, path)
+
+
+@pytest.mark.parametrize("method", ["greedy", "kmeans-cls:K=4"])
+def test_a_state_dict_loads_over_mapped_tables(tmp_path, method):
+    """Not into them: the system ends a process that writes to a mapped file."""
+    path = make_checkpoint(tmp_path, Recommender(), method)
+    content = path.read_bytes()
+    model, other = (load_checkpoint(Recommender(), path) for _ in range(2))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["user_embedding.packed"].zero_()
+    assert model.load_state_dict(state).missing_keys == []
+    assert (model.user_embedding.packed == 0).all()
+    assert torch.equal(model.item_embedding.packed, other.item_embedding.packed)
+    assert path.read_bytes() == content
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict({"user_embedding.packed": torch.zeros(3, 12, dtype=torch.uint8)}, strict=False)
+    assert torch.equal(other.user_embedding.packed, load_checkpoint(Recommender(), path).user_embedding.packed)

@@ -495,6 +495,16 @@ def test_features_that_do_not_go_together_are_named():
         COLLECTION(uneven)
 
 
+def test_input_and_tables_of_other_types_are_named():
+    with pytest.raises(TypeError, match="input is list; it must be a tensor"):
+        COLLECTION([1, 2, 3])
+    with pytest.raises(TypeError, match="table 'a' is a EmbeddingBag; it must be a PackedEmbeddingBag"):
+        PackedEmbeddingBagCollection({"a": nn.EmbeddingBag(3, 4)})
+    pytest.importorskip("torchrec")
+    with pytest.raises(ValueError, match="the collection is weighted, and the features have no weights"):
+        PackedEmbeddingBagCollection(make_bags(), FEATURES, is_weighted=True)(make_features())
+
+
 def test_tables_and_features_must_go_together():
     with pytest.raises(ValueError, match="the tables are none, but feature_names are of none"):
         PackedEmbeddingBagCollection({})

@@ -109,6 +109,36 @@ def test_what_counts_in_training_alone_can_be_switched_off():
     assert isinstance(model["trained"], PackedEmbeddingBag)
 
 
+def test_weights_that_share_their_memory_alone_are_tied():
+    model = LanguageModel()
+    model.head.weight = nn.Parameter(model.embed.weight.data)
+    with pytest.raises(ValueError, match=r"embed\.weight is also head\.weight"):
+        quantize_(model)
+
+
+def test_modules_with_hooks_are_left_alone_and_said_so():
+    model = nn.ModuleDict({"watched": nn.Embedding(20, 4), "free": nn.Embedding(20, 4)})
+    model["watched"].register_forward_hook(lambda module, inputs, output: 2 * output)
+    report = quantize_(model)
+    assert report.left_alone == (("watched", "it has hooks, which a packed module would not have"),)
+    assert isinstance(model["free"], PackedEmbedding)
+
+
+def test_what_cannot_be_packed_is_named():
+    model = nn.ModuleDict({"fine": nn.Embedding(20, 4), "broken": nn.Embedding(20, 4)})
+    with torch.no_grad():
+        model["broken"].weight[3, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"broken: weight\[3, 2\] is nan"):
+        quantize_(model)
+    assert isinstance(model["fine"], nn.Embedding)
+    with torch.device("meta"):
+        unloaded = nn.ModuleDict({"empty": nn.Embedding(20, 4)})
+    with pytest.raises(ValueError, match="empty is on the meta device and has no values: load them first"):
+        quantize_(unloaded)
+    with pytest.raises(TypeError, match="model is dict; quantize_ packs"):
+        quantize_({"weight": torch.zeros(20, 4)})
+
+
 def test_progress_is_told_of_each_table():
     told = []
     quantize_(Recommender(), progress=lambda name, rows: told.append((name, rows)))

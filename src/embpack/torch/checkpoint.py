@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from embpack.files import open_packed
 from embpack.table import PackedTable
-from embpack.torch.convert import PACKED, Place, swap_collections, walk_children
+from embpack.torch.convert import PACKED, Place, address_of, swap_collections, walk_children
+from embpack.torch.modules import check_supported
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
@@ -28,7 +29,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         FileNotFoundError: there is nothing at path.
         FormatError: the file is damaged, truncated, not ours or of a future version.
-        ValueError: model and file do not have the same tensors; names them. The model may be half loaded then.
+        ValueError: model and file do not have the same tensors; names them. The model may be half loaded then. Or a
+            module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq).
     """
     tables: dict[str, PackedTable] = {}
     floats: dict[str, Tensor] = {}
@@ -58,8 +60,17 @@ def _swap(model: nn.Module, tables: Mapping[str, PackedTable]) -> tuple[str, ...
     """Put packed modules in place, and return the beginnings of the names of what they have."""
     swaps: list[tuple[Place, nn.Module]] = []
     made: dict[nn.Module, nn.Module] = {}
-    for module, place in walk_children(model):
+    children: list[tuple[Any, Place]] = list(walk_children(model))
+    # A weight that two embeddings share may be in the file once.
+    shared = {
+        address_of(module.weight): tables[f"{place.name}.weight"]
+        for module, place in children
+        if f"{place.name}.weight" in tables and type(module) in PACKED
+    }
+    for module, place in children:
         table = tables.get(f"{place.name}.weight")
+        if table is None and type(module) in PACKED:
+            table = shared.get(address_of(module.weight))
         if module not in made:
             if table is None:
                 continue
@@ -83,4 +94,5 @@ def _pack(module: Any, name: str, table: PackedTable) -> nn.Module:
     shape = (module.num_embeddings, module.embedding_dim)
     if shape != table.shape:
         raise ValueError(f"{name} is {shape[0]} x {shape[1]}, but its table is {table.shape[0]} x {table.shape[1]}")
+    check_supported(module, name)
     return packed.like(module, table).train(module.training)

@@ -30,6 +30,7 @@ class PackedEmbeddingBagCollection(nn.Module):
     TorchRec is needed only by those who give a KeyedJaggedTensor.
 
     Raises:
+        TypeError: a table is no PackedEmbeddingBag.
         ValueError: there is no table, or feature_names are of other ones.
 
     Source: torchrec.EmbeddingBagCollection.
@@ -48,6 +49,9 @@ class PackedEmbeddingBagCollection(nn.Module):
         if not embedding_bags or set(names) != set(embedding_bags):
             tables = ", ".join(embedding_bags) or "none"
             raise ValueError(f"the tables are {tables}, but feature_names are of {', '.join(names) or 'none'}")
+        for name, bag in embedding_bags.items():
+            if not isinstance(bag, PackedEmbeddingBag):
+                raise TypeError(f"table {name!r} is a {type(bag).__name__}; it must be a PackedEmbeddingBag")
         self.embedding_bags = nn.ModuleDict(embedding_bags)
         self.feature_names = {name: tuple(names[name]) for name in embedding_bags}
         self.is_weighted = is_weighted
@@ -163,8 +167,13 @@ class PackedEmbeddingBagCollection(nn.Module):
         return self._pool_features(input)
 
     def _pool_features(self, features: Any) -> Any:
-        from torchrec.sparse.jagged_tensor import KeyedTensor  # type: ignore[import-untyped]
+        try:
+            from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor  # type: ignore[import-untyped]
+        except ImportError:
+            raise TypeError(f"input is {type(features).__name__}; it must be a tensor") from None
 
+        if not isinstance(features, KeyedJaggedTensor):
+            raise TypeError(f"input is {type(features).__name__}; it must be a tensor or a KeyedJaggedTensor")
         if features.variable_stride_per_key() or features.inverse_indices_or_none() is not None:
             raise ValueError("features have different numbers of bags (variable stride); give each key as many")
         positions = {key: position for position, key in enumerate(features.keys())}
@@ -172,6 +181,8 @@ class PackedEmbeddingBagCollection(nn.Module):
         if missing:
             raise ValueError(f"the features lack {', '.join(missing)}; they are {', '.join(positions)}")
         where = ([positions[name] for name in self._readers], len(positions))
+        if self.is_weighted and features.weights_or_none() is None:
+            raise ValueError("the collection is weighted, and the features have no weights")
         weights = features.weights() if self.is_weighted else None
         pooled = self._pool(where, (features.values(), features.offsets()), weights, include_last_offset=True)
         return KeyedTensor(self.embedding_names, self.embedding_dims, pooled)

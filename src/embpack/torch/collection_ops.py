@@ -18,7 +18,7 @@ from torch import Tensor
 from embpack import _native
 from embpack.layouts import RowFormat
 from embpack.table import MODES, as_row, explain_offsets
-from embpack.torch.ops import DTYPE_NAMES, INDEX_DTYPES, as_table, check_weights, library
+from embpack.torch.ops import DTYPE_NAMES, INDEX_DTYPES, as_table, check_devices, check_weights, library
 
 TABLES = "Tensor[] packed, Tensor[] clusters, Tensor[] codebooks, str tables, int[] feature_of, int num_features"
 BAGS = "Tensor indices, Tensor? offsets"
@@ -242,6 +242,7 @@ NUM_ARGUMENTS = len(Group._fields)
 
 def _fake_pooled(*arguments: Any, include_last_offset: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     group, (indices, offsets, *_) = Group(*arguments[:NUM_ARGUMENTS]), arguments[NUM_ARGUMENTS:]
+    check_devices(group.packed[0], indices)
     batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset)
     return torch.empty((batch, read_tables(group.tables).width), dtype=dtype, device=indices.device)
 

@@ -83,13 +83,16 @@ def quantize_(
         What became of each embedding.
 
     Raises:
-        ValueError: a weight is tied, a module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq), the
-            model is itself an embedding, or an argument is not as above.
+        TypeError: model is no module.
+        ValueError: a weight is tied, cannot be packed or has no values, a module does what a packed one cannot
+            (max_norm, sparse, scale_grad_by_freq), the model is itself an embedding, or an argument is not as above.
 
     Source: torchao.quantization.quantize_, its shape.
     """
     if tied not in ("refuse", "untie"):
         raise ValueError(f"tied is {tied!r}; choose 'refuse' or 'untie'")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; quantize_ packs a torch.nn.Module's embeddings in place")
     if type(model) in PACKED or is_torchrec_bags(model):
         kind = type(model).__name__
         raise ValueError(f"the model is itself an embedding ({kind}), which cannot be swapped in place; use from_float")
@@ -99,13 +102,14 @@ def quantize_(
         check_supported(module, hangs[0].name)
     if tied == "refuse":
         _refuse_tied(model, places)
-    packed: dict[int, PackedTable] = {}
+    packed: dict[Any, PackedTable] = {}
     reports, swaps = [], []
     for module, hangs in modules:
         weight, start = module.weight.detach(), perf_counter()
-        table = packed.get(id(module.weight))
-        if table is None:
-            table = packed[id(module.weight)] = quantize(weight, method, bits=bits, param_dtype=param_dtype)
+        key = (address_of(module.weight), weight.shape)
+        if key not in packed:
+            packed[key] = _pack(weight, hangs[0].name, method, bits=bits, param_dtype=param_dtype)
+        table = packed[key]
         reports.append(_report(hangs[0].name, weight, table, perf_counter() - start))
         progress(hangs[0].name, table.num_embeddings)
         swaps.append((hangs, PACKED[type(module)].like(module, table).train(module.training)))
@@ -120,6 +124,11 @@ PACKED: dict[type, type[PackedEmbedding] | type[PackedEmbeddingBag]] = {
     nn.Embedding: PackedEmbedding,
     nn.EmbeddingBag: PackedEmbeddingBag,
 }
+
+
+def address_of(weight: Tensor) -> int:
+    """What is the same of two parameters that share their memory, even if they are two objects."""
+    return weight.data_ptr() or id(weight)  # there is no memory on the meta device
 
 
 def is_torchrec_bags(module: nn.Module) -> bool:
@@ -167,6 +176,8 @@ def _find(model: nn.Module, filter: Filter | None) -> tuple[dict[Any, list[Place
 def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: Filter | None) -> str | None:
     if type(module) not in PACKED:
         return f"a {type(module).__name__}, whose own forward a packed module would not have"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks, which a packed module would not have"
     if filter is not None:
         return None if filter(module, name) else "the filter says no"
     if module.num_embeddings < MIN_ROWS:
@@ -174,17 +185,28 @@ def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: 
     return None
 
 
+def _pack(weight: Tensor, name: str, method: str, **options: Any) -> PackedTable:
+    if weight.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device and has no values: load them first, or open a packed file by load_checkpoint"
+        )
+    try:
+        return quantize(weight, method, **options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _refuse_tied(model: nn.Module, places: dict[Any, list[Place]]) -> None:
-    names = {id(module.weight): f"{hangs[0].name}.weight" for module, hangs in places.items()}
+    names = {address_of(module.weight): f"{hangs[0].name}.weight" for module, hangs in places.items()}
     for owner_name, owner in model.named_modules():
         if owner in places:
             continue
         for parameter_name, parameter in owner.named_parameters(recurse=False):
-            if id(parameter) in names:
+            if address_of(parameter) in names:
                 other = f"{owner_name}.{parameter_name}" if owner_name else parameter_name
                 raise ValueError(
-                    f"{names[id(parameter)]} is also {other}, which stays float: pass tied='untie' to pack the one and "
-                    "leave the other as it is, or a filter that leaves the embedding alone"
+                    f"{names[address_of(parameter)]} is also {other}, which stays float: pass tied='untie' to pack the "
+                    "one and leave the other as it is, or a filter that leaves the embedding alone"
                 )
 
 

@@ -41,6 +41,7 @@ class _PackedRows(nn.Module):
         self.num_embeddings = num_embeddings
         self.row_format = row_format
         self._row_format_text = str(row_format)
+        self._read_only: set[str] = set()  # buffers in memory that cannot be written to, as of a mapped file
         clusters = codebooks = None
         if row_format.is_clustered:
             number_bytes = cluster_dtype(num_codebooks).itemsize
@@ -78,11 +79,22 @@ class _PackedRows(nn.Module):
         return module._adopt(table)
 
     def _adopt(self, table: PackedTable) -> Self:
+        parts = {"packed": table.packed, "clusters": table.clusters, "codebooks": table.codebooks}
+        self._read_only = {name for name, part in parts.items() if part is not None and not part.flags.writeable}
         self.packed = _as_tensor(table.packed)
         if table.clusters is not None and table.codebooks is not None:
             self.clusters = _as_tensor(table.clusters.reshape(-1, 1).view(np.uint8))
             self.codebooks = _as_tensor(np.ascontiguousarray(table.codebooks).view(np.uint8))
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # PyTorch copies into the buffers, and the system ends a process that writes to a mapped file.
+        for name in list(self._read_only):
+            buffer, loaded = self._buffers[name], state_dict.get(prefix + name)
+            if buffer is not None and isinstance(loaded, Tensor) and loaded.shape == buffer.shape:
+                self._buffers[name] = torch.empty_like(buffer)
+                self._read_only.remove(name)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @property
     def embedding_dim(self) -> int:
@@ -141,7 +153,7 @@ class PackedEmbedding(_PackedRows):
 
     @classmethod
     def from_table(cls, table: PackedTable, *, padding_idx: int | None = None) -> "PackedEmbedding":
-        """Make a module of a table, sharing its memory; read-only memory, as of a mapped file, stays so."""
+        """Make a module of a table, sharing its memory; what is mapped from a file must not be written to."""
         return cls._make(table, padding_idx=padding_idx)
 
     def to_float(self) -> nn.Embedding:
@@ -223,7 +235,7 @@ class PackedEmbeddingBag(_PackedRows):
         include_last_offset: bool = False,
         padding_idx: int | None = None,
     ) -> "PackedEmbeddingBag":
-        """Make a module of a table, sharing its memory; read-only memory, as of a mapped file, stays so."""
+        """Make a module of a table, sharing its memory; what is mapped from a file must not be written to."""
         return cls._make(table, mode=mode, include_last_offset=include_last_offset, padding_idx=padding_idx)
 
     def to_float(self) -> nn.EmbeddingBag:

@@ -165,8 +165,15 @@ library.impl("embedding_bag", _embedding_bag, "CPU")
 library.impl("embedding_bag.weighted", _weighted_embedding_bag, "CPU")
 
 
+def check_devices(table: Tensor, indices: Tensor) -> None:
+    """Raise ValueError if they are on two devices."""
+    if table.device != indices.device:
+        raise ValueError(f"the table is on {table.device}, indices on {indices.device}; both must be on the CPU")
+
+
 def _fake_embedding(*arguments: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     packed, _, _, row_format, indices = arguments
+    check_devices(packed, indices)
     return torch.empty((*indices.shape, RowFormat.parse(row_format).embedding_dim), dtype=dtype, device=packed.device)
 
 
@@ -177,6 +184,7 @@ def _fake_bags(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     packed, _, _, row_format, indices, offsets, *_ = arguments
+    check_devices(packed, indices)
     num_bags = count_bags(indices, offsets, include_last_offset)
     return torch.empty((num_bags, RowFormat.parse(row_format).embedding_dim), dtype=dtype, device=packed.device)
 
