@@ -27,6 +27,7 @@ constexpr Named<SearchFn> searches[] = {
     {"sym", &Kernels::search_sym},
     {"table", &Kernels::search_table},
     {"greedy", &Kernels::search_greedy},
+    {"optimal", &Kernels::search_optimal},
     {"gss", &Kernels::search_gss},
     {"aciq", &Kernels::search_aciq},
     {"hist-apprx", &Kernels::search_hist_apprx},
@@ -71,6 +72,8 @@ QuantizeAnswer quantize(const RowsArray& rows, const std::string& search, const 
     const Rows view = view_rows(rows);
     const Grid grid = make_grid(bits, f16_params);
     require(params.b > 0, "b must be positive");
+    require(params.scale_step > 0 && params.quarter_step > 0, "steps must be positive");
+    require(params.num_kept >= 0 && params.num_kept <= most_kept, "num_kept is more than is kept");
     require_room(view, grid, Layout::uniform, span_rows, packed);
     SearchFn Kernels::*fn = find_named(searches, search);
     const bool counts_bins = fn == &Kernels::search_hist_apprx || fn == &Kernels::search_hist_brute;
@@ -139,11 +142,15 @@ std::vector<std::string> list_searches() {
 void bind_quantize(nb::module_& m) {
     nb::class_<SearchParams>(m, "SearchParams", "What a search may need beside the rows.")
         .def("__init__",
-             [](SearchParams* self, int b, double r, bool local_minima_only, float xmin, float xmax) {
-                 new (self) SearchParams{b, r, local_minima_only, xmin, xmax};
+             [](SearchParams* self, int b, double r, bool local_minima_only, int scale_step, int quarter_step,
+                int num_kept, int num_steps, float xmin, float xmax) {
+                 new (self) SearchParams{b,        r,         local_minima_only, scale_step, quarter_step,
+                                         num_kept, num_steps, xmin,              xmax};
              },
              nb::kw_only(), nb::arg("b") = SearchParams{}.b, nb::arg("r") = SearchParams{}.r,
-             nb::arg("local_minima_only") = false, nb::arg("xmin") = 0.0f, nb::arg("xmax") = 0.0f);
+             nb::arg("local_minima_only") = false, nb::arg("scale_step") = SearchParams{}.scale_step,
+             nb::arg("quarter_step") = SearchParams{}.quarter_step, nb::arg("num_kept") = SearchParams{}.num_kept,
+             nb::arg("num_steps") = SearchParams{}.num_steps, nb::arg("xmin") = 0.0f, nb::arg("xmax") = 0.0f);
 
     // Written out where the generated signature would not say what an array holds.
     m.def("quantize", &quantize, nb::arg("rows"), nb::arg("search"), nb::arg("params"), nb::arg("bits"),

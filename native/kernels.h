@@ -16,6 +16,9 @@ inline constexpr size_t block_rows = 32;
 // A histogram lies on the stack.
 inline constexpr int max_bins = 1024;
 
+// Starts of a search lie on the stack, too.
+inline constexpr int most_kept = 8;
+
 enum class ValueType : uint8_t { f32, f16, bf16 };
 
 inline constexpr size_t value_bytes(ValueType type) { return type == ValueType::f32 ? 4 : 2; }
@@ -31,6 +34,10 @@ struct SearchParams {
     int b = 200;                      // greedy: number of steps in the full range; hist-*: of bins, at most max_bins
     double r = 0.16;                  // greedy: the share of the range that may be cut off
     bool local_minima_only = false;   // greedy: remember what PyTorch and the paper's figures remember
+    int scale_step = 1;               // optimal: every so many of the scales and offsets are started from
+    int quarter_step = 1;
+    int num_kept = 6;                 // optimal: starts that it goes on with, at most most_kept
+    int num_steps = 8;                // optimal: how often
     float xmin = 0.0f;                // table: the range of the whole table
     float xmax = 0.0f;
 };
@@ -177,6 +184,7 @@ struct Kernels {
     SearchFn search_sym;
     SearchFn search_table;
     SearchFn search_greedy;
+    SearchFn search_optimal;
     SearchFn search_gss;
     SearchFn search_aciq;
     SearchFn search_hist_apprx;

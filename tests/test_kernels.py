@@ -115,6 +115,7 @@ def test_kernels_do_what_the_reference_does_in_wide_rows(isa, method, embedding_
         "greedy:b=30,r=0.99999999",
         "greedy-paper:b=60,r=0.5",
         "greedy-paper:b=37,r=0.3",
+        "optimal:effort=fast",
     ],
 )
 def test_parameters_are_honoured(isa, spec, embedding_dim, bits):

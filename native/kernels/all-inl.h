@@ -7,6 +7,7 @@
 #include "greedy_walk-inl.h"
 #include "greedy_quick-inl.h"
 #include "search_greedy-inl.h"
+#include "search_optimal-inl.h"
 #include "search_gss-inl.h"
 #include "search_aciq-inl.h"
 #include "histogram-inl.h"
@@ -28,6 +29,7 @@ constexpr Kernels make_kernels() {
         .search_sym = search_sym,
         .search_table = search_table,
         .search_greedy = search_greedy,
+        .search_optimal = search_optimal,
         .search_gss = search_gss,
         .search_aciq = search_aciq,
         .search_hist_apprx = search_hist_apprx,

@@ -37,39 +37,37 @@ class RangeSearch(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """Scale and bias as they are stored, and what values are multiplied by to get codes."""
+    """Scale and bias as they are stored, and what values are multiplied by to get codes; or arrays of these."""
 
-    scale: np.float32
-    bias: np.float32
-    inverse: np.float32
+    scale: Any
+    bias: Any
+    inverse: Any
 
 
-def make_grid(xmin: np.float32, xmax: np.float32, row_format: RowFormat) -> Grid:
-    """Turn a clipping range into scale and bias.
+def make_grid(xmin: Any, xmax: Any, row_format: RowFormat) -> Grid:
+    """Turn a clipping range, or arrays of ranges, into scale and bias.
 
     Source: the paper's section 2, with the roundings of FBGEMM's
     FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf (float16 parameters) and FloatToFused8BitRowwiseQuantized
     (8 bits with float32 parameters, where constant rows get scale 0 and an epsilon guards the division).
     """
-    top = F32(2**row_format.bits - 1)
+    top, one = F32(2**row_format.bits - 1), F32(1)
     with np.errstate(all="ignore"):
         if row_format.bits == 8 and not row_format.has_f16_params:
-            value_range = F32(xmax - xmin)
-            return Grid(value_range / top, F32(xmin), top / (value_range + F32(1e-8)))
-        bias = _store(xmin, row_format)
-        value_range = F32(xmax - bias)
-        scale = F32(1) if value_range == 0 else _store(value_range / top, row_format)
-        if scale == 0:
-            scale = F32(1)
-        inverse = F32(1) / scale
-        if not np.isfinite(inverse):
-            scale = inverse = F32(1)
-    return Grid(scale, bias, inverse)
+            value_range = xmax - xmin
+            return Grid(value_range / top, xmin, top / (value_range + F32(1e-8)))
+        bias = store_param(xmin, row_format)
+        value_range = xmax - bias
+        scale = np.where(value_range == 0, one, store_param(value_range / top, row_format))
+        scale = np.where(scale == 0, one, scale)
+        is_usable = np.isfinite(one / scale)
+        scale = np.where(is_usable, scale, one)[()]
+    return Grid(scale, bias, one / scale)
 
 
-def _store(value: np.float32, row_format: RowFormat) -> np.float32:
-    """Round to the type that a parameter is stored in."""
-    return F32(np.float16(value)) if row_format.has_f16_params else F32(value)
+def store_param(value: Any, row_format: RowFormat) -> Any:
+    """Round float32, one or an array, to the type that a parameter is stored in."""
+    return np.asarray(value).astype(np.float16).astype(F32)[()] if row_format.has_f16_params else value
 
 
 def encode(x: Row, grid: Grid, bits: int) -> Codes:

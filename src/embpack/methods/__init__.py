@@ -11,13 +11,14 @@ from embpack.methods.hist_apprx import HistApprx
 from embpack.methods.hist_brute import HistBrute
 from embpack.methods.kmeans import KMeans, KMeansLloyd
 from embpack.methods.kmeans_cls import KMeansCls
+from embpack.methods.optimal import Optimal
 from embpack.methods.sym import Sym
 from embpack.methods.table import Table
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(Asym, Sym, Table, Greedy, GreedyPaper, GreedyOpt, Gss, Aciq, HistApprx, HistBrute),
+        *(Asym, Sym, Table, Greedy, GreedyPaper, GreedyOpt, Optimal, Gss, Aciq, HistApprx, HistBrute),
         *(KMeans, KMeansLloyd, KMeansCls),
     )
 }
@@ -39,12 +40,15 @@ def parse_method(spec: str | Method) -> Method:
         raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
     method = METHODS[name]
     types = {field.name: field.type for field in fields(method)}
-    values: dict[str, int | float] = {}
+    values: dict[str, int | float | str] = {}
     for setting in filter(None, settings.split(",")):
         key, _, text = setting.partition("=")
         if key not in types:
             known = ", ".join(types) or "none"
             raise ValueError(f"method {name!r} has no parameter {key!r}; it has: {known}")
+        if types[key] is str:
+            values[key] = text
+            continue
         try:
             values[key] = int(text) if types[key] is int else float(text)
         except ValueError:
@@ -70,6 +74,7 @@ __all__ = [
     "KMeansCls",
     "KMeansLloyd",
     "Method",
+    "Optimal",
     "Sym",
     "Table",
     "UniformMethod",

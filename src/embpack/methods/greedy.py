@@ -15,7 +15,7 @@ PATIENCE = 4
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     """A range and its measured loss ||X - Q(X, xmin, xmax)||_2."""
 
     xmin: np.float32
@@ -23,12 +23,17 @@ class _Candidate:
     loss: np.float32
 
 
-def _measure(x: Row, xmin: np.float32, xmax: np.float32, row_format: RowFormat) -> _Candidate:
+def measure(x: Row, xmin: np.float32, xmax: np.float32, row_format: RowFormat) -> Candidate:
     """The loss of a range; squares are summed in order, in float32, as PyTorch does."""
     with np.errstate(all="ignore"):
         error = x - round_trip(x, xmin, xmax, row_format)
         total = np.add.accumulate(error * error, dtype=F32)[-1]
-        return _Candidate(xmin, xmax, np.sqrt(total))
+        return Candidate(xmin, xmax, np.sqrt(total))
+
+
+def surely_less(loss: np.float32, other: np.float32, embedding_dim: int) -> bool:
+    """Whether a measured loss is the lower one, whatever the roundings: each sum carries up to (d + 8) / 2 of them."""
+    return bool(loss < other * (F32(1) - F32(embedding_dim + 8) * F32(2**-24)))
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class _GreedySearch(UniformMethod):
 
     def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
         """Walk through the ranges and return the best one remembered."""
-        current = _measure(x, x.min(), x.max(), row_format)
+        current = measure(x, x.min(), x.max(), row_format)
         best = local_minimum = current
         with np.errstate(all="ignore"):
             step = (current.xmax - current.xmin) / F32(self.b)
@@ -68,8 +73,8 @@ class _GreedySearch(UniformMethod):
             falling = moves_since_best < PATIENCE and current.xmin + step < current.xmax
             if not within_r and (self.local_minima_only or not falling):
                 break
-            left = _measure(x, current.xmin + step, current.xmax, row_format)
-            right = _measure(x, current.xmin, current.xmax - step, row_format)
+            left = measure(x, current.xmin + step, current.xmax, row_format)
+            right = measure(x, current.xmin, current.xmax - step, row_format)
             if within_r and current.loss < min(left.loss, right.loss) and current.loss < local_minimum.loss:
                 local_minimum = current
             current = left if left.loss < right.loss else right
@@ -79,9 +84,7 @@ class _GreedySearch(UniformMethod):
                 moves_since_best += 1
         chosen = local_minimum
         if not self.local_minima_only:
-            # Sums carry up to (d + 8) / 2 roundings each: only a loss lower by more is surely not the higher one.
-            surely = F32(1) - F32(len(x) + 8) * F32(2**-24)
-            chosen = best if best.loss < local_minimum.loss * surely else local_minimum
+            chosen = best if surely_less(best.loss, local_minimum.loss, len(x)) else local_minimum
         return chosen.xmin, chosen.xmax
 
     def search_params(self) -> SearchParams:
