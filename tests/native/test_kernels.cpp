@@ -57,6 +57,7 @@ const Search searches[] = {
     {"table", &Kernels::search_table, {.xmin = -0.7f, .xmax = 1.1f}},
     {"greedy", &Kernels::search_greedy, {.b = 20, .r = 0.3}},
     {"greedy-paper", &Kernels::search_greedy, {.b = 20, .r = 0.3, .local_minima_only = true}},
+    {"optimal", &Kernels::search_optimal, {.scale_step = 7, .quarter_step = 3, .num_kept = 2, .num_steps = 2}},
     {"gss", &Kernels::search_gss, {}},
     {"aciq", &Kernels::search_aciq, {}},
     {"hist-apprx", &Kernels::search_hist_apprx, {.b = 20}},
