@@ -25,26 +25,35 @@ def test_there_is_python_to_run():
     assert len(blocks("python")) >= 1
 
 
-# docs/static_encoders.md has a test of its own: its blocks need a model.
-NEEDED = {"pytorch.md": ["torch"], "bridges.md": ["torchrec", "onnxruntime", "onnxscript"]}
-RUN_PAGES = [ROOT / "README.md", ROOT / "docs" / "pytorch.md", ROOT / "docs" / "bridges.md"]
+def run_and_compare(code: str, name: str, names: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    """A comment after print(...) is what it prints, up to "..." or a colon with an explanation."""
+    exec(compile(code, name, "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    comments = re.findall(r"^print\(.*\)  +# (.*)$", code, re.MULTILINE)
+    expected = [re.split(r"\.\.\.|: ", comment)[0].rstrip(" ,") for comment in comments]
+    assert [line[: len(start)] for line, start in zip(printed, expected, strict=True)] == expected
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=range(len(blocks("python"))))
+def test_python_runs_and_prints_what_its_comments_say(tmp_path, monkeypatch, capsys, code):
+    monkeypatch.chdir(tmp_path)
+    run_and_compare(code, "README.md", {"__name__": "__main__"}, capsys)
+
+
+# Pages that are read from top to bottom, and what they need. docs/static_encoders.md has a test of its own: its blocks
+# need a model.
+RUN_PAGES = {"pytorch.md": ["torch"], "bridges.md": ["torchrec", "onnxruntime", "onnxscript"]}
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:.*torch.jit.script_method:DeprecationWarning")
-@pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: page.name)
-def test_python_runs_and_prints_what_its_comments_say(tmp_path, monkeypatch, capsys, page):
-    """From top to bottom. A comment after print(...) is what it prints, up to "..." or a colon with an explanation."""
-    for package in NEEDED.get(page.name, ()):
+@pytest.mark.parametrize("page", RUN_PAGES)
+def test_python_of_other_pages_does_so_too(tmp_path, monkeypatch, capsys, page):
+    for package in RUN_PAGES[page]:
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
-    for code in blocks("python", page.read_text()):
-        exec(compile(code, page.name, "exec"), names)
-        printed = iter(capsys.readouterr().out.splitlines())
-        comments = re.findall(r"^print\(.*\)  +# (.*)$", code, re.MULTILINE)
-        expected = [re.split(r"\.\.\.|: ", comment)[0].rstrip(" ,") for comment in comments]
-        for start in expected:
-            assert any(line.startswith(start) for line in printed), start
+    for code in blocks("python", (ROOT / "docs" / page).read_text()):
+        run_and_compare(code, page, names, capsys)
 
 
 def test_the_command_lines_run(tmp_path, monkeypatch):
