@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.bags import Expected, make_bags, make_table, make_uneven_bags
 from benchmarks.harness import Workload
-from benchmarks.lookup_setup import OTHER_DIM, Setup, describe_race, find_wrong_by, make_contestant, readying_us
+from benchmarks.lookup_setup import OTHER_DIM, Setup, describe_group_race, find_wrong_by, make_contestant, readying_us
 from benchmarks.peers import Lookup
 
 BAG_SIZE = 20
@@ -74,8 +74,5 @@ def _make_workload(setup: Setup, calls: dict[str, Lookup], tables: list[Any], ba
         torch.set_num_threads(1)
 
     ours, *others = (make_contestant(name, call, bags, make_ready, None) for name, call in calls.items())
-    settings = describe_race("modules", setup, tables[0], bags) | {
-        "tables": len(tables),
-        "table_bytes": sum(table.nbytes for table in tables),
-    }
+    settings = describe_group_race("modules", setup, tables, bags)
     return Workload(settings, ours, others, find_wrong_by(Expected(tables, bags)))

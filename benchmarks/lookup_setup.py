@@ -119,3 +119,9 @@ def describe_race(case: str, setup: Setup, table: PackedTable, bags: Bags) -> di
         "threads": 1,
         "isa": setup.isa,
     }
+
+
+def describe_group_race(case: str, setup: Setup, tables: Sequence[PackedTable], bags: Bags) -> dict[str, Any]:
+    """Describe a race on several tables alike, whose bags lie table after table."""
+    of_group = {"tables": len(tables), "table_bytes": sum(table.nbytes for table in tables)}
+    return describe_race(case, setup, tables[0], bags) | of_group

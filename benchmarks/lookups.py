@@ -15,6 +15,7 @@ from benchmarks.lookup_setup import (
     OTHER_DIM,
     Setup,
     bind_table,
+    describe_group_race,
     describe_race,
     find_wrong_by,
     make_contestant,
@@ -144,10 +145,7 @@ def race_many_tables(setup: Setup) -> Iterator[Workload[Any]]:
     ours = make_contestant(
         "embpack", lambda: group.embedding_bag(bags.indices, bags.offsets), bags, readying_us(setup.isa), None
     )
-    settings = describe_race("many-tables", setup, tables[0], bags) | {
-        "tables": len(tables),
-        "table_bytes": sum(table.nbytes for table in tables),
-    }
+    settings = describe_group_race("many-tables", setup, tables, bags)
     yield Workload(settings, ours, others, find_wrong_by(Expected(tables, bags)))
 
 

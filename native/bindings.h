@@ -1,6 +1,6 @@
-// What the bindings of quantizing, of lookup and of PyTorch's tensors have in common. They check sizes and types, release
-// the GIL and call. Messages for users are made in Python, which has checked everything that a user can get wrong before
-// it calls; what is checked here keeps memory safe whoever calls.
+// What the bindings of quantizing, of lookup and of PyTorch's tensors have in common. They check sizes and types,
+// release the GIL and call. Messages for users are made in Python, which has checked everything that a user can get
+// wrong before it calls; what is checked here keeps memory safe whoever calls.
 #pragma once
 
 #include <nanobind/nanobind.h>

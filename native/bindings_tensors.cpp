@@ -193,8 +193,6 @@ nb::object pool_tensors(nb::handle packed, nb::handle clusters, nb::handle codeb
 // Tables, and how often each is read and how pooled; their tensors come with each call.
 class TensorGroup {
 public:
-    TensorGroup() = default;
-
     void add(std::string_view row_format, std::string_view mode, int64_t padding_index, size_t num_lookups) {
         formats_.push_back(parse_format(row_format));
         for (size_t i = 0; i < num_lookups; i++)
@@ -263,17 +261,20 @@ void bind_tensors(nb::module_& m) {
           nb::arg("row_format"), nb::arg("indices"), nb::arg("dtype"),
           "The rows `indices` as a new tensor, or what gather returns for a fault.");
     m.def("pool_tensors", &pool_tensors, nb::arg("packed"), nb::arg("clusters").none(), nb::arg("codebooks").none(),
-          nb::arg("row_format"), nb::arg("indices"), nb::arg("offsets").none(), nb::arg("mode"), nb::arg("per_sample_weights").none(),
-          nb::arg("include_last_offset"), nb::arg("padding_index"), nb::arg("dtype"),
+          nb::arg("row_format"), nb::arg("indices"), nb::arg("offsets").none(), nb::arg("mode"),
+          nb::arg("per_sample_weights").none(), nb::arg("include_last_offset"), nb::arg("padding_index"),
+          nb::arg("dtype"),
           "Pooled bags as a new tensor, or what pool returns for a fault.");
     nb::class_<TensorGroup>(m, "TensorGroup", "What is known of several tables but their tensors, and who reads them.")
         .def(nb::init<>())
-        .def("add", &TensorGroup::add, nb::arg("row_format"), nb::arg("mode"), nb::arg("padding_index"), nb::arg("num_lookups"), "Add a table.")
+        .def("add", &TensorGroup::add, nb::arg("row_format"), nb::arg("mode"), nb::arg("padding_index"),
+             nb::arg("num_lookups"), "Add a table.")
         .def("pool", &TensorGroup::pool, nb::arg("packed"), nb::arg("clusters"), nb::arg("codebooks"),
              nb::arg("feature_of"), nb::arg("num_features"), nb::arg("indices"), nb::arg("offsets"),
              nb::arg("per_sample_weights").none(), nb::arg("include_last_offset"), nb::arg("dtype"),
-             nb::sig("def pool(self, packed: list[typing.Any], clusters: list[typing.Any], codebooks: list[typing.Any], "
-                     "feature_of: collections.abc.Sequence[int], num_features: int, indices: object, offsets: object, "
+             nb::sig("def pool(self, packed: list[typing.Any], clusters: list[typing.Any], "
+                     "codebooks: list[typing.Any], feature_of: collections.abc.Sequence[int], num_features: int, "
+                     "indices: object, offsets: object, "
                      "per_sample_weights: object | None, include_last_offset: bool, dtype: str) -> object"),
              "Pool the bags of all features into one new tensor, or return what TableGroup.pool does for a fault. "
              "Lookups go from table to table; lookup i is of the bags of feature feature_of[i].");

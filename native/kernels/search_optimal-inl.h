@@ -120,18 +120,6 @@ inline Candidate find_optimal(const RangeOfRows& whole, const RangeOfRows& greed
     return best;
 }
 
-// ||X - Q(X, xmin, xmax)||, as greedy measures it.
-inline F32x16 measure_range(const RangeOfRows& range, const float* columns, size_t d, Grid grid) {
-    const GridParams p = make_grid(range.xmin, range.xmax, grid);
-    const F32x16 top = top_code(grid);
-    F32x16 sum = splat(0.0f);
-    for (size_t j = 0; j < d; j++) {
-        const F32x16 x = load(columns + lanes * j);
-        sum = add(sum, squared_error(x, round_code(unrounded_codes(x, p), top), p));
-    }
-    return sqrt(sum);
-}
-
 void search_optimal(const RowBlock& block, Grid grid, const SearchParams& params, Ranges& ranges,
                     float* scratch) noexcept {
     const size_t d = block.embedding_dim;
@@ -142,11 +130,10 @@ void search_optimal(const RowBlock& block, Grid grid, const SearchParams& params
         transpose_rows(block, lanes * v, scratch);
         const RangeOfRows whole = {load(bounds.xmin + lanes * v), load(bounds.xmax + lanes * v)};
         const RangeOfRows greedy = {load(ranges.xmin + lanes * v), load(ranges.xmax + lanes * v)};
-        Candidate best = find_optimal(whole, greedy, scratch, d, grid, params);
-        const F32x16 found = measure_range({best.xmin, best.xmax}, scratch, d, grid);
-        const F32x16 known = measure_range(greedy, scratch, d, grid);
-        const Mask16 is_better = less(found, mul(known, surely));
-        best = select_candidate(is_better, best, {greedy.xmin, greedy.xmax, known});
-        store_ranges(best, ranges, v);
+        Candidate found = find_optimal(whole, greedy, scratch, d, grid, params);
+        Candidate known = {greedy.xmin, greedy.xmax, splat(0.0f)};
+        measure_anywhere(scratch, d, grid, found, known);
+        const Mask16 is_better = less(found.loss, mul(known.loss, surely));
+        store_ranges(select_candidate(is_better, found, known), ranges, v);
     }
 }
