@@ -121,6 +121,27 @@ def test_embeddings_of_every_format(embeddings, shape):
         assert_same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_modules_of_other_types_return_theirs(tmp_path, dtype):
+    """Bits of bfloat16, which NumPy lacks, are read as those of float32."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = PackedEmbedding.from_table(hard_table(*FORMATS[0])).to(dtype)
+            self.bag = PackedEmbeddingBag.from_table(hard_table(*FORMATS[0]), mode="sum").to(dtype)
+
+        def forward(self, indices, weights):
+            found = self.rows(indices), self.bag(indices), self.bag(indices, None, weights.to(dtype))
+            assert all(values.dtype == dtype for values in found)
+            return [values.float() for values in found]
+
+    model, args = Model(), (torch.arange(6).reshape(2, 3), torch.ones(2, 3))
+    session = export(model, args, tmp_path / "model.onnx")
+    for ours, theirs in zip(run(session, *args), run_torch(model, *args), strict=True):
+        assert_same_bits(ours, theirs)
+
+
 @pytest.fixture(scope="module", params=MODES)
 def bags(folder, request):
     tables = [hard_table(*row_format) for row_format in FORMATS]

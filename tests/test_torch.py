@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import embpack
+from embpack.sources.mapped import is_mapped
 from embpack.torch import PackedEmbedding, PackedEmbeddingBag
 
 ROWS, DIM = 40, 20
@@ -163,8 +165,60 @@ def test_modules_are_saved_and_loaded(tmp_path, method):
     load_model(other, tmp_path / "bag.safetensors")
     assert torch.equal(other(indices, offsets), wanted)
 
-    for again in (copy.deepcopy(bag), pickle.loads(pickle.dumps(bag)), copy.deepcopy(bag).half().to(torch.bfloat16)):
+    for again in (copy.deepcopy(bag), pickle.loads(pickle.dumps(bag)), copy.deepcopy(bag).half().float()):
         assert torch.equal(again(indices, offsets), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_modules_return_values_of_the_type_that_their_weights_had(method, dtype):
+    indices, offsets = make_bags()
+    if dtype == torch.float64:
+        embedding = PackedEmbedding.from_table(make_table(method)).double()
+        bag = PackedEmbeddingBag.from_table(make_table(method), mode="sum").double()
+    else:
+        embedding = PackedEmbedding.from_float(nn.Embedding(ROWS, DIM, dtype=dtype), method)
+        bag = PackedEmbeddingBag.from_float(nn.EmbeddingBag(ROWS, DIM, mode="sum", dtype=dtype), method)
+    for module, arguments in ((embedding, (indices,)), (bag, (indices, offsets)), (bag, (indices.reshape(5, 6),))):
+        found = module(*arguments)
+        assert found.dtype == module.dtype == module.to_float().weight.dtype == dtype
+        single = copy.deepcopy(module).float()
+        assert single(*arguments).dtype == torch.float32 and torch.equal(single(*arguments).to(dtype), found)
+        assert f"{dtype}" in repr(module) and "torch" not in repr(single)
+        again = type(module).from_table(module.table)
+        assert again.dtype == (torch.float32 if dtype == torch.float64 else dtype)
+    gradients = []
+    for weights in (torch.linspace(-1, 1, 30, dtype=dtype), torch.linspace(-1, 1, 30, dtype=dtype).float()):
+        weights.requires_grad_()
+        found = bag(indices, offsets, weights)
+        assert found.dtype == dtype
+        assert torch.equal(found, copy.deepcopy(bag).float()(indices, offsets, weights.float()).to(dtype))
+        (found.double() ** 2).sum().backward()
+        assert weights.grad.dtype == weights.dtype
+        gradients.append(weights.grad.double())
+    torch.testing.assert_close(*gradients, rtol=2**-7, atol=1e-3)
+
+
+def test_modules_take_the_type_they_are_made_with():
+    assert PackedEmbedding(3, 4, dtype=torch.bfloat16)(ONE).dtype == torch.bfloat16
+    assert PackedEmbeddingBag(3, 4, dtype=torch.float16)(ONE, ONE).dtype == torch.float16
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8; choose torch\.float32, float16, bfloat16 or float64"):
+        PackedEmbedding(3, 4, dtype=torch.int8)(ONE)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert PackedEmbedding(3, 4)(ONE).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_of_another_type_runs_packed_compiled_and_exported():
+    model = nn.Sequential(nn.EmbeddingBag(ROWS, DIM), nn.Linear(DIM, 3)).to(torch.bfloat16).eval()
+    indices = make_bags()[0].reshape(5, 6)
+    model[0] = PackedEmbeddingBag.from_float(model[0])
+    wanted = model(indices)
+    assert wanted.dtype == torch.bfloat16
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(indices), wanted)
+    assert torch.equal(torch.export.export(model, (indices,)).module()(indices), wanted)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -223,6 +277,22 @@ def test_a_mapped_table_stays_mapped(tmp_path):
     module = PackedEmbedding.from_table(mapped)
     assert module.packed.data_ptr() == mapped.packed.ctypes.data
     assert torch.equal(module(torch.arange(ROWS)), torch.from_numpy(table.dequantize()))
+    # What is written there is this process's own: neither another's nor the file's, nor the end of the process.
+    module.packed.zero_()
+    module.codebooks.fill_(1)
+    assert not module(torch.arange(ROWS)).isnan().any() and not mapped.packed.flags.writeable
+    again = embpack.load(tmp_path / "tables.safetensors", verify=True)["rows"]
+    np.testing.assert_array_equal(again.packed, table.packed)
+
+
+def test_it_is_known_whose_memory_may_be_written_to(tmp_path):
+    """PyTorch warns of other read-only arrays, rightly: once in a process."""
+    table = make_table()
+    table.packed.flags.writeable = False
+    embpack.save(tmp_path / "tables.safetensors", {"rows": table})
+    mapped = embpack.load(tmp_path / "tables.safetensors")["rows"]
+    assert is_mapped(mapped.packed) and is_mapped(mapped.packed[3:].reshape(-1).view(np.uint8))
+    assert not is_mapped(table.packed) and not is_mapped(np.memmap(tmp_path / "tables.safetensors", mode="r"))
 
 
 def test_modules_say_what_they_are():
@@ -251,7 +321,11 @@ ONE = torch.tensor([0])
         (ValueError, "indices have 3 dimensions", (torch.zeros((1, 2, 3), dtype=torch.int64), None)),
         (ValueError, "offsets have 2 dimensions", (torch.arange(3), torch.zeros((1, 1), dtype=torch.int64))),
         (TypeError, r"indices are torch.float32; they must be torch.int32 or torch.int64", (torch.ones(1, 2), None)),
-        (TypeError, "indices are torch.int64 and offsets torch.int32", (torch.arange(3), ONE.int())),
+        (TypeError, "offsets are torch.int16; they must be torch.int32 or", (torch.arange(3), ONE.short())),
+        (TypeError, "input is a list; it must be a tensor", ([1, 2], ONE)),
+        (TypeError, "offsets is a ndarray; it must be a tensor", (torch.arange(3), ONE.numpy())),
+        (TypeError, "per_sample_weights is a list; it must be a tensor", (torch.arange(3), ONE, [1.0, 2.0, 3.0])),
+        (TypeError, "input is a NoneType; it must be a tensor", (None,)),
         (TypeError, "per_sample_weights are torch.float64", (torch.arange(1), ONE, torch.ones(1).double())),
         (ValueError, r"per_sample_weights have shape \[2\], indices \[1\]", (torch.arange(1), ONE, torch.ones(2))),
     ],
@@ -270,8 +344,14 @@ def test_other_mistakes_are_named():
         PackedEmbeddingBag(3, 4, mode="median")
     with pytest.raises(ValueError, match="mode is 'median'; choose one of sum, mean, max"):
         torch.ops.embpack.embedding_bag(*arguments_of(BAG), torch.arange(1), ONE, "median")
-    with pytest.raises(ValueError, match=r"dtype is torch\.float64; choose one of torch\.float32"):
-        torch.ops.embpack.embedding(*arguments_of(BAG), ONE, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8; choose torch\.float32"):
+        torch.ops.embpack.embedding_bag(*arguments_of(BAG), ONE, ONE, "sum", dtype=torch.int8)
+    with pytest.raises(TypeError, match="input is a list; it must be a tensor"):
+        PackedEmbedding(3, 4)([1, 2])
+    with pytest.raises(TypeError, match=r"from_float takes an nn\.Embedding, not an EmbeddingBag"):
+        PackedEmbedding.from_float(nn.EmbeddingBag(3, 4))
+    with pytest.raises(TypeError, match=r"PackedEmbeddingBag\.from_table takes an embpack\.PackedTable, not a Tensor"):
+        PackedEmbeddingBag.from_table(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="packed has 14 bytes a row, but embedding_dim 21 at 4 bits"):
         torch.ops.embpack.embedding(BAG.packed, None, None, "uniform:21:4:float16", ONE)
     for text in ("", "uniform", "uniform:20:4", "uniform:20:4:", "uniform:20:9:float16", "uniform:x:4:float16", ":::"):
@@ -330,6 +410,41 @@ def test_models_compile_by_inductor():
     doubled = torch.compile(lambda indices: 2 * embedding(indices), fullgraph=True, dynamic=True)
     for count in (3, 30):
         assert torch.equal(doubled(torch.arange(count)), 2 * embedding(torch.arange(count)))
+
+
+def test_compiled_ahead_of_time_operators_are_loaded(tmp_path):
+    model = nn.Sequential(PackedEmbeddingBag.from_table(make_table(), mode="mean"), nn.Linear(DIM, 3)).eval()
+    square = make_bags()[0].reshape(5, 6)
+    with torch.no_grad():
+        program = torch.export.export(model, (square,))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PyTorch, by PyTorch
+            path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+            loaded = torch._inductor.aoti_load_package(path)
+        torch.testing.assert_close(loaded(square), model(square))
+
+
+@pytest.mark.parametrize("offsets_dtype", [torch.int32, torch.int64])
+def test_indices_and_offsets_may_be_of_two_types(offsets_dtype):
+    indices, offsets = make_bags()
+    weights = torch.rand(30, requires_grad=True)
+    wanted = BAG(indices, offsets, weights)
+    indices = indices.int() if offsets_dtype == torch.int64 else indices
+    found = BAG(indices, offsets.to(offsets_dtype), weights)
+    assert torch.equal(found, wanted)
+    assert torch.equal(BAG(indices[::2], offsets[:1].to(offsets_dtype)), BAG(indices[::2].long(), offsets[:1].long()))
+    by_one, by_two = (torch.autograd.grad(out.sum(), weights)[0] for out in (wanted, found))
+    assert torch.equal(by_one, by_two)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch, by PyTorch
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, lambda f: lambda w: torch.func.jvp(f, (w,), (w,))])
+def test_derivatives_in_forward_mode_are_refused(transform):
+    indices, offsets = make_bags()
+    with pytest.raises(NotImplementedError, match=r"forward-mode derivatives .* use backward\(\)"):
+        transform(lambda weights: BAG(indices, offsets, weights))(torch.rand(30))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        BAG(indices, offsets, torch.autograd.forward_ad.make_dual(torch.rand(30), torch.ones(30)))
 
 
 @pytest.mark.parametrize("module", [PackedEmbedding(3, 4), PackedEmbeddingBag(3, 4)])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 import embpack
@@ -121,7 +121,7 @@ def test_what_a_packed_module_cannot_do_is_refused(tmp_path):
 
 @pytest.mark.parametrize("method", ["greedy", "kmeans-cls:K=4"])
 def test_a_state_dict_loads_over_mapped_tables(tmp_path, method):
-    """Not into them: the system ends a process that writes to a mapped file."""
+    """And what is written there reaches neither the file nor another model."""
     path = make_checkpoint(tmp_path, Recommender(), method)
     content = path.read_bytes()
     model, other = (load_checkpoint(Recommender(), path) for _ in range(2))
@@ -134,3 +134,86 @@ def test_a_state_dict_loads_over_mapped_tables(tmp_path, method):
     with pytest.raises(RuntimeError, match="size mismatch"):
         other.load_state_dict({"user_embedding.packed": torch.zeros(3, 12, dtype=torch.uint8)}, strict=False)
     assert torch.equal(other.user_embedding.packed, load_checkpoint(Recommender(), path).user_embedding.packed)
+    for buffer in other.buffers():
+        buffer.zero_()
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_has_the_types_of_the_file(tmp_path, dtype):
+    trained = Recommender().eval().to(dtype)
+    with torch.device("meta"):
+        model = Recommender().eval()
+    load_checkpoint(model, make_checkpoint(tmp_path, trained))
+    users, items = torch.randint(1, 100, (5, 4)), torch.randint(0, 50, (5,))
+    found = model(users, items)
+    assert found.dtype == model.user_embedding.dtype == model.top.weight.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(found.float(), trained(users, items).float(), dim=0) > 0.95
+
+
+class LanguageModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(60, 8)
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 60, bias=False)
+        self.head.weight = self.token_embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.token_embedding(tokens)))
+
+
+@pytest.mark.parametrize("name", ["token_embedding.weight", "head.weight"])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_an_output_layer_gets_the_rows_of_the_table_it_is_tied_to(tmp_path, name, device):
+    """A file may have the weight under either name, once: safetensors and transformers leave the other out."""
+    trained = LanguageModel()
+    state = {"body.weight": trained.body.weight, "body.bias": trained.body.bias, name: trained.head.weight}
+    save_file({key: value.detach() for key, value in state.items()}, tmp_path / "float.safetensors")
+    embpack.quantize_file(tmp_path / "float.safetensors", tmp_path / "packed.safetensors", include=[name])
+    with torch.device(device):
+        model, refused = LanguageModel(), LanguageModel()
+    if device == "cpu":
+        model.head.weight = nn.Parameter(model.token_embedding.weight.detach())  # tied by memory alone
+    with pytest.raises(ValueError, match=rf"head\.weight is also token_embedding\.weight, .*tied='untie'.*'{name}'"):
+        load_checkpoint(refused, tmp_path / "packed.safetensors")
+    load_checkpoint(model, tmp_path / "packed.safetensors", tied="untie")
+    assert isinstance(model.token_embedding, PackedEmbedding)
+    assert torch.equal(model.head.weight, model.token_embedding(torch.arange(60)))
+    with pytest.raises(ValueError, match="tied is 'both'; choose 'refuse' or 'untie'"):
+        load_checkpoint(model, tmp_path / "packed.safetensors", tied="both")
+
+
+@pytest.mark.parametrize("name", ["token_embedding.weight", "head.weight"])
+def test_floats_that_are_tied_may_be_in_the_file_once(tmp_path, name):
+    trained = nn.ModuleDict({"language": LanguageModel(), "user_embedding": nn.Embedding(40, 4)})
+    state = trained.state_dict()
+    for twin in ("language.token_embedding.weight", "language.head.weight"):
+        if twin != f"language.{name}":
+            del state[twin]
+    save_file(state, tmp_path / "float.safetensors")
+    embpack.quantize_file(tmp_path / "float.safetensors", tmp_path / "packed.safetensors", exclude=["language.*"])
+    with torch.device("meta"):
+        model = nn.ModuleDict({"language": LanguageModel(), "user_embedding": nn.Embedding(40, 4)})
+    load_checkpoint(model, tmp_path / "packed.safetensors")
+    language = model["language"]
+    assert torch.equal(language.head.weight, trained["language"].head.weight)
+    assert language.head.weight.data_ptr() == language.token_embedding.weight.data_ptr()
+
+
+def test_models_that_cannot_be_loaded_into_are_named(tmp_path):
+    path = make_checkpoint(tmp_path, Recommender())
+    with pytest.raises(ValueError, match="embedding is packed already; load the file into the model as it was before"):
+        load_checkpoint(load_checkpoint(Recommender(), path), path)
+    with pytest.raises(ValueError, match=r"no embedding for item_emb.*; it has module\.user_embedding\.weight, module"):
+        load_checkpoint(nn.ModuleDict({"module": Recommender()}), path)
+    with pytest.raises(
+        ValueError, match=r"itself an nn\.Embedding, .*; use PackedEmbedding\.from_table\(embpack\.load"
+    ):
+        load_checkpoint(nn.Embedding(3, 4), path)
+    with pytest.raises(TypeError, match=r"model is dict; load_checkpoint loads a file into a torch\.nn\.Module"):
+        load_checkpoint({}, path)
+    without = Recommender()
+    without.bottom = nn.Linear(1, 1, bias=False)
+    with pytest.raises(ValueError, match=r"does not go with the model: it lacks bottom\.weight$"):
+        load_checkpoint(without, path)

@@ -269,6 +269,62 @@ def test_keyed_features_are_pooled_as_torchrec_does(modes):
     assert torch.equal(found.values(), plain)
 
 
+def test_of_a_key_that_is_there_twice_the_last_counts():
+    """As TorchRec has it."""
+    jagged = pytest.importorskip("torchrec.sparse.jagged_tensor")
+    bag = PackedEmbeddingBag.from_table(embpack.quantize(np.eye(20, dtype=np.float32), "asym"), mode="sum")
+    collection = PackedEmbeddingBagCollection({"a": bag, "b": bag})
+    features = jagged.KeyedJaggedTensor(["a", "b", "a"], torch.arange(6), lengths=torch.ones(6, dtype=torch.int64))
+    found, wanted = collection(features), collection.to_float()(features)
+    torch.testing.assert_close(found.values(), wanted.values(), rtol=0, atol=0)
+
+
+def test_lengths_that_end_before_the_values_are_refused():
+    jagged = pytest.importorskip("torchrec.sparse.jagged_tensor")
+    collection = PackedEmbeddingBagCollection({"a": PackedEmbeddingBag(20, 4)})
+    for lengths, error in (([1, 2], "lengths end at 3, but there are 4 values"), ([2, 3], "end at 5, but there are 4")):
+        features = jagged.KeyedJaggedTensor(["a"], torch.arange(4), lengths=torch.tensor(lengths))
+        with pytest.raises(ValueError, match=error):
+            collection(features)
+
+
+def test_what_is_changed_later_counts():
+    collection = PackedEmbeddingBagCollection(make_bags(include_last_offset=True), FEATURES, include_last_offset=True)
+    collection(*make_input())
+    for change in ({"mode": "mean"}, {"padding_idx": 3}, {"mode": "max"}):
+        for name, value in change.items():
+            setattr(collection.embedding_bags["item"], name, value)
+        wanted = pool_one_by_one(collection.embedding_bags, *make_input())
+        assert torch.equal(collection(*make_input()), wanted)
+    collection.embedding_bags["item"] = make_bags(include_last_offset=True)["city"]
+    assert torch.equal(collection(*make_input()), pool_one_by_one(collection.embedding_bags, *make_input()))
+    assert collection.embedding_dims[1:3] == [5, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_returns_float32_as_torchrec_does(dtype):
+    pytest.importorskip("torchrec")
+    collection = PackedEmbeddingBagCollection(make_bags(), FEATURES, is_weighted=True)
+    weights = make_features(weighted=True).weights()
+    wanted = collection(make_features(weighted=True)).values()
+    collection.to(dtype)
+    features = make_features(weighted=True)
+    features._weights = weights.to(dtype).requires_grad_()
+    found = collection(features).values()
+    assert found.dtype == torch.float32 and (found - wanted).abs().max() < 30 * 2**-7
+    found.sum().backward()
+    assert features._weights.grad.dtype == dtype
+    assert collection.to_float().embedding_bags["user"].weight.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch, by PyTorch
+def test_derivatives_in_forward_mode_are_refused():
+    indices, offsets = make_input()
+    collection = PackedEmbeddingBagCollection(make_bags(), FEATURES, include_last_offset=True)
+    with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+        torch.func.jacfwd(lambda weights: collection(indices, offsets, weights))(torch.ones(len(indices)))
+
+
 def test_keys_that_nobody_reads_are_left_alone():
     pytest.importorskip("torchrec")
     bags = make_bags()
@@ -500,6 +556,10 @@ def test_input_and_tables_of_other_types_are_named():
         COLLECTION([1, 2, 3])
     with pytest.raises(TypeError, match="table 'a' is a EmbeddingBag; it must be a PackedEmbeddingBag"):
         PackedEmbeddingBagCollection({"a": nn.EmbeddingBag(3, 4)})
+    with pytest.raises(TypeError, match=r"feature_names\['user'\] is 'who'; it must be a list of names: \['who'\]"):
+        PackedEmbeddingBagCollection(make_bags(), FEATURES | {"user": "who"})
+    with pytest.raises(TypeError, match="offsets is a list; it must be a tensor"):
+        COLLECTION(torch.arange(3), [0, 1, 2, 3, 4])
     pytest.importorskip("torchrec")
     with pytest.raises(ValueError, match="the collection is weighted, and the features have no weights"):
         PackedEmbeddingBagCollection(make_bags(), FEATURES, is_weighted=True)(make_features())
@@ -530,6 +590,8 @@ def test_wrong_arguments_of_the_operator_are_named():
         pool(packed, clusters, codebooks, text, feature_of, 4, *bags)
     with pytest.raises(ValueError, match=r"packed has \d+ bytes a row"):
         pool(packed[::-1], clusters, codebooks, text, feature_of, num_features, *bags)
-    with pytest.raises(ValueError, match=r"dtype is torch\.float64; choose one of torch\.float32"):
-        pool(packed, clusters, codebooks, text, feature_of, num_features, *bags, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8; choose torch\.float32, float16, bfloat16 or float64"):
+        pool(packed, clusters, codebooks, text, feature_of, num_features, *bags, dtype=torch.int8)
+    found = pool(packed, clusters, codebooks, text, feature_of, num_features, *bags, dtype=torch.float64)
+    assert torch.equal(found, COLLECTION(*bags).double())
     assert len(read_tables(text).table_of) == len(feature_of)

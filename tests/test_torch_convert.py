@@ -135,6 +135,8 @@ def test_what_cannot_be_packed_is_named():
         unloaded = nn.ModuleDict({"empty": nn.Embedding(20, 4)})
     with pytest.raises(ValueError, match="empty is on the meta device and has no values: load them first"):
         quantize_(unloaded)
+    with pytest.raises(TypeError, match=r"only: weight is float64, but .*; convert it with weight\.float\(\)"):
+        quantize_(nn.ModuleDict({"only": nn.Embedding(20, 4).double()}))
     with pytest.raises(TypeError, match="model is dict; quantize_ packs"):
         quantize_({"weight": torch.zeros(20, 4)})
 

@@ -29,15 +29,15 @@ def as_rows(weight: Any) -> tuple[NDArray[Any], str]:
         TypeError: it is of another type.
         ValueError: it is not 2-D, or has no rows or no columns.
     """
-    torch = sys.modules.get("torch")
+    torch, conversion = sys.modules.get("torch"), "weight.astype(numpy.float32)"
     if torch is not None and isinstance(weight, torch.Tensor):
         weight = weight.detach().cpu()
         if weight.dtype == torch.bfloat16:
             return _check_shape(weight.view(torch.uint16).numpy()), "bfloat16"
-        weight = weight.numpy()
+        weight, conversion = weight.numpy(), "weight.float()"
     array = np.asarray(weight)
     if array.dtype.name not in ROW_DTYPES:
-        hint = "; convert it with weight.astype(numpy.float32)" if array.dtype.kind in "fiu" else ""
+        hint = f"; convert it with {conversion}" if array.dtype.kind in "fiu" else ""
         raise TypeError(f"weight is {array.dtype.name}, but a table is float32, float16 or bfloat16{hint}")
     name = array.dtype.name
     if not array.dtype.isnative:

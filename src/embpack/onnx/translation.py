@@ -121,8 +121,8 @@ def _pool_collection(tables: Tables, arguments: Arguments, output: str) -> None:
 
 def _dtype(arguments: Arguments) -> str:
     """The operator's dtype as embpack.table names it; one that it does not take, as ONNX does."""
-    dtype = arguments.get("dtype", TensorProto.FLOAT)
-    return _DTYPE_NAMES.get(dtype, str(dtype))
+    dtype = arguments.get("dtype")
+    return _DTYPE_NAMES.get(TensorProto.FLOAT if dtype is None else dtype, str(dtype))
 
 
 # What replaces a lookup, given its operator's arguments by name; tensors are names of values, lists of them lists.

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.sources.base import iter_slices
+
+# Python names it since 3.13. Without it the system may refuse a file that would not fit in memory if written to.
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+
+
+class _PrivateMap(mmap.mmap):
+    """Pages that are this process's own once they are written to, so that no stray write ends the process."""
 
 
 class FileMap:
@@ -20,17 +28,28 @@ class FileMap:
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            private = mmap.MAP_PRIVATE | _NORESERVE
+            self._map = _PrivateMap(file.fileno(), 0, flags=private, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """View bytes as a C-contiguous array, perhaps an unaligned one; it keeps the file mapped."""
-        return np.ndarray(shape, dtype, self._map, offset)
+        """View bytes as a C-contiguous array, perhaps an unaligned one, not to be written to; it keeps them mapped."""
+        array: NDArray[Any] = np.ndarray(shape, dtype, self._map, offset)
+        array.flags.writeable = False
+        return array
 
     def release(self, start: int, stop: int) -> None:
         """Let go of the pages of bytes [start, stop); whoever looks again reads them from the file again."""
         first = start - start % mmap.PAGESIZE
         if first < stop:
             self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
+
+
+def is_mapped(array: NDArray[Any]) -> bool:
+    """Whether an array is a view of a FileMap: writing to its memory is safe, and does not reach the file."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, _PrivateMap)
 
 
 def iter_mapped(

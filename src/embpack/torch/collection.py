@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from embpack.table import PackedTable
 from embpack.torch.collection_ops import TableUse, describe_tables
-from embpack.torch.modules import PackedEmbeddingBag
+from embpack.torch.modules import PackedEmbeddingBag, check_tensors
 
 
 class PackedEmbeddingBagCollection(nn.Module):
@@ -30,7 +30,7 @@ class PackedEmbeddingBagCollection(nn.Module):
     TorchRec is needed only by those who give a KeyedJaggedTensor.
 
     Raises:
-        TypeError: a table is no PackedEmbeddingBag.
+        TypeError: a table is no PackedEmbeddingBag, or feature_names has a text in place of a list.
         ValueError: there is no table, or feature_names are of other ones.
 
     Source: torchrec.EmbeddingBagCollection.
@@ -46,6 +46,9 @@ class PackedEmbeddingBagCollection(nn.Module):
     ) -> None:
         super().__init__()
         names = {name: (name,) for name in embedding_bags} if feature_names is None else feature_names
+        for name, features in names.items():
+            if isinstance(features, str):
+                raise TypeError(f"feature_names[{name!r}] is {features!r}; it must be a list of names: [{features!r}]")
         if not embedding_bags or set(names) != set(embedding_bags):
             tables = ", ".join(embedding_bags) or "none"
             raise ValueError(f"the tables are {tables}, but feature_names are of {', '.join(names) or 'none'}")
@@ -58,8 +61,14 @@ class PackedEmbeddingBagCollection(nn.Module):
         self.include_last_offset = include_last_offset
         self._set_lookups()
 
+    def _list_uses(self) -> list[tuple[Any, ...]]:
+        """What calls depend on and may have been set, or be another bag's, since the last one."""
+        bags: Any = self.embedding_bags._modules.values()
+        return [bag._use for bag in bags]
+
     def _set_lookups(self) -> None:
-        """Find once what does not change from call to call: a hundred tables take a while to ask."""
+        """Find once what seldom changes from call to call: a hundred tables take a while to ask."""
+        self._known_uses = self._list_uses()
         bags: Any = self.embedding_bags
         self._readers = [name for names in self.feature_names.values() for name in names]
         self.features = tuple(dict.fromkeys(self._readers))
@@ -134,7 +143,7 @@ class PackedEmbeddingBagCollection(nn.Module):
             for name, bag in bags.items()
         ]
         made = EmbeddingBagCollection(tables=configs, is_weighted=self.is_weighted, device=torch.device("meta"))
-        floats = {f"embedding_bags.{name}.weight": bag.to_float().weight for name, bag in bags.items()}
+        floats = {f"embedding_bags.{name}.weight": bag.to_float().weight.float() for name, bag in bags.items()}
         made.load_state_dict(floats, assign=True)
         return made.requires_grad_(requires_grad=False)
 
@@ -147,19 +156,22 @@ class PackedEmbeddingBagCollection(nn.Module):
                 each: 1-D [L] with offsets, or 2-D [F * B, n] for F features and B bags of n.
             offsets: int32 or int64 [F * B], non-decreasing from 0: where each bag starts in 1-D input; with
                 include_last_offset [F * B + 1].
-            per_sample_weights: float32, shaped like input, if all modes are "sum". They get gradients if they ask, as
-                those of a KeyedJaggedTensor do.
+            per_sample_weights: float32, or of the tables' dtype, shaped like input, if all modes are "sum". They get
+                gradients if they ask, by backward(), as those of a KeyedJaggedTensor do.
 
         Returns:
-            float32 [B, sum(embedding_dims)]; an empty bag is zeros. Of a KeyedJaggedTensor, in a KeyedTensor.
+            float32 [B, sum(embedding_dims)], whatever the tables' dtype, as TorchRec has it; an empty bag is zeros.
+            Of a KeyedJaggedTensor, in a KeyedTensor.
 
         Raises:
             IndexError: an index is out of range; names its position and value, and the numbers of feature and table.
+            NotImplementedError: weights in forward mode (torch.func.jvp, jacfwd).
             TypeError: an argument is of another type.
             ValueError: the arguments do not go together, or features of a KeyedJaggedTensor are missing, or have
                 different numbers of bags.
         """
         if isinstance(input, Tensor):
+            check_tensors(offsets=offsets, per_sample_weights=per_sample_weights)
             where = (self._feature_of, len(self.features))
             return self._pool(where, (input, offsets), per_sample_weights, self.include_last_offset)
         if offsets is not None or per_sample_weights is not None:
@@ -180,11 +192,15 @@ class PackedEmbeddingBagCollection(nn.Module):
         missing = [name for name in self.features if name not in positions]
         if missing:
             raise ValueError(f"the features lack {', '.join(missing)}; they are {', '.join(positions)}")
-        where = ([positions[name] for name in self._readers], len(positions))
+        where = ([positions[name] for name in self._readers], len(features.keys()))
         if self.is_weighted and features.weights_or_none() is None:
             raise ValueError("the collection is weighted, and the features have no weights")
         weights = features.weights() if self.is_weighted else None
-        pooled = self._pool(where, (features.values(), features.offsets()), weights, include_last_offset=True)
+        values, offsets = features.values(), features.offsets()
+        # To compile, there must be no look at values.
+        if not torch.compiler.is_compiling() and offsets.numel() and offsets[-1] != values.numel():
+            raise ValueError(f"the features' lengths end at {offsets[-1]}, but there are {values.numel()} values")
+        pooled = self._pool(where, (values, offsets), weights, include_last_offset=True)
         return KeyedTensor(self.embedding_names, self.embedding_dims, pooled)
 
     def _pool(
@@ -194,10 +210,12 @@ class PackedEmbeddingBagCollection(nn.Module):
         weights: Tensor | None,
         include_last_offset: bool,
     ) -> Tensor:
+        if self._list_uses() != self._known_uses:
+            self._set_lookups()
         pool: Any = torch.ops.embpack.embedding_bag_collection.default
         arguments: tuple[Any, ...] = (*self._tensors(), self._described, *where, *bags)
         if weights is not None:
-            self._check_weights_go_with_modes()
+            weights = self._check_weights(weights)
             pool = torch.ops.embpack.embedding_bag_collection.weighted
             arguments = (*arguments, weights)
         pooled: Tensor = pool(*arguments, include_last_offset=include_last_offset)
@@ -212,11 +230,12 @@ class PackedEmbeddingBagCollection(nn.Module):
             [buffers["codebooks"] for buffers in clustered],
         )
 
-    def _check_weights_go_with_modes(self) -> None:
+    def _check_weights(self, weights: Tensor) -> Tensor:
         bags: Any = self.embedding_bags
         for name, bag in bags.items():
             if bag.mode != "sum":
                 raise ValueError(f"weights go with mode 'sum' only, and table {name!r} has mode {bag.mode!r}")
+        return weights.float() if all(bag.dtype == weights.dtype for bag in bags.values()) else weights
 
     def extra_repr(self) -> str:
         """What print shows beside the tables."""

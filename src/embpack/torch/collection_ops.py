@@ -18,11 +18,20 @@ from torch import Tensor
 from embpack import _native
 from embpack.layouts import RowFormat
 from embpack.table import MODES, as_row, explain_offsets
-from embpack.torch.ops import DTYPE_NAMES, INDEX_DTYPES, as_table, check_devices, check_weights, library
+from embpack.torch.ops import (
+    DTYPE,
+    DTYPE_NAMES,
+    INDEX_DTYPES,
+    as_table,
+    check_devices,
+    check_weights,
+    library,
+    wrong_dtype,
+)
 
 TABLES = "Tensor[] packed, Tensor[] clusters, Tensor[] codebooks, str tables, int[] feature_of, int num_features"
 BAGS = "Tensor indices, Tensor? offsets"
-LAST = "bool include_last_offset=False, ScalarType dtype=float"
+LAST = f"bool include_last_offset=False, {DTYPE}"
 
 library.define(f"embedding_bag_collection({TABLES}, {BAGS}, *, {LAST}) -> Tensor")
 library.define(f"embedding_bag_collection.weighted({TABLES}, {BAGS}, Tensor per_sample_weights, *, {LAST}) -> Tensor")
@@ -140,13 +149,13 @@ def count_bags_of_features(
     return num_bags // num_features
 
 
-def _pool_collection(*arguments: Any, include_last_offset: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+def _pool_collection(*arguments: Any, include_last_offset: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     *group, indices, offsets = arguments
     return _pool(Group(*group), (indices, offsets), None, include_last_offset, dtype)
 
 
 def _pool_weighted_collection(
-    *arguments: Any, include_last_offset: bool = False, dtype: torch.dtype = torch.float32
+    *arguments: Any, include_last_offset: bool = False, dtype: torch.dtype | None = None
 ) -> Tensor:
     *group, indices, offsets, weights = arguments
     check_weights(weights, indices)
@@ -158,7 +167,7 @@ def _pool(
     bags: tuple[Tensor, Tensor | None],
     weights: Tensor | None,
     include_last_offset: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     indices, offsets = bags
     if offsets is None:
@@ -174,6 +183,8 @@ def _pool(
             *tensors, feature_of, num_features, values, starts, weights, include_last_offset, DTYPE_NAMES[dtype]
         )
     except (KeyError, TypeError, ValueError):
+        if dtype == torch.float64:
+            return _pool(group, bags, weights, include_last_offset, None).double()
         _check(group, indices, offsets, include_last_offset, dtype)
         raise
     if isinstance(found, tuple):
@@ -188,10 +199,12 @@ def _find_starts(indices: Tensor) -> Tensor:
     return torch.arange(num_bags, dtype=torch.int64) * bag_size
 
 
-def _check(group: Group, indices: Tensor, offsets: Tensor, include_last_offset: bool, dtype: torch.dtype) -> None:
+def _check(
+    group: Group, indices: Tensor, offsets: Tensor, include_last_offset: bool, dtype: torch.dtype | None
+) -> None:
     """Say it better than the core, which has refused the arguments."""
     if dtype not in DTYPE_NAMES:
-        raise ValueError(f"dtype is {dtype}; choose one of {', '.join(map(str, DTYPE_NAMES))}")
+        raise wrong_dtype(dtype)
     for what, tensor in (("indices", indices), ("offsets", offsets)):
         if tensor.dtype not in INDEX_DTYPES:
             raise TypeError(f"{what} are {tensor.dtype}; they must be torch.int32 or torch.int64")
@@ -219,7 +232,7 @@ def _differentiate_by_weights(*arguments: Any, include_last_offset: bool = False
     edges = _find_starts(indices) if offsets is None else offsets
     if offsets is None or not include_last_offset:
         edges = torch.cat([edges, edges.new_tensor([values.shape[0]])])
-    by_weights: Tensor = gradient.new_zeros(values.shape)
+    by_weights = torch.zeros(values.shape)
     column = 0
     for table, feature in zip(table_of, group.feature_of, strict=True):
         of_feature = edges[feature * batch : (feature + 1) * batch + 1]
@@ -240,21 +253,27 @@ library.impl("embedding_bag_collection_by_weights", _differentiate_by_weights, "
 NUM_ARGUMENTS = len(Group._fields)
 
 
-def _fake_pooled(*arguments: Any, include_last_offset: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+def _fake_pooled(*arguments: Any, include_last_offset: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     group, (indices, offsets, *_) = Group(*arguments[:NUM_ARGUMENTS]), arguments[NUM_ARGUMENTS:]
     check_devices(group.packed[0], indices)
     batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset)
     return torch.empty((batch, read_tables(group.tables).width), dtype=dtype, device=indices.device)
 
 
+def _fake_weighted(*arguments: Any, **options: Any) -> Tensor:
+    indices, _, weights = arguments[NUM_ARGUMENTS:]
+    check_weights(weights, indices)
+    return _fake_pooled(*arguments, **options)
+
+
 def _fake_by_weights(*arguments: Any, include_last_offset: bool = False) -> Tensor:
     indices, _, gradient = arguments[NUM_ARGUMENTS:]
-    by_weights: Tensor = gradient.new_empty(indices.shape)
+    by_weights: Tensor = gradient.new_empty(indices.shape, dtype=torch.float32)
     return by_weights
 
 
 torch.library.register_fake("embpack::embedding_bag_collection", _fake_pooled, lib=library)
-torch.library.register_fake("embpack::embedding_bag_collection.weighted", _fake_pooled, lib=library)
+torch.library.register_fake("embpack::embedding_bag_collection.weighted", _fake_weighted, lib=library)
 torch.library.register_fake("embpack::embedding_bag_collection_by_weights", _fake_by_weights, lib=library)
 
 

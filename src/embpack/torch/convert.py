@@ -83,14 +83,13 @@ def quantize_(
         What became of each embedding.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or a weight is of another type than embpack.quantize takes (float64).
         ValueError: a weight is tied, cannot be packed or has no values, a module does what a packed one cannot
             (max_norm, sparse, scale_grad_by_freq), the model is itself an embedding, or an argument is not as above.
 
     Source: torchao.quantization.quantize_, its shape.
     """
-    if tied not in ("refuse", "untie"):
-        raise ValueError(f"tied is {tied!r}; choose 'refuse' or 'untie'")
+    check_tied(tied)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; quantize_ packs a torch.nn.Module's embeddings in place")
     if type(model) in PACKED or is_torchrec_bags(model):
@@ -124,6 +123,12 @@ PACKED: dict[type, type[PackedEmbedding] | type[PackedEmbeddingBag]] = {
     nn.Embedding: PackedEmbedding,
     nn.EmbeddingBag: PackedEmbeddingBag,
 }
+
+
+def check_tied(tied: str) -> None:
+    """Raise ValueError if there is no such way with tied weights."""
+    if tied not in ("refuse", "untie"):
+        raise ValueError(f"tied is {tied!r}; choose 'refuse' or 'untie'")
 
 
 def address_of(weight: Tensor) -> int:
@@ -192,8 +197,8 @@ def _pack(weight: Tensor, name: str, method: str, **options: Any) -> PackedTable
         )
     try:
         return quantize(weight, method, **options)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _refuse_tied(model: nn.Module, places: dict[Any, list[Place]]) -> None:

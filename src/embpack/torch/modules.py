@@ -1,6 +1,7 @@
 """PackedEmbedding and PackedEmbeddingBag: nn.Embedding and nn.EmbeddingBag over packed rows."""
 
 import warnings
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from embpack.layouts import RowFormat, cluster_dtype
 from embpack.quantize import quantize
+from embpack.rows import ROW_DTYPES
+from embpack.sources.mapped import is_mapped
 from embpack.table import MODES, PackedTable, as_row
 from embpack.torch.ops import as_table
 
@@ -21,27 +24,31 @@ UNSUPPORTED = {
 
 
 class _PackedRows(nn.Module):
-    """A packed table as buffers, all uint8, so that .half() and .to(dtype) leave them alone.
+    """A packed table as buffers, all uint8, so that .half() and .to(dtype) leave the rows alone.
 
     Attributes:
+        dtype: of the values that it returns, as nn.Embedding's are its weight's; .half() and .to(dtype) change it.
         packed: uint8 [num_embeddings, row_bytes].
         clusters: uint8 [num_embeddings, 1 or 2], little-endian numbers; None but in the clustered layout.
         codebooks: uint8 [num_codebooks, bytes of a codebook]; None but in the clustered layout.
     """
 
-    # Those of the float module that it has, too.
+    # Those of the float module that it has, too, and that module.
     options: ClassVar[tuple[str, ...]]
+    float_class: ClassVar[type[nn.Module]]
 
     packed: Tensor
     clusters: Tensor | None
     codebooks: Tensor | None
 
-    def __init__(self, num_embeddings: int, row_format: RowFormat, num_codebooks: int = 0) -> None:
+    def __init__(
+        self, num_embeddings: int, row_format: RowFormat, num_codebooks: int = 0, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
+        self.dtype = dtype or torch.get_default_dtype()
         self.row_format = row_format
         self._row_format_text = str(row_format)
-        self._read_only: set[str] = set()  # buffers in memory that cannot be written to, as of a mapped file
         clusters = codebooks = None
         if row_format.is_clustered:
             number_bytes = cluster_dtype(num_codebooks).itemsize
@@ -61,8 +68,11 @@ class _PackedRows(nn.Module):
             **options: others that embpack.quantize takes: bits, param_dtype.
 
         Raises:
+            TypeError: the module is another one.
             ValueError: the module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq).
         """
+        if not isinstance(module, cls.float_class):
+            raise TypeError(f"{cls.__name__}.from_float takes an nn.{cls.float_class.__name__}, not {_kind(module)}")
         check_supported(module, "the module")
         return cls.like(module, quantize(module.weight.detach(), method, **options))
 
@@ -73,28 +83,24 @@ class _PackedRows(nn.Module):
 
     @classmethod
     def _make(cls, table: PackedTable, **options: Any) -> Self:
+        if not isinstance(table, PackedTable):
+            raise TypeError(f"{cls.__name__}.from_table takes an embpack.PackedTable, not {_kind(table)}")
         make: Any = cls
         with torch.device("meta"):  # no memory for rows that are there already
-            module: Self = make(*table.shape, **_format(table), **options)
+            module: Self = make(*table.shape, **_format(table), dtype=getattr(torch, table.dtype), **options)
         return module._adopt(table)
 
     def _adopt(self, table: PackedTable) -> Self:
-        parts = {"packed": table.packed, "clusters": table.clusters, "codebooks": table.codebooks}
-        self._read_only = {name for name, part in parts.items() if part is not None and not part.flags.writeable}
         self.packed = _as_tensor(table.packed)
         if table.clusters is not None and table.codebooks is not None:
             self.clusters = _as_tensor(table.clusters.reshape(-1, 1).view(np.uint8))
             self.codebooks = _as_tensor(np.ascontiguousarray(table.codebooks).view(np.uint8))
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # PyTorch copies into the buffers, and the system ends a process that writes to a mapped file.
-        for name in list(self._read_only):
-            buffer, loaded = self._buffers[name], state_dict.get(prefix + name)
-            if buffer is not None and isinstance(loaded, Tensor) and loaded.shape == buffer.shape:
-                self._buffers[name] = torch.empty_like(buffer)
-                self._read_only.remove(name)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
 
     @property
     def embedding_dim(self) -> int:
@@ -104,7 +110,11 @@ class _PackedRows(nn.Module):
     @property
     def table(self) -> PackedTable:
         """The rows as a PackedTable, which shares their memory."""
-        return as_table(*self._table_arguments())
+        name = str(self.dtype).removeprefix("torch.")
+        return replace(as_table(*self._table_arguments()), dtype=name if name in ROW_DTYPES else "float32")
+
+    def _float_weight(self) -> Tensor:
+        return torch.from_numpy(self.table.dequantize()).to(self.dtype)
 
     def _table_arguments(self) -> tuple[Any, ...]:
         buffers = self._buffers  # a third of a microsecond less each than nn.Module's attributes
@@ -114,7 +124,7 @@ class _PackedRows(nn.Module):
         row_format = self.row_format
         return (
             f"{self.num_embeddings}, {row_format.embedding_dim}, {row_format.layout}, {row_format.bits} bits, "
-            f"{row_format.param_dtype} parameters"
+            f"{row_format.param_dtype} parameters" + ("" if self.dtype == torch.float32 else f", {self.dtype}")
         )
 
 
@@ -129,13 +139,14 @@ class PackedEmbedding(_PackedRows):
         layout: "uniform", "codebook" or "clustered".
         num_codebooks: for the clustered layout.
         padding_idx: kept for its meaning to others; its row is looked up like any, as nn.Embedding does.
+        dtype: of the values that it returns; None is PyTorch's default one.
 
     The rows are zeros, to be loaded by load_state_dict; from_float and from_table make modules with rows.
 
     Source: torch.nn.Embedding.
     """
 
-    options = ("padding_idx",)
+    options, float_class = ("padding_idx",), nn.Embedding
 
     def __init__(
         self,
@@ -147,20 +158,31 @@ class PackedEmbedding(_PackedRows):
         layout: str = "uniform",
         num_codebooks: int = 0,
         padding_idx: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_embeddings, RowFormat(embedding_dim, bits, param_dtype, layout), num_codebooks)
+        super().__init__(num_embeddings, RowFormat(embedding_dim, bits, param_dtype, layout), num_codebooks, dtype)
         self.padding_idx = None if padding_idx is None else as_row(padding_idx, num_embeddings)
 
     @classmethod
     def from_table(cls, table: PackedTable, *, padding_idx: int | None = None) -> "PackedEmbedding":
-        """Make a module of a table, sharing its memory; what is mapped from a file must not be written to."""
+        """Make a module of a table, sharing its memory; it returns values of table.dtype.
+
+        The rows of a file (embpack.load) stay mapped; what is written to them, as by load_state_dict, is this
+        process's own and does not reach the file.
+
+        Raises:
+            TypeError: table is none.
+        """
         return cls._make(table, padding_idx=padding_idx)
 
     def to_float(self) -> nn.Embedding:
-        """Return nn.Embedding with the rows as float32."""
-        weight = torch.from_numpy(self.table.dequantize())
+        """Return nn.Embedding with the rows as values of dtype."""
         return nn.Embedding(
-            self.num_embeddings, self.embedding_dim, _weight=weight, _freeze=True, padding_idx=self.padding_idx
+            self.num_embeddings,
+            self.embedding_dim,
+            _weight=self._float_weight(),
+            _freeze=True,
+            padding_idx=self.padding_idx,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -170,13 +192,20 @@ class PackedEmbedding(_PackedRows):
             input: int32 or int64 of any shape [...], each in [0, num_embeddings).
 
         Returns:
-            float32 [..., embedding_dim].
+            Values of dtype [..., embedding_dim].
 
         Raises:
             IndexError: an index is out of range; names its position and value.
             TypeError: input is of another type.
         """
-        found: Tensor = torch.ops.embpack.embedding.default(*self._table_arguments(), input)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input is {_kind(input)}; it must be a tensor")
+        look_up: Any = torch.ops.embpack.embedding.default
+        found: Tensor
+        if self.dtype == torch.float32:
+            found = look_up(*self._table_arguments(), input)
+        else:
+            found = look_up(*self._table_arguments(), input, dtype=self.dtype)
         return found
 
     def extra_repr(self) -> str:
@@ -197,6 +226,7 @@ class PackedEmbeddingBag(_PackedRows):
         num_codebooks: for the clustered layout.
         include_last_offset: whether offsets end with where the last bag ends.
         padding_idx: rows of this index are left out, of a mean's count too.
+        dtype: of the values that it returns; None is PyTorch's default one.
 
     The rows are zeros, to be loaded by load_state_dict; from_float and from_table make modules with rows. Modes are
     right: PyTorch's own quantized module returns sums where means are asked for.
@@ -204,7 +234,7 @@ class PackedEmbeddingBag(_PackedRows):
     Source: torch.nn.EmbeddingBag.
     """
 
-    options = ("mode", "include_last_offset", "padding_idx")
+    options, float_class = ("mode", "include_last_offset", "padding_idx"), nn.EmbeddingBag
 
     def __init__(
         self,
@@ -218,13 +248,21 @@ class PackedEmbeddingBag(_PackedRows):
         num_codebooks: int = 0,
         include_last_offset: bool = False,
         padding_idx: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_embeddings, RowFormat(embedding_dim, bits, param_dtype, layout), num_codebooks)
+        super().__init__(num_embeddings, RowFormat(embedding_dim, bits, param_dtype, layout), num_codebooks, dtype)
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
         self.mode = mode
         self.include_last_offset = include_last_offset
         self.padding_idx = None if padding_idx is None else as_row(padding_idx, num_embeddings)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("mode", "padding_idx"):
+            known = self.__dict__
+            # A collection of many looks at one thing of each to see whether any has changed.
+            self._use = (self._row_format_text, known.get("mode"), known.get("padding_idx"))
 
     @classmethod
     def from_table(
@@ -235,16 +273,22 @@ class PackedEmbeddingBag(_PackedRows):
         include_last_offset: bool = False,
         padding_idx: int | None = None,
     ) -> "PackedEmbeddingBag":
-        """Make a module of a table, sharing its memory; what is mapped from a file must not be written to."""
+        """Make a module of a table, sharing its memory; it returns values of table.dtype.
+
+        The rows of a file (embpack.load) stay mapped; what is written to them, as by load_state_dict, is this
+        process's own and does not reach the file.
+
+        Raises:
+            TypeError: table is none.
+        """
         return cls._make(table, mode=mode, include_last_offset=include_last_offset, padding_idx=padding_idx)
 
     def to_float(self) -> nn.EmbeddingBag:
-        """Return nn.EmbeddingBag with the rows as float32."""
-        weight = torch.from_numpy(self.table.dequantize())
+        """Return nn.EmbeddingBag with the rows as values of dtype."""
         module = nn.EmbeddingBag(
             self.num_embeddings,
             self.embedding_dim,
-            _weight=weight,
+            _weight=self._float_weight(),
             mode=self.mode,
             include_last_offset=self.include_last_offset,
             padding_idx=self.padding_idx,
@@ -256,29 +300,38 @@ class PackedEmbeddingBag(_PackedRows):
 
         Args:
             input: int32 or int64, each in [0, num_embeddings): 1-D [L] with offsets, or 2-D [B, n] for B bags of n.
-            offsets: of input's type [B], non-decreasing from 0: where each bag starts in 1-D input; with
+            offsets: int32 or int64 [B], non-decreasing from 0: where each bag starts in 1-D input; with
                 include_last_offset [B + 1].
-            per_sample_weights: float32, shaped like input; only in mode "sum". They get gradients if they ask.
+            per_sample_weights: float32, or values of dtype, shaped like input; only in mode "sum". They get gradients
+                if they ask, by backward().
 
         Returns:
-            float32 [B, embedding_dim]; an empty bag is zeros.
+            Values of dtype [B, embedding_dim], rounded from float32 sums; an empty bag is zeros.
 
         Raises:
             IndexError: an index is out of range; names its position and value.
+            NotImplementedError: per_sample_weights in forward mode (torch.func.jvp, jacfwd).
             TypeError: an argument is of another type.
             ValueError: the arguments do not go together.
         """
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input is {_kind(input)}; it must be a tensor")
+        check_tensors(offsets=offsets, per_sample_weights=per_sample_weights)
         pool: Any = torch.ops.embpack.embedding_bag.default
         how: str | Tensor = self.mode
         if per_sample_weights is not None:
             if self.mode != "sum":
                 raise ValueError(f"per_sample_weights go with mode 'sum' only, not {self.mode!r}")
+            if per_sample_weights.dtype == self.dtype:
+                per_sample_weights = per_sample_weights.float()
             pool, how = torch.ops.embpack.embedding_bag.weighted, per_sample_weights
         options: dict[str, Any] = {}  # those that are not the defaults: each takes a third of a microsecond to pass
         if self.include_last_offset:
             options["include_last_offset"] = True
         if self.padding_idx is not None:
             options["padding_idx"] = self.padding_idx
+        if self.dtype != torch.float32:
+            options["dtype"] = self.dtype
         pooled: Tensor = pool(*self._table_arguments(), input, offsets, how, **options)
         return pooled
 
@@ -290,10 +343,23 @@ class PackedEmbeddingBag(_PackedRows):
 
 
 def _as_tensor(array: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    if not is_mapped(array):
+        return torch.from_numpy(array)
     with warnings.catch_warnings():
-        # PyTorch warns of read-only memory, as of a mapped file. Nothing here writes to a buffer.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(array)
+
+
+def check_tensors(**values: object) -> None:
+    """Raise TypeError if an argument is given and no tensor."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {_kind(value)}; it must be a tensor")
+
+
+def _kind(value: object) -> str:
+    kind = type(value).__name__
+    return f"an {kind}" if kind[0] in "aeiouAEIOU" else f"a {kind}"
 
 
 def _format(table: PackedTable) -> dict[str, Any]:

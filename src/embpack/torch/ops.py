@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from embpack import _native
 from embpack.layouts import RowFormat
 from embpack.table import MODES, PackedTable, as_row
 
 INDEX_DTYPES = (torch.int64, torch.int32)
-# What the core calls the types of values.
-DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# What the core calls the types of values; None is the default.
+DTYPE_NAMES = {None: "float32", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 TABLE = "Tensor packed, Tensor? clusters, Tensor? codebooks, str row_format"
-LAST = "bool include_last_offset=False, int? padding_idx=None, ScalarType dtype=float"
+# With a default other than None, AOTInductor could not load what it compiles.
+DTYPE = "ScalarType? dtype=None"
+LAST = f"bool include_last_offset=False, int? padding_idx=None, {DTYPE}"
 
 # The arguments of an operator are passed on as they come.
 _gather_tensors: Any = _native.gather_tensors
@@ -28,7 +31,7 @@ _pool_tensors: Any = _native.pool_tensors
 
 _make_library: Any = torch.library.Library
 library = _make_library("embpack", "DEF")
-library.define(f"embedding({TABLE}, Tensor indices, *, ScalarType dtype=float) -> Tensor")
+library.define(f"embedding({TABLE}, Tensor indices, *, {DTYPE}) -> Tensor")
 library.define(f"embedding_bag({TABLE}, Tensor indices, Tensor? offsets, str mode, *, {LAST}) -> Tensor")
 # Sums of weighted rows, which alone can have gradients: an operator of its own, for autograd takes its time.
 library.define(
@@ -54,11 +57,13 @@ def as_table(packed: Tensor, clusters: Tensor | None, codebooks: Tensor | None, 
     return PackedTable(packed.numpy(), parsed, clusters=numbers, codebooks=values)
 
 
-def _embedding(*arguments: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+def _embedding(*arguments: Any, dtype: torch.dtype | None = None) -> Tensor:
     try:
         found: Tensor | int = _gather_tensors(*arguments, DTYPE_NAMES[dtype])
     except (KeyError, ValueError):
         *table, indices = arguments
+        if dtype == torch.float64:
+            return _embedding(*arguments).double()
         _check_types(table, indices, None, dtype)
         if indices.is_contiguous():
             raise
@@ -73,7 +78,7 @@ def _embedding_bag(
     *arguments: Any,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     return _pool(arguments, None, include_last_offset, padding_idx, dtype)
 
@@ -82,7 +87,7 @@ def _weighted_embedding_bag(
     *arguments: Any,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     *table, indices, offsets, weights = arguments
     check_weights(weights, indices)
@@ -95,7 +100,7 @@ def _pool(
     weights: Tensor | None,
     include_last_offset: bool,
     padding_idx: int | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     padding = -1 if padding_idx is None else as_row(padding_idx, len(arguments[0]))
     try:
@@ -105,12 +110,17 @@ def _pool(
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}") from None
         count_bags(indices, offsets, include_last_offset)
+        if dtype == torch.float64:
+            return _pool(arguments, weights, include_last_offset, padding_idx, None).double()
         _check_types(table, indices, offsets, dtype)
-        if indices.is_contiguous() and (offsets is None or offsets.is_contiguous()):
+        of_one_type = offsets is None or offsets.dtype == indices.dtype
+        if of_one_type and indices.is_contiguous() and (offsets is None or offsets.is_contiguous()):
             raise
-        starts = None if offsets is None else offsets.contiguous()
-        dense = (*table, indices.contiguous(), starts, mode)
-        return _pool(dense, weights, include_last_offset, padding_idx, dtype)
+        values, starts = (
+            tensor if tensor is None else (tensor if of_one_type else tensor.long()).contiguous()
+            for tensor in (indices, offsets)
+        )
+        return _pool((*table, values, starts, mode), weights, include_last_offset, padding_idx, dtype)
     if isinstance(found, int):
         *table, indices, offsets, mode = arguments
         starts = None if offsets is None else offsets.numpy()
@@ -140,7 +150,12 @@ def count_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: boo
 
 
 def check_weights(weights: Tensor, indices: Tensor) -> None:
-    """Raise TypeError or ValueError if weights do not go with indices."""
+    """Raise TypeError or ValueError if weights do not go with indices, NotImplementedError in forward mode."""
+    # PyTorch calls operators without the derivatives that come in: they would be lost, silently.
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "forward-mode derivatives (torch.func.jvp, jacfwd) of a lookup with per_sample_weights; use backward()"
+        )
     if weights.dtype != torch.float32:
         raise TypeError(f"per_sample_weights are {weights.dtype}; they must be torch.float32")
     if weights.shape != indices.shape:
@@ -149,15 +164,19 @@ def check_weights(weights: Tensor, indices: Tensor) -> None:
         )
 
 
-def _check_types(table: list[Any], indices: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> None:
+def _check_types(table: list[Any], indices: Tensor, offsets: Tensor | None, dtype: torch.dtype | None) -> None:
     """Say it better than the core, which has refused the arguments."""
     if dtype not in DTYPE_NAMES:
-        raise ValueError(f"dtype is {dtype}; choose one of {', '.join(map(str, DTYPE_NAMES))}")
-    if indices.dtype not in INDEX_DTYPES:
-        raise TypeError(f"indices are {indices.dtype}; they must be torch.int32 or torch.int64")
-    if offsets is not None and offsets.dtype != indices.dtype:
-        raise TypeError(f"indices are {indices.dtype} and offsets {offsets.dtype}; they must be of one type")
+        raise wrong_dtype(dtype)
+    for what, tensor in (("indices", indices), ("offsets", offsets)):
+        if tensor is not None and tensor.dtype not in INDEX_DTYPES:
+            raise TypeError(f"{what} are {tensor.dtype}; they must be torch.int32 or torch.int64")
     as_table(*table)
+
+
+def wrong_dtype(dtype: torch.dtype | None) -> ValueError:
+    """The error for a dtype that operators do not return."""
+    return ValueError(f"dtype is {dtype}; choose torch.float32, float16, bfloat16 or float64")
 
 
 library.impl("embedding", _embedding, "CPU")
@@ -171,7 +190,7 @@ def check_devices(table: Tensor, indices: Tensor) -> None:
         raise ValueError(f"the table is on {table.device}, indices on {indices.device}; both must be on the CPU")
 
 
-def _fake_embedding(*arguments: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+def _fake_embedding(*arguments: Any, dtype: torch.dtype | None = None) -> Tensor:
     packed, _, _, row_format, indices = arguments
     check_devices(packed, indices)
     return torch.empty((*indices.shape, RowFormat.parse(row_format).embedding_dim), dtype=dtype, device=packed.device)
@@ -181,7 +200,7 @@ def _fake_bags(
     *arguments: Any,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     packed, _, _, row_format, indices, offsets, *_ = arguments
     check_devices(packed, indices)
@@ -189,9 +208,15 @@ def _fake_bags(
     return torch.empty((num_bags, RowFormat.parse(row_format).embedding_dim), dtype=dtype, device=packed.device)
 
 
+def _fake_weighted_bags(*arguments: Any, **options: Any) -> Tensor:
+    *_, indices, _, weights = arguments
+    check_weights(weights, indices)
+    return _fake_bags(*arguments, **options)
+
+
 torch.library.register_fake("embpack::embedding", _fake_embedding, lib=library)
 torch.library.register_fake("embpack::embedding_bag", _fake_bags, lib=library)
-torch.library.register_fake("embpack::embedding_bag.weighted", _fake_bags, lib=library)
+torch.library.register_fake("embpack::embedding_bag.weighted", _fake_weighted_bags, lib=library)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
@@ -209,7 +234,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         of_rows = gradient.unsqueeze(1)
     else:
         positions = torch.arange(indices.shape[0], dtype=offsets.dtype)
-        bags = torch.searchsorted(offsets, positions, right=True) - 1
+        bags = torch.searchsorted(offsets.contiguous(), positions, right=True) - 1
         nobodys = gradient.new_zeros((1, gradient.shape[1]))  # indices after the last offset are in no bag
         of_rows = torch.cat([gradient, nobodys])[bags.clamp(max=gradient.shape[0])]
     by_weights = (rows * of_rows).sum(-1)
