@@ -217,3 +217,21 @@ def test_models_that_cannot_be_loaded_into_are_named(tmp_path):
     without.bottom = nn.Linear(1, 1, bias=False)
     with pytest.raises(ValueError, match=r"does not go with the model: it lacks bottom\.weight$"):
         load_checkpoint(without, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_language_model_of_transformers_opens(tmp_path, dtype):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, vocab_size=100, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    trained = transformers.GPT2LMHeadModel(config).eval().to(dtype)
+    trained.save_pretrained(tmp_path)
+    embpack.quantize_file(tmp_path / "model.safetensors", tmp_path / "packed.safetensors", include=["*.wte.weight"])
+    model = load_checkpoint(transformers.GPT2LMHeadModel(config).eval(), tmp_path / "packed.safetensors", tied="untie")
+    assert isinstance(model.transformer.wte, PackedEmbedding)
+    tokens = torch.arange(10)[None]
+    found, wanted = model(tokens).logits, trained(tokens).logits
+    assert found.dtype == wanted.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(found.float().flatten(), wanted.float().flatten(), dim=0) > 0.98
+    assert model.generate(tokens, max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] > 10
