@@ -174,7 +174,7 @@ def _ours_from_torch(setup: Setup, table: PackedTable, bags: Bags) -> list[Conte
     row_format = str(table.row_format)
     calls = {
         "embpack, torch tensors": lambda: table.embedding_bag(indices, offsets, mode="sum"),
-        "embpack::embedding_bag": lambda: pool(packed, None, None, row_format, indices, offsets, "sum"),
+        "embpack::embedding_bag": lambda: pool(packed, row_format, indices, offsets, "sum"),
     }
     return [make_contestant(name, call, bags, readying_us(setup.isa), None) for name, call in calls.items()]
 

@@ -78,11 +78,15 @@ bool are_offsets(const Integers& offsets, size_t num_indices) {
     return static_cast<size_t>(before) <= num_indices && (offsets.count == 0 || offsets[0] == 0);
 }
 
+// Values that are looked up in as long as it takes to give up Python's lock and get it back.
+constexpr size_t few_values = 4096;
+
 }  // namespace
 
 int64_t gather_into(const PackedRows& rows, const Integers& indices, const Output& out) {
     if (rows.num_rows == 0) return indices.values ? 0 : -1;
-    nb::gil_scoped_release release;
+    std::optional<nb::gil_scoped_release> release;
+    if (indices.count * rows.embedding_dim > few_values) release.emplace();
     return tell_fault(gather(rows, indices, out));
 }
 
@@ -95,7 +99,8 @@ int64_t pool_into(const PackedRows& rows, const Bags& bags, const Output& out) {
         require(bags.num_bags == 0 || bags.indices.count / bags.num_bags == bags.bag_size, "bags leave the indices");
     }
     if (rows.num_rows == 0 && bags.indices.count > 0) return 0;
-    nb::gil_scoped_release release;
+    std::optional<nb::gil_scoped_release> release;
+    if ((bags.indices.count + bags.num_bags) * rows.embedding_dim > few_values) release.emplace();
     size_t faulty_lookup;
     LookupFault fault = pool({{rows, bags, out}}, faulty_lookup);
     // An index after the last bag is never read, but a mistake all the same.

@@ -13,15 +13,18 @@
 namespace embpack {
 namespace {
 
-// PyTorch's functions. It is never unloaded.
+// PyTorch's functions, and those in Python that do what embedding and embedding_bag leave. They are never unloaded.
 const dlpack::ExchangeApi* exchange_api = nullptr;
+PyObject *slow_embedding = nullptr, *slow_embedding_bag = nullptr;
 
-void use_exchange_api(const nb::capsule& capsule) {
+void use_exchange_api(const nb::capsule& capsule, nb::handle embedding, nb::handle embedding_bag) {
     auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!api) throw nb::python_error();
     while (api && api->major != dlpack::known_major) api = api->older;
     require(api, "the exchange API has an unknown version");
     exchange_api = api;
+    slow_embedding = embedding.inc_ref().ptr();
+    slow_embedding_bag = embedding_bag.inc_ref().ptr();
 }
 
 // A contiguous tensor on the CPU, which its object owns.
@@ -190,6 +193,36 @@ nb::object pool_tensors(nb::handle packed, nb::handle clusters, nb::handle codeb
     return found_or(pool_into(rows, bags, to), out);
 }
 
+// The operators' kernels: what most calls are, without a function in Python. All else, mistakes too, is for that.
+nb::object embedding(nb::handle packed, std::string_view row_format, nb::handle indices, nb::handle clusters,
+                     nb::handle codebooks, nb::handle dtype) {
+    if (dtype.is_none()) {
+        try {
+            nb::object found = gather_tensors(packed, clusters, codebooks, row_format, indices, "float32");
+            if (!PyLong_Check(found.ptr())) return found;
+        } catch (const std::exception&) {
+        }
+    }
+    return nb::handle(slow_embedding)(packed, row_format, indices, clusters, codebooks, nb::arg("dtype") = dtype);
+}
+
+nb::object embedding_bag(nb::handle packed, std::string_view row_format, nb::handle indices, nb::handle offsets,
+                         std::string_view mode, nb::handle clusters, nb::handle codebooks, bool include_last_offset,
+                         nb::handle padding_idx, nb::handle dtype) {
+    if (dtype.is_none() && padding_idx.is_none()) {
+        try {
+            nb::object found = pool_tensors(packed, clusters, codebooks, row_format, indices, offsets, mode, nb::none(),
+                                            include_last_offset, -1, "float32");
+            if (!PyLong_Check(found.ptr())) return found;
+        } catch (const std::exception&) {
+        }
+    }
+    return nb::handle(slow_embedding_bag)(
+        packed, row_format, indices, offsets, mode, clusters, codebooks,
+        nb::arg("include_last_offset") = include_last_offset, nb::arg("padding_idx") = padding_idx,
+        nb::arg("dtype") = dtype);
+}
+
 // Tables, and how often each is read and how pooled; their tensors come with each call.
 class TensorGroup {
 public:
@@ -256,7 +289,16 @@ private:
 
 void bind_tensors(nb::module_& m) {
     // A table's tensors are packed, clusters and codebooks.
-    m.def("use_exchange_api", &use_exchange_api, nb::arg("api"), "Take torch.Tensor.__dlpack_c_exchange_api__.");
+    m.def("use_exchange_api", &use_exchange_api, nb::arg("api"), nb::arg("embedding"), nb::arg("embedding_bag"),
+          "Take torch.Tensor.__dlpack_c_exchange_api__, and the functions that embedding and embedding_bag call for what "
+          "they leave.");
+    m.def("embedding", &embedding, nb::arg("packed"), nb::arg("row_format"), nb::arg("indices"),
+          nb::arg("clusters") = nb::none(), nb::arg("codebooks") = nb::none(), nb::arg("dtype") = nb::none(),
+          "embpack::embedding.");
+    m.def("embedding_bag", &embedding_bag, nb::arg("packed"), nb::arg("row_format"), nb::arg("indices"),
+          nb::arg("offsets").none(), nb::arg("mode"), nb::arg("clusters") = nb::none(),
+          nb::arg("codebooks") = nb::none(), nb::arg("include_last_offset") = false, nb::arg("padding_idx") = nb::none(),
+          nb::arg("dtype") = nb::none(), "embpack::embedding_bag.");
     m.def("gather_tensors", &gather_tensors, nb::arg("packed"), nb::arg("clusters").none(), nb::arg("codebooks").none(),
           nb::arg("row_format"), nb::arg("indices"), nb::arg("dtype"),
           "The rows `indices` as a new tensor, or what gather returns for a fault.");

@@ -385,7 +385,7 @@ def test_one_table_of_several_lookups_is_there_once(tmp_path, rng, layout):
 
 
 class AsTypes(nn.Module):
-    """The operators' dtype, which modules leave alone."""
+    """The operators' dtype."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -393,7 +393,7 @@ class AsTypes(nn.Module):
         self.dtype = dtype
 
     def forward(self, indices):
-        table, operators = self.one._table_arguments(), torch.ops.embpack
+        table, operators = (self.one.packed, str(self.one.row_format)), torch.ops.embpack
         found = [operators.embedding(*table, indices, dtype=self.dtype)]
         for mode in MODES:
             found.append(operators.embedding_bag(*table, indices, None, mode, dtype=self.dtype))
@@ -532,7 +532,7 @@ def test_a_model_without_packed_embeddings(tmp_path):
 
 class Computed(nn.Module):
     def forward(self, packed, indices):
-        return torch.ops.embpack.embedding(packed, None, None, f"uniform:{DIM}:4:float16", indices)
+        return torch.ops.embpack.embedding(packed, f"uniform:{DIM}:4:float16", indices)
 
 
 def test_a_table_that_is_an_input(tmp_path):

@@ -29,8 +29,9 @@ def make_bags(dtype: torch.dtype = torch.int64) -> tuple[torch.Tensor, torch.Ten
     return indices, torch.tensor([0, 0, 1, 20, 30], dtype=dtype)  # empty, one, many, and an empty one at the end
 
 
-def arguments_of(module: PackedEmbedding | PackedEmbeddingBag) -> tuple[object, ...]:
-    return module._table_arguments()
+def arguments_of(module: PackedEmbedding | PackedEmbeddingBag, *lookup: object) -> tuple[object, ...]:
+    shared = () if module.clusters is None else (module.clusters, module.codebooks)
+    return (module.packed, str(module.row_format), *lookup, *shared)
 
 
 # Float32 sums of up to 30 rows of values below 4, in another order.
@@ -120,28 +121,29 @@ def test_indices_after_the_last_offset_have_no_gradient():
 def test_operators_pass_opcheck(method):
     module = PackedEmbeddingBag.from_table(make_table(method))
     indices, offsets = make_bags()
-    table = arguments_of(module)
     operators = torch.ops.embpack
-    torch.library.opcheck(operators.embedding.default, (*table, indices))
-    torch.library.opcheck(operators.embedding.default, (*table, indices), {"dtype": torch.bfloat16})
+    torch.library.opcheck(operators.embedding.default, arguments_of(module, indices))
+    torch.library.opcheck(operators.embedding.default, arguments_of(module, indices), {"dtype": torch.bfloat16})
     for mode in ("sum", "mean", "max"):
-        torch.library.opcheck(operators.embedding_bag.default, (*table, indices, offsets, mode), {"padding_idx": 1})
+        torch.library.opcheck(
+            operators.embedding_bag.default, arguments_of(module, indices, offsets, mode), {"padding_idx": 1}
+        )
     torch.library.opcheck(
-        operators.embedding_bag.default, (*table, indices, offsets, "sum"), {"include_last_offset": True}
+        operators.embedding_bag.default, arguments_of(module, indices, offsets, "sum"), {"include_last_offset": True}
     )
     weights = torch.rand(30, requires_grad=True)
-    torch.library.opcheck(operators.embedding_bag.weighted, (*table, indices, offsets, weights))
-    square = (*table, indices.reshape(5, 6), None)
-    torch.library.opcheck(operators.embedding_bag.weighted, (*square, torch.rand(5, 6, requires_grad=True)))
+    torch.library.opcheck(operators.embedding_bag.weighted, arguments_of(module, indices, offsets, weights))
+    square = arguments_of(module, indices.reshape(5, 6), None, torch.rand(5, 6, requires_grad=True))
+    torch.library.opcheck(operators.embedding_bag.weighted, square)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_values_of_other_types_are_rounded(dtype):
     module = PackedEmbeddingBag.from_table(make_table(), mode="sum")
     indices, offsets = make_bags()
-    found = torch.ops.embpack.embedding_bag(*arguments_of(module), indices, offsets, "sum", dtype=dtype)
+    found = torch.ops.embpack.embedding_bag(*arguments_of(module, indices, offsets, "sum"), dtype=dtype)
     assert torch.equal(found, module(indices, offsets).to(dtype))
-    rows = torch.ops.embpack.embedding(*arguments_of(module), indices, dtype=dtype)
+    rows = torch.ops.embpack.embedding(*arguments_of(module, indices), dtype=dtype)
     assert torch.equal(rows, torch.from_numpy(module.table[indices]).to(dtype))
 
 
@@ -343,9 +345,9 @@ def test_other_mistakes_are_named():
     with pytest.raises(ValueError, match="mode is 'median'; choose one of sum, mean, max"):
         PackedEmbeddingBag(3, 4, mode="median")
     with pytest.raises(ValueError, match="mode is 'median'; choose one of sum, mean, max"):
-        torch.ops.embpack.embedding_bag(*arguments_of(BAG), torch.arange(1), ONE, "median")
+        torch.ops.embpack.embedding_bag(*arguments_of(BAG, torch.arange(1), ONE, "median"))
     with pytest.raises(ValueError, match=r"dtype is torch\.int8; choose torch\.float32"):
-        torch.ops.embpack.embedding_bag(*arguments_of(BAG), ONE, ONE, "sum", dtype=torch.int8)
+        torch.ops.embpack.embedding_bag(*arguments_of(BAG, ONE, ONE, "sum"), dtype=torch.int8)
     with pytest.raises(TypeError, match="input is a list; it must be a tensor"):
         PackedEmbedding(3, 4)([1, 2])
     with pytest.raises(TypeError, match=r"from_float takes an nn\.Embedding, not an EmbeddingBag"):
@@ -353,13 +355,13 @@ def test_other_mistakes_are_named():
     with pytest.raises(TypeError, match=r"PackedEmbeddingBag\.from_table takes an embpack\.PackedTable, not a Tensor"):
         PackedEmbeddingBag.from_table(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="packed has 14 bytes a row, but embedding_dim 21 at 4 bits"):
-        torch.ops.embpack.embedding(BAG.packed, None, None, "uniform:21:4:float16", ONE)
+        torch.ops.embpack.embedding(BAG.packed, "uniform:21:4:float16", ONE)
     for text in ("", "uniform", "uniform:20:4", "uniform:20:4:", "uniform:20:9:float16", "uniform:x:4:float16", ":::"):
         with pytest.raises(ValueError, match=r"row format is|bits is 9"):
-            torch.ops.embpack.embedding_bag(BAG.packed, None, None, text, ONE, ONE, "sum")
+            torch.ops.embpack.embedding_bag(BAG.packed, text, ONE, ONE, "sum")
     with pytest.raises(ValueError, match="offsets are empty; with include_last_offset"):
         empty = torch.empty(0, dtype=torch.int64)
-        torch.ops.embpack.embedding_bag(*arguments_of(BAG), ONE, empty, "sum", include_last_offset=True)
+        torch.ops.embpack.embedding_bag(*arguments_of(BAG, ONE, empty, "sum"), include_last_offset=True)
 
 
 def test_damaged_clusters_are_named():

@@ -48,15 +48,16 @@ class Tables:
         self._parts: dict[Any, tuple[TableGraph, PackedTable]] = {}
 
     def find(
-        self, packed: str, clusters: str | None, codebooks: str | None, row_format: str
+        self, packed: str, row_format: str, clusters: str | None = None, codebooks: str | None = None
     ) -> tuple[TableGraph, PackedTable]:
         """Return the part for a table and the table, given an operator's arguments; the same for the same memory."""
         arrays = [None if name is None else self._read(name) for name in (packed, clusters, codebooks)]
         key = (row_format, *(array is not None and (array.ctypes.data, array.shape) for array in arrays))
         if key not in self._parts:
-            tensors: list[Any] = [*(None if array is None else torch.from_numpy(array) for array in arrays), row_format]
+            rows, *shared = (None if array is None else torch.from_numpy(array) for array in arrays)
+            assert rows is not None
             # With one list of nodes, whose length is in the names, all parts have names of their own.
-            self._parts[key] = (TableGraph(f"{packed}.", self.nodes), as_table(*tensors))
+            self._parts[key] = (TableGraph(f"{packed}.", self.nodes), as_table(rows, row_format, *shared))
         return self._parts[key]
 
     def collect(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
@@ -77,18 +78,22 @@ class Tables:
 
 
 Arguments = Mapping[str, Any]
-_TABLE = ("packed", "clusters", "codebooks", "row_format")
+
+
+def _find(tables: Tables, arguments: Arguments) -> tuple[TableGraph, PackedTable]:
+    shared = (arguments.get("clusters"), arguments.get("codebooks"))
+    return tables.find(arguments["packed"], arguments["row_format"], *shared)
 
 
 def _look_up(tables: Tables, arguments: Arguments, output: str) -> None:
     """Replace embpack::embedding."""
-    graph, table = tables.find(*(arguments[name] for name in _TABLE))
+    graph, table = _find(tables, arguments)
     add_gather(graph, table, arguments["indices"], output, _dtype(arguments))
 
 
 def _pool(tables: Tables, arguments: Arguments, output: str) -> None:
     """Replace embpack::embedding_bag and embpack::embedding_bag.weighted."""
-    graph, table = tables.find(*(arguments[name] for name in _TABLE))
+    graph, table = _find(tables, arguments)
     bags = Bags(
         arguments.get("mode", "sum"),
         arguments["indices"],

@@ -101,7 +101,7 @@ class Group(NamedTuple):
         clusters, codebooks = iter(self.clusters), iter(self.codebooks)
         for packed, row_format in zip(self.packed, read_tables(self.tables).row_formats, strict=True):
             shared = (next(clusters), next(codebooks)) if row_format.is_clustered else (None, None)
-            yield packed, *shared, str(row_format)
+            yield packed, str(row_format), *shared
 
     def check(self) -> None:
         """Raise ValueError if the tables are not as described, or the lookups not theirs."""
@@ -203,7 +203,7 @@ def _check(
     group: Group, indices: Tensor, offsets: Tensor, include_last_offset: bool, dtype: torch.dtype | None
 ) -> None:
     """Say it better than the core, which has refused the arguments."""
-    if dtype not in DTYPE_NAMES:
+    if dtype not in DTYPE_NAMES and dtype != torch.float64:
         raise wrong_dtype(dtype)
     for what, tensor in (("indices", indices), ("offsets", offsets)):
         if tensor.dtype not in INDEX_DTYPES:
@@ -237,7 +237,8 @@ def _differentiate_by_weights(*arguments: Any, include_last_offset: bool = False
     for table, feature in zip(table_of, group.feature_of, strict=True):
         of_feature = edges[feature * batch : (feature + 1) * batch + 1]
         of_values = slice(int(of_feature[0]), int(of_feature[-1]))
-        rows = torch.ops.embpack.embedding(*tables[table], values[of_values])
+        packed, row_format, *shared = tables[table]
+        rows = torch.ops.embpack.embedding(packed, row_format, values[of_values], *shared)
         width = row_formats[table].embedding_dim
         of_bags = gradient[:, column : column + width].repeat_interleave(of_feature.diff(), dim=0)
         products = (rows * of_bags).sum(-1).masked_fill(values[of_values] == uses[table].padding_index, 0)

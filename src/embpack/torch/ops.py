@@ -2,8 +2,9 @@
 
 A table is its tensors: packed uint8 [num_embeddings, row_bytes] and, in the clustered layout, clusters uint8
 [num_embeddings, 1 or 2] (little-endian numbers) and codebooks uint8 [num_codebooks, bytes of a codebook]; and what the
-bytes mean, str(embpack.layouts.RowFormat): "uniform:64:4:float16" are layout, embedding_dim, bits and param_dtype, one
-text because each argument takes PyTorch a sixth of a microsecond. All tensors are on the CPU.
+bytes mean, str(embpack.layouts.RowFormat): "uniform:64:4:float16" are layout, embedding_dim, bits and param_dtype. They
+are one text, and what most tables lack comes last, because each argument takes PyTorch a sixth of a microsecond. All
+tensors are on the CPU.
 """
 
 from typing import Any
@@ -20,7 +21,8 @@ from embpack.table import MODES, PackedTable, as_row
 INDEX_DTYPES = (torch.int64, torch.int32)
 # What the core calls the types of values; None is the default.
 DTYPE_NAMES = {None: "float32", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-TABLE = "Tensor packed, Tensor? clusters, Tensor? codebooks, str row_format"
+TABLE = "Tensor packed, str row_format"
+SHARED = "Tensor? clusters=None, Tensor? codebooks=None"
 # With a default other than None, AOTInductor could not load what it compiles.
 DTYPE = "ScalarType? dtype=None"
 LAST = f"bool include_last_offset=False, int? padding_idx=None, {DTYPE}"
@@ -31,19 +33,18 @@ _pool_tensors: Any = _native.pool_tensors
 
 _make_library: Any = torch.library.Library
 library = _make_library("embpack", "DEF")
-library.define(f"embedding({TABLE}, Tensor indices, *, {DTYPE}) -> Tensor")
-library.define(f"embedding_bag({TABLE}, Tensor indices, Tensor? offsets, str mode, *, {LAST}) -> Tensor")
+library.define(f"embedding({TABLE}, Tensor indices, {SHARED}, *, {DTYPE}) -> Tensor")
+library.define(f"embedding_bag({TABLE}, Tensor indices, Tensor? offsets, str mode, {SHARED}, *, {LAST}) -> Tensor")
 # Sums of weighted rows, which alone can have gradients: an operator of its own, for autograd takes its time.
 library.define(
-    f"embedding_bag.weighted({TABLE}, Tensor indices, Tensor? offsets, Tensor per_sample_weights, *, {LAST}) -> Tensor"
+    f"embedding_bag.weighted({TABLE}, Tensor indices, Tensor? offsets, Tensor per_sample_weights, {SHARED}, *, {LAST}) "
+    "-> Tensor"
 )
-_exchange_api: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-if _exchange_api is None:
-    raise ImportError(f"embpack.torch needs PyTorch 2.13 or later; this is {torch.__version__}")
-_native.use_exchange_api(_exchange_api)
 
 
-def as_table(packed: Tensor, clusters: Tensor | None, codebooks: Tensor | None, row_format: str) -> PackedTable:
+def as_table(
+    packed: Tensor, row_format: str, clusters: Tensor | None = None, codebooks: Tensor | None = None
+) -> PackedTable:
     """Make a PackedTable of a table's tensors, sharing their memory.
 
     Raises:
@@ -57,75 +58,103 @@ def as_table(packed: Tensor, clusters: Tensor | None, codebooks: Tensor | None, 
     return PackedTable(packed.numpy(), parsed, clusters=numbers, codebooks=values)
 
 
-def _embedding(*arguments: Any, dtype: torch.dtype | None = None) -> Tensor:
+def _embedding(
+    packed: Tensor,
+    row_format: str,
+    indices: Tensor,
+    clusters: Tensor | None = None,
+    codebooks: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     try:
-        found: Tensor | int = _gather_tensors(*arguments, DTYPE_NAMES[dtype])
+        found: Tensor | int = _gather_tensors(packed, clusters, codebooks, row_format, indices, DTYPE_NAMES[dtype])
     except (KeyError, ValueError):
-        *table, indices = arguments
         if dtype == torch.float64:
-            return _embedding(*arguments).double()
-        _check_types(table, indices, None, dtype)
+            return _embedding(packed, row_format, indices, clusters, codebooks).double()
+        _check_types((packed, row_format, clusters, codebooks), indices, None, dtype)
         if indices.is_contiguous():
             raise
-        return _embedding(*table, indices.contiguous(), dtype=dtype)
+        return _embedding(packed, row_format, indices.contiguous(), clusters, codebooks, dtype=dtype)
     if isinstance(found, int):
-        *table, indices = arguments
-        raise as_table(*table).explain_fault(found, indices.reshape(-1).numpy())
+        table = as_table(packed, row_format, clusters, codebooks)
+        raise table.explain_fault(found, indices.reshape(-1).numpy())
     return found
 
 
 def _embedding_bag(
-    *arguments: Any,
+    packed: Tensor,
+    row_format: str,
+    indices: Tensor,
+    offsets: Tensor | None,
+    mode: str,
+    clusters: Tensor | None = None,
+    codebooks: Tensor | None = None,
+    *,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
     dtype: torch.dtype | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    return _pool(arguments, None, include_last_offset, padding_idx, dtype)
-
-
-def _weighted_embedding_bag(
-    *arguments: Any,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    *table, indices, offsets, weights = arguments
-    check_weights(weights, indices)
-    weights = weights.detach().contiguous()
-    return _pool((*table, indices, offsets, "sum"), weights, include_last_offset, padding_idx, dtype)
-
-
-def _pool(
-    arguments: tuple[Any, ...],
-    weights: Tensor | None,
-    include_last_offset: bool,
-    padding_idx: int | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    padding = -1 if padding_idx is None else as_row(padding_idx, len(arguments[0]))
+    padding = -1 if padding_idx is None else as_row(padding_idx, len(packed))
     try:
-        found: Tensor | int = _pool_tensors(*arguments, weights, include_last_offset, padding, DTYPE_NAMES[dtype])
+        found: Tensor | int = _pool_tensors(
+            packed,
+            clusters,
+            codebooks,
+            row_format,
+            indices,
+            offsets,
+            mode,
+            weights,
+            include_last_offset,
+            padding,
+            DTYPE_NAMES[dtype],
+        )
     except (KeyError, ValueError):
-        *table, indices, offsets, mode = arguments
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}") from None
         count_bags(indices, offsets, include_last_offset)
-        if dtype == torch.float64:
-            return _pool(arguments, weights, include_last_offset, padding_idx, None).double()
-        _check_types(table, indices, offsets, dtype)
-        of_one_type = offsets is None or offsets.dtype == indices.dtype
-        if of_one_type and indices.is_contiguous() and (offsets is None or offsets.is_contiguous()):
+        _check_types((packed, row_format, clusters, codebooks), indices, offsets, dtype)
+        values, starts = _make_alike(indices, offsets)
+        if values is indices and starts is offsets and dtype != torch.float64:
             raise
-        values, starts = (
-            tensor if tensor is None else (tensor if of_one_type else tensor.long()).contiguous()
-            for tensor in (indices, offsets)
+        again = _embedding_bag(
+            packed,
+            row_format,
+            values,
+            starts,
+            mode,
+            clusters,
+            codebooks,
+            include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
+            dtype=None if dtype == torch.float64 else dtype,
+            weights=weights,
         )
-        return _pool((*table, values, starts, mode), weights, include_last_offset, padding_idx, dtype)
+        found = again.double() if dtype == torch.float64 else again
     if isinstance(found, int):
-        *table, indices, offsets, mode = arguments
-        starts = None if offsets is None else offsets.numpy()
-        raise as_table(*table).explain_fault(found, indices.reshape(-1).numpy(), starts)
+        starts_array = None if offsets is None else offsets.numpy()
+        table = as_table(packed, row_format, clusters, codebooks)
+        raise table.explain_fault(found, indices.reshape(-1).numpy(), starts_array)
     return found
+
+
+def _weighted_embedding_bag(
+    packed: Tensor, row_format: str, indices: Tensor, offsets: Tensor | None, weights: Tensor, *shared: Any, **how: Any
+) -> Tensor:
+    check_weights(weights, indices)
+    weights = weights.detach().contiguous()
+    return _embedding_bag(packed, row_format, indices, offsets, "sum", *shared, weights=weights, **how)
+
+
+def _make_alike(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Make indices and offsets contiguous and of one type, as the core has them; themselves if they are."""
+    if offsets is None:
+        return indices.contiguous(), None
+    if offsets.dtype != indices.dtype:
+        indices, offsets = indices.long(), offsets.long()
+    return indices.contiguous(), offsets.contiguous()
 
 
 def count_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> int:
@@ -164,9 +193,9 @@ def check_weights(weights: Tensor, indices: Tensor) -> None:
         )
 
 
-def _check_types(table: list[Any], indices: Tensor, offsets: Tensor | None, dtype: torch.dtype | None) -> None:
+def _check_types(table: tuple[Any, ...], indices: Tensor, offsets: Tensor | None, dtype: torch.dtype | None) -> None:
     """Say it better than the core, which has refused the arguments."""
-    if dtype not in DTYPE_NAMES:
+    if dtype not in DTYPE_NAMES and dtype != torch.float64:
         raise wrong_dtype(dtype)
     for what, tensor in (("indices", indices), ("offsets", offsets)):
         if tensor is not None and tensor.dtype not in INDEX_DTYPES:
@@ -179,9 +208,16 @@ def wrong_dtype(dtype: torch.dtype | None) -> ValueError:
     return ValueError(f"dtype is {dtype}; choose torch.float32, float16, bfloat16 or float64")
 
 
-library.impl("embedding", _embedding, "CPU")
-library.impl("embedding_bag", _embedding_bag, "CPU")
+_exchange_api: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+if _exchange_api is None:
+    raise ImportError(f"embpack.torch needs PyTorch 2.13 or later; this is {torch.__version__}")
+_native.use_exchange_api(_exchange_api, _embedding, _embedding_bag)
+library.impl("embedding", _native.embedding, "CPU")
+library.impl("embedding_bag", _native.embedding_bag, "CPU")
 library.impl("embedding_bag.weighted", _weighted_embedding_bag, "CPU")
+# Nothing in them has gradients, and PyTorch's looking for some takes a third of a microsecond.
+library.impl("embedding", torch.library.fallthrough_kernel, "Autograd")
+library.impl("embedding_bag", torch.library.fallthrough_kernel, "Autograd")
 
 
 def check_devices(table: Tensor, indices: Tensor) -> None:
@@ -190,46 +226,47 @@ def check_devices(table: Tensor, indices: Tensor) -> None:
         raise ValueError(f"the table is on {table.device}, indices on {indices.device}; both must be on the CPU")
 
 
-def _fake_embedding(*arguments: Any, dtype: torch.dtype | None = None) -> Tensor:
-    packed, _, _, row_format, indices = arguments
+def _fake_embedding(
+    packed: Tensor, row_format: str, indices: Tensor, *shared: Any, dtype: torch.dtype | None = None
+) -> Tensor:
     check_devices(packed, indices)
     return torch.empty((*indices.shape, RowFormat.parse(row_format).embedding_dim), dtype=dtype, device=packed.device)
 
 
 def _fake_bags(
-    *arguments: Any,
+    packed: Tensor,
+    row_format: str,
+    indices: Tensor,
+    offsets: Tensor | None,
+    mode_or_weights: str | Tensor,
+    *shared: Any,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    packed, _, _, row_format, indices, offsets, *_ = arguments
     check_devices(packed, indices)
+    if isinstance(mode_or_weights, Tensor):
+        check_weights(mode_or_weights, indices)
     num_bags = count_bags(indices, offsets, include_last_offset)
     return torch.empty((num_bags, RowFormat.parse(row_format).embedding_dim), dtype=dtype, device=packed.device)
 
 
-def _fake_weighted_bags(*arguments: Any, **options: Any) -> Tensor:
-    *_, indices, _, weights = arguments
-    check_weights(weights, indices)
-    return _fake_bags(*arguments, **options)
-
-
 torch.library.register_fake("embpack::embedding", _fake_embedding, lib=library)
 torch.library.register_fake("embpack::embedding_bag", _fake_bags, lib=library)
-torch.library.register_fake("embpack::embedding_bag.weighted", _fake_weighted_bags, lib=library)
+torch.library.register_fake("embpack::embedding_bag.weighted", _fake_bags, lib=library)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    packed, clusters, codebooks, row_format, indices, offsets, _ = inputs
+    packed, row_format, indices, offsets, _, clusters, codebooks = inputs
     ctx.row_format = row_format
     ctx.padding_idx = keyword_only_inputs["padding_idx"]
-    ctx.save_for_backward(packed, clusters, codebooks, indices, offsets)
+    ctx.save_for_backward(packed, indices, offsets, clusters, codebooks)
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """The derivative by a weight is the product of its row and its bag's gradient."""
-    packed, clusters, codebooks, indices, offsets = ctx.saved_tensors
-    rows = torch.ops.embpack.embedding(packed, clusters, codebooks, ctx.row_format, indices)
+    packed, indices, offsets, clusters, codebooks = ctx.saved_tensors
+    rows = torch.ops.embpack.embedding(packed, ctx.row_format, indices, clusters, codebooks)
     if offsets is None:
         of_rows = gradient.unsqueeze(1)
     else:
@@ -240,7 +277,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     by_weights = (rows * of_rows).sum(-1)
     if ctx.padding_idx is not None:
         by_weights = by_weights.masked_fill(indices == ctx.padding_idx % packed.shape[0], 0)
-    return (None,) * 6 + (by_weights,)
+    return (None, None, None, None, by_weights, None, None)
 
 
 torch.library.register_autograd("embpack::embedding_bag.weighted", _differentiate, setup_context=_remember, lib=library)
