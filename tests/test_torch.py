@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import embpack
 from embpack.sources.mapped import is_mapped
-from embpack.torch import PackedEmbedding, PackedEmbeddingBag
+from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection
 
 ROWS, DIM = 40, 20
 METHODS = ("asym", "kmeans-lloyd", "kmeans-cls:K=3")
@@ -204,13 +204,42 @@ def test_modules_return_values_of_the_type_that_their_weights_had(method, dtype)
 def test_modules_take_the_type_they_are_made_with():
     assert PackedEmbedding(3, 4, dtype=torch.bfloat16)(ONE).dtype == torch.bfloat16
     assert PackedEmbeddingBag(3, 4, dtype=torch.float16)(ONE, ONE).dtype == torch.float16
-    with pytest.raises(ValueError, match=r"dtype is torch\.int8; choose torch\.float32, float16, bfloat16 or float64"):
-        PackedEmbedding(3, 4, dtype=torch.int8)(ONE)
+    for dtype in (torch.int8, "float16"):
+        with pytest.raises(ValueError, match=f"dtype is {dtype}; choose torch.float32, float16, bfloat16 or float64"):
+            PackedEmbedding(3, 4, dtype=dtype)
     torch.set_default_dtype(torch.float64)
     try:
         assert PackedEmbedding(3, 4)(ONE).dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_compiled_modules_return_what_eager_ones_do_whatever_the_default_type(default):
+    embedding = PackedEmbedding.from_table(make_table())
+    bag = PackedEmbeddingBag.from_table(make_table(), mode="sum")
+    collection = PackedEmbeddingBagCollection({"a": bag})
+    square, weights = make_bags()[0].reshape(5, 6), torch.rand(5, 6, requires_grad=True)
+
+    def look_up() -> list[torch.Tensor]:
+        return [embedding(square) + 1, bag(square, None, weights) + 1, collection(square, None, weights) + 1]
+
+    torch.set_default_dtype(default)
+    try:
+        wanted, found = look_up(), torch.compile(look_up, fullgraph=True, backend="aot_eager")()
+        gradients = [torch.autograd.grad((pooled**2).sum(), weights)[0] for pooled in wanted[1:]]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
+    torch.testing.assert_close(*gradients)
+
+
+def test_modules_are_traced_by_fx():
+    model = nn.Sequential(PackedEmbeddingBag.from_table(make_table(), padding_idx=3), nn.Linear(DIM, 3))
+    traced = torch.fx.symbolic_trace(model)
+    square = make_bags()[0].reshape(5, 6)
+    assert torch.equal(traced(square), model(square))
 
 
 def test_a_model_of_another_type_runs_packed_compiled_and_exported():
@@ -461,6 +490,12 @@ def test_indices_on_another_device_are_refused():
     for module in (embedding, BAG):
         with pytest.raises(ValueError, match="the table is on cpu, indices on meta; both must be on the CPU"):
             module(torch.zeros((2, 2), dtype=torch.int64, device="meta"))
+    for name, arguments in (
+        ("offsets", (ONE.to("meta"),)),
+        ("per_sample_weights", (ONE, torch.ones(1, device="meta"))),
+    ):
+        with pytest.raises(ValueError, match=f"the table is on cpu, {name} on meta; both must be on the CPU"):
+            BAG(ONE, *arguments)
     on_meta = copy.deepcopy(embedding).to("meta")
     assert on_meta(torch.zeros(3, dtype=torch.int64, device="meta")).shape == (3, DIM)
     with pytest.raises(ValueError, match="the table is on meta, indices on cpu"):

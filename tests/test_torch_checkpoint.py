@@ -151,6 +151,36 @@ def test_a_model_has_the_types_of_the_file(tmp_path, dtype):
     assert torch.nn.functional.cosine_similarity(found.float(), trained(users, items).float(), dim=0) > 0.95
 
 
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.item_embedding = nn.Embedding(20, 4)
+
+
+def test_a_module_may_hang_in_two_places(tmp_path):
+    def make() -> nn.ModuleDict:
+        tower = Tower()
+        return nn.ModuleDict({"query": tower, "title": tower})
+
+    path = make_checkpoint(tmp_path, make())  # save_model leaves out what is there twice
+    torch.save(make().state_dict(), tmp_path / "float.pt")
+    embpack.quantize_file(tmp_path / "float.pt", tmp_path / "twice.safetensors")
+    for file in (path, tmp_path / "twice.safetensors"):
+        model = load_checkpoint(make(), file)
+        assert isinstance(model["query"].item_embedding, PackedEmbedding)
+        assert model["title"] is model["query"]
+
+
+def test_what_was_added_to_a_module_is_not_lost(tmp_path):
+    path = make_checkpoint(tmp_path, Recommender())
+    model = Recommender()
+    model.item_embedding.register_forward_hook(lambda module, inputs, output: 100 * output)
+    with pytest.raises(
+        ValueError, match=r"item_embedding has hooks, .*add it after.*--exclude 'item_embedding\.weight'"
+    ):
+        load_checkpoint(model, path)
+
+
 class LanguageModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -296,6 +296,9 @@ def test_what_is_changed_later_counts():
             setattr(collection.embedding_bags["item"], name, value)
         wanted = pool_one_by_one(collection.embedding_bags, *make_input())
         assert torch.equal(collection(*make_input()), wanted)
+    collection.embedding_bags["item"].padding_idx = -1
+    assert collection.embedding_bags["item"].padding_idx == ROWS - 1
+    assert torch.equal(collection(*make_input()), pool_one_by_one(collection.embedding_bags, *make_input()))
     collection.embedding_bags["item"] = make_bags(include_last_offset=True)["city"]
     assert torch.equal(collection(*make_input()), pool_one_by_one(collection.embedding_bags, *make_input()))
     assert collection.embedding_dims[1:3] == [5, 5]
@@ -560,6 +563,8 @@ def test_input_and_tables_of_other_types_are_named():
         PackedEmbeddingBagCollection(make_bags(), FEATURES | {"user": "who"})
     with pytest.raises(TypeError, match="offsets is a list; it must be a tensor"):
         COLLECTION(torch.arange(3), [0, 1, 2, 3, 4])
+    with pytest.raises(ValueError, match="weights go with mode 'sum' only, and table 'user' has mode 'mean'"):
+        PackedEmbeddingBagCollection(make_bags("mean"), FEATURES, is_weighted=True)
     pytest.importorskip("torchrec")
     with pytest.raises(ValueError, match="the collection is weighted, and the features have no weights"):
         PackedEmbeddingBagCollection(make_bags(), FEATURES, is_weighted=True)(make_features())

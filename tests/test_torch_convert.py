@@ -124,6 +124,22 @@ def test_modules_with_hooks_are_left_alone_and_said_so():
     assert isinstance(model["free"], PackedEmbedding)
 
 
+def test_what_was_added_to_a_module_is_not_lost():
+    modules = {name: nn.Embedding(20, 4) for name in ("wrapped", "adapted", "nested", "watched", "saved")}
+    modules["wrapped"].forward = lambda indices: indices
+    modules["adapted"].lora_A = nn.Parameter(torch.zeros(4, 16))
+    modules["nested"].projection = nn.Linear(4, 4)
+    modules["watched"].register_full_backward_hook(lambda module, inputs, outputs: None)
+    modules["saved"].register_state_dict_post_hook(lambda module, state, prefix, metadata: None)
+    model = nn.ModuleDict(modules)
+    report = quantize_(model)
+    names = ("a forward of its own", "lora_A", "projection", "hooks", "hooks")
+    assert [reason for _, reason in report.left_alone] == [
+        f"it has {name}, which a packed module would not have" for name in names
+    ]
+    assert all(type(module) is nn.Embedding for module in model.values())
+
+
 def test_what_cannot_be_packed_is_named():
     model = nn.ModuleDict({"fine": nn.Embedding(20, 4), "broken": nn.Embedding(20, 4)})
     with torch.no_grad():
@@ -137,6 +153,8 @@ def test_what_cannot_be_packed_is_named():
         quantize_(unloaded)
     with pytest.raises(TypeError, match=r"only: weight is float64, but .*; convert it with weight\.float\(\)"):
         quantize_(nn.ModuleDict({"only": nn.Embedding(20, 4).double()}))
+    with pytest.raises(TypeError, match="filter is str; it must be a function of a module and its name"):
+        quantize_(model, filter="fine")
     with pytest.raises(TypeError, match="model is dict; quantize_ packs"):
         quantize_({"weight": torch.zeros(20, 4)})
 

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from embpack.files import open_packed
 from embpack.table import PackedTable
-from embpack.torch.convert import PACKED, Place, address_of, check_tied, swap_collections, walk_children
+from embpack.torch.convert import (
+    PACKED,
+    Place,
+    address_of,
+    check_tied,
+    find_additions,
+    is_torchrec_bags,
+    swap_collections,
+    walk_children,
+)
 from embpack.torch.modules import check_supported
 
 
@@ -36,8 +45,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
         FormatError: the file is damaged, truncated, not ours or of a future version.
         TypeError: model is no module.
         ValueError: model and file do not have the same tensors; names them. The model may be half loaded then. Or a
-            weight is tied, a module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq), or the model
-            is itself an embedding.
+            weight is tied, a module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq, hooks), or the
+            model is itself an embedding.
     """
     check_tied(tied)
     _check_model(model)
@@ -77,6 +86,8 @@ def _check_model(model: nn.Module) -> None:
             f"the model is itself an nn.{type(model).__name__}, which cannot be swapped in place; use "
             f"{kind}.from_table(embpack.load(path)[name])"
         )
+    if is_torchrec_bags(model):
+        raise ValueError("the model is itself an EmbeddingBagCollection, which cannot be swapped in place; wrap it")
 
 
 def _find_shared(model: nn.Module) -> list[list[str]]:
@@ -151,7 +162,16 @@ def _pack(module: Any, name: str, table: PackedTable) -> nn.Module:
     packed = PACKED.get(type(module))
     if packed is None:
         known = ", ".join(f"nn.{kind.__name__}" for kind in PACKED)
-        raise ValueError(f"{name} is a {type(module).__name__}, but its weight is packed, which takes {known}")
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, but its weight is packed, which takes {known}: leave it as it is, "
+            f"embpack quantize --exclude '{name}.weight'"
+        )
+    added = find_additions(module)
+    if added is not None:
+        raise ValueError(
+            f"{name} has {added}, which a packed module would not have: add it after loading, or leave the table as it "
+            f"is, embpack quantize --exclude '{name}.weight'"
+        )
     shape = (module.num_embeddings, module.embedding_dim)
     if shape != table.shape:
         raise ValueError(f"{name} is {shape[0]} x {shape[1]}, but its table is {table.shape[0]} x {table.shape[1]}")

@@ -31,7 +31,7 @@ class PackedEmbeddingBagCollection(nn.Module):
 
     Raises:
         TypeError: a table is no PackedEmbeddingBag, or feature_names has a text in place of a list.
-        ValueError: there is no table, or feature_names are of other ones.
+        ValueError: there is no table, feature_names are of other ones, or weights cannot count.
 
     Source: torchrec.EmbeddingBagCollection.
     """
@@ -60,6 +60,8 @@ class PackedEmbeddingBagCollection(nn.Module):
         self.is_weighted = is_weighted
         self.include_last_offset = include_last_offset
         self._set_lookups()
+        if is_weighted:
+            self._check_modes()
 
     def _list_uses(self) -> list[tuple[Any, ...]]:
         """What calls depend on and may have been set, or be another bag's, since the last one."""
@@ -191,7 +193,7 @@ class PackedEmbeddingBagCollection(nn.Module):
         positions = {key: position for position, key in enumerate(features.keys())}
         missing = [name for name in self.features if name not in positions]
         if missing:
-            raise ValueError(f"the features lack {', '.join(missing)}; they are {', '.join(positions)}")
+            raise ValueError(f"the features lack {', '.join(missing)}; they are {', '.join(positions) or 'none'}")
         where = ([positions[name] for name in self._readers], len(features.keys()))
         if self.is_weighted and features.weights_or_none() is None:
             raise ValueError("the collection is weighted, and the features have no weights")
@@ -215,7 +217,10 @@ class PackedEmbeddingBagCollection(nn.Module):
         pool: Any = torch.ops.embpack.embedding_bag_collection.default
         arguments: tuple[Any, ...] = (*self._tensors(), self._described, *where, *bags)
         if weights is not None:
-            weights = self._check_weights(weights)
+            self._check_modes()
+            bags_of_all: Any = self.embedding_bags
+            if all(bag.dtype == weights.dtype for bag in bags_of_all.values()):
+                weights = weights.float()
             pool = torch.ops.embpack.embedding_bag_collection.weighted
             arguments = (*arguments, weights)
         pooled: Tensor = pool(*arguments, include_last_offset=include_last_offset)
@@ -230,12 +235,11 @@ class PackedEmbeddingBagCollection(nn.Module):
             [buffers["codebooks"] for buffers in clustered],
         )
 
-    def _check_weights(self, weights: Tensor) -> Tensor:
+    def _check_modes(self) -> None:
         bags: Any = self.embedding_bags
         for name, bag in bags.items():
             if bag.mode != "sum":
                 raise ValueError(f"weights go with mode 'sum' only, and table {name!r} has mode {bag.mode!r}")
-        return weights.float() if all(bag.dtype == weights.dtype for bag in bags.values()) else weights
 
     def extra_repr(self) -> str:
         """What print shows beside the tables."""

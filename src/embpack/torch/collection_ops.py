@@ -232,7 +232,7 @@ def _differentiate_by_weights(*arguments: Any, include_last_offset: bool = False
     edges = _find_starts(indices) if offsets is None else offsets
     if offsets is None or not include_last_offset:
         edges = torch.cat([edges, edges.new_tensor([values.shape[0]])])
-    by_weights = torch.zeros(values.shape)
+    by_weights = torch.zeros(values.shape, dtype=torch.float32)
     column = 0
     for table, feature in zip(table_of, group.feature_of, strict=True):
         of_feature = edges[feature * batch : (feature + 1) * batch + 1]
@@ -255,10 +255,11 @@ NUM_ARGUMENTS = len(Group._fields)
 
 
 def _fake_pooled(*arguments: Any, include_last_offset: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    group, (indices, offsets, *_) = Group(*arguments[:NUM_ARGUMENTS]), arguments[NUM_ARGUMENTS:]
-    check_devices(group.packed[0], indices)
+    group, (indices, offsets, *weights) = Group(*arguments[:NUM_ARGUMENTS]), arguments[NUM_ARGUMENTS:]
+    check_devices(group.packed[0], indices=indices, offsets=offsets, per_sample_weights=next(iter(weights), None))
     batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset)
-    return torch.empty((batch, read_tables(group.tables).width), dtype=dtype, device=indices.device)
+    width = read_tables(group.tables).width
+    return torch.empty((batch, width), dtype=dtype or torch.float32, device=indices.device)
 
 
 def _fake_weighted(*arguments: Any, **options: Any) -> Tensor:

@@ -83,13 +83,16 @@ def quantize_(
         What became of each embedding.
 
     Raises:
-        TypeError: model is no module, or a weight is of another type than embpack.quantize takes (float64).
+        TypeError: model is no module, filter no function, or a weight is of another type than embpack.quantize takes,
+            such as float64.
         ValueError: a weight is tied, cannot be packed or has no values, a module does what a packed one cannot
             (max_norm, sparse, scale_grad_by_freq), the model is itself an embedding, or an argument is not as above.
 
     Source: torchao.quantization.quantize_, its shape.
     """
     check_tied(tied)
+    if filter is not None and not callable(filter):
+        raise TypeError(f"filter is {type(filter).__name__}; it must be a function of a module and its name")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; quantize_ packs a torch.nn.Module's embeddings in place")
     if type(model) in PACKED or is_torchrec_bags(model):
@@ -158,7 +161,7 @@ def swap_collections(model: nn.Module) -> None:
 
 def walk_children(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
     """All modules below a model, once for each place where they hang."""
-    for parent_name, parent in model.named_modules():
+    for parent_name, parent in model.named_modules(remove_duplicate=False):
         for child, module in parent._modules.items():  # named_children leaves out what hangs twice
             if module is not None:
                 yield module, Place(parent, child, f"{parent_name}.{child}" if parent_name else child)
@@ -178,11 +181,24 @@ def _find(model: nn.Module, filter: Filter | None) -> tuple[dict[Any, list[Place
     return places, left_alone
 
 
+def find_additions(module: nn.Module) -> str | None:
+    """What somebody has added to an nn.Embedding or nn.EmbeddingBag, and a packed module would lose."""
+    # As PyTorch names them: _forward_hooks, _backward_pre_hooks, _state_dict_hooks, and so on.
+    if any(value for name, value in vars(module).items() if name.startswith("_") and name.endswith("_hooks")):
+        return "hooks"
+    if "forward" in vars(module):
+        return "a forward of its own"
+    others = [*module._parameters, *module._buffers, *module._modules]
+    others.remove("weight")
+    return others[0] if others else None
+
+
 def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: Filter | None) -> str | None:
     if type(module) not in PACKED:
         return f"a {type(module).__name__}, whose own forward a packed module would not have"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has hooks, which a packed module would not have"
+    added = find_additions(module)
+    if added is not None:
+        return f"it has {added}, which a packed module would not have"
     if filter is not None:
         return None if filter(module, name) else "the filter says no"
     if module.num_embeddings < MIN_ROWS:

@@ -13,7 +13,7 @@ from embpack.quantize import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.sources.mapped import is_mapped
 from embpack.table import MODES, PackedTable, as_row
-from embpack.torch.ops import as_table
+from embpack.torch.ops import DTYPE_NAMES, as_table, wrong_dtype
 
 # What a float module can be that a packed one cannot.
 UNSUPPORTED = {
@@ -21,6 +21,10 @@ UNSUPPORTED = {
     "sparse": "a packed table has no gradients, sparse or dense; after training, set it to False and pack",
     "scale_grad_by_freq": "a packed table has no gradients to scale; after training, set it to False and pack",
 }
+
+
+# torch.fx has proxies for tensors.
+TENSORS = (Tensor, torch.fx.Proxy)
 
 
 class _PackedRows(nn.Module):
@@ -47,6 +51,8 @@ class _PackedRows(nn.Module):
         super().__init__()
         self.num_embeddings = num_embeddings
         self.dtype = dtype or torch.get_default_dtype()
+        if self.dtype not in (*DTYPE_NAMES, torch.float64):
+            raise wrong_dtype(self.dtype)
         self.row_format = row_format
         self._row_format_text = str(row_format)
         clusters = codebooks = None
@@ -205,8 +211,7 @@ class PackedEmbedding(_PackedRows):
             IndexError: an index is out of range; names its position and value.
             TypeError: input is of another type.
         """
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input is {_kind(input)}; it must be a tensor")
+        check_tensors(input=input)
         return self._look_up(torch.ops.embpack.embedding.default, input)
 
     def extra_repr(self) -> str:
@@ -256,9 +261,11 @@ class PackedEmbeddingBag(_PackedRows):
             raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
         self.mode = mode
         self.include_last_offset = include_last_offset
-        self.padding_idx = None if padding_idx is None else as_row(padding_idx, num_embeddings)
+        self.padding_idx = padding_idx
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "padding_idx" and value is not None:
+            value = as_row(value, self.num_embeddings)
         super().__setattr__(name, value)
         if name in ("mode", "padding_idx"):
             known = self.__dict__
@@ -315,9 +322,7 @@ class PackedEmbeddingBag(_PackedRows):
             TypeError: an argument is of another type.
             ValueError: the arguments do not go together.
         """
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input is {_kind(input)}; it must be a tensor")
-        check_tensors(offsets=offsets, per_sample_weights=per_sample_weights)
+        check_tensors(input=input, offsets=offsets, per_sample_weights=per_sample_weights)
         pool: Any = torch.ops.embpack.embedding_bag.default
         how: str | Tensor = self.mode
         if per_sample_weights is not None:
@@ -349,9 +354,9 @@ def _as_tensor(array: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
 
 
 def check_tensors(**values: object) -> None:
-    """Raise TypeError if an argument is given and no tensor."""
+    """Raise TypeError if an argument is given and no tensor, nor stands for one; input must be given."""
     for name, value in values.items():
-        if value is not None and not isinstance(value, Tensor):
+        if not isinstance(value, TENSORS) and (value is not None or name == "input"):
             raise TypeError(f"{name} is {_kind(value)}; it must be a tensor")
 
 

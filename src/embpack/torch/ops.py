@@ -220,17 +220,24 @@ library.impl("embedding", torch.library.fallthrough_kernel, "Autograd")
 library.impl("embedding_bag", torch.library.fallthrough_kernel, "Autograd")
 
 
-def check_devices(table: Tensor, indices: Tensor) -> None:
-    """Raise ValueError if they are on two devices."""
-    if table.device != indices.device:
-        raise ValueError(f"the table is on {table.device}, indices on {indices.device}; both must be on the CPU")
+def check_devices(table: Tensor, **arguments: Tensor | None) -> None:
+    """Raise ValueError if an argument is not on the table's device."""
+    for name, tensor in arguments.items():
+        if tensor is not None and table.device != tensor.device:
+            raise ValueError(f"the table is on {table.device}, {name} on {tensor.device}; both must be on the CPU")
+
+
+def _make_fake(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    return torch.empty(
+        shape, dtype=dtype or torch.float32, device=packed.device
+    )  # None is PyTorch's default type there
 
 
 def _fake_embedding(
     packed: Tensor, row_format: str, indices: Tensor, *shared: Any, dtype: torch.dtype | None = None
 ) -> Tensor:
-    check_devices(packed, indices)
-    return torch.empty((*indices.shape, RowFormat.parse(row_format).embedding_dim), dtype=dtype, device=packed.device)
+    check_devices(packed, indices=indices)
+    return _make_fake(packed, (*indices.shape, RowFormat.parse(row_format).embedding_dim), dtype)
 
 
 def _fake_bags(
@@ -244,11 +251,12 @@ def _fake_bags(
     padding_idx: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    check_devices(packed, indices)
+    check_devices(packed, indices=indices, offsets=offsets)
     if isinstance(mode_or_weights, Tensor):
+        check_devices(packed, per_sample_weights=mode_or_weights)
         check_weights(mode_or_weights, indices)
     num_bags = count_bags(indices, offsets, include_last_offset)
-    return torch.empty((num_bags, RowFormat.parse(row_format).embedding_dim), dtype=dtype, device=packed.device)
+    return _make_fake(packed, (num_bags, RowFormat.parse(row_format).embedding_dim), dtype)
 
 
 torch.library.register_fake("embpack::embedding", _fake_embedding, lib=library)
