@@ -1,5 +1,6 @@
 #include "quantize.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -12,6 +13,7 @@ namespace {
 using RowsArray = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using PackedOut = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FloatOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ErrorWeights = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Starts = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using RowClusters = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using CodebookValues = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -67,12 +69,22 @@ void require_room(const Rows& rows, Grid grid, Layout layout, size_t span_rows, 
     require(span_rows > 0 && span_rows % block_rows == 0, "span_rows must be a multiple of the rows of a block");
 }
 
-QuantizeAnswer quantize(const RowsArray& rows, const std::string& search, const SearchParams& params, int bits,
-                        bool f16_params, size_t span_rows, const PackedOut& packed) {
+QuantizeAnswer quantize(const RowsArray& rows, const std::string& search, const SearchParams& own_params, int bits,
+                        bool f16_params, size_t span_rows, const PackedOut& packed,
+                        const std::optional<ErrorWeights>& error_weights) {
     const Rows view = view_rows(rows);
+    SearchParams params = own_params;
+    if (error_weights) {
+        const size_t count = error_weights->shape(0);
+        require(error_weights->shape(1) == view.embedding_dim && (count == 1 || count == view.num_rows),
+                "error_weights must be [1 or rows, columns]");
+        params.error_weights = error_weights->data();
+        params.are_of_columns = count == 1;
+    }
     const Grid grid = make_grid(bits, f16_params);
     require(params.b > 0, "b must be positive");
     require(params.scale_step > 0 && params.quarter_step > 0, "steps must be positive");
+    require(!params.is_exact || bits < 8, "effort 'exact' is for 2 and 4 bits: at 8 a row would take seconds");
     require(params.num_kept >= 0 && params.num_kept <= most_kept, "num_kept is more than is kept");
     require_room(view, grid, Layout::uniform, span_rows, packed);
     SearchFn Kernels::*fn = find_named(searches, search);
@@ -143,20 +155,31 @@ void bind_quantize(nb::module_& m) {
     nb::class_<SearchParams>(m, "SearchParams", "What a search may need beside the rows.")
         .def("__init__",
              [](SearchParams* self, int b, double r, bool local_minima_only, int scale_step, int quarter_step,
-                int num_kept, int num_steps, float xmin, float xmax) {
-                 new (self) SearchParams{b,        r,         local_minima_only, scale_step, quarter_step,
-                                         num_kept, num_steps, xmin,              xmax};
+                int num_kept, int num_steps, bool is_exact, float xmin, float xmax) {
+                 new (self) SearchParams{.b = b,
+                                         .r = r,
+                                         .local_minima_only = local_minima_only,
+                                         .scale_step = scale_step,
+                                         .quarter_step = quarter_step,
+                                         .num_kept = num_kept,
+                                         .num_steps = num_steps,
+                                         .is_exact = is_exact,
+                                         .xmin = xmin,
+                                         .xmax = xmax};
              },
              nb::kw_only(), nb::arg("b") = SearchParams{}.b, nb::arg("r") = SearchParams{}.r,
              nb::arg("local_minima_only") = false, nb::arg("scale_step") = SearchParams{}.scale_step,
              nb::arg("quarter_step") = SearchParams{}.quarter_step, nb::arg("num_kept") = SearchParams{}.num_kept,
-             nb::arg("num_steps") = SearchParams{}.num_steps, nb::arg("xmin") = 0.0f, nb::arg("xmax") = 0.0f);
+             nb::arg("num_steps") = SearchParams{}.num_steps, nb::arg("is_exact") = false,
+             nb::arg("xmin") = 0.0f, nb::arg("xmax") = 0.0f);
 
     // Written out where the generated signature would not say what an array holds.
     m.def("quantize", &quantize, nb::arg("rows"), nb::arg("search"), nb::arg("params"), nb::arg("bits"),
           nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
+          nb::arg("error_weights") = nb::none(),
           nb::sig("def quantize(rows: numpy.typing.NDArray[typing.Any], search: str, params: SearchParams, bits: int, "
-                  "f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
+                  "f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8], "
+                  "error_weights: numpy.typing.NDArray[numpy.float32] | None = None) "
                   "-> tuple[int, int, list[tuple[float, float]]]"),
           "Pack rows into `packed`. Returns (fault, faulty row, sums of squared errors and of squares for each span).");
     m.attr("block_rows") = block_rows;

@@ -29,6 +29,12 @@ struct Grid {
     bool f16_params;   // scale and bias as float16, otherwise float32
 };
 
+// A range for each row of a block: its bounds, or what a search has made of them.
+struct Ranges {
+    float xmin[block_rows];
+    float xmax[block_rows];
+};
+
 // What a search may need beside the rows; each reads only its own fields.
 struct SearchParams {
     int b = 200;                      // greedy: number of steps in the full range; hist-*: of bins, at most max_bins
@@ -38,6 +44,11 @@ struct SearchParams {
     int quarter_step = 1;
     int num_kept = 6;                 // optimal: starts that it goes on with, at most most_kept
     int num_steps = 8;                // optimal: how often
+    bool is_exact = false;            // optimal: whether the range with the least error of all is a start too ...
+    const Ranges* exact = nullptr;    // ... which is this one, of the rows of the block
+    // optimal: of the squared error of each value, row after row; or of each column, of all rows; or null: all are 1.
+    const float* error_weights = nullptr;
+    bool are_of_columns = false;
     float xmin = 0.0f;                // table: the range of the whole table
     float xmax = 0.0f;
 };
@@ -47,12 +58,6 @@ struct RowBlock {
     const float* rows;
     size_t num_rows;
     size_t embedding_dim;
-};
-
-// A range for each row of a block: its bounds, or what a search has made of them.
-struct Ranges {
-    float xmin[block_rows];
-    float xmax[block_rows];
 };
 
 // Sums over the values of a block: what the normalized l2 loss is made of.

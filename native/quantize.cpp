@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "exact.h"
 #include "threads.h"
 
 namespace embpack {
@@ -123,13 +124,33 @@ QuantizeResult encode_blocks(const Rows& rows, size_t span_rows, size_t room_of_
 
 }  // namespace
 
+namespace {
+
+void find_exact_ranges(const RowBlock& block, Grid grid, const SearchParams& params, Ranges& ranges) {
+    const size_t d = block.embedding_dim;
+    ExactSearch search(grid.bits);
+    for (size_t row = 0; row < block.num_rows; row++) {
+        const float* weights = params.error_weights;
+        if (weights && !params.are_of_columns) weights += row * d;
+        search.find(block.rows + row * d, weights, d, ranges.xmin[row], ranges.xmax[row]);
+    }
+}
+
+}  // namespace
+
 QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const SearchParams& params, Grid grid,
                              size_t span_rows, uint8_t* packed) {
     const Kernels& k = kernels();
     const size_t d = rows.embedding_dim, block_bytes = block_rows * packed_row_bytes(d, grid);
     const auto encode = [&](const RowBlock& block, size_t i, const Ranges& bounds, SquaredSums& sums, float* scratch) {
-        Ranges ranges = bounds;
-        (k.*search)(block, grid, params, ranges, scratch);
+        Ranges ranges = bounds, exact = bounds;
+        SearchParams own = params;
+        if (own.error_weights && !own.are_of_columns) own.error_weights += i * block_rows * d;
+        if (own.is_exact) {
+            find_exact_ranges(block, grid, own, exact);
+            own.exact = &exact;
+        }
+        (k.*search)(block, grid, own, ranges, scratch);
         return k.encode_rows(block, grid, bounds, ranges, packed + i * block_bytes, sums);
     };
     return encode_blocks<float>(rows, span_rows, 2 * block_rows * d, encode);

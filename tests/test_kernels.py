@@ -15,7 +15,8 @@ from hypothesis.extra.numpy import arrays
 import embpack
 from embpack import _native, reference
 from embpack.layouts import RowFormat
-from embpack.methods import CodebookMethod, Method, Table, parse_method
+from embpack.methods import CodebookMethod, Method, Optimal, Table, parse_method
+from embpack.methods.optimal import EFFORTS
 
 BITS = [2, 4, 8]
 PARAM_DTYPES = ["float16", "float32"]
@@ -99,6 +100,41 @@ def test_kernels_do_what_the_reference_does(isa, method, embedding_dim, bits, pa
 def test_kernels_do_what_the_reference_does_in_wide_rows(isa, method, embedding_dim, bits, param_dtype):
     skip_minutes_of_kmeans(method, embedding_dim, bits)
     check_against_reference(method, embedding_dim, bits, param_dtype)
+
+
+@cache
+def make_error_weights(kind: str, embedding_dim: int, num_rows: int) -> np.ndarray:
+    """Weights of very different sizes, some of them zero."""
+    rng = np.random.default_rng(embedding_dim)
+    weights = rng.gamma(0.5, size=(num_rows, embedding_dim)) * (rng.random((num_rows, embedding_dim)) > 0.2)
+    return (weights[1:2] if kind == "columns" else weights).astype(np.float32)
+
+
+@cache
+def expected_by_weights(effort: str, kind: str, embedding_dim: int, bits: int, param_dtype: str) -> np.ndarray:
+    rows, method = hard_table(embedding_dim, bits, param_dtype), Optimal(effort)
+    row_format = RowFormat(embedding_dim, bits, param_dtype)
+    weights = np.ones_like(rows) if kind == "none" else make_error_weights(kind, embedding_dim, len(rows))
+    weights = np.broadcast_to(weights, rows.shape)
+    ranges = [method.search(x, row_format, None if kind == "none" else w) for x, w in zip(rows, weights, strict=True)]
+    return np.stack([reference.pack_row(x, *ends, row_format) for x, ends in zip(rows, ranges, strict=True)])
+
+
+@pytest.mark.parametrize("param_dtype", PARAM_DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("embedding_dim", [1, 2, 7, 16, 33])
+@pytest.mark.parametrize("kind", ["none", "columns", "values"])
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_optimal_does_what_the_reference_does_for_weighted_errors(isa, effort, kind, embedding_dim, bits, param_dtype):
+    axes = (embedding_dim, bits, param_dtype)
+    rows = hard_table(*axes)
+    weights = None if kind == "none" else make_error_weights(kind, embedding_dim, len(rows))
+    if effort == "exact" and bits == 8:
+        with pytest.raises(ValueError, match="effort 'exact' is for 2 and 4 bits"):
+            embpack.quantize(rows, Optimal(effort), bits, param_dtype, error_weights=weights)
+        return
+    table = embpack.quantize(rows, Optimal(effort), bits, param_dtype, error_weights=weights)
+    assert differing_rows(table.packed, expected_by_weights(effort, kind, *axes), *axes) == []
 
 
 @pytest.mark.parametrize("bits", BITS)

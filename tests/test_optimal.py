@@ -13,26 +13,30 @@ UNIT_ROUNDOFF = 2.0**-24
 EFFORTS = ("fast", "normal")
 
 
-def regression_loss(x, codes):
-    """The squared error of the best scale and bias for codes [..., d]."""
-    centred = codes - codes.mean(axis=-1, keepdims=True)
-    spread = (centred**2).sum(axis=-1)
-    covariance = centred @ (x - x.mean())
-    gain = np.divide(covariance**2, spread, out=np.zeros_like(spread), where=spread > 0)
-    return ((x - x.mean()) ** 2).sum() - gain
+def regression_loss(x, codes, w):
+    """The weighted squared error of the best scale and bias for codes [..., d]."""
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    centred = codes - (codes @ w / w.sum())[..., None]
+    x = x - x @ w / w.sum()
+    spread = centred**2 @ w
+    covariance = centred @ (w * x)
+    gain = np.divide(covariance**2, spread, out=np.zeros_like(spread), where=spread > 1e-12)
+    return w @ x**2 - gain
 
 
-def exact_loss(x, bits):
-    """The least squared error of a row of distinct values on any uniform grid, in real arithmetic.
+def exact_loss(x, bits, w=None):
+    """The least weighted squared error of a row of distinct values on any uniform grid, in real arithmetic.
 
     In the plane of scale s and bias b codes change on the lines b + s (k + 1/2) = x_i only, and the cell of the optimum
     touches one. Along a line, as s falls, x_j's code changes where s = (x_j - x_i) / (m - k), m another threshold; each
     change updates the sums of the regression.
     """
-    x = np.sort(x.astype(np.float64)) - x.astype(np.float64).mean()
-    n, square, least = len(x), (x**2).sum(), np.inf
+    w = np.ones(len(x)) if w is None else w.astype(np.float64)[np.argsort(x)]
+    x = np.sort(x.astype(np.float64))
+    x -= (w @ x) / w.sum()
+    n, square, least = w.sum(), w @ x**2, np.inf
     thresholds = np.arange(2**bits - 1)
-    for i, k in product(range(n), thresholds):
+    for i, k in product(range(len(x)), thresholds):
         difference = x - x[i]
         with np.errstate(divide="ignore", invalid="ignore"):
             scales = difference[:, None] / (thresholds - k)
@@ -43,11 +47,11 @@ def exact_loss(x, bits):
         for own in (k, k + 1):
             codes = np.where(difference > 0, k + 1, k)
             codes[i] = own
-            total = codes.sum() + np.concatenate([[0], np.cumsum(sign)])
-            squares = (codes**2).sum() + np.concatenate([[0], np.cumsum(sign * (2 * m + 1))])
-            products = codes @ x + np.concatenate([[0], np.cumsum(sign * x[j])])
+            total = codes @ w + np.concatenate([[0], np.cumsum(sign * w[j])])
+            squares = codes**2 @ w + np.concatenate([[0], np.cumsum(sign * (2 * m + 1) * w[j])])
+            products = codes @ (w * x) + np.concatenate([[0], np.cumsum(sign * (w * x)[j])])
             spread = n * squares - total**2
-            gain = np.divide(n * products**2, spread, out=np.zeros_like(spread), where=spread > 0.5)
+            gain = np.divide(n * products**2, spread, out=np.zeros_like(spread), where=spread > 1e-9 * n * squares)
             least = min(least, square - gain.max())
     return least
 
@@ -56,8 +60,56 @@ def exact_loss(x, bits):
 def test_the_exact_optimum_is_the_best_of_all_codes(rng, embedding_dim):
     """Codes of any order are among all, but the best ones are those of some grid."""
     every = np.array(list(product(range(4), repeat=embedding_dim)), float)
-    for x in rng.standard_normal((5, embedding_dim)):
-        assert exact_loss(x, 2) == pytest.approx(regression_loss(x, every).min(), abs=1e-12)
+    rows = rng.standard_normal((5, embedding_dim), dtype=np.float32)
+    for x, w in product(
+        rows, (np.ones(embedding_dim, np.float32), rng.gamma(1, size=embedding_dim).astype(np.float32))
+    ):
+        least = regression_loss(x, every, w).min()
+        assert exact_loss(x, 2, w) == pytest.approx(least, abs=1e-12)
+        table = embpack.quantize(x[None], "optimal:effort=exact", 2, "float32", error_weights=w)
+        # Codes, scale and bias are float32, and the error of a code is half a scale at most: 2^-22 of it, squared.
+        assert w @ (x - table.dequantize()[0].astype(np.float64)) ** 2 == pytest.approx(least, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("embedding_dim", "bits"), [(4, 4), (16, 4), (40, 4), (40, 2)])
+def test_exact_effort_finds_the_exact_optimum(rng, embedding_dim, bits, weighted):
+    rows = np.concatenate([rng.standard_normal((20, embedding_dim)), rng.laplace(size=(20, embedding_dim)) + 3])
+    rows = rows.astype(np.float32)
+    weights = rng.gamma(0.5, size=rows.shape).astype(np.float32) if weighted else np.ones_like(rows)
+    table = embpack.quantize(rows, "optimal:effort=exact", bits, "float32", error_weights=weights if weighted else None)
+    found = (weights * np.square(rows - table.dequantize(), dtype=np.float64)).sum(axis=1)
+    exact = np.array([exact_loss(x, bits, w) for x, w in zip(rows, weights, strict=True)])
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-9)
+
+
+def test_weighted_errors_are_measured_and_made_smaller(rng):
+    rows, columns = rng.standard_normal((300, 32), dtype=np.float32), rng.gamma(0.3, size=32).astype(np.float32)
+    plain, weighted = (embpack.quantize(rows, "optimal", error_weights=w) for w in (None, columns))
+
+    def loss(table):
+        errors = np.square(rows.astype(np.float64) - table.dequantize())
+        return np.sqrt((errors * columns).sum() / (np.square(rows, dtype=np.float64) * columns).sum())
+
+    assert weighted.loss == pytest.approx(loss(weighted), rel=1e-6)
+    assert loss(weighted) < 0.8 * loss(plain)
+    # The weight of a row moves nothing in it, and counts in the loss.
+    by_rows = embpack.quantize(rows, "optimal", error_weights=np.eye(300, dtype=np.float32)[:, :1] * 4)
+    np.testing.assert_array_equal(by_rows.packed[0], plain.packed[0])
+    assert by_rows.loss == pytest.approx(embpack.quantize(rows[:1], "optimal").loss, rel=1e-6)
+
+
+def test_wrong_error_weights_are_named(rng):
+    rows = rng.standard_normal((30, 8), dtype=np.float32)
+    with pytest.raises(ValueError, match="method 'greedy' has no error_weights; choose 'optimal'"):
+        embpack.quantize(rows, "greedy", error_weights=np.ones(8))
+    with pytest.raises(ValueError, match=r"error_weights have shape \[30\]; .*\[8\] by columns, \[30, 1\] by rows"):
+        embpack.quantize(rows, "optimal", error_weights=np.ones(30))
+    for wrong in (-1, np.nan, np.inf):
+        weights = np.ones((30, 8))
+        weights[3, 2] = wrong
+        with pytest.raises(ValueError, match=r"error_weights\[3, 2\] is .*; weights are finite and at least 0"):
+            embpack.quantize(rows, "optimal", error_weights=weights)
 
 
 # Sixty rows: the share of the exact loss that is added, which the issue of speed against quality is settled by.
@@ -97,5 +149,5 @@ def test_no_row_loses_more_than_by_greedy(rng, effort, bits, param_dtype, embedd
 def test_efforts():
     assert parse_method("optimal") == Optimal(effort="normal") == parse_method("optimal:effort=normal")
     assert parse_method("optimal:effort=fast").spec == "optimal:effort=fast"
-    with pytest.raises(ValueError, match="optimal: effort is 'most'; choose one of fast, normal"):
+    with pytest.raises(ValueError, match="optimal: effort is 'most'; choose one of fast, normal, exact"):
         parse_method("optimal:effort=most")

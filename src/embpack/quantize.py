@@ -50,12 +50,14 @@ class RowPacker:
         row_format: of the rows that come out.
         table_name: for messages.
         clusters: of the whole table, for clustered rows (see fit_clusters).
+        error_weights: of the squared errors, float32 [1 or num_embeddings, 1 or embedding_dim]; None: all are 1.
     """
 
     method: Method
     row_format: RowFormat
     table_name: str = "weight"
     clusters: Clusters | None = None
+    error_weights: NDArray[np.float32] | None = None
     rows_packed: int = 0
     _sums: list[tuple[float, float]] = field(default_factory=list)
 
@@ -69,13 +71,25 @@ class RowPacker:
         Raises:
             ValueError: a value is NaN or infinite, or a scale or bias overflows; row and column are named.
         """
-        fault, row, sums = self._call_kernel(np.ascontiguousarray(rows), packed)
+        weights = self._weights_of(len(rows))
+        fault, row, sums = self._call_kernel(np.ascontiguousarray(rows), packed, weights)
         if fault:
             raise _row_error(fault, rows[row], self.rows_packed + row, self.row_format, self.table_name)
         self.rows_packed += len(rows)
-        self._sums += sums
+        self._sums += sums if weights is None else [_sum_by_weights(rows, packed, weights, self.row_format)]
 
-    def _call_kernel(self, rows: NDArray[Any], packed: NDArray[np.uint8]) -> tuple[int, int, list[tuple[float, float]]]:
+    def _weights_of(self, num_rows: int) -> NDArray[np.float32] | None:
+        """The error weights of the next rows, contiguous, in a row for all of them or in one for each."""
+        weights = self.error_weights
+        if weights is None:
+            return None
+        if len(weights) > 1:
+            weights = weights[self.rows_packed : self.rows_packed + num_rows]
+        return np.ascontiguousarray(np.broadcast_to(weights, (len(weights), self.row_format.embedding_dim)))
+
+    def _call_kernel(
+        self, rows: NDArray[Any], packed: NDArray[np.uint8], weights: NDArray[np.float32] | None
+    ) -> tuple[int, int, list[tuple[float, float]]]:
         method = self.method
         bits, has_f16_params = self.row_format.bits, self.row_format.has_f16_params
         span = span_rows(self.row_format.embedding_dim)
@@ -86,13 +100,45 @@ class RowPacker:
         if isinstance(method, CodebookMethod):
             return _native.quantize_with_codebooks(rows, method.kernel, bits, has_f16_params, span, packed)
         assert isinstance(method, UniformMethod)
-        return _native.quantize(rows, method.kernel, method.search_params(), bits, has_f16_params, span, packed)
+        how = (method.kernel, method.search_params(), bits, has_f16_params, span)
+        return _native.quantize(rows, *how, packed, weights)
 
     @property
     def loss(self) -> float:
-        """Normalized l2 loss ||X - Q(X)|| / ||X|| of the rows packed so far; 0 for zeros."""
+        """Normalized l2 loss ||X - Q(X)|| / ||X|| of the rows packed so far, its squares weighted; 0 for zeros."""
         square_error, square = (math.fsum(sums) for sums in zip(*self._sums, strict=True))
         return math.sqrt(square_error / square) if square else 0.0
+
+
+def _sum_by_weights(
+    rows: NDArray[Any], packed: NDArray[np.uint8], weights: NDArray[np.float32], row_format: RowFormat
+) -> tuple[float, float]:
+    """Weighted sums of the squared errors and of the squares, by a method that makes uniform rows."""
+    values = widen(rows).astype(np.float64)
+    errors = values - PackedTable(packed, row_format).dequantize()
+    error, square = (float((np.square(part) * weights).sum()) for part in (errors, values))
+    return error, square
+
+
+def as_error_weights(values: Any, shape: tuple[int, ...], method: Method) -> NDArray[np.float32]:
+    """Make error weights an array, float32 [1 or num_embeddings, 1 or embedding_dim].
+
+    Raises:
+        ValueError: they are not of these shapes, one is negative, NaN or infinite, or the method takes none.
+    """
+    if not isinstance(method, UniformMethod) or not method.takes_error_weights:
+        raise ValueError(f"method {method.name!r} has no error_weights; choose 'optimal'")
+    weights = np.atleast_2d(np.asarray(values.detach() if hasattr(values, "detach") else values, np.float32))
+    if weights.ndim != 2 or any(own not in (1, whole) for own, whole in zip(weights.shape, shape, strict=True)):
+        raise ValueError(
+            f"error_weights have shape {list(np.shape(values))}; for a table of {shape[0]} x {shape[1]} they are "
+            f"[{shape[1]}] by columns, [{shape[0]}, 1] by rows, or [{shape[0]}, {shape[1]}]"
+        )
+    wrong = np.argwhere(~((weights >= 0) & (weights < np.inf)))
+    if len(wrong):
+        row, column = wrong[0]
+        raise ValueError(f"error_weights[{row}, {column}] is {weights[row, column]}; weights are finite and at least 0")
+    return weights
 
 
 def _row_error(fault: int, row: NDArray[Any], index: int, row_format: RowFormat, name: str) -> ValueError:
@@ -166,6 +212,8 @@ def quantize(
     method: str | Method = "greedy",
     bits: int = 4,
     param_dtype: str | None = None,
+    *,
+    error_weights: Any = None,
 ) -> PackedTable:
     """Pack a trained embedding table, each row with its own scale and bias.
 
@@ -177,14 +225,17 @@ def quantize(
         bits: a code, 2, 4 or 8.
         param_dtype: of scale and bias or of codebooks, "float16" or "float32"; None is float16, but for uniform
             rows at 8 bits float32, which makes rows that PyTorch and FBGEMM read.
+        error_weights: what squared errors count, at least 0: [embedding_dim] by columns, such as the mean second
+            moments of the columns' gradients; [num_embeddings, 1] by rows, such as access counts; or of each value,
+            [num_embeddings, embedding_dim]. For "optimal". None: all count the same.
 
     Returns:
-        A PackedTable; its ``loss`` is what packing cost.
+        A PackedTable; its ``loss`` is what packing cost, with the error_weights.
 
     Raises:
         TypeError: weight is of another type.
         ValueError: weight is not 2-D, is empty or has NaN or infinity; a row's scale or bias overflows
-            param_dtype; no such method or bits.
+            param_dtype; no such method or bits; error_weights are not as above.
 
     Source: Guan et al. 2019; with method="asym" the bytes of torch.ops.quantized.embedding_bag_4bit_prepack.
     """
@@ -193,7 +244,8 @@ def quantize(
     row_format = make_row_format(rows.shape[1], bits, param_dtype, chosen.layout)
     fitted = fit_method(chosen, lambda: _iter_chunks(rows))
     clusters = fit_clusters(fitted, lambda: _iter_chunks(rows), len(rows), row_format)
-    packer = RowPacker(fitted, row_format, clusters=clusters)
+    weights = None if error_weights is None else as_error_weights(error_weights, rows.shape, fitted)
+    packer = RowPacker(fitted, row_format, clusters=clusters, error_weights=weights)
     packed = np.empty((len(rows), row_format.row_bytes), np.uint8)
     for chunk in _iter_chunks(rows):
         packer.pack(chunk, packed[packer.rows_packed : packer.rows_packed + len(chunk)])

@@ -40,10 +40,12 @@ class UniformMethod(Method):
 
     Class attributes:
         kernel: the native search that does the same as ``search``.
+        takes_error_weights: whether ``search`` takes a third argument, weights of the squared errors, float32 [d].
     """
 
     layout: ClassVar[str] = "uniform"
     kernel: ClassVar[str]
+    takes_error_weights: ClassVar[bool] = False
 
     @abstractmethod
     def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
