@@ -514,7 +514,7 @@ def test_inspect_prints_a_table(embpack_command, packed):
     assert (code, err) == (0, "")
     loss = embpack.load(packed)["user_emb.weight"].loss
     assert re.search(
-        r"user_emb\.weight +uniform, 4 bits, float16 +greedy:b=200,r=0\.16 +1,500 +72 +60\.0 kB +"
+        r"user_emb\.weight +uniform, 4 bits, float16 +optimal:effort=normal +1,500 +72 +60\.0 kB +"
         rf"13\.89 % of float32 +{loss:.5f}",
         out,
     )

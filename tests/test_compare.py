@@ -77,7 +77,7 @@ def compare_file(src: Path, variants=None, most_rows=None, include=(), exclude=(
 
 
 def test_by_default_all_methods_and_two_of_them_at_other_bits():
-    expected = [(method, 4) for method in METHODS] + [("asym", 2), ("asym", 8), ("greedy", 2), ("greedy", 8)]
+    expected = [(method, 4) for method in METHODS] + [("asym", 2), ("asym", 8), ("optimal", 2), ("optimal", 8)]
     weight = make_weight()
     results = embpack.compare(weight)
     assert [(result.method, result.bits) for result in results] == expected

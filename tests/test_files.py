@@ -104,7 +104,7 @@ def test_the_metadata_are_those_of_the_format(tmp_path):
                 "num_embeddings": 50,
                 "embedding_dim": 24,
                 "dtype": "float32",
-                "method": "greedy:b=200,r=0.16",
+                "method": "optimal:effort=normal",
                 "loss": table.loss,
                 "checksum": "sha256:" + hashlib.sha256(raw.tensors["user"].payload).hexdigest(),
             }

@@ -38,12 +38,12 @@ def test_attributes(table):
     assert (table.num_embeddings, table.embedding_dim, len(table)) == (N, D, N)
     assert (table.bits, table.layout, table.row_bytes, table.nbytes) == (4, "uniform", 7, N * 7)
     assert table.packed.shape == (N, 7)
-    assert (table.dtype, table.method) == ("float32", "greedy:b=200,r=0.16")
+    assert (table.dtype, table.method) == ("float32", "optimal:effort=normal")
 
 
 def test_repr_says_what_it_is(table):
     assert repr(table) == (
-        "PackedTable(12 x 5, uniform, 4 bits, float16 parameters, 84 bytes, method='greedy:b=200,r=0.16', "
+        "PackedTable(12 x 5, uniform, 4 bits, float16 parameters, 84 bytes, method='optimal:effort=normal', "
         f"loss={table.loss:.5f})"
     )
     adopted = PackedTable.from_packed(table.packed, D)

@@ -141,7 +141,7 @@ def test_greedy_loses_less_than_torchrec(rng, bits):
     """Of every table, and pooled."""
     weights = {name: rng.standard_normal((200, dim), np.float32) for name, dim in DIMS.items()}
     ebc = make_bags(weights)
-    greedy, own = bridge.quantize(ebc, bits=bits), torchrecs_own(ebc, bits)
+    greedy, own = bridge.quantize(ebc, "greedy", bits), torchrecs_own(ebc, bits)
     ours, theirs = bridge.to_tables(greedy), bridge.to_tables(own)
     for name, weight in weights.items():
         ours_loss, theirs_loss = (np.linalg.norm(weight - tables[name].dequantize()) for tables in (ours, theirs))
@@ -168,7 +168,7 @@ def test_pooled_values_are_bit_for_bit_torchrecs(rng, bits, poolings, is_weighte
     weights = weights_of(rng)
     ours = bridge.quantize(make_bags(weights, poolings, is_weighted=is_weighted), bits=bits)
     packed = {
-        name: torch.from_numpy(embpack.quantize(weight, "greedy", bits, "float16").packed)
+        name: torch.from_numpy(embpack.quantize(weight, "optimal", bits, "float16").packed)
         for name, weight in weights.items()
     }
     configs = configs_of(weights, poolings)
@@ -229,7 +229,7 @@ def test_every_row_is_read_exactly(rng, bits):
     features = KeyedJaggedTensor(keys=["i"], values=torch.arange(count), lengths=torch.ones(count, dtype=torch.int64))
     rows = quantized(features).values().numpy()
     np.testing.assert_array_equal(rows, table.dequantize())
-    np.testing.assert_array_equal(rows, embpack.quantize(weights["item"], "greedy", bits, "float16").dequantize())
+    np.testing.assert_array_equal(rows, embpack.quantize(weights["item"], "optimal", bits, "float16").dequantize())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.layouts import RowFormat
-from embpack.methods import METHODS, Method, parse_method
+from embpack.methods import DEFAULT_METHOD, METHODS, Method, parse_method
 from embpack.quantize import quantize, span_rows
 from embpack.rows import as_rows, widen
 from embpack.table import PackedTable
@@ -97,7 +97,7 @@ def make_variants(
 
     Args:
         methods: as for quantize; None is all of embpack.METHODS.
-        bits: one or more of 2, 4 and 8; None is 4, and where methods is None too, asym and greedy also at 2 and 8.
+        bits: one or more of 2, 4 and 8; None is 4, and where methods is None too, asym and optimal also at 2 and 8.
         param_dtype: one or more of "float16" and "float32"; None is what quantize takes for the method and bits.
 
     Raises:
@@ -105,7 +105,7 @@ def make_variants(
     """
     pairs = list(product([_name(method) for method in (METHODS if methods is None else methods)], _as_bits(bits)))
     if methods is None and bits is None:
-        pairs += product(("asym", "greedy"), (2, 8))
+        pairs += product(("asym", DEFAULT_METHOD), (2, 8))
     dtypes = (param_dtype,) if isinstance(param_dtype, str) or param_dtype is None else param_dtype
     variants = [Variant(name, n, dtype) for name, n in pairs for dtype in dtypes]
     for variant in variants:
@@ -140,7 +140,7 @@ def compare(
     Args:
         weight: as for quantize: [num_embeddings, embedding_dim] of float32, float16 or bfloat16.
         methods: names, with parameters if need be, or Methods; None is all of embpack.METHODS.
-        bits: one or more of 2, 4 and 8; None is 4, and where methods is None too, asym and greedy also at 2 and 8.
+        bits: one or more of 2, 4 and 8; None is 4, and where methods is None too, asym and optimal also at 2 and 8.
         param_dtype: one or more of "float16" and "float32"; None is what quantize takes for the method and bits.
 
     Returns:

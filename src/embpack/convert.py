@@ -27,7 +27,7 @@ from embpack.files import (
     split_shard,
 )
 from embpack.layouts import RowFormat, cluster_dtype
-from embpack.methods import Method, parse_method
+from embpack.methods import DEFAULT_METHOD, Method, parse_method
 from embpack.quantize import RowPacker, chunk_rows, fit_clusters, fit_method
 from embpack.reference import store_levels
 from embpack.rows import ROW_DTYPES, narrow
@@ -237,7 +237,7 @@ def quantize_file(
     src: str | Path,
     dst: str | Path,
     *,
-    method: str | Method = "greedy",
+    method: str | Method = DEFAULT_METHOD,
     bits: int = 4,
     param_dtype: str | None = None,
     include: Sequence[str] = (),

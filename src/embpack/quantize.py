@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 
 from embpack import _native
 from embpack.layouts import RowFormat, default_param_dtype
-from embpack.methods import ClusteredMethod, Clusters, CodebookMethod, Method, Table, UniformMethod, parse_method
+from embpack.methods import (
+    DEFAULT_METHOD,
+    ClusteredMethod,
+    Clusters,
+    CodebookMethod,
+    Method,
+    Table,
+    UniformMethod,
+    parse_method,
+)
 from embpack.reference import store_levels
 from embpack.rows import as_rows, widen
 from embpack.table import PackedTable
@@ -209,7 +218,7 @@ def make_row_format(embedding_dim: int, bits: int, param_dtype: str | None, layo
 
 def quantize(
     weight: Any,
-    method: str | Method = "greedy",
+    method: str | Method = DEFAULT_METHOD,
     bits: int = 4,
     param_dtype: str | None = None,
     *,

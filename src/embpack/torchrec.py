@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from embpack.errors import MissingExtraError
-from embpack.methods import Method, parse_method
+from embpack.methods import DEFAULT_METHOD, Method, parse_method
 from embpack.quantize import quantize as quantize_table
 from embpack.table import PackedTable
 
@@ -51,7 +51,7 @@ _MARKS = {
 
 
 def quantize(
-    collection: Any, method: str | Method = "greedy", bits: int = 4, *, output_dtype: torch.dtype = torch.float32
+    collection: Any, method: str | Method = DEFAULT_METHOD, bits: int = 4, *, output_dtype: torch.dtype = torch.float32
 ) -> Any:
     """Quantize an embedding collection with one of embpack's methods.
 

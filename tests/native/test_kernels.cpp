@@ -1,5 +1,6 @@
 // Every kernel of every instruction set that this CPU runs, on memory that ends where the last value does, against
 // the portable ones, bit for bit. Built with the address and undefined-behaviour sanitizers.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -376,6 +377,34 @@ void test_core() {
     }
 }
 
+// The exact optimum and weighted errors, within exactly sized arrays; the same by every instruction set.
+void test_optimal(const std::vector<const Kernels*>& isas) {
+    for (size_t d : {1, 2, 17, 33}) {
+        for (int kind : {0, 1, 2}) {   // no weights, of columns, of values
+            const Case c{d, block_rows + 1, {4, true}};
+            const std::vector<float> values = make_rows(c);
+            std::vector<float> weights(kind == 1 ? d : values.size());
+            Random random(d);
+            for (float& weight : weights) weight = std::max(0.0f, random.normal());
+            SearchParams params{.scale_step = 7, .quarter_step = 3, .num_kept = 2, .num_steps = 2, .is_exact = true};
+            if (kind != 0) params.error_weights = weights.data();
+            params.are_of_columns = kind == 1;
+            std::vector<uint8_t> wanted;
+            for (const Kernels* k : isas) {
+                where = std::string(k->isa) + ", optimal, d = " + std::to_string(d);
+                use_isa(k->isa);
+                std::vector<uint8_t> packed(c.num_rows * packed_row_bytes(d, c.grid));
+                const Rows rows{values.data(), ValueType::f32, c.num_rows, d};
+                const QuantizeResult result =
+                    quantize_rows(rows, &Kernels::search_optimal, params, c.grid, 64, packed.data());
+                CHECK(result.fault == RowFault::none);
+                if (wanted.empty()) wanted = packed;
+                CHECK(same_bits(packed, wanted));
+            }
+        }
+    }
+}
+
 // Of several faults the one of the lowest row is kept.
 void test_first_fault() {
     std::vector<float> values(5000 * 21, 1.0f);
@@ -403,6 +432,7 @@ int main() {
     test_widen_values(isas);
     test_not_finite(isas);
     test_overflows(isas);
+    test_optimal(isas);
     for (const Kernels* k : isas) {
         use_isa(k->isa);
         test_core();

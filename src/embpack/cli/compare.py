@@ -90,7 +90,7 @@ def compare(
         str | None,
         typer.Option(
             help="Methods, with commas between: greedy,asym or greedy:b=1000,r=0.5,asym.",
-            show_default="all; asym and greedy also at 2 and 8 bits",
+            show_default="all; asym and optimal also at 2 and 8 bits",
             callback=_check_methods,
         ),
     ] = None,

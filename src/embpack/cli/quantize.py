@@ -9,7 +9,7 @@ import typer
 from embpack.cli import show
 from embpack.convert import Report, check_max_loss, plan_file, quantize_file
 from embpack.layouts import BITS, PARAM_BYTES
-from embpack.methods import METHODS, parse_method
+from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
 from embpack.rules import Decision, Rules
 from embpack.sources import open_checkpoint
 from embpack.threads import set_num_threads
@@ -65,7 +65,7 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help=_METHOD_HELP, callback=_check_method)] = "greedy",
+    method: Annotated[str, typer.Option(help=_METHOD_HELP, callback=_check_method)] = DEFAULT_METHOD,
     bits: Annotated[int, typer.Option(help="Bits a value: 2, 4 or 8.", callback=_check_bits)] = 4,
     param_dtype: Annotated[
         str | None,

@@ -24,6 +24,10 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+# What is packed with where nobody says.
+DEFAULT_METHOD = Optimal.name
+
+
 def parse_method(spec: str | Method) -> Method:
     """Make a method from its name and parameters, as in ``"greedy"`` or ``"greedy:b=1000,r=0.5"``.
 
@@ -58,6 +62,7 @@ def parse_method(spec: str | Method) -> Method:
 
 
 __all__ = [
+    "DEFAULT_METHOD",
     "METHODS",
     "Aciq",
     "Asym",

@@ -104,7 +104,7 @@ class Greedy(_GreedySearch):
     """
 
     name: ClassVar[str] = "greedy"
-    summary: ClassVar[str] = "the paper's search, mended for wide rows; the default"
+    summary: ClassVar[str] = "the paper's search, mended for wide rows"
     local_minima_only: ClassVar[bool] = False
 
 

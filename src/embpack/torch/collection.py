@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embpack.methods import DEFAULT_METHOD
 from embpack.table import PackedTable
 from embpack.torch.collection_ops import TableUse, describe_tables
 from embpack.torch.modules import PackedEmbeddingBag, check_tensors
@@ -88,7 +89,9 @@ class PackedEmbeddingBagCollection(nn.Module):
         self._described = describe_tables(uses)
 
     @classmethod
-    def from_float(cls, collection: Any, method: str = "greedy", **options: Any) -> "PackedEmbeddingBagCollection":
+    def from_float(
+        cls, collection: Any, method: str = DEFAULT_METHOD, **options: Any
+    ) -> "PackedEmbeddingBagCollection":
         """Pack a torchrec.EmbeddingBagCollection.
 
         Args:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from embpack.convert import Progress, TableReport
+from embpack.methods import DEFAULT_METHOD
 from embpack.quantize import quantize
 from embpack.rules import MIN_ROWS
 from embpack.table import PackedTable
@@ -55,7 +56,7 @@ class Place:
 
 def quantize_(
     model: nn.Module,
-    method: str = "greedy",
+    method: str = DEFAULT_METHOD,
     *,
     bits: int = 4,
     param_dtype: str | None = None,

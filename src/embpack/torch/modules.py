@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from embpack.layouts import RowFormat, cluster_dtype
+from embpack.methods import DEFAULT_METHOD
 from embpack.quantize import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.sources.mapped import is_mapped
@@ -65,7 +66,7 @@ class _PackedRows(nn.Module):
         self.register_buffer("codebooks", codebooks)
 
     @classmethod
-    def from_float(cls, module: nn.Embedding | nn.EmbeddingBag, method: str = "greedy", **options: Any) -> Self:
+    def from_float(cls, module: nn.Embedding | nn.EmbeddingBag, method: str = DEFAULT_METHOD, **options: Any) -> Self:
         """Pack a float module, nn.Embedding or nn.EmbeddingBag as this class is.
 
         Args:
