@@ -84,8 +84,8 @@ class Optimal(UniformMethod):
                 starts.append(find_exact(x, w, row_format.bits, greedy))
             xmin, xmax = (np.array(ends, F32) for ends in zip(*starts, strict=True))
             found = _refine(x, w, row_format, (xmin, xmax), self._effort.num_steps)
-            losses = [_measure(x, w, *ends, row_format) for ends in (found, greedy)]
-        is_better = surely_less(*losses, len(x) if error_weights is None else len(x) + 2)
+            loss, known = (_measure(x, w, *ends, row_format) for ends in (found, greedy))
+        is_better = surely_less(loss, known, len(x) if error_weights is None else len(x) + 2)
         return found if is_better else greedy
 
     def search_params(self) -> SearchParams:
