@@ -1,0 +1,132 @@
+"""Trellis-coded rows: the reference against brute force, a reader written from the page alone, and the goals."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+import embpack
+from embpack import trellis
+from embpack.trellis import TrellisFormat, TrellisParameters
+
+
+def fit(rows, row_bytes, sample=None):
+    """Parameters for rows, from a sample of them, as a table's are found."""
+    form = TrellisFormat(rows.shape[1], row_bytes)
+    mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+    largest = np.abs(rows - mean).max(axis=1)
+    scales = trellis.make_scales(float(largest[largest > 0].min(initial=np.inf)), float(largest.max()))
+    return form, trellis.fit(rows if sample is None else sample, form, scales, mean)
+
+
+def read_value(row, j, form, parameters):
+    """One value of a packed row, bit by bit."""
+    bits = [int(byte) >> k & 1 for byte in row[:-1] for k in range(8)]
+    d, wide = form.embedding_dim, form.num_wide
+
+    def is_wide(t):
+        return (t + 1) * wide // d > t * wide // d
+
+    def message(t):
+        return bits[t] if t >= 0 else 0
+
+    width = form.narrow_bits - 1 + is_wide(j)
+    start = d + sum(form.narrow_bits - 1 + is_wide(t) for t in range(j))
+    index = sum(bits[start + k] << k for k in range(width))
+    number = 4 * index + 2 * (message(j) ^ message(j - 1) ^ message(j - 3)) + message(j - 2)
+    level = (parameters.wide if is_wide(j) else parameters.narrow)[number]
+    return np.float32(np.float64(parameters.scales[row[-1]]) * level + parameters.mean[j])
+
+
+FORMATS = [(4, 3), (4, 6), (5, 4), (16, 12), (17, 13), (33, 21), (64, 36), (64, 17), (64, 57), (130, 69)]
+
+
+@pytest.mark.parametrize(("embedding_dim", "row_bytes"), FORMATS)
+def test_rows_are_read_as_the_page_says(rng, embedding_dim, row_bytes):
+    rows = rng.standard_normal((40, embedding_dim), dtype=np.float32) + 1
+    form, parameters = fit(rows, row_bytes)
+    packed = trellis.encode(rows, form, parameters)
+    assert packed.shape == (40, row_bytes)
+    read = [[read_value(row, j, form, parameters) for j in range(embedding_dim)] for row in packed[:5]]
+    # A product of two float32 is exact in float64, and its sum with a third is rounded twice, seldom otherwise.
+    np.testing.assert_array_max_ulp(trellis.decode(packed[:5], form, parameters), np.array(read), maxulp=1)
+    assert form.pack(*form.unpack(packed)).tobytes() == packed.tobytes()
+
+
+@pytest.mark.parametrize("row_bytes", [6, 7])
+def test_the_best_path_is_found(rng, row_bytes):
+    """Of all message bits, each with the nearest levels that they allow."""
+    rows = rng.standard_normal((20, 7), dtype=np.float32)
+    form, parameters = fit(rows, row_bytes)
+    y = rows / np.float32(2.5)
+    paths, _ = trellis._walk(y, form, parameters)
+    best = np.full(len(y), np.inf)
+    for bits in product((0, 1), repeat=7):
+        subsets = trellis.find_subsets(np.array([bits], np.uint8))[0]
+        allowed = [parameters.levels_of(form, t)[subset::4] for t, subset in enumerate(subsets)]
+        errors = [
+            np.square(y[:, t : t + 1].astype(np.float64) - levels).min(axis=1) for t, levels in enumerate(allowed)
+        ]
+        best = np.minimum(best, np.sum(errors, axis=0))
+    np.testing.assert_allclose(paths.cost.min(axis=1), best, rtol=1e-5)
+
+
+# Loss over greedy's at the same bytes, of rows that the codebook was not fitted to.
+@pytest.mark.parametrize(
+    ("embedding_dim", "distribution", "most"),
+    [(16, "normal", 0.40), (32, "normal", 0.63), (64, "normal", 0.70), (128, "normal", 0.72), (64, "laplace", 0.60)],
+)
+def test_the_loss_by_greedys(embedding_dim, distribution, most):
+    rng = np.random.default_rng(3)
+    rows = getattr(rng, distribution)(size=(1000, embedding_dim)).astype(np.float32)
+    form, parameters = fit(rows, embedding_dim // 2 + 4, rows[:500])
+    others = rows[500:]
+    found = np.linalg.norm(others - trellis.decode(trellis.encode(others, form, parameters), form, parameters))
+    greedy = embpack.quantize(others, "greedy")
+    assert greedy.row_bytes == form.row_bytes
+    assert found <= most * np.linalg.norm(others - greedy.dequantize())
+
+
+def test_rows_that_are_hard(rng):
+    """Rows that are the mean, one value alone, and rows a million times as small as others."""
+    rows = np.tile(rng.standard_normal(32).astype(np.float32), (60, 1))
+    rows[20:40] += np.eye(20, 32, dtype=np.float32) * 1000
+    rows[40:50] += rng.standard_normal((10, 32)).astype(np.float32) * np.float32(1e-3)
+    rows[50:] += rng.standard_normal((10, 32)).astype(np.float32)
+    form, parameters = fit(rows, 20)
+    found = trellis.decode(trellis.encode(rows, form, parameters), form, parameters)
+    assert np.isfinite(found).all()
+    errors, largest = np.linalg.norm(found - rows, axis=1), np.abs(rows - parameters.mean).max(axis=1)
+    assert (errors <= 0.5 * largest * np.sqrt(32)).all()
+    zeros = np.zeros((20, 32), np.float32)
+    form, parameters = fit(zeros, 20)
+    packed = trellis.encode(zeros, form, parameters)
+    assert not packed.any() and not trellis.decode(packed, form, parameters).any()
+
+
+def test_formats():
+    form = TrellisFormat(64, 36)
+    assert (form.narrow_bits, form.num_wide, form.num_levels) == (4, 24, (32, 64))
+    assert form.is_wide.sum() == 24 and form.is_wide[:8].sum() == 3
+    assert form.index_bits.sum() + 64 == form.code_bits
+    assert (TrellisFormat(4, 6).narrow_bits, TrellisFormat(4, 6).num_wide) == (7, 0)
+    with pytest.raises(ValueError, match="a trellis-coded row of 64 values takes at least 17 bytes, not 16"):
+        TrellisFormat(64, 16)
+
+
+def test_scales():
+    scales = trellis.make_scales(0.5, 8.0)
+    assert scales[0] == 0 and (np.diff(scales) > 0).all()
+    assert scales[1] <= 0.5 * trellis.FACTORS[0] * 1.001 and scales[-1] >= 8 * trellis.FACTORS[-1] * 0.999
+    ratios = scales[2:] / scales[1:-1]
+    np.testing.assert_allclose(ratios, ratios[0], rtol=1e-5)
+    assert trellis.make_scales(1e-30, 1.0)[1] == pytest.approx(trellis.FACTORS[-1] * 2**-16, rel=1e-6)
+    wanted = np.array([0, scales[5], (scales[5] + scales[6]) / 2, 1e9], np.float32)
+    assert trellis.nearest_scale(wanted, scales)[[0, 1, 3]].tolist() == [1, 5, 255]
+
+
+def test_parameters_of_each_value():
+    form = TrellisFormat(5, 4)
+    narrow, wide = np.zeros(form.num_levels[0], np.float32), np.ones(form.num_levels[1], np.float32)
+    parameters = TrellisParameters(narrow, wide, np.zeros(256, np.float32), np.zeros(5, np.float32))
+    assert [parameters.levels_of(form, t)[0] for t in range(5)] == form.is_wide.tolist()
