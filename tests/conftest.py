@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import builtins
+import re
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 import embpack
 from embpack import _native
+from embpack.cli import main
 
 # The same examples in every run, and no time limit on one: the reference is slow on purpose. A test's `isa`
 # stays the same for all of its examples.
@@ -61,3 +63,23 @@ def hide_package(monkeypatch):
         monkeypatch.setattr(builtins, "__import__", without_package)
 
     return hide
+
+
+@pytest.fixture
+def embpack_command(monkeypatch, capsys):
+    """Runs a command in this process; returns exit code, stdout and stderr, without colours."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["embpack", *map(str, args)])
+        with pytest.raises(SystemExit) as exited:
+            main()
+        printed = capsys.readouterr()
+        return exited.value.code or 0, plain(printed.out), plain(printed.err)
+
+    return run
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)

@@ -4,7 +4,6 @@ import importlib.metadata
 import itertools
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -21,28 +20,8 @@ from checkpoints import (
 )
 
 import embpack
-from embpack.cli import main, show
+from embpack.cli import show
 from embpack.methods import METHODS
-
-
-@pytest.fixture
-def embpack_command(monkeypatch, capsys):
-    """Runs a command in this process; returns exit code, stdout and stderr, without colours."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["embpack", *map(str, args)])
-        with pytest.raises(SystemExit) as exited:
-            main()
-        printed = capsys.readouterr()
-        return exited.value.code or 0, plain(printed.out), plain(printed.err)
-
-    return run
-
-
-def plain(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
 def flat(text: str) -> str:
@@ -202,6 +181,8 @@ def test_a_dry_run_prints_json(embpack_command, tmp_path, model):
     assert code == 0
     assert plan["user_emb.weight"] == {
         "name": "user_emb.weight",
+        "method": "optimal:effort=normal",
+        "bits": 8,
         "shape": [1500, 72],
         "dtype": "F32",
         "pack": True,

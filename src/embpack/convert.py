@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embpack.compare import Variant
 from embpack.files import (
     CLUSTER_SUFFIX,
     CODEBOOK_SUFFIX,
@@ -97,7 +98,6 @@ class _ShardWriter:
 
     decisions: Sequence[Decision]
     source_metadata: dict[str, str]
-    method: Method
     max_loss: float
     progress: Progress
     entries: dict[str, TableEntry] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class _ShardWriter:
         def read() -> Iterator[NDArray[Any]]:
             return tensor.read(step)
 
-        method = fit_method(self.method, read, tensor.name)
+        method = fit_method(decision.method, read, tensor.name)
         clusters = fit_clusters(method, read, tensor.shape[0], decision.row_format, tensor.name)
         if clusters is not None:
             beside[CLUSTER_SUFFIX] = clusters.of_row
@@ -177,9 +177,14 @@ class _ShardWriter:
     def _metadata_room(self) -> int:
         """Bytes of metadata whose floats take as many digits as they can."""
         longest = -1.2345678901234567e-300
-        spec = replace(self.method, **{name: longest for name in ("xmin", "xmax") if hasattr(self.method, name)})
         checksum = format_checksum(hashlib.sha256())
-        entries = {d.tensor.name: _entry(d, spec.spec, longest, checksum) for d in self.decisions if d.row_format}
+        entries = {}
+        for decision in self.decisions:
+            if decision.row_format is not None:
+                method = decision.method
+                bounds = {name: longest for name in ("xmin", "xmax") if hasattr(method, name)}
+                spec = replace(method, **bounds).spec
+                entries[decision.tensor.name] = _entry(decision, spec, longest, checksum)
         return len(json.dumps({**self.source_metadata, **make_metadata(entries)}))
 
 
@@ -243,6 +248,7 @@ def quantize_file(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_loss: float | None = None,
+    variants: Mapping[str, Variant] | None = None,
     progress: Progress = lambda name, rows: None,
 ) -> Report:
     """Pack the embedding tables of a checkpoint, streaming: memory is bounded whatever the size.
@@ -259,6 +265,7 @@ def quantize_file(
             (rules.says_embedding).
         exclude: globs of tensor names never to pack.
         max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit.
+        variants: method, bits and param_dtype of tables that have their own, by name, as embpack.plan(...).variants.
         progress: called with a table's name and a number of rows as they are done.
 
     Raises:
@@ -273,7 +280,7 @@ def quantize_file(
     chosen = parse_method(method)
     if max_loss is not None:
         check_max_loss(max_loss)
-    rules = Rules(tuple(include), tuple(exclude), bits, param_dtype, chosen)
+    rules = Rules(tuple(include), tuple(exclude), bits, param_dtype, chosen, variants or {})
     started = time.perf_counter()
     with open_checkpoint(src) as checkpoint:
         decisions = plan_file(checkpoint, rules)
@@ -283,7 +290,7 @@ def quantize_file(
         for shard in checkpoint.shards:
             own = decisions[at : at + len(shard.tensors)]
             at += len(own)
-            writer = _ShardWriter(own, shard.metadata, chosen, math.inf if max_loss is None else max_loss, progress)
+            writer = _ShardWriter(own, shard.metadata, math.inf if max_loss is None else max_loss, progress)
             writers.append(writer)
             name = dst.name if checkpoint.index_name is None else shard.file_name
             shards.append(writer.out_shard(name))

@@ -6,12 +6,13 @@ and packing makes them smaller.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from embpack.compare import Variant
 from embpack.layouts import RowFormat, cluster_dtype
-from embpack.methods import ClusteredMethod, Greedy, Method
+from embpack.methods import ClusteredMethod, Method, Optimal, parse_method
 from embpack.quantize import make_row_format
 from embpack.sources import Checkpoint, SourceTensor
 from embpack.sources.dtypes import count_bytes
@@ -74,12 +75,14 @@ class Decision:
         row_format: of its packed rows; None if it is passed through as it is.
         reason: for the user to read.
         num_codebooks: beside clustered rows; 0 for other layouts.
+        method: what packs its rows.
     """
 
     tensor: SourceTensor
     row_format: RowFormat | None
     reason: str
     num_codebooks: int = 0
+    method: Method = field(default_factory=Optimal)
 
     @property
     def dtype(self) -> str:
@@ -112,13 +115,15 @@ class Rules:
         bits: a code.
         param_dtype: of scale and bias or of codebooks; None is the default for these bits and the method's layout.
         method: what packs them.
+        variants: bits, param_dtype and method of tables that have their own, by name.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     bits: int = 4
     param_dtype: str | None = None
-    method: Method = field(default_factory=Greedy)
+    method: Method = field(default_factory=Optimal)
+    variants: Mapping[str, Variant] = field(default_factory=dict)
 
     def decide(self, tensor: SourceTensor) -> Decision:
         """Decide on one tensor."""
@@ -133,16 +138,20 @@ class Rules:
             return Decision(tensor, None, f"{tensor.dtype}, not float32, float16 or bfloat16")
         if not (included or tensor.is_vectors or says_embedding(tensor.name)):
             return Decision(tensor, None, "name does not say embedding")
-        row_format = make_row_format(tensor.shape[1], self.bits, self.param_dtype, self.method.layout)
+        bits, param_dtype, method = self.bits, self.param_dtype, self.method
+        if tensor.name in self.variants:
+            own = self.variants[tensor.name]
+            bits, param_dtype, method = own.bits, own.param_dtype, parse_method(own.method)
+        row_format = make_row_format(tensor.shape[1], bits, param_dtype, method.layout)
         if tensor.shape[0] < MIN_ROWS and not (included or tensor.is_vectors):
             return Decision(tensor, None, f"fewer than {MIN_ROWS} rows: much used, and little to save")
         before = count_bytes(tensor.dtype, tensor.shape[1:])
         if row_format.row_bytes >= before and not included:
             return Decision(tensor, None, f"a packed row is not smaller: {row_format.row_bytes} of {before} bytes")
-        method, rows = self.method, tensor.shape[0]
+        rows = tensor.shape[0]
         codebooks = method.num_codebooks(rows, row_format) if isinstance(method, ClusteredMethod) else 0
         reason = "format holds vectors" if tensor.is_vectors else "name says embedding"
-        return Decision(tensor, row_format, "included" if included else reason, codebooks)
+        return Decision(tensor, row_format, "included" if included else reason, codebooks, method)
 
 
 def _match(name: str, globs: Iterable[str]) -> bool:

@@ -301,7 +301,8 @@ def fit(
     best_error, best = np.inf, None
     few = sample[:SHAPE_ROWS]
     for share in SHAPES:
-        parameters = TrellisParameters(*(_make_shape(count, share) for count in trellis.num_levels), scales, mean)
+        narrow, wide = (_make_shape(count, share) for count in trellis.num_levels)
+        parameters = TrellisParameters(narrow, wide, scales, mean)
         error = float(
             np.square(few.astype(np.float64) - decode(encode(few, trellis, parameters), trellis, parameters)).sum()
         )
@@ -335,4 +336,5 @@ def _refit(
         )
         product, square = product - product[::-1], square + square[::-1]
         fitted.append(np.sort(np.divide(product, square, out=levels.astype(np.float64), where=square > 0)).astype(F32))
-    return TrellisParameters(*fitted, parameters.scales, parameters.mean)
+    narrow, wide = fitted
+    return TrellisParameters(narrow, wide, parameters.scales, parameters.mean)

@@ -1,15 +1,18 @@
 """embpack quantize."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from embpack.cli import show
+from embpack.compare_file import count_rows
 from embpack.convert import Report, check_max_loss, plan_file, quantize_file
 from embpack.layouts import BITS, PARAM_BYTES
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
+from embpack.plan import SAMPLE_ROWS, VARIANTS, Plan, plan
 from embpack.rules import Decision, Rules
 from embpack.sources import open_checkpoint
 from embpack.threads import set_num_threads
@@ -86,9 +89,32 @@ def quantize(
     max_loss: Annotated[
         float | None,
         typer.Option(
-            help="Write nothing, and exit with 1, if a table's normalized l2 loss is larger.",
+            help="Write nothing, and exit with 1, if a table's normalized l2 loss is larger. With --auto: the loss of "
+            "all tables together, which is kept in the fewest bytes.",
             show_default="no limit",
             callback=_check_max_loss,
+        ),
+    ] = None,
+    auto: Annotated[
+        bool,
+        typer.Option(
+            "--auto",
+            help="Choose method and bits of each table by the loss on a sample: without a limit the least loss in the "
+            "bytes of 4 bits. --method, --bits and --param-dtype do not count then.",
+        ),
+    ] = False,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="With --auto: spread so much over the tables, '2 GB' or '12.5 %' of float32, for the least error.",
+            show_default="no limit",
+        ),
+    ] = None,
+    access_counts: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --auto: a JSON file, how often rows of each table are looked up, by its name.",
+            show_default="each row counts the same",
         ),
     ] = None,
     dry_run: Annotated[
@@ -107,7 +133,13 @@ def quantize(
         raise typer.BadParameter("give a destination, or --dry-run", param_hint="DST")
     if threads is not None:
         set_num_threads(threads)
-    rules = Rules(tuple(include or ()), tuple(exclude or ()), bits, param_dtype, parse_method(method))
+    globs = tuple(include or ()), tuple(exclude or ())
+    found = _plan(src, globs, max_bytes, max_loss, access_counts, quiet=as_json) if auto else None
+    if found is None and (max_bytes is not None or access_counts is not None):
+        raise typer.BadParameter(
+            "goes with --auto", param_hint="--access-counts" if max_bytes is None else "--max-bytes"
+        )
+    rules = Rules(*globs, bits, param_dtype, parse_method(method), found.variants if found else {})
     with open_checkpoint(src) as checkpoint:
         decisions = plan_file(checkpoint, rules)
         left_out = checkpoint.left_out
@@ -115,6 +147,8 @@ def quantize(
         show.print_plan(str(src), decisions, left_out)
     elif dry_run:
         show.print_json({"plan": [_plan_json(decision) for decision in decisions], "left_out": left_out})
+    if found is not None and not as_json:
+        show.output.print(f"\n{found}\n", soft_wrap=True, highlight=False)
     if dst is None or dry_run:
         return
     totals = {d.tensor.name: d.tensor.shape[0] for d in decisions if d.row_format}
@@ -127,7 +161,8 @@ def quantize(
             param_dtype=param_dtype,
             include=rules.include,
             exclude=rules.exclude,
-            max_loss=max_loss,
+            max_loss=None if auto else max_loss,
+            variants=rules.variants,
             progress=progress,
         )
     if as_json:
@@ -137,6 +172,49 @@ def quantize(
         show.print_report(str(dst), report)
 
 
+def _plan(
+    src: Path,
+    globs: tuple[tuple[str, ...], tuple[str, ...]],
+    max_bytes: str | None,
+    max_loss: float | None,
+    access_counts: Path | None,
+    *,
+    quiet: bool,
+) -> Plan:
+    counts = None if access_counts is None else _read_counts(access_counts)
+    with open_checkpoint(src) as checkpoint:
+        decisions = plan_file(checkpoint, Rules(*globs))
+    rows = {d.tensor.name: len(VARIANTS) * count_rows(d, SAMPLE_ROWS) for d in decisions if d.row_format}
+    include, exclude = globs
+    with show.row_progress(rows, shown=not quiet) as progress:
+        return plan(
+            src,
+            max_bytes=max_bytes,
+            max_loss=max_loss,
+            include=include,
+            exclude=exclude,
+            access_counts=counts,
+            progress=progress,
+        )
+
+
+def _read_counts(path: Path) -> dict[str, float]:
+    """Read how often tables are looked up.
+
+    Raises:
+        ValueError: the file is no JSON object of numbers.
+    """
+    try:
+        counts = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(counts, dict) or not all(
+        isinstance(value, int | float) and value >= 0 for value in counts.values()
+    ):
+        raise ValueError(f'{path}: it must be an object of counts by table: {{"user_embedding.weight": 1200}}')
+    return counts
+
+
 def _plan_json(decision: Decision) -> dict[str, Any]:
     return {
         "name": decision.tensor.name,
@@ -144,6 +222,8 @@ def _plan_json(decision: Decision) -> dict[str, Any]:
         "dtype": decision.tensor.dtype,
         "pack": decision.row_format is not None,
         "reason": decision.reason,
+        "method": decision.method.spec if decision.row_format else None,
+        "bits": decision.row_format.bits if decision.row_format else None,
         "bytes_before": decision.bytes_before,
         "bytes_after": decision.bytes_after,
     }

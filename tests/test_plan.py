@@ -1,0 +1,174 @@
+"""embpack.plan: what is chosen against every choice there is, and files packed by it."""
+
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import embpack
+from embpack.plan import choose, parse_size
+
+
+def make_options(rng, num_tables, num_options):
+    sizes = rng.integers(1, 60, (num_tables, num_options))
+    errors = rng.integers(1, 60, (num_tables, num_options)).astype(float)
+    return [(list(map(int, s)), list(e)) for s, e in zip(sizes, errors, strict=True)]
+
+
+@pytest.mark.parametrize("num_tables", [1, 2, 3, 5])
+def test_the_choice_is_the_best_of_all(rng, num_tables):
+    for _ in range(30):
+        options = make_options(rng, num_tables, int(rng.integers(1, 5)))
+        every = list(product(*(range(len(sizes)) for sizes, _ in options)))
+        sums = [
+            (sum(options[t][0][i] for t, i in enumerate(way)), sum(options[t][1][i] for t, i in enumerate(way)))
+            for way in every
+        ]
+        for limit in (0, 10, 40, 90, 150, 10_000):
+            fitting = [error for size, error in sums if size <= limit]
+            chosen = choose(options, limit, None)
+            assert (chosen is None) == (not fitting)
+            if chosen is not None:
+                size, error = sums[every.index(tuple(chosen))]
+                assert size <= limit and error == min(fitting)
+            fitting = [size for size, error in sums if error <= limit]
+            chosen = choose(options, None, float(limit))
+            assert (chosen is None) == (not fitting)
+            if chosen is not None:
+                size, error = sums[every.index(tuple(chosen))]
+                assert error <= limit and size == min(fitting)
+
+
+def test_many_tables_get_next_to_the_best_choice(rng):
+    """Convex options, of which the best sums are known: by the error that a byte more saves."""
+    sizes = [np.cumsum(rng.integers(1, 1000, 5)) for _ in range(200)]
+    errors = [1e6 * rng.random() * np.exp(-np.arange(5)) for _ in range(200)]
+    limit = int(sum(s[2] for s in sizes))
+    chosen = choose([(list(map(int, s)), list(e)) for s, e in zip(sizes, errors, strict=True)], limit, None)
+    size = sum(int(s[i]) for s, i in zip(sizes, chosen, strict=True))
+    error = sum(float(e[i]) for e, i in zip(errors, chosen, strict=True))
+    assert size <= limit
+    # No choice within the limit is below the bound of Lagrange, whatever the price of a byte.
+    bounds = [
+        sum(float((e + price * s).min()) for s, e in zip(sizes, errors, strict=True)) - price * limit
+        for price in np.geomspace(1e-2, 1e4, 400)
+    ]
+    assert max(bounds) <= error <= 1.01 * max(bounds)
+
+
+@pytest.fixture
+def tables(rng):
+    return {
+        "user_embedding.weight": rng.standard_normal((300, 32), dtype=np.float32),
+        "item_embedding.weight": rng.standard_normal((900, 16), dtype=np.float32) * np.float32(0.1),
+        "city_embedding.weight": rng.laplace(size=(40, 64)).astype(np.float32) * 3,
+    }
+
+
+def test_without_a_limit_tables_get_the_least_loss_in_the_bytes_of_four_bits(tables):
+    plan = embpack.plan(tables)
+    assert [table.name for table in plan.tables] == list(tables)
+    for table in plan.tables:
+        assert table.num_bytes <= (table.embedding_dim // 2 + 4) * table.num_embeddings
+        assert table.loss <= embpack.quantize(tables[table.name]).loss
+    assert plan.num_bytes == sum(table.num_bytes for table in plan.tables)
+
+
+def pack(tables, plan):
+    packed = {name: embpack.quantize(weight, *plan.variants[name].__dict__.values()) for name, weight in tables.items()}
+    errors = {name: np.square(tables[name] - packed[name].dequantize(), dtype=np.float64).sum() for name in tables}
+    return packed, errors
+
+
+@pytest.mark.parametrize("share", ["11 %", "12.5 %", "20 %", "30 %"])
+def test_within_max_bytes_the_error_is_the_least(tables, share):
+    variants = [embpack.Variant("optimal", bits) for bits in (2, 4, 8)]
+    plan = embpack.plan(tables, max_bytes=share, variants=variants)
+    limit = sum(weight.nbytes for weight in tables.values()) * float(share[:-1]) / 100
+    packed, errors = pack(tables, plan)
+    assert sum(table.nbytes for table in packed.values()) == plan.num_bytes <= limit
+    every = {
+        (name, variant): embpack.quantize(weight, variant.method, variant.bits)
+        for name, weight in tables.items()
+        for variant in variants
+    }
+    error_of = {
+        key: np.square(tables[key[0]] - table.dequantize(), dtype=np.float64).sum() for key, table in every.items()
+    }
+    best = min(
+        sum(error_of[key] for key in zip(tables, way, strict=True))
+        for way in product(variants, repeat=3)
+        if sum(every[key].nbytes for key in zip(tables, way, strict=True)) <= limit
+    )
+    assert sum(errors.values()) == pytest.approx(best)
+    norm = sum(np.square(weight, dtype=np.float64).sum() for weight in tables.values())
+    assert plan.loss == pytest.approx(np.sqrt(best / norm), rel=1e-5)
+
+
+def test_max_loss_is_kept_in_the_fewest_bytes(tables):
+    plan = embpack.plan(tables, max_loss=0.05)
+    assert plan.loss <= 0.05
+    smaller = embpack.plan(tables, max_bytes=plan.num_bytes - 1)
+    assert smaller.loss > 0.05
+
+
+def test_tables_that_are_looked_up_often_get_more(tables):
+    names = list(tables)
+    plans = [embpack.plan(tables, max_bytes="14 %", access_counts={names[0]: often, names[2]: 1}) for often in (1, 1e9)]
+    assert plans[1].tables[0].num_bytes > plans[0].tables[0].num_bytes
+
+
+def test_a_plan_prints_as_a_table_with_reasons(tables):
+    lines = str(embpack.plan(tables, max_bytes="12.5 %")).splitlines()
+    assert lines[0].split() == ["table", "rows", "dim", "method", "bits", "bytes", "l2", "loss", "why"]
+    assert "of the squared error" in lines[1] and "% of float32; l2 loss 0." in lines[-1]
+
+
+def test_limits_that_cannot_be_kept_are_named(tables):
+    with pytest.raises(ValueError, match=r"max_bytes is 10, but the tables take at least [\d,]+ bytes"):
+        embpack.plan(tables, max_bytes=10)
+    with pytest.raises(ValueError, match=r"max_loss is 1e-09, but the least loss is 0\.00"):
+        embpack.plan(tables, max_loss=1e-9)
+    with pytest.raises(ValueError, match="max_loss is 0; give a positive, finite number"):
+        embpack.plan(tables, max_loss=0)
+    with pytest.raises(ValueError, match="give max_bytes or max_loss, not both"):
+        embpack.plan(tables, max_bytes=10, max_loss=1)
+    with pytest.raises(ValueError, match="access_counts are of 'nobody', but the tables are user_embedding"):
+        embpack.plan(tables, access_counts={"nobody": 1})
+
+
+def test_sizes():
+    assert [parse_size(size, 1000) for size in (7, "7", "2 kB", "1.5MB", "12.5 %", "0.1%")] == [
+        *(7, 7, 2000, 1_500_000, 125, 1)
+    ]
+    for wrong in ("", "much", "-1", "2 PB", "1e3"):
+        with pytest.raises(ValueError, match="give bytes, a size such as '2 GB', or a share"):
+            parse_size(wrong, 1000)
+
+
+def test_files_are_packed_by_a_plan(tmp_path, tables, embpack_command):
+    src, dst = tmp_path / "model.safetensors", tmp_path / "packed.safetensors"
+    save_file({**tables, "top.weight": np.ones((3, 3), np.float32)}, src)
+    plan = embpack.plan(src, max_bytes="12.5 %")
+    embpack.quantize_file(src, dst, variants=plan.variants)
+    packed = embpack.load(dst, verify=True)
+    assert {name: (table.bits, table.nbytes) for name, table in packed.items()} == {
+        table.name: (table.variant.bits, table.num_bytes) for table in plan.tables
+    }
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps({"user_embedding.weight": 5000}))
+    other = tmp_path / "other.safetensors"
+    arguments = ("--auto", "--max-bytes", "12.5 %", "--access-counts", counts)
+    code, out, err = embpack_command("quantize", src, other, *arguments)
+    assert (code, err) == (0, "") and "of the squared error" in out
+    weighted = embpack.plan(src, max_bytes="12.5 %", access_counts={"user_embedding.weight": 5000})
+    assert {name: table.bits for name, table in embpack.load(other).items()} == {
+        table.name: table.variant.bits for table in weighted.tables
+    }
+    code, out, err = embpack_command("quantize", src, tmp_path / "no.safetensors", "--max-bytes", "1 MB")
+    assert code == 2 and "goes with --auto" in err
+    counts.write_text("[1]")
+    code, out, err = embpack_command("quantize", src, tmp_path / "no.safetensors", *arguments)
+    assert code == 1 and "must be an object of counts by table" in err
