@@ -189,9 +189,8 @@ def find_additions(module: nn.Module) -> str | None:
         return "hooks"
     if "forward" in vars(module):
         return "a forward of its own"
-    others = [*module._parameters, *module._buffers, *module._modules]
-    others.remove("weight")
-    return others[0] if others else None
+    owned = [*module._parameters, *module._buffers, *module._modules]
+    return next((name for name in owned if name != "weight"), None)
 
 
 def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: Filter | None) -> str | None:
