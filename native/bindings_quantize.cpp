@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
+#include "trellis.h"
 
 namespace embpack {
 namespace {
@@ -16,6 +17,7 @@ using FloatOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ErrorWeights = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Starts = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using RowClusters = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using CodebookValues = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // A method's search, by the name that src/embpack/methods gives it.
@@ -120,6 +122,23 @@ QuantizeAnswer quantize_with_clusters(const RowsArray& rows, const RowClusters& 
     return make_answer(quantize_by_clusters(view, values.data(), clusters.data(), grid, span_rows, out));
 }
 
+QuantizeAnswer encode_trellis(const RowsArray& rows, const Floats& narrow, const Floats& wide, const Floats& scales,
+                              const Floats& mean, size_t span_rows, const PackedOut& packed) {
+    const Rows view = view_rows(rows);
+    require(packed.shape(0) == view.num_rows, "packed must have a row for each row");
+    require(span_rows > 0 && span_rows % block_rows == 0, "span_rows must be a multiple of the rows of a block");
+    require(packed.shape(1) > 0 && 8 * (packed.shape(1) - 1) >= 2 * view.embedding_dim, "packed rows are too short");
+    require(scales.shape(0) == trellis_scales, "there must be 256 scales");
+    require(mean.shape(0) == view.embedding_dim, "mean must have one value for each column");
+    const TrellisFormat format(view.embedding_dim, packed.shape(1));
+    require(narrow.shape(0) == format.num_narrow_levels(), "narrow has the wrong number of levels");
+    require(wide.shape(0) == format.num_wide_levels(), "wide has the wrong number of levels");
+    const TrellisTable table = make_trellis_table(format, narrow.data(), wide.data(), scales.data(), mean.data());
+    uint8_t* out = packed.data();
+    nb::gil_scoped_release release;
+    return make_answer(quantize_by_trellis(view, table, span_rows, out));
+}
+
 void fit(const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& values, const Starts& starts, int bits,
          const FloatOut& codebooks) {
     make_grid(bits, false);
@@ -200,6 +219,15 @@ void bind_quantize(nb::module_& m) {
                   "bits: int, f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
                   "-> tuple[int, int, list[tuple[float, float]]]"),
           "Pack rows by the codebooks of their clusters. Returns what quantize does.");
+
+    m.def("encode_trellis", &encode_trellis, nb::arg("rows"), nb::arg("narrow"), nb::arg("wide"), nb::arg("scales"),
+          nb::arg("mean"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
+          nb::sig("def encode_trellis(rows: numpy.typing.NDArray[typing.Any], "
+                  "narrow: numpy.typing.NDArray[numpy.float32], wide: numpy.typing.NDArray[numpy.float32], "
+                  "scales: numpy.typing.NDArray[numpy.float32], mean: numpy.typing.NDArray[numpy.float32], "
+                  "span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
+                  "-> tuple[int, int, list[tuple[float, float]]]"),
+          "Pack rows as trellis-coded ones of as many bytes as `packed` has columns. Returns what quantize does.");
 
     m.def("fit_codebooks", &fit, nb::arg("values").noconvert(), nb::arg("starts"), nb::arg("bits"),
           nb::arg("codebooks").noconvert(),

@@ -121,6 +121,31 @@ inline size_t cluster_of(const PackedRows& rows, size_t row) {
     return rows.cluster_bytes == 1 ? number[0] : static_cast<size_t>(number[0] | number[1] << 8);
 }
 
+// Trellis-coded rows, as src/embpack/trellis.py specifies them.
+inline constexpr size_t trellis_scales = 256, trellis_states = 8, trellis_subsets = 4, most_subset_levels = 64;
+
+// A codebook, dealt out to the subsets. The arrays begin cache lines.
+struct TrellisLevels {
+    alignas(64) float of_subset[trellis_subsets][most_subset_levels];   // ascending, 2^index_bits of each
+    // The largest value that is as near to level k - 1 of a subset as to level k, in float32; -infinity at k = 0.
+    alignas(64) float before[trellis_subsets][most_subset_levels];
+    float limit = -1.0f;   // up to which magnitude of values `before` tells the nearest level, -1 for none
+    int index_bits = 0;
+};
+
+struct TrellisTable {
+    TrellisLevels narrow, wide;
+    const uint8_t* is_wide = nullptr;   // of each column, whether its codes are
+    const float* mean = nullptr;
+    size_t row_bytes = 0;
+    alignas(64) float scales[trellis_scales];
+    // Half way between the scales: number i + 1 lies above boundaries[i], infinity for the last.
+    alignas(64) float boundaries[trellis_scales];
+};
+
+// Floats that encode_trellis works in.
+inline constexpr size_t trellis_floats(size_t embedding_dim) { return 4 * lanes * embedding_dim; }
+
 enum class Pooling : uint8_t { sum, mean, max };
 
 // int32 or int64; null where there are none.
@@ -207,6 +232,10 @@ struct Kernels {
     // The same with the nearest levels of a codebook. Returns a bit for every row whose codebook is not finite in the
     // grid's parameter type.
     uint64_t (*encode_by_codebook)(const RowBlock&, Grid, const Codebooks&, uint8_t* packed, SquaredSums&) noexcept;
+
+    // Encodes rows, the squares of all values and errors summed in double. `scratch` holds trellis_floats(embedding_dim).
+    void (*encode_trellis)(const RowBlock&, const TrellisTable&, float* scratch, uint8_t* packed,
+                           SquaredSums&) noexcept;
 
     // Rows first .. end of the output: row indices[i] of the table, or row i where there are no indices. Any index may
     // be given; the first that has no row, or whose row has no codebook, is noted as the fault, and all values are then

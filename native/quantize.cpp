@@ -200,6 +200,16 @@ QuantizeResult quantize_by_clusters(const Rows& rows, const float* values, const
     return encode_blocks<float>(rows, span_rows, 0, encode);
 }
 
+QuantizeResult quantize_by_trellis(const Rows& rows, const TrellisTable& table, size_t span_rows, uint8_t* packed) {
+    const Kernels& k = kernels();
+    const size_t block_bytes = block_rows * table.row_bytes;
+    const auto encode = [&](const RowBlock& block, size_t i, const Ranges&, SquaredSums& sums, float* scratch) {
+        k.encode_trellis(block, table, scratch, packed + i * block_bytes, sums);
+        return uint64_t{0};
+    };
+    return encode_blocks<float>(rows, span_rows, trellis_floats(rows.embedding_dim), encode);
+}
+
 Bounds bound_table(const Rows& rows) {
     const Kernels& k = kernels();
     const int threads = threads_for(rows.num_rows * rows.embedding_dim);

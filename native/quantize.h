@@ -40,6 +40,9 @@ void fit_codebooks(float* values, const int64_t* starts, size_t groups, int bits
 QuantizeResult quantize_by_clusters(const Rows&, const float* values, const uint32_t* clusters, Grid, size_t span_rows,
                                     uint8_t* packed);
 
+// Encodes rows as trellis-coded ones, of table.row_bytes.
+QuantizeResult quantize_by_trellis(const Rows&, const TrellisTable&, size_t span_rows, uint8_t* packed);
+
 struct Bounds {
     RowFault fault = RowFault::none;
     size_t faulty_row = 0;

@@ -248,6 +248,27 @@ inline F32x16 look_up(F32x16 table, I32x16 codes) {
     return {look_up_eight(codes.low), look_up_eight(codes.high)};
 }
 
+// The same with tables of 2^bits floats, at most 64, of which at least sixteen can be read.
+template <int bits>
+inline F32x16 look_up_in(const float* table, I32x16 indices) {
+    if constexpr (bits <= 3) {
+        const __m256 eight = _mm256_loadu_ps(table);
+        return {_mm256_permutevar8x32_ps(eight, indices.low), _mm256_permutevar8x32_ps(eight, indices.high)};
+    } else if constexpr (bits <= 4) {
+        return look_up(load(table), indices);
+    } else {
+        return {_mm256_i32gather_ps(table, indices.low, 4), _mm256_i32gather_ps(table, indices.high, 4)};
+    }
+}
+inline I32x16 splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I32x16 add_int(I32x16 a, I32x16 b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+inline I32x16 select_int(Mask16 m, I32x16 yes, I32x16 no) {
+    return {_mm256_blendv_epi8(no.low, yes.low, _mm256_castps_si256(m.low)),
+            _mm256_blendv_epi8(no.high, yes.high, _mm256_castps_si256(m.high))};
+}
+
 template <class Fn>
 inline F64x16 each_quarter(Fn fn) {
     return {{fn(0), fn(1), fn(2), fn(3)}};

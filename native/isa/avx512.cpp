@@ -158,6 +158,19 @@ inline I32x16 only_code(I32x16 codes) {
 // The float of each code in a table of sixteen, by the low four bits.
 inline F32x16 look_up(F32x16 table, I32x16 codes) { return _mm512_permutexvar_ps(codes, table); }
 
+// The same with tables of 2^bits floats, at most 64.
+template <int bits>
+inline F32x16 look_up_in(const float* table, I32x16 indices) {
+    if constexpr (bits <= 4) return look_up(load(table), indices);
+    const __m512 first = _mm512_permutex2var_ps(load(table), indices, load(table + 16));
+    if constexpr (bits <= 5) return first;
+    const __m512 second = _mm512_permutex2var_ps(load(table + 32), indices, load(table + 48));
+    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(indices, _mm512_set1_epi32(32)), first, second);
+}
+inline I32x16 splat_int(int32_t x) { return _mm512_set1_epi32(x); }
+inline I32x16 add_int(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
+inline I32x16 select_int(Mask16 m, I32x16 yes, I32x16 no) { return _mm512_mask_blend_epi32(m, no, yes); }
+
 inline F64x16 splat_f64(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
 inline F64x16 load_f64(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
 inline F64x16 widen_f32(F32x16 x) {

@@ -233,6 +233,25 @@ inline F32x16 look_up(F32x16 table, I32x16 codes) {
     return each_lane([&](size_t i) { return table.lane[codes.lane[i] & 15]; });
 }
 
+// The same with tables of 2^bits floats.
+template <int bits>
+inline F32x16 look_up_in(const float* table, I32x16 indices) {
+    return each_lane([&](size_t i) { return table[indices.lane[i] & ((1 << bits) - 1)]; });
+}
+inline I32x16 splat_int(int32_t x) {
+    I32x16 out;
+    for (size_t i = 0; i < 16; i++) out.lane[i] = x;
+    return out;
+}
+inline I32x16 add_int(I32x16 a, I32x16 b) {
+    for (size_t i = 0; i < 16; i++) a.lane[i] += b.lane[i];
+    return a;
+}
+inline I32x16 select_int(Mask16 m, I32x16 yes, I32x16 no) {
+    for (size_t i = 0; i < 16; i++) no.lane[i] = (m.bits >> i) & 1u ? yes.lane[i] : no.lane[i];
+    return no;
+}
+
 template <class Fn>
 inline F64x16 each_wide_lane(Fn fn) {
     F64x16 out;

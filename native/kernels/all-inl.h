@@ -17,6 +17,7 @@
 #include "search_kmeans-inl.h"
 #include "encode-inl.h"
 #include "encode_codebook-inl.h"
+#include "encode_trellis-inl.h"
 #include "levels-inl.h"
 #include "lookup-inl.h"
 
@@ -38,6 +39,7 @@ constexpr Kernels make_kernels() {
         .search_kmeans = search_kmeans,
         .search_kmeans_lloyd = search_kmeans_lloyd,
         .encode_by_codebook = encode_by_codebook,
+        .encode_trellis = encode_trellis,
         .gather_rows = gather_rows,
         .pool_bags = pool_bags,
     };

@@ -1,0 +1,97 @@
+#include "trellis.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+namespace embpack {
+
+namespace {
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+// Floats as integers in the same order.
+int64_t rank_of(float x) {
+    const int32_t bits = std::bit_cast<int32_t>(x);
+    return bits >= 0 ? bits : int64_t{std::numeric_limits<int32_t>::min()} - bits;
+}
+float float_of(int64_t rank) {
+    const int64_t bits = rank >= 0 ? rank : std::numeric_limits<int32_t>::min() - rank;
+    return std::bit_cast<float>(static_cast<int32_t>(bits));
+}
+
+bool is_as_near(float y, float low, float high) {
+    const float to_low = y - low, to_high = y - high;
+    return to_low * to_low <= to_high * to_high;
+}
+
+// The largest value that float32 finds as near to the lower of two levels as to the higher one. Between them the
+// squared errors grow and fall with the value, so there is one.
+float find_boundary(float low, float high) {
+    int64_t near = rank_of(low), far = rank_of(high);
+    while (far - near > 1) {
+        const int64_t middle = near + (far - near) / 2;
+        (is_as_near(float_of(middle), low, high) ? near : far) = middle;
+    }
+    return float_of(near);
+}
+
+// Up to which magnitude the boundaries tell the nearest level. A value beyond two levels of a subset that are `gap`
+// apart, the nearer one `distance` away, has different squared errors from them as long as distance <= 2^22 gap: the
+// squares differ by a factor of 1 + 2^-21 at least, and are rounded three times, by a factor of 1 + 2^-24 each. The
+// other bounds keep squares from vanishing and from overflowing.
+float find_limit(const float* levels, size_t count) {
+    double gap = std::numeric_limits<double>::infinity(), largest = 0.0;
+    for (size_t i = 0; i < count; i++) {
+        if (!std::isfinite(levels[i])) return -1.0f;
+        largest = std::max(largest, std::abs(static_cast<double>(levels[i])));
+        if (i >= trellis_subsets) gap = std::min(gap, static_cast<double>(levels[i]) - levels[i - trellis_subsets]);
+        if (i > 0 && levels[i] < levels[i - 1]) return -1.0f;
+    }
+    if (!(gap >= 0x1p-60) || largest > 0x1p60) return -1.0f;
+    return static_cast<float>(std::min(0x1p60, 0.999 * (0x1p22 * gap - largest)));
+}
+
+void deal_out(const float* levels, int index_bits, TrellisLevels& out) {
+    const size_t count = size_t{1} << index_bits;
+    out.index_bits = index_bits;
+    out.limit = find_limit(levels, trellis_subsets * count);
+    for (size_t s = 0; s < trellis_subsets; s++) {
+        std::fill_n(out.of_subset[s], most_subset_levels, 0.0f);
+        std::fill_n(out.before[s], most_subset_levels, infinity);
+        out.before[s][0] = -infinity;
+        for (size_t k = 0; k < count; k++) out.of_subset[s][k] = levels[trellis_subsets * k + s];
+        if (out.limit < 0.0f) continue;
+        for (size_t k = 1; k < count; k++)
+            out.before[s][k] = find_boundary(out.of_subset[s][k - 1], out.of_subset[s][k]);
+    }
+}
+
+}  // namespace
+
+TrellisFormat::TrellisFormat(size_t embedding_dim, size_t row_bytes) : row_bytes(row_bytes), is_wide(embedding_dim) {
+    const size_t d = embedding_dim, code_bits = 8 * (row_bytes - 1), most_bits = 7;
+    const size_t bits = std::min(code_bits / d, most_bits);
+    narrow_bits = static_cast<int>(bits);
+    const size_t num_wide = bits < most_bits ? code_bits - bits * d : 0;
+    for (size_t t = 0; t < d; t++) is_wide[t] = (t + 1) * num_wide / d > t * num_wide / d;
+}
+
+bool TrellisFormat::has_wide() const { return std::find(is_wide.begin(), is_wide.end(), 1) != is_wide.end(); }
+
+TrellisTable make_trellis_table(const TrellisFormat& format, const float* narrow, const float* wide,
+                                const float* scales, const float* mean) {
+    TrellisTable table;
+    deal_out(narrow, format.narrow_bits - 1, table.narrow);
+    if (format.has_wide()) deal_out(wide, format.narrow_bits, table.wide);
+    table.is_wide = format.is_wide.data();
+    table.mean = mean;
+    table.row_bytes = format.row_bytes;
+    std::copy_n(scales, trellis_scales, table.scales);
+    std::fill_n(table.boundaries, trellis_scales, infinity);
+    for (size_t i = 0; i + 2 < trellis_scales; i++) table.boundaries[i] = (scales[i + 1] + scales[i + 2]) * 0.5f;
+    return table;
+}
+
+}  // namespace embpack
