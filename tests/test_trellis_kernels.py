@@ -43,13 +43,19 @@ def make_rows(rng, d):
 def fit(rows, row_format, mean):
     largest = np.abs(rows - mean).max(axis=1)
     scales = trellis.make_scales(largest[largest > 0].min(), largest.max())
-    return trellis.fit(rows[:24], row_format, scales, mean)
+
+    def encode_quickly(rows, row_format, parameters):
+        return encode(rows, (len(rows), row_format.row_bytes), parameters)[0]
+
+    # Any levels will do, so long as they look like a table's.
+    return trellis.fit(rows[:24], row_format, scales, mean, encode_quickly)
 
 
-def check(rows, row_format, parameters):
+def check(rows, row_format, parameters, wanted=None):
     values = rows if rows.dtype != np.uint16 else (rows.astype(np.uint32) << 16).view(F32)
     values = values.astype(F32)
-    wanted = trellis.encode(values, row_format, parameters)
+    if wanted is None:
+        wanted = trellis.encode(values, row_format, parameters)
     packed, (fault, _, sums) = encode(rows, wanted.shape, parameters)
     np.testing.assert_array_equal(packed, wanted)
     assert fault == 0
@@ -76,12 +82,25 @@ def fitted():
     return find
 
 
+@pytest.fixture(scope="module")
+def wanted(fitted):
+    """What the specification makes of these rows."""
+    known = {}
+
+    def find(d, row_bytes):
+        if (d, row_bytes) not in known:
+            known[d, row_bytes] = trellis.encode(*fitted(d, row_bytes))
+        return known[d, row_bytes]
+
+    return find
+
+
 @pytest.mark.parametrize(
     ("d", "row_bytes"), [(d, size) for d in (4, 5, 16, 17, 31, 33, 64, 100, 130) for size in row_sizes(d)]
 )
-def test_bytes_are_the_specification_s(isa, fitted, d, row_bytes):
+def test_bytes_are_the_specification_s(isa, fitted, wanted, d, row_bytes):
     rows, row_format, parameters = fitted(d, row_bytes)
-    check(rows, row_format, parameters)
+    check(rows, row_format, parameters, wanted(d, row_bytes))
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 31, 32, 33])

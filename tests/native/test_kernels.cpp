@@ -14,6 +14,7 @@
 #include "quantize.h"
 #include "testing.h"
 #include "threads.h"
+#include "trellis.h"
 
 namespace {
 
@@ -405,6 +406,55 @@ void test_optimal(const std::vector<const Kernels*>& isas) {
     }
 }
 
+// Trellis-coded rows, with levels that boundaries tell apart and with ones that are all the same.
+void test_trellis(const std::vector<const Kernels*>& isas) {
+    Arenas arenas;
+    Arena is_wide_arena, mean_arena;
+    for (size_t d : {1, 2, 4, 15, 16, 17, 33, 64, 130}) {
+        for (int bits = 4; bits <= 16; bits += bits < 15 ? 2 : 1) {   // a value, in halves; 8 has bytes to spare
+            const size_t row_bytes = (static_cast<size_t>(bits) * d / 2 + 7) / 8 + 1;
+            for (size_t num_rows : {size_t{1}, lanes - 1, lanes, lanes + 1, block_rows}) {
+                for (float width : {1.0f, 0.0f}) {
+                    const Case c{d, num_rows, {4, true}};
+                    const TrellisFormat format(d, row_bytes);
+                    std::vector<float> narrow, wide, scales{0.0f};
+                    const auto make_levels = [&](size_t count, std::vector<float>& levels) {
+                        for (size_t k = 0; k < count; k++)
+                            levels.push_back(width * (2.0f * static_cast<float>(k) / static_cast<float>(count) - 1.0f));
+                    };
+                    make_levels(format.num_narrow_levels(), narrow);
+                    make_levels(format.num_wide_levels(), wide);
+                    for (size_t i = 1; i < trellis_scales; i++) scales.push_back(0.01f * std::pow(1.06f, static_cast<float>(i)));
+                    Buffer<float> mean(std::vector<float>(d, 0.25f), Placement::before_a_guard, mean_arena);
+                    Buffer<uint8_t> is_wide(format.is_wide, Placement::before_a_guard, is_wide_arena);
+                    TrellisTable table = make_trellis_table(format, narrow.data(), wide.data(), scales.data(), mean.get());
+                    table.is_wide = is_wide.get();
+                    std::vector<uint8_t> wanted;
+                    SquaredSums wanted_sums{};
+                    for (const Kernels* k : isas) {
+                        for (Placement placement : placements) {
+                            // Plain C++ is seen by the sanitizer: no need for guard pages.
+                            if (k == isas.front() && placement != Placement::heap) continue;
+                            where = c.describe(k->isa, placement) + ", trellis, row_bytes " + std::to_string(row_bytes);
+                            Buffer<float> rows(make_rows(c), placement, arenas.rows);
+                            Buffer<float> scratch(trellis_floats(d), placement, arenas.scratch);
+                            Buffer<uint8_t> packed(num_rows * row_bytes, placement, arenas.packed);
+                            SquaredSums sums{};
+                            k->encode_trellis({rows.get(), num_rows, d}, table, scratch.get(), packed.get(), sums);
+                            if (wanted.empty()) {
+                                wanted = packed.copy();
+                                wanted_sums = sums;
+                            }
+                            CHECK(same_bits(packed.copy(), wanted));
+                            CHECK(same_bits(sums.error, wanted_sums.error) && same_bits(sums.norm, wanted_sums.norm));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 // Of several faults the one of the lowest row is kept.
 void test_first_fault() {
     std::vector<float> values(5000 * 21, 1.0f);
@@ -433,6 +483,7 @@ int main() {
     test_not_finite(isas);
     test_overflows(isas);
     test_optimal(isas);
+    test_trellis(isas);
     for (const Kernels* k : isas) {
         use_isa(k->isa);
         test_core();
