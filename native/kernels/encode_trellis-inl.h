@@ -116,39 +116,55 @@ struct TrellisPaths {
     }
 };
 
-// Into states k and k + 4 paths come from states 2k and 2k + 1, with levels of subsets k and k ^ 2 or the other way
-// round. The search sums up the levels, the last walk stores which of the two paths it took.
-template <bool is_last>
+// What is kept of a walk beside the costs of its paths: nothing, sums over their levels, or the paths themselves.
+enum class Keep : uint8_t { costs, sums, choices };
+
+// One column further. Into states k and k + 4 paths come from states 2k and 2k + 1, with levels of subsets k and k ^ 2
+// or the other way round.
+template <Keep keep>
+[[gnu::always_inline]] inline void walk_column(F32x16 value, const float (&levels)[trellis_subsets][lanes],
+                                               const TrellisPaths& before, TrellisPaths& after, uint16_t* choices) {
+    F32x16 error[trellis_subsets], square[trellis_subsets], product[trellis_subsets];
+    for (size_t s = 0; s < trellis_subsets; s++) {
+        const F32x16 level = load(levels[s]), difference = sub(value, level);
+        error[s] = mul(difference, difference);
+        square[s] = mul(level, level);
+        product[s] = mul(value, level);
+    }
+    const auto enter = [&](size_t to, size_t from, size_t a, size_t b) {
+        const F32x16 first = add(before.cost[from], error[a]), second = add(before.cost[from + 1], error[b]);
+        const Mask16 takes_second = less(second, first);
+        after.cost[to] = min(second, first);
+        if constexpr (keep == Keep::choices) choices[to] = static_cast<uint16_t>(lane_bits(takes_second));
+        if constexpr (keep != Keep::sums) return;
+        after.level_square[to] = select(takes_second, add(before.level_square[from + 1], square[b]),
+                                        add(before.level_square[from], square[a]));
+        after.level_product[to] = select(takes_second, add(before.level_product[from + 1], product[b]),
+                                         add(before.level_product[from], product[a]));
+    };
+    for (size_t k = 0; k < trellis_states / 2; k++) {
+        enter(k, 2 * k, k, k ^ 2);
+        enter(k + 4, 2 * k, k ^ 2, k);
+    }
+}
+
+// There and back again: where there are not enough registers, copying paths takes a fifth of the time.
+template <Keep keep>
 inline void walk_columns(const ScaledColumns& y, size_t count, const NearestLevels& levels, TrellisPaths& all_paths,
                          uint16_t* choices) {
-    TrellisPaths paths = all_paths;
-    for (size_t column = 0; column < count; column++) {
-        const F32x16 value = y[column];
-        F32x16 error[trellis_subsets], square[trellis_subsets], product[trellis_subsets];
-        for (size_t s = 0; s < trellis_subsets; s++) {
-            const F32x16 level = load(levels.of[column][s]), difference = sub(value, level);
-            error[s] = mul(difference, difference);
-            square[s] = mul(level, level);
-            product[s] = mul(value, level);
-        }
-        const TrellisPaths before = paths;
-        for (size_t k = 0; k < trellis_states / 2; k++) {
-            const size_t from = 2 * k;
-            for (size_t swapped = 0; swapped < 2; swapped++) {
-                const size_t to = k + 4 * swapped, a = swapped ? k ^ 2 : k, b = a ^ 2;
-                const F32x16 first = add(before.cost[from], error[a]), second = add(before.cost[from + 1], error[b]);
-                const Mask16 takes_second = less(second, first);
-                paths.cost[to] = min(second, first);
-                if constexpr (is_last) {
-                    choices[column * trellis_states + to] = static_cast<uint16_t>(lane_bits(takes_second));
-                    continue;
-                }
-                paths.level_square[to] = select(takes_second, add(before.level_square[from + 1], square[b]),
-                                                add(before.level_square[from], square[a]));
-                paths.level_product[to] = select(takes_second, add(before.level_product[from + 1], product[b]),
-                                                 add(before.level_product[from], product[a]));
-            }
-        }
+    TrellisPaths paths = all_paths, others;
+    const auto step = [&](size_t column, const TrellisPaths& before, TrellisPaths& after) {
+        uint16_t* own_choices = keep == Keep::choices ? choices + trellis_states * column : nullptr;
+        walk_column<keep>(y[column], levels.of[column], before, after, own_choices);
+    };
+    size_t column = 0;
+    for (; column + 2 <= count; column += 2) {
+        step(column, paths, others);
+        step(column + 1, others, paths);
+    }
+    if (column < count) {
+        step(column, paths, others);
+        paths = others;
     }
     all_paths = paths;
 }
@@ -180,20 +196,20 @@ inline bool do_boundaries_hold(F32x16 largest, const TrellisTable& table) {
 }
 
 // Walks along all columns of rows in units of their scales.
-template <bool is_last>
+template <Keep keep>
 inline void walk(const TrellisRows& rows, F32x16 inverse, const TrellisTable& table, TrellisPaths& paths) {
     const bool boundaries_hold = do_boundaries_hold(mul(rows.largest, inverse), table);
     NearestLevels levels;
     for (size_t t = 0; t < rows.d; t += trellis_columns) {
         const size_t count = rows.d - t < trellis_columns ? rows.d - t : trellis_columns;
         const ScaledColumns y = {rows.x + lanes * t, inverse};
-        if constexpr (is_last) {
+        if constexpr (keep == Keep::choices) {
             const KeepsIndices indices = {rows.indices + trellis_subsets * lanes * t};
             find_levels(y, count, table, table.is_wide + t, boundaries_hold, levels, indices);
-            walk_columns<true>(y, count, levels, paths, rows.choices + trellis_states * t);
+            walk_columns<keep>(y, count, levels, paths, rows.choices + trellis_states * t);
         } else {
             find_levels(y, count, table, table.is_wide + t, boundaries_hold, levels, KeepsNone());
-            walk_columns<false>(y, count, levels, paths, nullptr);
+            walk_columns<keep>(y, count, levels, paths, nullptr);
         }
     }
 }
@@ -233,7 +249,11 @@ inline void search_scales(const TrellisRows& rows, const TrellisTable& table, in
         find_scales(mul(rows.largest, splat(factor)), table, tried);
         for (int refit = 0; refit <= num_refits; refit++) {
             TrellisPaths paths;
-            walk<false>(rows, div(splat(1.0f), tried.scale), table, paths);
+            const F32x16 inverse = div(splat(1.0f), tried.scale);
+            if (refit < num_refits)
+                walk<Keep::sums>(rows, inverse, table, paths);
+            else
+                walk<Keep::costs>(rows, inverse, table, paths);
             F32x16 cost = paths.cost[0], square = paths.level_square[0], product = paths.level_product[0];
             for (size_t s = 1; s < trellis_states; s++) {
                 const Mask16 is_less = less(paths.cost[s], cost);
@@ -314,7 +334,7 @@ inline void encode_trellis_rows(TrellisRows& rows, const TrellisTable& table, ui
     for (size_t i = 0; i < lanes; i++) scales[i] = best[i] ? table.scales[best[i]] : 0.0f;
     const F32x16 scale = load(scales);
     TrellisPaths paths;
-    walk<true>(rows, select(equal(scale, zero), zero, div(splat(1.0f), scale)), table, paths);
+    walk<Keep::choices>(rows, select(equal(scale, zero), zero, div(splat(1.0f), scale)), table, paths);
     std::memset(packed, 0, rows.num_rows * table.row_bytes);
     trace_back(rows, paths, packed, table.row_bytes);
     for (size_t i = 0; i < rows.num_rows; i++) {
