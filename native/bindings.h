@@ -33,7 +33,8 @@ Grid make_grid(int bits, bool f16_params);
 Layout parse_layout(std::string_view name);
 Pooling parse_mode(std::string_view mode);
 
-// What rows of the clustered layout share: a number of a codebook each, and the codebooks.
+// What rows of the clustered layout share: a number of a codebook each, and the codebooks. Trellis-coded rows share one
+// codebook.
 struct Shared {
     const void* clusters = nullptr;
     size_t num_clusters = 0, cluster_bytes = 0;

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "bindings.h"
+#include "trellis_columns.h"
 
 namespace embpack {
 
@@ -25,8 +26,9 @@ ValueType value_type(nb::dlpack::dtype dtype, const char* message) {
 Layout parse_layout(std::string_view name) {
     if (name == "uniform") return Layout::uniform;
     if (name == "codebook") return Layout::codebook;
-    require(name == "clustered", "layout must be uniform, codebook or clustered");
-    return Layout::clustered;
+    if (name == "clustered") return Layout::clustered;
+    require(name == "trellis", "layout must be uniform, codebook, clustered or trellis");
+    return Layout::trellis;
 }
 
 Pooling parse_mode(std::string_view mode) {
@@ -34,10 +36,28 @@ Pooling parse_mode(std::string_view mode) {
     return mode == "sum" ? Pooling::sum : mode == "mean" ? Pooling::mean : Pooling::max;
 }
 
+namespace {
+
+// Their grid means nothing.
+PackedRows check_trellis(PackedRows rows, const Shared& shared) {
+    const size_t d = rows.embedding_dim;
+    require(d >= trellis_least_dim && d <= trellis_most_dim, "embedding_dim is not for the trellis layout");
+    require(8 * (rows.row_bytes - 1) >= trellis_least_bits * d, "packed has too few row bytes");
+    require(shared.cluster_bytes == 0, "clusters go with the clustered layout");
+    require(shared.num_codebooks == 1 &&
+                shared.codebook_bytes == sizeof(float) * TrellisShape(d, rows.row_bytes).num_shared(),
+            "codebooks have the wrong size");
+    rows.codebooks = static_cast<const uint8_t*>(shared.codebooks);
+    return rows;
+}
+
+}  // namespace
+
 PackedRows make_rows(const void* packed, size_t num_rows, size_t row_bytes, size_t embedding_dim, Grid grid,
                      Layout layout, const Shared& shared) {
     PackedRows rows{static_cast<const uint8_t*>(packed), num_rows, embedding_dim, row_bytes, grid, layout};
     require(embedding_dim > 0 && embedding_dim <= 8 * row_bytes, "embedding_dim does not go with packed");
+    if (layout == Layout::trellis) return check_trellis(rows, shared);
     require(row_bytes == packed_row_bytes(embedding_dim, grid, layout), "packed has the wrong row bytes");
     const bool is_clustered = layout == Layout::clustered;
     require(is_clustered == (shared.cluster_bytes > 0) && is_clustered == (shared.codebook_bytes > 0),

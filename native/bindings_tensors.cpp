@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <string_view>
 
 #include "bindings.h"
+#include "trellis_columns.h"
 
 namespace embpack {
 namespace {
@@ -96,6 +98,7 @@ struct Format {
     size_t embedding_dim;
     Grid grid;
     Layout layout;
+    size_t row_bytes;
 };
 
 std::string_view cut_off(std::string_view& text) {
@@ -113,11 +116,28 @@ size_t parse_number(std::string_view text) {
     return number;
 }
 
+// Bits of a trellis-coded row may have a fraction: they fix its bytes as embpack.layouts.RowFormat does.
+Format make_trellis_format(size_t embedding_dim, std::string_view text) {
+    double bits = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), bits);
+    require(error == std::errc() && end == text.data() + text.size() && bits >= double{trellis_least_bits} &&
+                bits <= double{trellis_most_bits} && embedding_dim <= trellis_most_dim,
+            "a trellis-coded row has 4 to 4096 values, of 2 to 7 bits");
+    const double code_bytes = std::ceil(static_cast<double>(embedding_dim) * bits / 8 - 1e-6);
+    return {embedding_dim, {8, false}, Layout::trellis, static_cast<size_t>(code_bytes) + 4};
+}
+
 Format parse_format(std::string_view text) {
     const Layout layout = parse_layout(cut_off(text));
-    const size_t embedding_dim = parse_number(cut_off(text)), bits = parse_number(cut_off(text));
+    const size_t embedding_dim = parse_number(cut_off(text));
+    const std::string_view bits = cut_off(text);
     require(text == "float16" || text == "float32", "param_dtype must be float16 or float32");
-    return {embedding_dim, make_grid(static_cast<int>(std::min<size_t>(bits, 9)), text == "float16"), layout};
+    if (layout == Layout::trellis) {
+        require(text == "float32", "param_dtype of the trellis layout must be float32");
+        return make_trellis_format(embedding_dim, bits);
+    }
+    const Grid grid = make_grid(static_cast<int>(std::min<size_t>(parse_number(bits), 9)), text == "float16");
+    return {embedding_dim, grid, layout, packed_row_bytes(embedding_dim, grid, layout)};
 }
 
 // Clusters uint8 [rows, bytes of a number] and codebooks uint8 [codebooks, bytes].
@@ -140,6 +160,7 @@ Shared view_shared(nb::handle clusters, nb::handle codebooks) {
 
 PackedRows view_rows(nb::handle packed, const Format& format, const Shared& shared) {
     const dlpack::Tensor rows = view_bytes(packed);
+    require(static_cast<size_t>(rows.shape[1]) == format.row_bytes, "packed has the wrong row bytes");
     return make_rows(rows.data, static_cast<size_t>(rows.shape[0]), static_cast<size_t>(rows.shape[1]),
                      format.embedding_dim, format.grid, format.layout, shared);
 }
@@ -260,24 +281,25 @@ public:
     }
 
 private:
-    // Clusters and codebooks are those of the clustered tables only.
+    // Clusters are those of the clustered tables only, codebooks of those and of the trellis-coded ones.
     std::vector<PackedRows> view_tables(const nb::list& packed, const nb::list& clusters,
                                         const nb::list& codebooks) const {
         require(packed.size() == formats_.size(), "packed must have one tensor for each table");
         std::vector<PackedRows> tables;
-        size_t clustered = 0;
+        size_t clustered = 0, sharing = 0;
         for (size_t i = 0; i < formats_.size(); i++) {
-            Shared shared;
-            if (formats_[i].layout == Layout::clustered) {
-                require(clustered < clusters.size() && clustered < codebooks.size(),
-                        "clusters and codebooks must have one tensor for each clustered table");
-                shared = view_shared(clusters[clustered], codebooks[clustered]);
-                clustered++;
+            const bool is_clustered = formats_[i].layout == Layout::clustered;
+            nb::object numbers = nb::none(), levels = nb::none();
+            if (is_clustered || formats_[i].layout == Layout::trellis) {
+                require(sharing < codebooks.size() && clustered + is_clustered <= clusters.size(),
+                        "clusters and codebooks must have one tensor for each table that has them");
+                if (is_clustered) numbers = clusters[clustered++];
+                levels = codebooks[sharing++];
             }
-            tables.push_back(view_rows(packed[i], formats_[i], shared));
+            tables.push_back(view_rows(packed[i], formats_[i], view_shared(numbers, levels)));
         }
-        require(clustered == clusters.size() && clustered == codebooks.size(),
-                "clusters and codebooks go with the clustered layout");
+        require(clustered == clusters.size() && sharing == codebooks.size(),
+                "clusters and codebooks go with the layouts that have them");
         return tables;
     }
 

@@ -88,8 +88,8 @@ struct Codebooks {
 };
 
 // What follows a row's codes: scale and bias, the row's codebook, or nothing: the codebook is chosen by the row's
-// cluster number.
-enum class Layout : uint8_t { uniform, codebook, clustered };
+// cluster number. A trellis-coded row is another kind (trellis_columns.h); its bytes do not follow from a grid.
+enum class Layout : uint8_t { uniform, codebook, clustered, trellis };
 
 // Bytes of a row's codes, of a codebook, and of a row.
 inline constexpr size_t code_bytes(size_t embedding_dim, Grid grid) {
@@ -110,7 +110,9 @@ struct PackedRows {
     size_t row_bytes;
     Grid grid;
     Layout layout = Layout::uniform;
-    const uint8_t* codebooks = nullptr;   // clustered: num_codebooks of 2^bits values of the parameter type
+    // clustered: num_codebooks of 2^bits values of the parameter type; trellis: one, float32: the levels of narrow and of
+    // wide codes, if there are any, the scales and the mean.
+    const uint8_t* codebooks = nullptr;
     const uint8_t* clusters = nullptr;    // clustered: a number for each row, of cluster_bytes
     size_t cluster_bytes = 0;
     size_t num_codebooks = 0;

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../kernels.h"
+#include "../trellis_columns.h"
 
 namespace embpack::avx2 {
 namespace {
@@ -358,6 +359,37 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
     for (size_t i = 0; i < 16; i += 8)
         for (size_t j = 0; j < 16; j += 8) transpose_8x8(rows + i * stride + j, stride, out + j * lanes + i);
 }
+
+// The levels of trellis-coded columns.
+struct TrellisLevels {
+    const uint8_t* codebook;
+
+    TrellisLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
+    F32x16 operator()(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) const {
+        const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(window)));
+        // Lane i gets bit i of c0 at bit 0, that of c1 at bit 1.
+        const __m256i of_c0 = _mm256_set1_epi32(static_cast<int32_t>(c0));
+        const __m256i of_c1 = _mm256_set1_epi32(static_cast<int32_t>(c1 << 1));
+        const auto look_up_eight = [&](size_t first) {
+            const auto eight = [first](const void* all) {
+                return _mm256_load_si256(static_cast<const __m256i*>(all) + first / 8);
+            };
+            const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                                  _mm256_set1_epi32(static_cast<int32_t>(first)));
+            const __m256i words = _mm256_shuffle_epi8(bytes, eight(columns.shuffle));
+            const __m256i index = _mm256_and_si256(_mm256_srlv_epi32(words, eight(columns.shifts)), eight(columns.keep));
+            const __m256i low = _mm256_and_si256(_mm256_srlv_epi32(of_c0, lane), _mm256_set1_epi32(1));
+            const __m256i high = _mm256_and_si256(_mm256_srlv_epi32(of_c1, lane), _mm256_set1_epi32(2));
+            const __m256i number = _mm256_or_si256(_mm256_or_si256(index, low), high);
+            return _mm256_i32gather_ps(reinterpret_cast<const float*>(codebook),
+                                       _mm256_add_epi32(number, eight(columns.first)), 4);
+        };
+        return {look_up_eight(0), look_up_eight(8)};
+    }
+};
+
+constexpr bool has_few_trellis_levels = false;   // none in registers
+using FewTrellisLevels = TrellisLevels;
 
 #include "../kernels/all-inl.h"
 

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../kernels.h"
+#include "../trellis_columns.h"
 
 namespace embpack::avx512 {
 namespace {
@@ -235,6 +236,25 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
         _mm512_storeu_ps(out + lanes * (12 + k), _mm512_shuffle_f32x4(top23, low23, 0xdd));
     }
 }
+
+// The levels of trellis-coded columns.
+struct TrellisLevels {
+    const uint8_t* codebook;
+
+    TrellisLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
+    F32x16 operator()(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) const {
+        const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(window)));
+        const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_load_si512(columns.shuffle));
+        __m512i number = _mm512_srlv_epi32(words, _mm512_load_si512(columns.shifts));
+        number = _mm512_and_si512(number, _mm512_load_si512(columns.keep));
+        number = _mm512_mask_or_epi32(number, static_cast<__mmask16>(c0), number, _mm512_set1_epi32(1));
+        number = _mm512_mask_or_epi32(number, static_cast<__mmask16>(c1), number, _mm512_set1_epi32(2));
+        return _mm512_i32gather_ps(_mm512_add_epi32(number, _mm512_load_si512(columns.first)), codebook, 4);
+    }
+};
+
+constexpr bool has_few_trellis_levels = false;   // none in registers
+using FewTrellisLevels = TrellisLevels;
 
 #include "../kernels/all-inl.h"
 

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../kernels.h"
+#include "../trellis_columns.h"
 
 namespace embpack::portable {
 namespace {
@@ -302,6 +303,27 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
     for (size_t i = 0; i < 16; i++)
         for (size_t j = 0; j < 16; j++) out[j * lanes + i] = rows[i * stride + j];
 }
+
+// The levels of trellis-coded columns.
+struct TrellisLevels {
+    const uint8_t* codebook;
+
+    TrellisLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
+    F32x16 operator()(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) const {
+        return each_lane([&](size_t i) {
+            const uint8_t at = columns.shuffle[4 * i + 1], next = columns.shuffle[4 * i + 2];
+            const int32_t word = (at < 16 ? window[at] << 8 : 0) | (next < 16 ? window[next] << 16 : 0);
+            const int32_t subset = static_cast<int32_t>((c1 >> i & 1) << 1 | (c0 >> i & 1));
+            const int32_t number = columns.first[i] + ((word >> columns.shifts[i] & columns.keep[i]) | subset);
+            float level;
+            std::memcpy(&level, codebook + 4 * number, 4);
+            return level;
+        });
+    }
+};
+
+constexpr bool has_few_trellis_levels = false;   // none in registers
+using FewTrellisLevels = TrellisLevels;
 
 #include "../kernels/all-inl.h"
 

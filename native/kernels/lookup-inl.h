@@ -188,15 +188,6 @@ inline void store_rows(RowReader& reader, size_t first, const Output& out) {
     });
 }
 
-void gather_rows(const PackedRows& rows, const Integers& indices, bool prefetches, size_t first, size_t end,
-                 const Output& out, LookupFault& fault) noexcept {
-    const Bags bags{.indices = indices, .prefetches = prefetches};
-    RowReader reader(rows, bags, first, end, true, fault);
-    if (rows.grid.bits == 2) return store_rows<2>(reader, first, out);
-    if (rows.grid.bits == 4) return store_rows<4>(reader, first, out);
-    store_rows<8>(reader, first, out);
-}
-
 // So many sums, in vectors, are added up in registers: a tile of the columns.
 inline constexpr size_t most_tile_values = 16 * most_sums;
 
@@ -388,7 +379,8 @@ struct Pooler {
         const size_t d = reader.rows.embedding_dim;
         for (size_t j = 0; j < d;) {
             const TileShape tile = first_tile(d - j);
-            const size_t first_code = j / 8 * static_cast<size_t>(reader.rows.grid.bits);
+            const size_t first_code =
+                reader.rows.layout == Layout::trellis ? j : j / 8 * static_cast<size_t>(reader.rows.grid.bits);
             if (!use(tile, j, first_code)) return false;
             j += tile.num_columns();
         }
@@ -469,10 +461,25 @@ inline void pool_bags_of(RowReader& reader, size_t first, size_t end, const Outp
     pool_bags_by<bits, AddLevels>(reader, first, end, out);
 }
 
+#include "trellis_lookup-inl.h"
+
+void gather_rows(const PackedRows& rows, const Integers& indices, bool prefetches, size_t first, size_t end,
+                 const Output& out, LookupFault& fault) noexcept {
+    const Bags bags{.indices = indices, .prefetches = prefetches};
+    RowReader reader(rows, bags, first, end, true, fault);
+    if (rows.layout == Layout::trellis)
+        return with_trellis_levels(
+            rows, [&]<class Levels>(Type<Levels>) { store_trellis_rows<Levels>(reader, first, out); });
+    if (rows.grid.bits == 2) return store_rows<2>(reader, first, out);
+    if (rows.grid.bits == 4) return store_rows<4>(reader, first, out);
+    store_rows<8>(reader, first, out);
+}
+
 void pool_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
                LookupFault& fault) noexcept {
     const bool are_read_once = first_tile(rows.embedding_dim).num_columns() == rows.embedding_dim;
     RowReader reader(rows, bags, bags.start(first), bags.start(end), are_read_once, fault);
+    if (rows.layout == Layout::trellis) return pool_trellis_bags(reader, first, end, out);
     if (rows.grid.bits == 2) return pool_bags_of<2>(reader, first, end, out);
     if (rows.grid.bits == 4) return pool_bags_of<4>(reader, first, end, out);
     pool_bags_of<8>(reader, first, end, out);

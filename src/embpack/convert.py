@@ -402,7 +402,8 @@ def _unpack(
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
         arrays = [next(part.read(part.shape[0])) for part in beside]
-        clusters, codebooks = arrays or (None, None)
+        shared = dict(zip(entry.suffixes, arrays, strict=True))
+        clusters, codebooks = shared.get(CLUSTER_SUFFIX), shared.get(CODEBOOK_SUFFIX)
         done = 0
         for packed in tensor.read(chunk_rows(entry.embedding_dim)):
             digest.update(packed.data)

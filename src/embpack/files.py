@@ -41,7 +41,7 @@ class TableEntry:
     """
 
     layout: str
-    bits: int
+    bits: float
     param_dtype: str
     num_embeddings: int
     embedding_dim: int
@@ -58,6 +58,8 @@ class TableEntry:
     @property
     def suffixes(self) -> tuple[str, ...]:
         """What is added to the table's name for the tensors beside it."""
+        if self.row_format.has_shared_values:
+            return (CODEBOOK_SUFFIX,)
         return (CLUSTER_SUFFIX, CODEBOOK_SUFFIX) if self.row_format.is_clustered else ()
 
     @classmethod
@@ -97,6 +99,11 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 1 << 63
 
 
+def _is_bits(value: Any) -> bool:
+    """A count, or for some layouts a number with a fraction."""
+    return _is_count(value) or (type(value) is float and 0 < value < 64 and not value.is_integer())
+
+
 def _is_loss(value: Any) -> bool:
     """A finite number, or null; JSON as Python reads it may have NaN, Infinity and integers of any size."""
     return value is None or (type(value) in (int, float) and 0 <= value < 1e300)
@@ -104,7 +111,8 @@ def _is_loss(value: Any) -> bool:
 
 _ENTRY_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("layout", "param_dtype", "dtype", "method", "checksum"), _is_text),
-    **dict.fromkeys(("bits", "num_embeddings", "embedding_dim"), _is_count),
+    **dict.fromkeys(("num_embeddings", "embedding_dim"), _is_count),
+    "bits": _is_bits,
     "loss": _is_loss,
 }
 
@@ -146,7 +154,7 @@ def _read_entry(where: str, raw: Any, name: str, tensors: Mapping[str, tuple[str
     entry = TableEntry(**raw)
     try:
         row_bytes = entry.row_format.row_bytes
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise FormatError(f"{where}: its metadata says {error}") from None
     if entry.dtype not in ROW_DTYPES:
         raise FormatError(f"{where}: its metadata says dtype is {entry.dtype!r}")
@@ -158,7 +166,17 @@ def _read_entry(where: str, raw: Any, name: str, tensors: Mapping[str, tuple[str
         raise FormatError(f"{where}: the metadata promises U8 {list(promised)}, the file has {dtype} {list(shape)}")
     if entry.row_format.is_clustered:
         _check_beside(where, entry, tensors.get(name + CLUSTER_SUFFIX), tensors.get(name + CODEBOOK_SUFFIX))
+    _check_shared_values(where, entry, tensors.get(name + CODEBOOK_SUFFIX))
     return entry
+
+
+def _check_shared_values(where: str, entry: TableEntry, codebook: Any) -> None:
+    """Check type and shape of what all rows share, if they do."""
+    if not entry.row_format.has_shared_values:
+        return
+    shape = (1, entry.row_format.num_levels)
+    if codebook != ("F32", shape):
+        raise FormatError(f"{where}: its codebook must be F32 {list(shape)}, the file has {codebook}")
 
 
 def _check_beside(where: str, entry: TableEntry, cluster: Any, codebook: Any) -> None:
@@ -190,8 +208,9 @@ class PackedFile:
     def table(self, name: str) -> PackedTable:
         """Return a table whose bytes stay in the file."""
         entry = self.entries[name]
-        packed, *beside = self.arrays[name]
-        return PackedTable(packed, entry.row_format, entry.dtype, entry.method, entry.loss, *beside)
+        parts = dict(zip(("", *entry.suffixes), self.arrays[name], strict=True))
+        clusters, codebooks = parts.get(CLUSTER_SUFFIX), parts.get(CODEBOOK_SUFFIX)
+        return PackedTable(parts[""], entry.row_format, entry.dtype, entry.method, entry.loss, clusters, codebooks)
 
     def verify(self, name: str) -> None:
         """Read a table through and compare its checksum.
@@ -330,7 +349,9 @@ def _arrays_of(table: PackedTable) -> list[NDArray[Any]]:
 
 
 def _out_tensors(name: str, table: PackedTable) -> Iterable[OutTensor]:
-    for suffix, array in zip(("", CLUSTER_SUFFIX, CODEBOOK_SUFFIX), _arrays_of(table), strict=False):
+    for suffix, array in (("", table.packed), (CLUSTER_SUFFIX, table.clusters), (CODEBOOK_SUFFIX, table.codebooks)):
+        if array is None:
+            continue
         dtype = name_dtype(array.dtype)
         assert dtype is not None
         yield OutTensor(name + suffix, dtype, array.shape, partial(iter, [array]))

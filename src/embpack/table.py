@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from embpack import _native
 from embpack.errors import FormatError
-from embpack.layouts import CLUSTER_DTYPES, RowFormat, default_param_dtype
+from embpack.layouts import BITS, CLUSTER_DTYPES, RowFormat, default_param_dtype
 from embpack.rows import ROW_DTYPES
 
 MODES = ("sum", "mean", "max")
@@ -29,7 +29,8 @@ class PackedTable:
         method: name and parameters of the method that chose the ranges; "" where unknown.
         loss: normalized l2 loss ||X - Q(X)|| / ||X||, measured when packed; None where unknown.
         clusters: uint8 or uint16 [num_embeddings], which codebook a row has; for the clustered layout only.
-        codebooks: [num_codebooks, 2^bits] of the parameter type; for the clustered layout only.
+        codebooks: [num_codebooks, 2^bits] of the parameter type, for the clustered layout; float32 [1, n], what all
+            rows share (embpack.trellis.TrellisParameters.join), for the trellis layout; None for others.
 
     Raises:
         ValueError: packed, clusters or codebooks are not what row_format says, or there is no such dtype.
@@ -62,6 +63,9 @@ class PackedTable:
 
     def _check_clusters(self) -> None:
         clusters, codebooks, row_format = self.clusters, self.codebooks, self.row_format
+        if row_format.has_shared_values:
+            self._check_shared_values()
+            return
         if not row_format.is_clustered:
             if clusters is not None or codebooks is not None:
                 raise ValueError(f"clusters and codebooks go with the clustered layout, not with {self.layout!r}")
@@ -81,6 +85,18 @@ class PackedTable:
 
         if not len(codebooks) and self.num_embeddings:
             raise ValueError(f"there are no codebooks for {self.num_embeddings} rows")
+
+    def _check_shared_values(self) -> None:
+        if self.clusters is not None:
+            raise ValueError(f"clusters go with the clustered layout, not with {self.layout!r}")
+        if self.codebooks is None:
+            raise ValueError(f"the {self.layout} layout needs codebooks: the values that all rows share")
+        expected = (1, self.row_format.num_levels)
+        if self.codebooks.dtype != self.row_format.param_dtype or self.codebooks.shape != expected:
+            raise ValueError(
+                f"codebooks are {self.codebooks.dtype} of shape {list(self.codebooks.shape)}; for embedding_dim "
+                f"{self.embedding_dim} at {self.bits} bits they must be {self.row_format.param_dtype} {list(expected)}"
+            )
 
     @classmethod
     def from_packed(
@@ -117,8 +133,8 @@ class PackedTable:
         return self.num_embeddings, self.embedding_dim
 
     @property
-    def bits(self) -> int:
-        """Bits of a code."""
+    def bits(self) -> float:
+        """Bits of a code; for the trellis layout those of a value, which may have a fraction."""
         return self.row_format.bits
 
     @property
@@ -228,8 +244,10 @@ class PackedTable:
         has_f16_params = self.row_format.has_f16_params
         codebooks = None if self.codebooks is None else np.ascontiguousarray(self.codebooks).view(np.uint8)
         clusters = None if self.clusters is None else np.ascontiguousarray(self.clusters)
+        # What rows with shared values are follows from their bytes.
+        bits = max(BITS) if self.row_format.has_shared_values else int(self.bits)
         return _native.PackedRows(
-            self.packed, self.embedding_dim, self.bits, has_f16_params, self.layout, clusters, codebooks
+            self.packed, self.embedding_dim, bits, has_f16_params, self.layout, clusters, codebooks
         )
 
     def copy(self) -> "PackedTable":

@@ -130,6 +130,16 @@ class TrellisParameters:
     scales: NDArray[np.float32]
     mean: NDArray[np.float32]
 
+    def join(self) -> NDArray[np.float32]:
+        """As a table has them beside its rows, [1, n]: narrow, wide, scales, mean."""
+        return np.concatenate([self.narrow, self.wide, self.scales, self.mean], dtype=F32)[None]
+
+    @classmethod
+    def split(cls, values: NDArray[np.float32], trellis: TrellisFormat) -> "TrellisParameters":
+        """Undo join: views of the values."""
+        narrow, wide = trellis.num_levels
+        return cls(*np.split(values[0], [narrow, narrow + wide, narrow + wide + NUM_SCALES]))
+
     def levels_of(self, trellis: TrellisFormat, t: int) -> NDArray[np.float32]:
         """The codebook of value t."""
         return self.wide if trellis.is_wide[t] else self.narrow

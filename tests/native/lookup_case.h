@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "lookup.h"
 #include "testing.h"
+#include "trellis_columns.h"
 
 namespace embpack::testing {
 
@@ -24,6 +25,7 @@ struct LookupCase {
     Layout layout = Layout::uniform;
     Params params = Params::like_weights;
     size_t num_codebooks = 0, cluster_bytes = 1;
+    size_t trellis_bytes = 0;   // of a trellis-coded row, which no grid tells
     std::vector<uint8_t> packed, codebooks, clusters;
 
     std::vector<int64_t> indices, offsets;   // with offsets there are as many or one more than bags
@@ -36,7 +38,10 @@ struct LookupCase {
     ValueType type = ValueType::f32;
     size_t gap = 0;   // values between rows of the output, which belong to others
 
-    size_t row_bytes() const { return packed_row_bytes(embedding_dim, grid, layout); }
+    size_t row_bytes() const {
+        return layout == Layout::trellis ? trellis_bytes : packed_row_bytes(embedding_dim, grid, layout);
+    }
+    TrellisShape trellis() const { return {embedding_dim, trellis_bytes}; }
     size_t param_bytes() const { return grid.f16_params ? 2 : 4; }
     size_t value_bytes() const { return type == ValueType::f32 ? 4 : 2; }
     size_t out_row_bytes() const { return (embedding_dim + gap) * value_bytes(); }
@@ -46,11 +51,12 @@ struct LookupCase {
         return bag < offsets.size() ? static_cast<size_t>(offsets[bag]) : indices.size();
     }
     std::string describe() const {
-        const char* layouts[] = {"uniform", "codebook", "clustered"};
+        const char* layouts[] = {"uniform", "codebook", "clustered", "trellis"};
         const char* poolings[] = {"sum", "mean", "max"};
         const char* types[] = {"float32", "float16", "bfloat16"};
         std::string text = std::to_string(num_rows) + " x " + std::to_string(embedding_dim) + ", ";
         text += std::to_string(grid.bits) + " bits, " + layouts[static_cast<int>(layout)];
+        if (layout == Layout::trellis) text += " in " + std::to_string(trellis_bytes) + " bytes";
         text += grid.f16_params ? ", float16" : ", float32";
         text += " parameters, " + std::to_string(num_codebooks) + " codebooks, " + std::to_string(indices.size());
         text += indices_are_64_bits ? " int64" : " int32";
@@ -86,6 +92,12 @@ inline void make_table(LookupCase& c, Random& random) {
     const size_t row_bytes = c.row_bytes(), param_bytes = c.param_bytes();
     c.packed.resize(c.num_rows * row_bytes);
     for (uint8_t& byte : c.packed) byte = static_cast<uint8_t>(random.bits() >> 24);
+    if (c.layout == Layout::trellis) {
+        c.codebooks.resize(sizeof(float) * c.trellis().num_shared());
+        for (size_t at = 0; at < c.codebooks.size(); at += sizeof(float))
+            put_param(c.codebooks.data() + at, false, c.params, random);
+        return;
+    }
     const size_t code_bytes = (c.embedding_dim * static_cast<size_t>(c.grid.bits) + 7) / 8;
     for (size_t row = 0; row < c.num_rows; row++)
         for (size_t at = code_bytes; at < row_bytes; at += param_bytes)
@@ -160,7 +172,29 @@ inline bool has_fault(const LookupCase& c, size_t position, int64_t row, LookupF
     return true;
 }
 
+// Bit by bit.
+inline std::vector<float> decode_trellis_row(const LookupCase& c, size_t row) {
+    const TrellisShape shape = c.trellis();
+    const uint8_t* bytes = c.packed.data() + row * c.trellis_bytes;
+    const size_t d = c.embedding_dim;
+    const auto bit = [&](size_t at) -> size_t { return bytes[at / 8] >> at % 8 & 1; };
+    const auto message = [&](size_t j, size_t before) { return j < before ? 0 : bit(j - before); };
+    const auto shared = [&](size_t i) { return read_param(c.codebooks.data() + sizeof(float) * i, false); };
+    const float scale = shared(shape.num_levels() + bytes[c.trellis_bytes - 1]);
+    std::vector<float> levels;
+    size_t at = d;
+    for (size_t j = 0; j < d; j++) {
+        const bool is_wide = (j + 1) * shape.num_wide / d > j * shape.num_wide / d;
+        size_t number = 2 * (message(j, 0) ^ message(j, 1) ^ message(j, 3)) + message(j, 2);
+        for (size_t i = 0; i + 1 < shape.narrow_bits + is_wide; i++) number += bit(at++) << (i + 2);
+        const float level = shared((is_wide ? shape.num_narrow_levels() : 0) + number);
+        levels.push_back(std::fma(scale, level, shared(shape.num_levels() + trellis_scales + j)));
+    }
+    return levels;
+}
+
 inline std::vector<float> decode_row(const LookupCase& c, size_t row) {
+    if (c.layout == Layout::trellis) return decode_trellis_row(c, row);
     const uint8_t* codes = c.packed.data() + row * c.row_bytes();
     const uint8_t* params = codes + (c.embedding_dim * static_cast<size_t>(c.grid.bits) + 7) / 8;
     if (c.layout == Layout::clustered) {
@@ -269,8 +303,9 @@ public:
 
     PackedRows rows() {
         PackedRows rows{packed_.get(), c_.num_rows, c_.embedding_dim, c_.row_bytes(), c_.grid, c_.layout};
-        if (c_.layout != Layout::clustered) return rows;
+        if (c_.layout != Layout::clustered && c_.layout != Layout::trellis) return rows;
         rows.codebooks = codebooks_.get();
+        if (c_.layout == Layout::trellis) return rows;
         rows.clusters = clusters_.get();
         rows.cluster_bytes = c_.cluster_bytes;
         rows.num_codebooks = c_.num_codebooks;

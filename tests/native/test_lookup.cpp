@@ -90,6 +90,30 @@ void test_bags(const Isas& isas, LookupArenas& arenas) {
             }
 }
 
+// Trellis-coded rows of every width, of few bytes and of many.
+void test_trellis(const Isas& isas, LookupArenas& arenas) {
+    std::vector<size_t> widths = {63, 64, 65, 79, 100, 127, 128, 129, 255, 256, 257, 272, 384, 511, 1030, 4096};
+    for (size_t d = trellis_least_dim; d <= 50; d++) widths.push_back(d);
+    Random random(6);
+    size_t number = 0;
+    for (size_t d : widths)
+        for (size_t eighths : {16, 18, 20, 24, 28, 32, 36, 41, 48, 56, 60}) {   // of bits a value
+            LookupCase c;
+            c.num_rows = 1 + d % 5;
+            c.embedding_dim = d;
+            c.layout = Layout::trellis;
+            c.trellis_bytes = (d * eighths + 63) / 64 + 1;
+            make_table(c, random);
+            make_indices(c, d > 1000 ? 7 : 600, random);
+            choose(c, number++, random);
+            if (d > 1000)
+                make_offsets(c, {1, 0, 3, 2, 1}, number % 2 == 0);
+            else
+                make_offsets(c, {1, 0, 330, 19, 250}, number % 2 == 0);
+            check_case(c, isas, arenas);
+        }
+}
+
 // A bag that is all padding counts as empty, whatever its size.
 void test_only_padding(const Isas& isas, LookupArenas& arenas) {
     Random random(3);
@@ -186,6 +210,7 @@ int main() {
     LookupArenas arenas;
     test_widths(isas, arenas);
     test_bags(isas, arenas);
+    test_trellis(isas, arenas);
     test_only_padding(isas, arenas);
     test_outside(isas, arenas);
     test_large_tables(isas, arenas);

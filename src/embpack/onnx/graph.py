@@ -99,6 +99,10 @@ def add_gather(graph: TableGraph, table: PackedTable, indices: str, output: str,
 
 def add_rows(graph: TableGraph, table: PackedTable, indices: str) -> str:
     """Look rows up: indices [L] to float32 [L, d]."""
+    if table.row_format.has_shared_values:
+        raise ValueError(
+            f"rows of the {table.layout} layout have no ONNX operators; pack the weights with a method of another"
+        )
     codes = _add_codes(graph, table, indices)
     if table.layout == "uniform":
         return _add_levels(graph, table, codes, _add_gather(graph, "params", _params(table), indices))

@@ -231,11 +231,10 @@ class PackedEmbeddingBagCollection(nn.Module):
 
     def _tensors(self) -> tuple[list[Any], ...]:
         of_bags = [bag._buffers for bag in self.embedding_bags._modules.values() if bag is not None]
-        clustered = [buffers for buffers in of_bags if buffers["clusters"] is not None]
         return (
             [buffers["packed"] for buffers in of_bags],
-            [buffers["clusters"] for buffers in clustered],
-            [buffers["codebooks"] for buffers in clustered],
+            [buffers["clusters"] for buffers in of_bags if buffers["clusters"] is not None],
+            [buffers["codebooks"] for buffers in of_bags if buffers["codebooks"] is not None],
         )
 
     def _check_modes(self) -> None:

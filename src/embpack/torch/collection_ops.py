@@ -1,8 +1,8 @@
 """The operators embpack::embedding_bag_collection and embpack::embedding_bag_collection.weighted.
 
-They pool bags from several tables at once. The tables' tensors are lists: packed of all, clusters and codebooks of the
-clustered ones (see embpack.torch.ops); what else there is to say of them is a text that describe_tables makes, for a
-hundred tables' lists of it would take longer to pass than their rows to pool. indices are those of num_features
+They pool bags from several tables at once. The tables' tensors are lists: packed of all, clusters and codebooks of
+those that have them (see embpack.torch.ops); what else there is to say of them is a text that describe_tables makes,
+for a hundred tables' lists of it would take longer to pass than their rows to pool. indices are those of num_features
 features, feature after feature, with as many bags each. A table is looked up as often as the text says; lookup i, over
 all tables, pools the bags of feature feature_of[i], and its values follow those of lookup i - 1 in a row of the output.
 """
@@ -100,18 +100,19 @@ class Group(NamedTuple):
         """What embpack.torch.ops.as_table takes, of each table."""
         clusters, codebooks = iter(self.clusters), iter(self.codebooks)
         for packed, row_format in zip(self.packed, read_tables(self.tables).row_formats, strict=True):
-            shared = (next(clusters), next(codebooks)) if row_format.is_clustered else (None, None)
-            yield packed, str(row_format), *shared
+            numbers = next(clusters) if row_format.is_clustered else None
+            yield packed, str(row_format), numbers, next(codebooks) if row_format.has_codebooks_beside else None
 
     def check(self) -> None:
         """Raise ValueError if the tables are not as described, or the lookups not theirs."""
         uses, row_formats, table_of, *_ = read_tables(self.tables)
         clustered = sum(row_format.is_clustered for row_format in row_formats)
+        sharing = sum(row_format.has_codebooks_beside for row_format in row_formats)
         counts = (len(self.packed), len(self.clusters), len(self.codebooks), len(self.feature_of))
-        if counts != (len(uses), clustered, clustered, len(table_of)):
+        if counts != (len(uses), clustered, sharing, len(table_of)):
             raise ValueError(
                 f"there are {counts[0]} packed, {counts[1]} clusters, {counts[2]} codebooks, {counts[3]} feature_of; "
-                f"tables describe {len(uses)}, {clustered}, {clustered} and {len(table_of)}"
+                f"tables describe {len(uses)}, {clustered}, {sharing} and {len(table_of)}"
             )
         for use, arguments in zip(uses, self.table_arguments(), strict=True):
             table = as_table(*arguments)

@@ -35,7 +35,7 @@ class _PackedRows(nn.Module):
         dtype: of the values that it returns, as nn.Embedding's are its weight's; .half() and .to(dtype) change it.
         packed: uint8 [num_embeddings, row_bytes].
         clusters: uint8 [num_embeddings, 1 or 2], little-endian numbers; None but in the clustered layout.
-        codebooks: uint8 [num_codebooks, bytes of a codebook]; None but in the clustered layout.
+        codebooks: uint8 [num_codebooks, bytes of a codebook]; None but in the clustered and trellis layouts.
     """
 
     # Those of the float module that it has, too, and that module.
@@ -60,7 +60,9 @@ class _PackedRows(nn.Module):
         if row_format.is_clustered:
             number_bytes = cluster_dtype(num_codebooks).itemsize
             clusters = torch.zeros((num_embeddings, number_bytes), dtype=torch.uint8)
-            codebooks = torch.zeros((num_codebooks, row_format.codebook_bytes), dtype=torch.uint8)
+        if row_format.has_codebooks_beside:
+            count = 1 if row_format.has_shared_values else num_codebooks
+            codebooks = torch.zeros((count, row_format.codebook_bytes), dtype=torch.uint8)
         self.register_buffer("packed", torch.zeros((num_embeddings, row_format.row_bytes), dtype=torch.uint8))
         self.register_buffer("clusters", clusters)
         self.register_buffer("codebooks", codebooks)
@@ -99,8 +101,9 @@ class _PackedRows(nn.Module):
 
     def _adopt(self, table: PackedTable) -> Self:
         self.packed = _as_tensor(table.packed)
-        if table.clusters is not None and table.codebooks is not None:
+        if table.clusters is not None:
             self.clusters = _as_tensor(table.clusters.reshape(-1, 1).view(np.uint8))
+        if table.codebooks is not None:
             self.codebooks = _as_tensor(np.ascontiguousarray(table.codebooks).view(np.uint8))
         return self
 
@@ -127,7 +130,7 @@ class _PackedRows(nn.Module):
     def _look_up(self, operator: Any, *lookup: Any, **options: Any) -> Tensor:
         """Call an operator with the table's tensors and what is looked up in it."""
         buffers = self._buffers  # a third of a microsecond less each than nn.Module's attributes
-        if buffers["clusters"] is not None:
+        if buffers["codebooks"] is not None:
             lookup = (*lookup, buffers["clusters"], buffers["codebooks"])
         if self.dtype != torch.float32:
             options["dtype"] = self.dtype
@@ -148,9 +151,9 @@ class PackedEmbedding(_PackedRows):
     Args:
         num_embeddings: rows.
         embedding_dim: values a row.
-        bits: of a code, 2, 4 or 8.
-        param_dtype: "float16" or "float32", of scale and bias or codebooks.
-        layout: "uniform", "codebook" or "clustered".
+        bits: of a code, 2, 4 or 8; for the trellis layout of a value, 2 to 7, float where it has a fraction.
+        param_dtype: "float16" or "float32", of scale and bias or codebooks; "float32" for the trellis layout.
+        layout: "uniform", "codebook", "clustered" or "trellis".
         num_codebooks: for the clustered layout.
         padding_idx: kept for its meaning to others; its row is looked up like any, as nn.Embedding does.
         dtype: of the values that it returns; None is PyTorch's default one.
@@ -167,7 +170,7 @@ class PackedEmbedding(_PackedRows):
         num_embeddings: int,
         embedding_dim: int,
         *,
-        bits: int = 4,
+        bits: float = 4,
         param_dtype: str = "float16",
         layout: str = "uniform",
         num_codebooks: int = 0,
@@ -227,9 +230,9 @@ class PackedEmbeddingBag(_PackedRows):
         num_embeddings: rows.
         embedding_dim: values a row.
         mode: "mean", "sum" or "max".
-        bits: of a code, 2, 4 or 8.
-        param_dtype: "float16" or "float32", of scale and bias or codebooks.
-        layout: "uniform", "codebook" or "clustered".
+        bits: of a code, 2, 4 or 8; for the trellis layout of a value, 2 to 7, float where it has a fraction.
+        param_dtype: "float16" or "float32", of scale and bias or codebooks; "float32" for the trellis layout.
+        layout: "uniform", "codebook", "clustered" or "trellis".
         num_codebooks: for the clustered layout.
         include_last_offset: whether offsets end with where the last bag ends.
         padding_idx: rows of this index are left out, of a mean's count too.
@@ -249,7 +252,7 @@ class PackedEmbeddingBag(_PackedRows):
         embedding_dim: int,
         *,
         mode: str = "mean",
-        bits: int = 4,
+        bits: float = 4,
         param_dtype: str = "float16",
         layout: str = "uniform",
         num_codebooks: int = 0,
