@@ -237,24 +237,52 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
     }
 }
 
+// Numbers of the levels of sixteen columns in their codebooks.
+inline __m512i find_trellis_numbers(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(window)));
+    const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_load_si512(columns.shuffle));
+    const __m512i shifted = _mm512_srlv_epi32(words, _mm512_load_si512(columns.shifts));
+    const __m512i indices = _mm512_and_si512(shifted, _mm512_load_si512(columns.keep));
+    const __m512i with_c0 = _mm512_mask_or_epi32(indices, static_cast<__mmask16>(c0), indices, _mm512_set1_epi32(1));
+    return _mm512_mask_or_epi32(with_c0, static_cast<__mmask16>(c1), with_c0, _mm512_set1_epi32(2));
+}
+
 // The levels of trellis-coded columns.
 struct TrellisLevels {
     const uint8_t* codebook;
 
     TrellisLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
     F32x16 operator()(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) const {
-        const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(window)));
-        const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_load_si512(columns.shuffle));
-        __m512i number = _mm512_srlv_epi32(words, _mm512_load_si512(columns.shifts));
-        number = _mm512_and_si512(number, _mm512_load_si512(columns.keep));
-        number = _mm512_mask_or_epi32(number, static_cast<__mmask16>(c0), number, _mm512_set1_epi32(1));
-        number = _mm512_mask_or_epi32(number, static_cast<__mmask16>(c1), number, _mm512_set1_epi32(2));
-        return _mm512_i32gather_ps(_mm512_add_epi32(number, _mm512_load_si512(columns.first)), codebook, 4);
+        const __m512i numbers = find_trellis_numbers(window, columns, c1, c0);
+        return _mm512_i32gather_ps(_mm512_add_epi32(numbers, _mm512_load_si512(columns.first)), codebook, 4);
     }
 };
 
-constexpr bool has_few_trellis_levels = false;   // none in registers
-using FewTrellisLevels = TrellisLevels;
+// At most 32 levels of narrow codes and 64 of wide ones, in registers. A permutation of two registers overwrites the
+// numbers of its own lanes with their levels, and leaves the others' for the next: nothing is blended.
+constexpr bool has_few_trellis_levels = true;
+struct FewTrellisLevels {
+    __m512 narrow[2], wide[4];
+
+    FewTrellisLevels(const uint8_t* codebook, TrellisShape shape) {
+        float levels[96] = {};
+        const size_t num_narrow = shape.num_narrow_levels(), num_wide = shape.num_levels() - num_narrow;
+        std::memcpy(levels, codebook, 4 * num_narrow);
+        std::memcpy(levels + 32, codebook + 4 * num_narrow, 4 * num_wide);
+        for (size_t i = 0; i < 2; i++) narrow[i] = _mm512_loadu_ps(levels + 16 * i);
+        for (size_t i = 0; i < 4; i++) wide[i] = _mm512_loadu_ps(levels + 32 + 16 * i);
+    }
+    F32x16 operator()(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) const {
+        const __m512i numbers = find_trellis_numbers(window, columns, c1, c0);
+        const __mmask16 is_wide = static_cast<__mmask16>(columns.is_wide);
+        const __mmask16 is_high = _mm512_test_epi32_mask(numbers, _mm512_set1_epi32(32));
+        __m512 levels = _mm512_mask2_permutex2var_ps(wide[2], numbers, is_high, wide[3]);
+        levels = _mm512_mask2_permutex2var_ps(wide[0], _mm512_castps_si512(levels),
+                                              static_cast<__mmask16>(is_wide & ~is_high), wide[1]);
+        return _mm512_mask2_permutex2var_ps(narrow[0], _mm512_castps_si512(levels), static_cast<__mmask16>(~is_wide),
+                                            narrow[1]);
+    }
+};
 
 #include "../kernels/all-inl.h"
 
