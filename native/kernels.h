@@ -110,8 +110,8 @@ struct PackedRows {
     size_t row_bytes;
     Grid grid;
     Layout layout = Layout::uniform;
-    // clustered: num_codebooks of 2^bits values of the parameter type; trellis: one, float32: the levels of narrow and of
-    // wide codes, if there are any, the scales and the mean.
+    // clustered: num_codebooks of 2^bits values of the parameter type; trellis: one, float32: the levels of narrow and
+    // of wide codes, if there are any, the scales and the mean.
     const uint8_t* codebooks = nullptr;
     const uint8_t* clusters = nullptr;    // clustered: a number for each row, of cluster_bytes
     size_t cluster_bytes = 0;

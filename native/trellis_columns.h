@@ -26,8 +26,8 @@ struct TrellisShape {
     constexpr size_t num_shared() const { return num_levels() + trellis_scales + embedding_dim; }
 };
 
-// How sixteen columns' levels are found. An index is in at most two bytes of the sixteen from `window` on. With these in
-// bytes 1 and 2 of a lane, a shift brings it to bit 2, above the two bits of its subset.
+// How sixteen columns' levels are found. An index is in at most two bytes of the sixteen from `window` on. With these
+// in bytes 1 and 2 of a lane, a shift brings it to bit 2, above the two bits of its subset.
 struct alignas(64) TrellisColumns {
     uint8_t shuffle[64];   // for each lane four bytes, of the window or none; in each 16 lanes' bytes the same window
     int32_t shifts[16];

@@ -377,7 +377,8 @@ struct TrellisLevels {
             const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
                                                   _mm256_set1_epi32(static_cast<int32_t>(first)));
             const __m256i words = _mm256_shuffle_epi8(bytes, eight(columns.shuffle));
-            const __m256i index = _mm256_and_si256(_mm256_srlv_epi32(words, eight(columns.shifts)), eight(columns.keep));
+            const __m256i shifted = _mm256_srlv_epi32(words, eight(columns.shifts));
+            const __m256i index = _mm256_and_si256(shifted, eight(columns.keep));
             const __m256i low = _mm256_and_si256(_mm256_srlv_epi32(of_c0, lane), _mm256_set1_epi32(1));
             const __m256i high = _mm256_and_si256(_mm256_srlv_epi32(of_c1, lane), _mm256_set1_epi32(2));
             const __m256i number = _mm256_or_si256(_mm256_or_si256(index, low), high);

@@ -104,14 +104,16 @@ inline void store_trellis_rows(RowReader& reader, size_t first, const Output& ou
                 if (index >= rows.num_rows) [[unlikely]] return reader.note_fault(i);
                 const TrellisRow row(rows.bytes + index * row_bytes, row_bytes);
                 const F32x16 scale = read_trellis_scale(scales, rows.bytes[(index + 1) * row_bytes - 1]);
-                if (prefetches) prefetch_row(rows, indices[smaller(i - first + reader.rows_ahead, reader.num_indices - 1)]);
+                if (prefetches)
+                    prefetch_row(rows, indices[smaller(i - first + reader.rows_ahead, reader.num_indices - 1)]);
                 uint8_t* const to = out.values + i * out.row_bytes;
                 for (size_t block = 0; block < count; block += 64) {
                     TrellisSubsets subsets(row.bytes, (start + block) / 8, room);
                     for (size_t j = block; j < smaller(count, block + 64); j += 16) {
                         const TrellisColumns& of = columns[j / 16];
-                        const F32x16 found = levels(row.bytes + of.window, of, static_cast<uint32_t>(subsets.c1 & 0xffff),
-                                                    static_cast<uint32_t>(subsets.c0 & 0xffff));
+                        const F32x16 found =
+                            levels(row.bytes + of.window, of, static_cast<uint32_t>(subsets.c1 & 0xffff),
+                                   static_cast<uint32_t>(subsets.c0 & 0xffff));
                         store_values(to, out.type, start + j, fma(scale, found, load(of.mean)), smaller(count - j, 16));
                         subsets.c1 >>= 16;
                         subsets.c0 >>= 16;
