@@ -176,7 +176,7 @@ struct PackedView {
     PackedRows rows;
 
     PackedView(const PackedArray& packed, size_t embedding_dim, int bits, bool f16_params, const std::string& layout,
-               const std::optional<Clusters>& clusters, const std::optional<PackedArray>& codebooks)
+               const std::optional<Clusters>& clusters, const std::optional<PackedArray>& codebooks, bool is_rotated)
         : packed(packed), clusters(clusters), codebooks(codebooks) {
         Shared shared;
         if (clusters) {
@@ -193,6 +193,7 @@ struct PackedView {
         }
         rows = make_rows(packed.data(), packed.shape(0), packed.shape(1), embedding_dim, make_grid(bits, f16_params),
                          parse_layout(layout), shared);
+        rows.is_rotated = is_rotated;
     }
 };
 
@@ -266,12 +267,12 @@ private:
 void bind_lookup(nb::module_& m) {
     nb::class_<PackedView>(m, "PackedRows", "Packed rows, as gather and pool take them.")
         .def(nb::init<const PackedArray&, size_t, int, bool, const std::string&, const std::optional<Clusters>&,
-                      const std::optional<PackedArray>&>(),
+                      const std::optional<PackedArray>&, bool>(),
              nb::arg("packed").noconvert(), nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("f16_params"),
-             nb::arg("layout"), nb::arg("clusters").none(), nb::arg("codebooks").none(),
+             nb::arg("layout"), nb::arg("clusters").none(), nb::arg("codebooks").none(), nb::arg("is_rotated") = false,
              nb::sig("def __init__(self, packed: numpy.typing.NDArray[numpy.uint8], embedding_dim: int, bits: int, "
                      "f16_params: bool, layout: str, clusters: numpy.typing.NDArray[typing.Any] | None, "
-                     "codebooks: numpy.typing.NDArray[numpy.uint8] | None) -> None"));
+                     "codebooks: numpy.typing.NDArray[numpy.uint8] | None, is_rotated: bool = False) -> None"));
     m.def("gather", &gather_rows, nb::arg("rows"), nb::arg("indices").none(), nb::arg("out").noconvert(),
           nb::sig("def gather(rows: PackedRows, indices: numpy.typing.NDArray[typing.Any] | None, "
                   "out: numpy.typing.NDArray[typing.Any]) -> int"),

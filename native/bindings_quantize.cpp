@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
+#include "rotation.h"
 #include "trellis.h"
 
 namespace embpack {
@@ -161,6 +162,13 @@ std::tuple<int, size_t, float, float> bound(const RowsArray& rows) {
     return {static_cast<int>(bounds.fault), bounds.faulty_row, bounds.xmin, bounds.xmax};
 }
 
+void rotate_in_place(const FloatOut& rows, bool back) {
+    require(rows.shape(1) > 0, "rows have no columns");
+    float* values = rows.data();
+    nb::gil_scoped_release release;
+    rotate(values, rows.shape(0), rows.shape(1), back);
+}
+
 std::vector<std::string> list_searches() {
     std::vector<std::string> names;
     for (const Named<SearchFn>& known : searches) names.emplace_back(known.name);
@@ -232,6 +240,9 @@ void bind_quantize(nb::module_& m) {
     m.def("fit_codebooks", &fit, nb::arg("values").noconvert(), nb::arg("starts"), nb::arg("bits"),
           nb::arg("codebooks").noconvert(),
           "Fill in a codebook for each group values[starts[g] : starts[g + 1]], putting the values in order.");
+    m.def("rotate", &rotate_in_place, nb::arg("rows").noconvert(), nb::kw_only(), nb::arg("back"),
+          nb::sig("def rotate(rows: numpy.typing.NDArray[numpy.float32], *, back: bool) -> None"),
+          "Rotate rows in place, or back.");
     m.def("searches", &list_searches, "Names of the searches that have a kernel.");
 }
 

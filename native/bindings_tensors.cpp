@@ -93,12 +93,13 @@ ValueType parse_value_type(std::string_view name) {
 // What was asked for, or the fault in its place.
 nb::object found_or(int64_t fault, const nb::object& found) { return fault == -1 ? found : nb::int_(fault); }
 
-// A row format, written as embpack.layouts.RowFormat is: "uniform:64:4:float16".
+// A row format, written as embpack.layouts.RowFormat is: "uniform:64:4:float16", maybe with ":hadamard".
 struct Format {
     size_t embedding_dim;
     Grid grid;
     Layout layout;
     size_t row_bytes;
+    bool is_rotated = false;
 };
 
 std::string_view cut_off(std::string_view& text) {
@@ -130,14 +131,18 @@ Format make_trellis_format(size_t embedding_dim, std::string_view text) {
 Format parse_format(std::string_view text) {
     const Layout layout = parse_layout(cut_off(text));
     const size_t embedding_dim = parse_number(cut_off(text));
-    const std::string_view bits = cut_off(text);
-    require(text == "float16" || text == "float32", "param_dtype must be float16 or float32");
+    const std::string_view bits = cut_off(text), param_dtype = text.substr(0, text.find(':'));
+    text.remove_prefix(param_dtype.size());
+    require(param_dtype == "float16" || param_dtype == "float32", "param_dtype must be float16 or float32");
+    require(text.empty() || text == ":hadamard", "rotation must be hadamard");
     if (layout == Layout::trellis) {
-        require(text == "float32", "param_dtype of the trellis layout must be float32");
-        return make_trellis_format(embedding_dim, bits);
+        require(param_dtype == "float32", "param_dtype of the trellis layout must be float32");
+        Format format = make_trellis_format(embedding_dim, bits);
+        format.is_rotated = !text.empty();
+        return format;
     }
-    const Grid grid = make_grid(static_cast<int>(std::min<size_t>(parse_number(bits), 9)), text == "float16");
-    return {embedding_dim, grid, layout, packed_row_bytes(embedding_dim, grid, layout)};
+    const Grid grid = make_grid(static_cast<int>(std::min<size_t>(parse_number(bits), 9)), param_dtype == "float16");
+    return {embedding_dim, grid, layout, packed_row_bytes(embedding_dim, grid, layout), !text.empty()};
 }
 
 // Clusters uint8 [rows, bytes of a number] and codebooks uint8 [codebooks, bytes].
@@ -159,10 +164,12 @@ Shared view_shared(nb::handle clusters, nb::handle codebooks) {
 }
 
 PackedRows view_rows(nb::handle packed, const Format& format, const Shared& shared) {
-    const dlpack::Tensor rows = view_bytes(packed);
-    require(static_cast<size_t>(rows.shape[1]) == format.row_bytes, "packed has the wrong row bytes");
-    return make_rows(rows.data, static_cast<size_t>(rows.shape[0]), static_cast<size_t>(rows.shape[1]),
-                     format.embedding_dim, format.grid, format.layout, shared);
+    const dlpack::Tensor bytes = view_bytes(packed);
+    require(static_cast<size_t>(bytes.shape[1]) == format.row_bytes, "packed has the wrong row bytes");
+    PackedRows rows = make_rows(bytes.data, static_cast<size_t>(bytes.shape[0]), static_cast<size_t>(bytes.shape[1]),
+                                format.embedding_dim, format.grid, format.layout, shared);
+    rows.is_rotated = format.is_rotated;
+    return rows;
 }
 
 nb::object gather_tensors(nb::handle packed, nb::handle clusters, nb::handle codebooks, std::string_view row_format,

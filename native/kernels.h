@@ -116,6 +116,7 @@ struct PackedRows {
     const uint8_t* clusters = nullptr;    // clustered: a number for each row, of cluster_bytes
     size_t cluster_bytes = 0;
     size_t num_codebooks = 0;
+    bool is_rotated = false;              // values are to be rotated back, which kernels leave to their caller
 };
 
 inline size_t cluster_of(const PackedRows& rows, size_t row) {
@@ -247,6 +248,13 @@ struct Kernels {
 
     // Rows first .. end of the output: the pooled rows of those bags; zeros for a bag without rows.
     void (*pool_bags)(const PackedRows&, const Bags&, size_t first, size_t end, const Output&, LookupFault&) noexcept;
+
+    // Rotates rows of float32 values, contiguous, in place, and back.
+    void (*rotate_rows)(float* rows, size_t num_rows, size_t embedding_dim) noexcept;
+    void (*rotate_rows_back)(float* rows, size_t num_rows, size_t embedding_dim) noexcept;
+
+    // Brings contiguous rows of float32 values to the output, rounded to its type.
+    void (*write_rows)(const float* rows, size_t num_rows, size_t embedding_dim, const Output&) noexcept;
 };
 
 }  // namespace embpack

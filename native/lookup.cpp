@@ -57,6 +57,82 @@ std::vector<Piece> cut(const std::vector<Lookup>& lookups, int threads) {
     return pieces;
 }
 
+// Values that are rotated back together: they stay in the first-level cache.
+constexpr size_t rotated_at_a_time = size_t{1} << 13;
+
+// An output whose row `row` is the first of these values.
+Output output_at(float* values, size_t embedding_dim, size_t row) {
+    const size_t row_bytes = embedding_dim * sizeof(float);
+    return {reinterpret_cast<uint8_t*>(reinterpret_cast<uintptr_t>(values) - row * row_bytes), row_bytes};
+}
+
+// Rows first .. end of the output, some at a time: look_up(first, end, to, fault) makes rotated ones, as float32.
+template <class LookUp>
+void rotate_back(const PackedRows& rows, size_t first, size_t end, const Output& out, LookupFault& fault,
+                 const LookUp& look_up) {
+    const Kernels& k = kernels();
+    const size_t d = rows.embedding_dim;
+    const size_t at_a_time = std::clamp<size_t>(rotated_at_a_time / d, 1, end - first);
+    std::vector<float> values(at_a_time * d);
+    for (size_t stop; first < end; first = stop) {
+        stop = std::min(end, first + at_a_time);
+        look_up(first, stop, output_at(values.data(), d, first), fault);
+        if (fault.kind != LookupFault::none) return;
+        k.rotate_rows_back(values.data(), stop - first, d);
+        k.write_rows(values.data(), stop - first, d, {out.values + first * out.row_bytes, out.row_bytes, out.type});
+    }
+}
+
+// Columns of a bag's rows that are the largest, or zeros.
+struct Largest {
+    std::vector<float> values;
+    bool is_empty = true;
+
+    void start() {
+        std::fill(values.begin(), values.end(), 0.0f);
+        is_empty = true;
+    }
+    void add(const float* row) {
+        for (size_t j = 0; j < values.size(); j++) values[j] = is_empty || values[j] < row[j] ? row[j] : values[j];
+        is_empty = false;
+    }
+};
+
+// The largest values of bags are those of rows that are rotated back before.
+void pool_largest(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
+                  LookupFault& fault) {
+    const Kernels& k = kernels();
+    const size_t d = rows.embedding_dim, at_a_time = std::max<size_t>(1, rotated_at_a_time / d);
+    std::vector<float> values(at_a_time * d);
+    Largest largest{std::vector<float>(d)};
+    for (size_t bag = first; bag < end; bag++) {
+        largest.start();
+        const size_t last = bags.start(bag + 1);
+        for (size_t i = bags.start(bag), stop; i < last; i = stop) {
+            stop = std::min(last, i + at_a_time);
+            k.gather_rows(rows, bags.indices, bags.prefetches, i, stop, output_at(values.data(), d, i), fault);
+            if (fault.kind != LookupFault::none) return;
+            k.rotate_rows_back(values.data(), stop - i, d);
+            for (size_t at = i; at < stop; at++)
+                if (bags.padding_index == no_padding || bags.indices[at] != bags.padding_index)
+                    largest.add(values.data() + (at - i) * d);
+        }
+        k.write_rows(largest.values.data(), 1, d, {out.values + bag * out.row_bytes, out.row_bytes, out.type});
+    }
+}
+
+void pool_piece(const Lookup& lookup, size_t first, size_t end, LookupFault& fault) {
+    const PackedRows& rows = lookup.rows;
+    const Bags& bags = lookup.bags;
+    const auto pool_bags = kernels().pool_bags;
+    if (!rows.is_rotated) return pool_bags(rows, bags, first, end, lookup.out, fault);
+    if (bags.pooling == Pooling::max) return pool_largest(rows, bags, first, end, lookup.out, fault);
+    rotate_back(rows, first, end, lookup.out, fault,
+                [&](size_t from, size_t stop, const Output& to, LookupFault& found) {
+                    pool_bags(rows, bags, from, stop, to, found);
+                });
+}
+
 }  // namespace
 
 LookupFault gather(const PackedRows& rows, const Integers& indices, const Output& out) {
@@ -67,9 +143,15 @@ LookupFault gather(const PackedRows& rows, const Integers& indices, const Output
     const size_t pieces = (count + rows_at_a_time - 1) / rows_at_a_time;
     LookupFault fault;
     for_each_piece(pieces, threads, [&](size_t piece) {
-        const size_t first = piece * rows_at_a_time;
+        const size_t first = piece * rows_at_a_time, end = std::min(count, first + rows_at_a_time);
+        const auto look_up = [&](size_t from, size_t stop, const Output& to, LookupFault& found) {
+            k.gather_rows(rows, indices, prefetches, from, stop, to, found);
+        };
         LookupFault found;
-        k.gather_rows(rows, indices, prefetches, first, std::min(count, first + rows_at_a_time), out, found);
+        if (rows.is_rotated)
+            rotate_back(rows, first, end, out, found, look_up);
+        else
+            look_up(first, end, out, found);
         if (found.kind == LookupFault::none) return;
 #pragma omp critical(embpack_gather_fault)
         fault.note(found.position, found.kind);
@@ -78,7 +160,6 @@ LookupFault gather(const PackedRows& rows, const Integers& indices, const Output
 }
 
 LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup) {
-    const Kernels& k = kernels();
     size_t total_values = 0, total_bytes = 0;
     for (const Lookup& lookup : lookups) {
         total_values += count_values(lookup);
@@ -91,9 +172,8 @@ LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup) {
     faulty_lookup = lookups.size();
     for_each_piece(pieces.size(), threads, [&](size_t i) {
         const size_t number = pieces[i].lookup;
-        const Lookup& lookup = lookups[number];
         LookupFault found;
-        k.pool_bags(lookup.rows, lookup.bags, pieces[i].first_bag, pieces[i].end_bag, lookup.out, found);
+        pool_piece(lookups[number], pieces[i].first_bag, pieces[i].end_bag, found);
         if (found.kind == LookupFault::none) return;
 #pragma omp critical(embpack_pool_fault)
         if (number <= faulty_lookup) {

@@ -6,7 +6,7 @@
 
 namespace embpack {
 
-inline constexpr size_t trellis_least_dim = 4, trellis_most_dim = 4096, trellis_scales = 256;
+inline constexpr size_t trellis_least_dim = 4, trellis_most_dim = 4096;
 inline constexpr size_t trellis_least_bits = 2, trellis_most_bits = 7;
 
 struct TrellisShape {

@@ -42,7 +42,7 @@ def test_python_runs_and_prints_what_its_comments_say(tmp_path, monkeypatch, cap
 
 # Pages that are read from top to bottom, and what they need. docs/static_encoders.md has a test of its own: its blocks
 # need a model.
-RUN_PAGES = {"pytorch.md": ["torch"], "bridges.md": ["torchrec", "onnxruntime", "onnxscript"]}
+RUN_PAGES = {"rotation.md": [], "pytorch.md": ["torch"], "bridges.md": ["torchrec", "onnxruntime", "onnxscript"]}
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:.*torch.jit.script_method:DeprecationWarning")

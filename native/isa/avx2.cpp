@@ -103,6 +103,17 @@ inline F32x16 magnitude(F32x16 a) {
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
 
+// In each lane what the lane that many away has: i ^ distance.
+template <size_t distance>
+inline F32x16 exchange(F32x16 x) {
+    if constexpr (distance == 8) return {x.high, x.low};
+    const auto exchange_eight = [](__m256 eight) {
+        if constexpr (distance == 4) return _mm256_permute2f128_ps(eight, eight, 1);
+        return _mm256_permute_ps(eight, distance == 1 ? 0xb1 : 0x4e);
+    };
+    return {exchange_eight(x.low), exchange_eight(x.high)};
+}
+
 inline Mask16 less(F32x16 a, F32x16 b) {
     return {_mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ)};
 }
@@ -361,10 +372,10 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
 }
 
 // The levels of trellis-coded columns.
-struct TrellisLevels {
+struct WrittenLevels {
     const uint8_t* codebook;
 
-    TrellisLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
+    WrittenLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
     F32x16 operator()(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) const {
         const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(window)));
         // Lane i gets bit i of c0 at bit 0, that of c1 at bit 1.
@@ -390,7 +401,7 @@ struct TrellisLevels {
 };
 
 constexpr bool has_few_trellis_levels = false;   // none in registers
-using FewTrellisLevels = TrellisLevels;
+using FewLevels = WrittenLevels;
 
 #include "../kernels/all-inl.h"
 

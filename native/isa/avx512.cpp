@@ -77,6 +77,13 @@ inline F32x16 magnitude(F32x16 a) { return _mm512_abs_ps(a); }
 inline F32x16 min(F32x16 a, F32x16 b) { return _mm512_min_ps(a, b); }
 inline F32x16 max(F32x16 a, F32x16 b) { return _mm512_max_ps(a, b); }
 
+// In each lane what the lane that many away has: i ^ distance.
+template <size_t distance>
+inline F32x16 exchange(F32x16 x) {
+    if constexpr (distance < 4) return _mm512_permute_ps(x, distance == 1 ? 0xb1 : 0x4e);
+    return _mm512_shuffle_f32x4(x, x, distance == 4 ? 0xb1 : 0x4e);
+}
+
 inline Mask16 less(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline Mask16 equal(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline Mask16 both(Mask16 a, Mask16 b) { return static_cast<Mask16>(a & b); }
@@ -248,10 +255,10 @@ inline __m512i find_trellis_numbers(const uint8_t* window, const TrellisColumns&
 }
 
 // The levels of trellis-coded columns.
-struct TrellisLevels {
+struct WrittenLevels {
     const uint8_t* codebook;
 
-    TrellisLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
+    WrittenLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
     F32x16 operator()(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) const {
         const __m512i numbers = find_trellis_numbers(window, columns, c1, c0);
         return _mm512_i32gather_ps(_mm512_add_epi32(numbers, _mm512_load_si512(columns.first)), codebook, 4);
@@ -261,10 +268,10 @@ struct TrellisLevels {
 // At most 32 levels of narrow codes and 64 of wide ones, in registers. A permutation of two registers overwrites the
 // numbers of its own lanes with their levels, and leaves the others' for the next: nothing is blended.
 constexpr bool has_few_trellis_levels = true;
-struct FewTrellisLevels {
+struct FewLevels {
     __m512 narrow[2], wide[4];
 
-    FewTrellisLevels(const uint8_t* codebook, TrellisShape shape) {
+    FewLevels(const uint8_t* codebook, TrellisShape shape) {
         float levels[96] = {};
         const size_t num_narrow = shape.num_narrow_levels(), num_wide = shape.num_levels() - num_narrow;
         std::memcpy(levels, codebook, 4 * num_narrow);

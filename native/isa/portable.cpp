@@ -157,6 +157,12 @@ inline F32x16 max(F32x16 a, F32x16 b) {
     return each_lane([&](size_t i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
 
+// In each lane what the lane that many away has: i ^ distance.
+template <size_t distance>
+inline F32x16 exchange(F32x16 x) {
+    return each_lane([&](size_t i) { return x.lane[i ^ distance]; });
+}
+
 inline Mask16 less(F32x16 a, F32x16 b) {
     return each_lane_bit([&](size_t i) { return a.lane[i] < b.lane[i]; });
 }
@@ -305,10 +311,10 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
 }
 
 // The levels of trellis-coded columns.
-struct TrellisLevels {
+struct WrittenLevels {
     const uint8_t* codebook;
 
-    TrellisLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
+    WrittenLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
     F32x16 operator()(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) const {
         return each_lane([&](size_t i) {
             const uint8_t at = columns.shuffle[4 * i + 1], next = columns.shuffle[4 * i + 2];
@@ -323,7 +329,7 @@ struct TrellisLevels {
 };
 
 constexpr bool has_few_trellis_levels = false;   // none in registers
-using FewTrellisLevels = TrellisLevels;
+using FewLevels = WrittenLevels;
 
 #include "../kernels/all-inl.h"
 

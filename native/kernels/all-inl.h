@@ -20,6 +20,7 @@
 #include "encode_trellis-inl.h"
 #include "levels-inl.h"
 #include "lookup-inl.h"
+#include "rotation-inl.h"
 
 constexpr Kernels make_kernels() {
     return {
@@ -42,5 +43,8 @@ constexpr Kernels make_kernels() {
         .encode_trellis = encode_trellis,
         .gather_rows = gather_rows,
         .pool_bags = pool_bags,
+        .rotate_rows = rotate_rows,
+        .rotate_rows_back = rotate_rows_back,
+        .write_rows = write_rows,
     };
 }

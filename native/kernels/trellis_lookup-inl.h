@@ -69,8 +69,8 @@ inline size_t trellis_room(size_t row_bytes) { return row_bytes < trellis_window
 template <class Use>
 inline void with_trellis_levels(const PackedRows& rows, Use use) {
     if constexpr (has_few_trellis_levels)
-        if (TrellisShape(rows.embedding_dim, rows.row_bytes).narrow_bits <= 4) return use(Type<FewTrellisLevels>());
-    use(Type<TrellisLevels>());
+        if (TrellisShape(rows.embedding_dim, rows.row_bytes).narrow_bits <= 4) return use(Type<FewLevels>());
+    use(Type<WrittenLevels>());
 }
 
 // The number of a row's scale is its last byte.

@@ -29,8 +29,9 @@ from embpack.files import (
 )
 from embpack.layouts import RowFormat, cluster_dtype
 from embpack.methods import DEFAULT_METHOD, Method, parse_method
-from embpack.quantize import RowPacker, chunk_rows, fit_clusters, fit_method
+from embpack.quantize import RowPacker, chunk_rows, fit_method, fit_shared, list_shared
 from embpack.reference import store_levels
+from embpack.rotation import rotate_chunks
 from embpack.rows import ROW_DTYPES, narrow
 from embpack.rules import Decision, Rules, plan
 from embpack.sources import Checkpoint, Shard, SourceTensor, open_checkpoint
@@ -117,32 +118,32 @@ class _ShardWriter:
         out = [
             OutTensor(tensor.name, "U8", (rows, row_format.row_bytes), lambda: self._packed_chunks(decision, beside))
         ]
-        if row_format.is_clustered:
+        if row_format.has_codebooks_beside:
             dtypes = _cluster_dtypes(row_format, decision.num_codebooks)
             shapes = {CLUSTER_SUFFIX: (rows,), CODEBOOK_SUFFIX: (decision.num_codebooks, row_format.num_levels)}
             for suffix, shape in shapes.items():
-                chunks = partial(_read_beside, beside, suffix)
-                out.append(OutTensor(tensor.name + suffix, dtypes[suffix], shape, chunks))
+                if suffix == CODEBOOK_SUFFIX or row_format.is_clustered:
+                    chunks = partial(_read_beside, beside, suffix)
+                    out.append(OutTensor(tensor.name + suffix, dtypes[suffix], shape, chunks))
         return out
 
     def _packed_chunks(self, decision: Decision, beside: dict[str, NDArray[Any]]) -> Iterator[NDArray[np.uint8]]:
         assert decision.row_format is not None
         started = time.perf_counter()
-        tensor = decision.tensor
+        tensor, rotation = decision.tensor, decision.row_format.rotation
         step = chunk_rows(tensor.shape[1])
 
         def read() -> Iterator[NDArray[Any]]:
-            return tensor.read(step)
+            return rotate_chunks(tensor.read(step), rotation, tensor.name)
 
         method = fit_method(decision.method, read, tensor.name)
-        clusters = fit_clusters(method, read, tensor.shape[0], decision.row_format, tensor.name)
-        if clusters is not None:
-            beside[CLUSTER_SUFFIX] = clusters.of_row
-            beside[CODEBOOK_SUFFIX] = store_levels(clusters.levels, decision.row_format)
-        packer = RowPacker(method, decision.row_format, tensor.name, clusters)
+        shared = fit_shared(method, read, tensor.shape[0], decision.row_format, tensor.name)
+        arrays = zip((CLUSTER_SUFFIX, CODEBOOK_SUFFIX), list_shared(shared, decision.row_format), strict=True)
+        beside |= {suffix: array for suffix, array in arrays if array is not None}
+        packer = RowPacker(method, decision.row_format, tensor.name, shared)
         digest = hashlib.sha256()
         room = np.empty((min(step, tensor.shape[0]), decision.row_format.row_bytes), np.uint8)
-        for rows in tensor.read(step):
+        for rows in read():
             packed = room[: len(rows)]
             packer.pack(rows, packed)
             digest.update(packed.data)
@@ -243,11 +244,12 @@ def quantize_file(
     dst: str | Path,
     *,
     method: str | Method = DEFAULT_METHOD,
-    bits: int = 4,
+    bits: float = 4,
     param_dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_loss: float | None = None,
+    rotate: str | None = None,
     variants: Mapping[str, Variant] | None = None,
     progress: Progress = lambda name, rows: None,
 ) -> Report:
@@ -265,6 +267,7 @@ def quantize_file(
             (rules.says_embedding).
         exclude: globs of tensor names never to pack.
         max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit.
+        rotate: as for quantize.
         variants: method, bits and param_dtype of tables that have their own, by name, as embpack.plan(...).variants.
         progress: called with a table's name and a number of rows as they are done.
 
@@ -272,15 +275,15 @@ def quantize_file(
         FileNotFoundError: there is no src.
         FormatError: src is damaged.
         ValueError: no tensor is a table; dst is src or has the wrong suffix; a value is NaN or infinite, or a
-            parameter overflows; no such method or bits; max_loss is not positive and finite, or a table's loss is
-            larger.
+            parameter overflows; no such method, bits or rotation; max_loss is not positive and finite, or a table's
+            loss is larger.
         OSError: dst cannot be written.
     """
     src, dst = Path(src), Path(dst)
     chosen = parse_method(method)
     if max_loss is not None:
         check_max_loss(max_loss)
-    rules = Rules(tuple(include), tuple(exclude), bits, param_dtype, chosen, variants or {})
+    rules = Rules(tuple(include), tuple(exclude), bits, param_dtype, chosen, rotate, variants or {})
     started = time.perf_counter()
     with open_checkpoint(src) as checkpoint:
         decisions = plan_file(checkpoint, rules)

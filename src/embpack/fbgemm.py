@@ -71,8 +71,8 @@ def to_tbe(
         row, which may differ from TableGroup in the last bits.
 
     Raises:
-        ValueError: a table's layout, parameters or embedding_dim are not FBGEMM's; no such pooling, output_dtype
-            or row_alignment; a feature reads no table, or a table has no feature.
+        ValueError: a table's layout, rotation, parameters or embedding_dim are not FBGEMM's; no such pooling,
+            output_dtype or row_alignment; a feature reads no table, or a table has no feature.
 
     Source: fbgemm_gpu.split_table_batched_embeddings_ops_inference, its rows and the meaning of feature_table_map.
     """
@@ -138,8 +138,14 @@ def check_table(table: PackedTable, name: str, reader: str) -> None:
     """Refuse a table whose rows FBGEMM cannot hold as they are.
 
     Raises:
-        ValueError: its layout, parameters or embedding_dim are none of FBGEMM's; says what to do.
+        ValueError: its layout, rotation, parameters or embedding_dim are none of FBGEMM's; says what to do.
     """
+    if table.rotation is not None:
+        raise ValueError(
+            f"{name} has rotation {table.rotation!r}, which {reader} would not undo; pack its weights without rotate, "
+            "or give the rotated rows themselves, table.as_packed, and multiply what comes out by "
+            f"embpack.rotation.matrix({table.embedding_dim}).T"
+        )
     if table.layout != "uniform":
         raise ValueError(
             f"{name} has rows of the {table.layout} layout, but {reader} reads uniform ones only; pack its weights "

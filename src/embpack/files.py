@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.errors import FormatError
-from embpack.layouts import RowFormat
+from embpack.layouts import ROTATIONS, RowFormat
 from embpack.rows import ROW_DTYPES
 from embpack.sources import Shard, SourceTensor, open_checkpoint
 from embpack.sources.dtypes import name_dtype
@@ -32,7 +32,7 @@ class TableEntry:
     """What a file's metadata says of one table.
 
     Attributes:
-        layout, bits, param_dtype, embedding_dim: the RowFormat.
+        layout, bits, param_dtype, embedding_dim, rotation: the RowFormat; a file has no rotation that is None.
         num_embeddings: rows.
         dtype: what the weights were: "float32", "float16" or "bfloat16".
         method: name and parameters of the method.
@@ -49,11 +49,12 @@ class TableEntry:
     method: str
     loss: float | None
     checksum: str
+    rotation: str | None = None
 
     @property
     def row_format(self) -> RowFormat:
         """The format of the rows."""
-        return RowFormat(self.embedding_dim, self.bits, self.param_dtype, self.layout)
+        return RowFormat(self.embedding_dim, self.bits, self.param_dtype, self.layout, self.rotation)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -77,12 +78,17 @@ class TableEntry:
             method=method,
             loss=loss,
             checksum=checksum,
+            rotation=row_format.rotation,
         )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what a file has of it; readers from before rotation read entries without one."""
+        return {name: value for name, value in asdict(self).items() if name != "rotation" or value is not None}
 
 
 def make_metadata(entries: Mapping[str, TableEntry]) -> dict[str, str]:
     """Make a file's metadata from the entries of its tables."""
-    tables = {name: asdict(entry) for name, entry in entries.items()}
+    tables = {name: entry.as_json() for name, entry in entries.items()}
     return {METADATA_KEY: json.dumps({"version": FORMAT_VERSION, "tables": tables})}
 
 
@@ -110,7 +116,7 @@ def _is_loss(value: Any) -> bool:
 
 
 _ENTRY_CHECKS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("layout", "param_dtype", "dtype", "method", "checksum"), _is_text),
+    **dict.fromkeys(("layout", "param_dtype", "dtype", "method", "checksum", "rotation"), _is_text),
     **dict.fromkeys(("num_embeddings", "embedding_dim"), _is_count),
     "bits": _is_bits,
     "loss": _is_loss,
@@ -146,11 +152,15 @@ def read_entries(path: Path, shard: Shard) -> dict[str, TableEntry]:
 
 
 def _read_entry(where: str, raw: Any, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> TableEntry:
-    if not isinstance(raw, dict) or set(raw) != {field.name for field in fields(TableEntry)}:
+    if not isinstance(raw, dict) or {*raw, "rotation"} != {field.name for field in fields(TableEntry)}:
         raise FormatError(f"{where}: its metadata does not have the fields of format version {FORMAT_VERSION}")
-    for key, is_valid in _ENTRY_CHECKS.items():
-        if not is_valid(raw[key]):
-            raise FormatError(f"{where}: its metadata says {key} is {raw[key]!r}")
+    for key, value in raw.items():
+        if not _ENTRY_CHECKS[key](value):
+            raise FormatError(f"{where}: its metadata says {key} is {value!r}")
+    if raw.get("rotation", ROTATIONS[0]) not in ROTATIONS:
+        raise FormatError(
+            f"{where} has rotation {raw['rotation']!r}, but this embpack knows {', '.join(ROTATIONS)}; update embpack"
+        )
     entry = TableEntry(**raw)
     try:
         row_bytes = entry.row_format.row_bytes
@@ -337,7 +347,7 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
         raise ValueError(f"{path}: two tensors have one name; do not call a table what another's clusters are called")
     for name, entry in entries.items():
         # What load would refuse is not written.
-        _read_entry(f"{path}: table {name!r}", asdict(entry), name, shapes)
+        _read_entry(f"{path}: table {name!r}", entry.as_json(), name, shapes)
     metadata = make_metadata(entries)
     room = len(json.dumps(metadata))
     write_checkpoint(path, [OutShard(path.name, tuple(tensors), lambda: metadata, room)])

@@ -19,6 +19,7 @@ LEAST_SHARED_BITS, MOST_SHARED_BITS = 2, 7
 # What scale and bias, as float16, take of a uniform row: of the bytes of so many bits, all are for the codes.
 _UNIFORM_PARAM_BYTES = 4
 NUM_SCALES = 256
+ROTATIONS = ("hadamard",)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def cluster_dtype(num_codebooks: int) -> "np.dtype[Any]":
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Everything that fixes the bytes of a row.
+    """Everything that fixes what the bytes of a row mean.
 
     Attributes:
         embedding_dim: values a row, at least 1.
@@ -88,6 +89,7 @@ class RowFormat:
             has the bytes of a uniform one of so many bits with float16 parameters.
         param_dtype: "float16" or "float32", of scale and bias or of a codebook; "float32" for shared values.
         layout: a name in LAYOUTS.
+        rotation: what the values are multiplied by before they are packed: None, or "hadamard" (embpack.rotation).
 
     Raises:
         TypeError: embedding_dim or bits is no integer, or bits no number for a layout with shared values.
@@ -98,6 +100,7 @@ class RowFormat:
     bits: float = 4
     param_dtype: str = "float16"
     layout: str = "uniform"
+    rotation: str | None = None
 
     def __post_init__(self) -> None:
         # NumPy's integers are welcome, but JSON has no place for them.
@@ -114,6 +117,8 @@ class RowFormat:
             raise ValueError(f"param_dtype is {self.param_dtype!r}; choose 'float16' or 'float32'")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
+        if self.rotation not in (None, *ROTATIONS):
+            raise ValueError(f"rotation is {self.rotation!r}; choose None or one of {', '.join(map(repr, ROTATIONS))}")
 
     def _check_shared_values(self) -> None:
         bits = float(self.bits)
@@ -131,21 +136,22 @@ class RowFormat:
 
     @classmethod
     def parse(cls, text: str) -> "RowFormat":
-        """Read what str makes of a row format, such as "uniform:64:4:float16" or "trellis:64:3.5:float32".
+        """Read what str makes of a row format, such as "uniform:64:4:float16" or "trellis:64:3.5:float32:hadamard".
 
         Raises:
             ValueError: it is something else.
         """
-        match = re.fullmatch(r"(\w+):(\d+):(\d+(?:\.\d+)?):(\w+)", text)
+        match = re.fullmatch(r"(\w+):(\d+):(\d+(?:\.\d+)?):(\w+)(?::(\w+))?", text)
         if not match or ("." in match[3] and not (match[1] in LAYOUTS and LAYOUTS[match[1]].has_shared_values)):
             raise ValueError(
                 f"row format is {text!r}; it has layout, embedding_dim, bits and param_dtype: 'uniform:64:4:float16'"
             )
-        layout, embedding_dim, bits, param_dtype = match.groups()
-        return cls(int(embedding_dim), float(bits) if "." in bits else int(bits), param_dtype, layout)
+        layout, embedding_dim, bits, param_dtype, rotation = match.groups()
+        return cls(int(embedding_dim), float(bits) if "." in bits else int(bits), param_dtype, layout, rotation)
 
     def __str__(self) -> str:
-        return f"{self.layout}:{self.embedding_dim}:{self.bits}:{self.param_dtype}"
+        rotation = f":{self.rotation}" if self.rotation else ""
+        return f"{self.layout}:{self.embedding_dim}:{self.bits}:{self.param_dtype}{rotation}"
 
     @property
     def code_bytes(self) -> int:

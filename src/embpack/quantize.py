@@ -17,12 +17,15 @@ from embpack.methods import (
     CodebookMethod,
     Method,
     Table,
+    Trellis,
     UniformMethod,
     parse_method,
 )
 from embpack.reference import store_levels
+from embpack.rotation import rotate_chunks
 from embpack.rows import as_rows, widen
 from embpack.table import PackedTable
+from embpack.trellis import TrellisParameters
 
 # Values of a span: what losses are summed over, so that they are the same to the last bit for arrays and for files.
 SPAN_VALUES = 1 << 18
@@ -42,30 +45,30 @@ def chunk_rows(embedding_dim: int) -> int:
     return SPANS_OF_A_FILE * span_rows(embedding_dim)
 
 
-def _iter_chunks(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Split an array [N, d] into chunks; smaller ones if each has to be copied."""
-    spans = SPANS_OF_AN_ARRAY if rows.flags.c_contiguous else SPANS_OF_A_FILE
+def _iter_chunks(rows: NDArray[Any], rotation: str | None) -> Iterator[NDArray[Any]]:
+    """Split an array [N, d] into chunks, as they are to be packed; smaller ones if each has to be copied."""
+    spans = SPANS_OF_AN_ARRAY if rows.flags.c_contiguous and rotation is None else SPANS_OF_A_FILE
     step = spans * span_rows(rows.shape[1])
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step]
+    chunks = (rows[start : start + step] for start in range(0, len(rows), step))
+    return rotate_chunks(chunks, rotation, "weight")
 
 
 @dataclass
 class RowPacker:
-    """Packs the chunks of one table, in order, and measures the loss over all of them.
+    """Packs the chunks of one table, in order and rotated already, and measures the loss over all of them.
 
     Attributes:
         method: a fitted one (see fit_method).
         row_format: of the rows that come out.
         table_name: for messages.
-        clusters: of the whole table, for clustered rows (see fit_clusters).
+        shared: what all rows share, for layouts in which they do (see fit_shared).
         error_weights: of the squared errors, float32 [1 or num_embeddings, 1 or embedding_dim]; None: all are 1.
     """
 
     method: Method
     row_format: RowFormat
     table_name: str = "weight"
-    clusters: Clusters | None = None
+    shared: Clusters | TrellisParameters | None = None
     error_weights: NDArray[np.float32] | None = None
     rows_packed: int = 0
     _sums: list[tuple[float, float]] = field(default_factory=list)
@@ -99,12 +102,15 @@ class RowPacker:
     def _call_kernel(
         self, rows: NDArray[Any], packed: NDArray[np.uint8], weights: NDArray[np.float32] | None
     ) -> tuple[int, int, list[tuple[float, float]]]:
-        method = self.method
-        bits, has_f16_params = self.row_format.bits, self.row_format.has_f16_params
+        method, shared = self.method, self.shared
         span = span_rows(self.row_format.embedding_dim)
-        if self.clusters is not None:
-            of_row = self.clusters.of_row[self.rows_packed : self.rows_packed + len(rows)].astype(np.uint32)
-            levels = self.clusters.levels
+        if isinstance(shared, TrellisParameters):
+            own = (shared.narrow, shared.wide, shared.scales, shared.mean)
+            return _native.encode_trellis(rows, *own, span, packed)
+        bits, has_f16_params = int(self.row_format.bits), self.row_format.has_f16_params
+        if shared is not None:
+            of_row = shared.of_row[self.rows_packed : self.rows_packed + len(rows)].astype(np.uint32)
+            levels = shared.levels
             return _native.quantize_with_clusters(rows, of_row, levels, bits, has_f16_params, span, packed)
         if isinstance(method, CodebookMethod):
             return _native.quantize_with_codebooks(rows, method.kernel, bits, has_f16_params, span, packed)
@@ -124,7 +130,7 @@ def _sum_by_weights(
 ) -> tuple[float, float]:
     """Weighted sums of the squared errors and of the squares, by a method that makes uniform rows."""
     values = widen(rows).astype(np.float64)
-    errors = values - PackedTable(packed, row_format).dequantize()
+    errors = values - PackedTable(packed, row_format).as_packed.dequantize()
     error, square = (float((np.square(part) * weights).sum()) for part in (errors, values))
     return error, square
 
@@ -186,14 +192,14 @@ def fit_method(method: Method, chunks: Callable[[], Iterable[NDArray[Any]]], nam
     return Table(xmin, xmax)
 
 
-def fit_clusters(
+def fit_shared(
     method: Method,
     chunks: Callable[[], Iterable[NDArray[Any]]],
     num_embeddings: int,
     row_format: RowFormat,
     name: str = "weight",
-) -> Clusters | None:
-    """Find the clusters and codebooks of a table's rows; None for methods that have none.
+) -> Clusters | TrellisParameters | None:
+    """Find the clusters and codebooks of a table's rows, or what trellis-coded ones share; None for other methods.
 
     Args:
         method: as parse_method made it.
@@ -205,24 +211,36 @@ def fit_clusters(
     Raises:
         ValueError: a value is NaN or infinite.
     """
-    if not isinstance(method, ClusteredMethod):
+    if not isinstance(method, ClusteredMethod | Trellis):
         return None
     fit_method(Table(), chunks, name)  # looks at every value
     return method.fit(chunks, num_embeddings, row_format)
 
 
-def make_row_format(embedding_dim: int, bits: int, param_dtype: str | None, layout: str = "uniform") -> RowFormat:
+def list_shared(
+    shared: Clusters | TrellisParameters | None, row_format: RowFormat
+) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
+    """Clusters and codebooks as a PackedTable has them."""
+    if isinstance(shared, TrellisParameters):
+        return None, shared.join()
+    return (shared.of_row, store_levels(shared.levels, row_format)) if shared is not None else (None, None)
+
+
+def make_row_format(
+    embedding_dim: int, bits: float, param_dtype: str | None, layout: str = "uniform", rotation: str | None = None
+) -> RowFormat:
     """Make a row format; param_dtype None is the default for these bits and this layout."""
-    return RowFormat(embedding_dim, bits, param_dtype or default_param_dtype(bits, layout), layout)
+    return RowFormat(embedding_dim, bits, param_dtype or default_param_dtype(bits, layout), layout, rotation)
 
 
 def quantize(
     weight: Any,
     method: str | Method = DEFAULT_METHOD,
-    bits: int = 4,
+    bits: float = 4,
     param_dtype: str | None = None,
     *,
     error_weights: Any = None,
+    rotate: str | None = None,
 ) -> PackedTable:
     """Pack a trained embedding table, each row with its own scale and bias.
 
@@ -231,12 +249,15 @@ def quantize(
             not.
         method: how each row's range is chosen: a name in embpack.METHODS, with parameters if need be
             ("greedy:b=1000,r=0.5"), or a Method.
-        bits: a code, 2, 4 or 8.
+        bits: a code, 2, 4 or 8; for "trellis" any number from 2 to 7, for the bytes of a uniform row of so many.
         param_dtype: of scale and bias or of codebooks, "float16" or "float32"; None is float16, but for uniform
             rows at 8 bits float32, which makes rows that PyTorch and FBGEMM read.
         error_weights: what squared errors count, at least 0: [embedding_dim] by columns, such as the mean second
             moments of the columns' gradients; [num_embeddings, 1] by rows, such as access counts; or of each value,
             [num_embeddings, embedding_dim]. For "optimal". None: all count the same.
+        rotate: "hadamard" multiplies rows by a fixed orthogonal matrix before they are packed, and lookups undo it:
+            less loss where values are heavy-tailed (embpack.rotation). Error weights are then by rows only, for a
+            packed value is of many columns.
 
     Returns:
         A PackedTable; its ``loss`` is what packing cost, with the error_weights.
@@ -244,19 +265,24 @@ def quantize(
     Raises:
         TypeError: weight is of another type.
         ValueError: weight is not 2-D, is empty or has NaN or infinity; a row's scale or bias overflows
-            param_dtype; no such method or bits; error_weights are not as above.
+            param_dtype; no such method, bits or rotation; error_weights are not as above.
 
     Source: Guan et al. 2019; with method="asym" the bytes of torch.ops.quantized.embedding_bag_4bit_prepack.
     """
     rows, dtype = as_rows(weight)
     chosen = parse_method(method)
-    row_format = make_row_format(rows.shape[1], bits, param_dtype, chosen.layout)
-    fitted = fit_method(chosen, lambda: _iter_chunks(rows))
-    clusters = fit_clusters(fitted, lambda: _iter_chunks(rows), len(rows), row_format)
+    row_format = make_row_format(rows.shape[1], bits, param_dtype, chosen.layout, rotate)
+    fitted = fit_method(chosen, lambda: _iter_chunks(rows, rotate))
+    shared = fit_shared(fitted, lambda: _iter_chunks(rows, rotate), len(rows), row_format)
     weights = None if error_weights is None else as_error_weights(error_weights, rows.shape, fitted)
-    packer = RowPacker(fitted, row_format, clusters=clusters, error_weights=weights)
+    if weights is not None and rotate is not None and weights.shape[1] > 1:
+        raise ValueError(
+            f"error_weights have {weights.shape[1]} columns, but with rotate={rotate!r} a packed value is of many "
+            "columns; give weights by rows, [num_embeddings, 1], or leave rotate out"
+        )
+    packer = RowPacker(fitted, row_format, shared=shared, error_weights=weights)
     packed = np.empty((len(rows), row_format.row_bytes), np.uint8)
-    for chunk in _iter_chunks(rows):
+    for chunk in _iter_chunks(rows, rotate):
         packer.pack(chunk, packed[packer.rows_packed : packer.rows_packed + len(chunk)])
-    of_row, codebooks = (clusters.of_row, store_levels(clusters.levels, row_format)) if clusters else (None, None)
-    return PackedTable(packed, row_format, dtype, fitted.spec, packer.loss, of_row, codebooks)
+    beside = list_shared(shared, row_format)
+    return PackedTable(packed, row_format, dtype, fitted.spec, packer.loss, *beside)

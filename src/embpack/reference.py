@@ -190,12 +190,64 @@ def dequantize(
     """
     codes = unpack_codes(packed[:, : row_format.code_bytes], row_format.embedding_dim, row_format.bits)
     if clusters is not None and codebooks is not None:
-        return np.take_along_axis(codebooks[clusters].astype(F32), codes.astype(np.int64), axis=1)
+        levels = np.take_along_axis(codebooks[clusters].astype(F32), codes.astype(np.int64), axis=1)
+        return rotate_back(levels) if row_format.rotation else levels
     param_type = "<f2" if row_format.has_f16_params else "<f4"
     params = np.ascontiguousarray(packed[:, row_format.code_bytes :]).view(param_type).astype(F32)
     if row_format.layout == "codebook":
-        return np.take_along_axis(params, codes.astype(np.int64), axis=1)
-    return fma(codes.astype(F32), params[:, :1], params[:, 1:])
+        levels = np.take_along_axis(params, codes.astype(np.int64), axis=1)
+    else:
+        levels = fma(codes.astype(F32), params[:, :1], params[:, 1:])
+    return rotate_back(levels) if row_format.rotation else levels
+
+
+def rotation_signs(embedding_dim: int) -> NDArray[np.float32]:
+    """Signs of columns, 1 or -1: the Rudin-Shapiro sequence, float32 [embedding_dim].
+
+    A column's sign is negative if its number, in binary, has an odd number of pairs of ones side by side. Rows of equal
+    values become this sequence, of which the Hadamard matrix makes no outlier: in a block of 4^k columns all values are
+    of equal size, and in one of 2 * 4^k half of them are, and half are zeros. Source: Shapiro 1951, Rudin 1959.
+    """
+    parity = np.arange(embedding_dim)
+    parity &= parity >> 1
+    for shift in (32, 16, 8, 4, 2, 1):
+        parity ^= parity >> shift
+    return (1 - 2 * (parity & 1)).astype(F32)
+
+
+def rotation_blocks(embedding_dim: int) -> list[slice]:
+    """Columns of each block: the binary digits of embedding_dim from the left, so 50 are 32, 16 and 2."""
+    sizes = [1 << digit for digit in reversed(range(embedding_dim.bit_length())) if embedding_dim >> digit & 1]
+    ends = np.cumsum(sizes).tolist()
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def rotate(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rotate rows, float32 [N, d]: each value by its column's sign, then each block by its Hadamard matrix."""
+    return _multiply_by_hadamard(rows * rotation_signs(rows.shape[1]))
+
+
+def rotate_back(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Undo rotate: both of its factors are their own inverses. No zero that comes out is negative."""
+    return _multiply_by_hadamard(rows) * rotation_signs(rows.shape[1]) + F32(0)
+
+
+def _multiply_by_hadamard(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Multiply each block of n columns by the Hadamard matrix in Sylvester's order, divided by sqrt(n).
+
+    In stages h = 1, 2, 4, .., n / 2: columns h apart, a and b, become a + b and a - b. The factor comes last.
+    """
+    out = np.empty_like(rows)
+    for block in rotation_blocks(rows.shape[1]):
+        values = rows[:, block]
+        n, h = values.shape[1], 1
+        while h < n:
+            pairs = values.reshape(len(rows), n // (2 * h), 2, h)
+            a, b = pairs[:, :, 0], pairs[:, :, 1]
+            values = np.stack([a + b, a - b], axis=2).reshape(len(rows), n)
+            h *= 2
+        out[:, block] = values * F32(1 / np.sqrt(n))
+    return out
 
 
 def embedding_bag(

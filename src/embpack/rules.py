@@ -74,7 +74,7 @@ class Decision:
     Attributes:
         row_format: of its packed rows; None if it is passed through as it is.
         reason: for the user to read.
-        num_codebooks: beside clustered rows; 0 for other layouts.
+        num_codebooks: beside clustered rows; 1 where all rows share values, 0 for other layouts.
         method: what packs its rows.
     """
 
@@ -100,7 +100,7 @@ class Decision:
         if self.row_format is None:
             return self.bytes_before
         row_bytes = self.row_format.row_bytes
-        if self.num_codebooks:
+        if self.row_format.is_clustered:
             row_bytes += cluster_dtype(self.num_codebooks).itemsize
         return self.tensor.shape[0] * row_bytes + self.num_codebooks * self.row_format.codebook_bytes
 
@@ -115,14 +115,16 @@ class Rules:
         bits: a code.
         param_dtype: of scale and bias or of codebooks; None is the default for these bits and the method's layout.
         method: what packs them.
+        rotation: what rows are multiplied by before; None or "hadamard".
         variants: bits, param_dtype and method of tables that have their own, by name.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    bits: int = 4
+    bits: float = 4
     param_dtype: str | None = None
     method: Method = field(default_factory=Optimal)
+    rotation: str | None = None
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
     def decide(self, tensor: SourceTensor) -> Decision:
@@ -142,14 +144,16 @@ class Rules:
         if tensor.name in self.variants:
             own = self.variants[tensor.name]
             bits, param_dtype, method = own.bits, own.param_dtype, parse_method(own.method)
-        row_format = make_row_format(tensor.shape[1], bits, param_dtype, method.layout)
+        row_format = make_row_format(tensor.shape[1], bits, param_dtype, method.layout, self.rotation)
         if tensor.shape[0] < MIN_ROWS and not (included or tensor.is_vectors):
             return Decision(tensor, None, f"fewer than {MIN_ROWS} rows: much used, and little to save")
         before = count_bytes(tensor.dtype, tensor.shape[1:])
         if row_format.row_bytes >= before and not included:
             return Decision(tensor, None, f"a packed row is not smaller: {row_format.row_bytes} of {before} bytes")
         rows = tensor.shape[0]
-        codebooks = method.num_codebooks(rows, row_format) if isinstance(method, ClusteredMethod) else 0
+        codebooks = int(row_format.has_shared_values)
+        if isinstance(method, ClusteredMethod):
+            codebooks = method.num_codebooks(rows, row_format)
         reason = "format holds vectors" if tensor.is_vectors else "name says embedding"
         return Decision(tensor, row_format, "included" if included else reason, codebooks, method)
 

@@ -24,7 +24,7 @@ class PackedTable:
 
     Attributes:
         packed: uint8 [num_embeddings, row_bytes], C-contiguous: the bytes themselves, never copied.
-        row_format: what a row's bytes mean.
+        row_format: what a row's bytes mean, rotation included (see rotation).
         dtype: what the weights were: "float32", "float16" or "bfloat16".
         method: name and parameters of the method that chose the ranges; "" where unknown.
         loss: normalized l2 loss ||X - Q(X)|| / ||X||, measured when packed; None where unknown.
@@ -143,6 +143,11 @@ class PackedTable:
         return self.row_format.layout
 
     @property
+    def rotation(self) -> str | None:
+        """What rows were multiplied by before they were packed, and lookups undo: None or "hadamard"."""
+        return self.row_format.rotation
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a packed row."""
         return self.row_format.row_bytes
@@ -158,9 +163,10 @@ class PackedTable:
     def __repr__(self) -> str:
         loss = "" if self.loss is None else f", loss={self.loss:.5f}"
         method = f", method={self.method!r}" if self.method else ""
+        rotation = f", rotation={self.rotation!r}" if self.rotation else ""
         return (
             f"PackedTable({self.num_embeddings} x {self.embedding_dim}, {self.layout}, {self.bits} bits, "
-            f"{self.row_format.param_dtype} parameters, {self.nbytes} bytes{method}{loss})"
+            f"{self.row_format.param_dtype} parameters, {self.nbytes} bytes{method}{rotation}{loss})"
         )
 
     def dequantize(self) -> NDArray[np.float32]:
@@ -171,12 +177,13 @@ class PackedTable:
         """Look rows up, as gather does, as float32."""
         return self.gather(indices)
 
-    def gather(self, indices: Any, dtype: str = "float32") -> NDArray[Any]:
+    def gather(self, indices: Any, dtype: str = "float32", *, rotate_back: bool = True) -> NDArray[Any]:
         """Look rows up.
 
         Args:
             indices: an int, or int32 or int64 of any shape [...], each in [0, num_embeddings).
             dtype: of the values: "float32", "float16" or "bfloat16", rounded to nearest, ties to even.
+            rotate_back: False leaves rows of a rotated table as they were packed (see embpack.rotation.matrix).
 
         Returns:
             [..., embedding_dim]; bfloat16, which NumPy lacks, as its bits in uint16.
@@ -187,7 +194,8 @@ class PackedTable:
             ValueError: there is no such dtype.
         """
         array = as_integers(indices, "indices")
-        return self._gather(array.reshape(-1), array.size, dtype).reshape(*array.shape, self.embedding_dim)
+        table = self if rotate_back else self.as_packed
+        return table._gather(array.reshape(-1), array.size, dtype).reshape(*array.shape, self.embedding_dim)
 
     def embedding_bag(
         self,
@@ -199,6 +207,7 @@ class PackedTable:
         include_last_offset: bool = False,
         padding_idx: int | None = None,
         dtype: str = "float32",
+        rotate_back: bool = True,
     ) -> NDArray[Any]:
         """Pool bags of rows straight from the packed bytes.
 
@@ -212,6 +221,8 @@ class PackedTable:
             include_last_offset: see offsets.
             padding_idx: rows of this index are left out, of a mean's count too; negative counts from the end.
             dtype: of the values: "float32", or "float16" or "bfloat16", to which the float32 sums are rounded.
+            rotate_back: False pools rows of a rotated table as they were packed (see embpack.rotation.matrix); the
+                maxima of "max" are then those of rotated values.
 
         Returns:
             [B, embedding_dim], C-contiguous; an empty bag is zeros. Rows are added in index order. bfloat16, which
@@ -233,7 +244,8 @@ class PackedTable:
         out = np.empty((num_bags, self.embedding_dim), output_dtype(dtype))
         bag_size = array.shape[1] if starts is None else 0
         flat = array if array.ndim == 1 else array.reshape(-1)
-        fault = _native.pool(self.native_rows, flat, starts, bag_size, weights, padding, mode, out)
+        table = self if rotate_back else self.as_packed
+        fault = _native.pool(table.native_rows, flat, starts, bag_size, weights, padding, mode, out)
         if fault != -1:
             raise self.explain_fault(fault, flat, starts)
         return out
@@ -247,8 +259,20 @@ class PackedTable:
         # What rows with shared values are follows from their bytes.
         bits = max(BITS) if self.row_format.has_shared_values else int(self.bits)
         return _native.PackedRows(
-            self.packed, self.embedding_dim, bits, has_f16_params, self.layout, clusters, codebooks
+            self.packed,
+            self.embedding_dim,
+            bits,
+            has_f16_params,
+            self.layout,
+            clusters,
+            codebooks,
+            is_rotated=self.rotation is not None,
         )
+
+    @cached_property
+    def as_packed(self) -> "PackedTable":
+        """The table without its rotation, which shares its memory: lookups give the rotated values that were packed."""
+        return replace(self, row_format=replace(self.row_format, rotation=None))
 
     def copy(self) -> "PackedTable":
         """Return the same table with bytes of its own, in memory."""
@@ -256,8 +280,8 @@ class PackedTable:
         return replace(self, packed=np.array(self.packed), clusters=clusters, codebooks=codebooks)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: all but what the core takes, which is made anew."""
-        return {name: value for name, value in self.__dict__.items() if name != "native_rows"}
+        """What is pickled: all but what is made anew, such as what the core takes."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("native_rows", "as_packed")}
 
     def _gather(self, indices: NDArray[np.int64] | None, count: int, dtype: str) -> NDArray[Any]:
         out = np.empty((count, self.embedding_dim), output_dtype(dtype))

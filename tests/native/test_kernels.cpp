@@ -286,6 +286,36 @@ void test_widen_values(const std::vector<const Kernels*>& isas) {
     }
 }
 
+// Rows rotated and back, in place, and brought to outputs of each type; equal by all instruction sets.
+void test_rotation(const std::vector<const Kernels*>& isas) {
+    Arenas arenas;
+    Random random(1);
+    for (size_t d : embedding_dims()) {
+        std::vector<float> rows;
+        for (size_t i = 0; i < 3 * d; i++) rows.push_back(random.normal());
+        for (ValueType type : {ValueType::f32, ValueType::f16, ValueType::bf16}) {
+            std::vector<float> wanted, wanted_back;
+            std::vector<uint8_t> wanted_out;
+            for (const Kernels* k : isas) {
+                for (Placement placement : placements) {
+                    where = std::string("rotation, ") + k->isa + ", " + std::to_string(d);
+                    Buffer<float> values(rows, placement, arenas.rows);
+                    Buffer<uint8_t> out(3 * d * value_bytes(type), placement, arenas.out);
+                    k->rotate_rows(values.get(), 3, d);
+                    if (wanted.empty()) wanted = values.copy();
+                    CHECK(same_bits(values.copy(), wanted));
+                    k->rotate_rows_back(values.get(), 3, d);
+                    if (wanted_back.empty()) wanted_back = values.copy();
+                    CHECK(same_bits(values.copy(), wanted_back));
+                    k->write_rows(values.get(), 3, d, {out.get(), d * value_bytes(type), type});
+                    if (wanted_out.empty()) wanted_out = out.copy();
+                    CHECK(same_bits(out.copy(), wanted_out));
+                }
+            }
+        }
+    }
+}
+
 // A value that is not finite is found wherever it is.
 void test_not_finite(const std::vector<const Kernels*>& isas) {
     Arenas arenas;
@@ -480,6 +510,7 @@ int main() {
     CHECK(std::string(isas.front()->isa) == "portable");
     test_all_cases(isas);
     test_widen_values(isas);
+    test_rotation(isas);
     test_not_finite(isas);
     test_overflows(isas);
     test_optimal(isas);

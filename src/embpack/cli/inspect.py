@@ -1,6 +1,5 @@
 """embpack inspect."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +37,7 @@ def inspect(
 
 def _as_json(files: list[PackedFile]) -> dict[str, Any]:
     tables = {
-        name: {**dataclasses.asdict(entry), "row_bytes": entry.row_format.row_bytes, "file": packed.path.name}
+        name: {**entry.as_json(), "row_bytes": entry.row_format.row_bytes, "file": packed.path.name}
         for packed in files
         for name, entry in packed.entries.items()
     }
@@ -58,7 +57,8 @@ def _print(path: str, files: list[PackedFile], *, verified: bool) -> None:
             original = entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize
             table.add_row(
                 name,
-                f"{entry.layout}, {entry.bits} bits, {entry.param_dtype}",
+                f"{entry.layout}, {entry.bits} bits, {entry.param_dtype}"
+                + (f", {entry.rotation}" if entry.rotation else ""),
                 entry.method or "unknown",
                 f"{entry.num_embeddings:,}",
                 str(entry.embedding_dim),

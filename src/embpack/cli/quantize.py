@@ -10,7 +10,7 @@ import typer
 from embpack.cli import show
 from embpack.compare_file import count_rows
 from embpack.convert import Report, check_max_loss, plan_file, quantize_file
-from embpack.layouts import BITS, PARAM_BYTES
+from embpack.layouts import BITS, PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
 from embpack.plan import SAMPLE_ROWS, VARIANTS, Plan, plan
 from embpack.rules import Decision, Rules
@@ -36,6 +36,12 @@ def _check_param_dtype(param_dtype: str | None) -> str | None:
     if param_dtype is not None and param_dtype not in PARAM_BYTES:
         raise typer.BadParameter(f"{param_dtype!r}; choose float16 or float32")
     return param_dtype
+
+
+def _check_rotate(rotate: str | None) -> str | None:
+    if rotate not in (None, *ROTATIONS):
+        raise typer.BadParameter(f"{rotate!r}; choose {', '.join(ROTATIONS)}")
+    return rotate
 
 
 def _check_max_loss(max_loss: float | None) -> float | None:
@@ -117,6 +123,15 @@ def quantize(
             show_default="each row counts the same",
         ),
     ] = None,
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            help="Multiply rows by an orthogonal matrix before packing, which lookups undo: hadamard. Less loss where "
+            "values are heavy-tailed.",
+            show_default="none",
+            callback=_check_rotate,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show which tensors would be packed, and why.")
     ] = False,
@@ -139,7 +154,7 @@ def quantize(
         raise typer.BadParameter(
             "goes with --auto", param_hint="--access-counts" if max_bytes is None else "--max-bytes"
         )
-    rules = Rules(*globs, bits, param_dtype, parse_method(method), found.variants if found else {})
+    rules = Rules(*globs, bits, param_dtype, parse_method(method), rotate, found.variants if found else {})
     with open_checkpoint(src) as checkpoint:
         decisions = plan_file(checkpoint, rules)
         left_out = checkpoint.left_out
@@ -162,6 +177,7 @@ def quantize(
             include=rules.include,
             exclude=rules.exclude,
             max_loss=None if auto else max_loss,
+            rotate=rotate,
             variants=rules.variants,
             progress=progress,
         )

@@ -14,12 +14,13 @@ from embpack.methods.kmeans_cls import KMeansCls
 from embpack.methods.optimal import Optimal
 from embpack.methods.sym import Sym
 from embpack.methods.table import Table
+from embpack.methods.trellis import Trellis
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(Asym, Sym, Table, Greedy, GreedyPaper, GreedyOpt, Optimal, Gss, Aciq, HistApprx, HistBrute),
-        *(KMeans, KMeansLloyd, KMeansCls),
+        *(KMeans, KMeansLloyd, KMeansCls, Trellis),
     )
 }
 
@@ -82,6 +83,7 @@ __all__ = [
     "Optimal",
     "Sym",
     "Table",
+    "Trellis",
     "UniformMethod",
     "parse_method",
 ]

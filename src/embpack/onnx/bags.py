@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from embpack.onnx.graph import TableGraph, add_rows
+from embpack.onnx.graph import TableGraph, add_rotation, add_rows
 from embpack.table import MODES, PackedTable, as_row, output_dtype
 
 _EMPTY_BAG = {"sum": 0.0, "mean": 0.0, "max": -np.inf}
@@ -72,6 +72,8 @@ def add_bags(graph: TableGraph, table: PackedTable, bags: Bags, output: str) -> 
     output_dtype(bags.dtype)
     indices, offsets, weights = add_flat(graph, bags)
     rows = add_rows(graph, table, indices)
+    if bags.mode == "max":
+        rows = add_rotation(graph, table, rows)
     if weights is not None:
         rows = graph.add("Mul", rows, graph.add("Unsqueeze", weights, graph.constant([1])), name="weighted")
     num_indices = graph.add("Shape", indices, name="num_indices")
@@ -80,6 +82,8 @@ def add_bags(graph: TableGraph, table: PackedTable, bags: Bags, output: str) -> 
         numbers = _add_padding(graph, table, (indices, numbers), bags.padding_idx)
     pooled = _add_pooled(graph, table.embedding_dim, (rows, numbers, offsets), bags.mode)
     pooled = graph.add("Slice", pooled, *_bounds(graph, 1, -1 if bags.has_end else _TO_THE_END))
+    if bags.mode != "max":
+        pooled = add_rotation(graph, table, pooled)  # once a bag: a sum of rotated rows is the rotated sum
     if bags.mode == "sum":
         graph.add_result("Identity", pooled, output=output, dtype=bags.dtype)
         return

@@ -44,7 +44,7 @@ def export(
     Without a mode it is an embedding:
 
         indices  int64, of indices_ndim dimensions, [...]
-        values   float32 [..., embedding_dim]: table[indices], to the bit
+        values   float32 [..., embedding_dim]: table[indices], to the bit if the table is not rotated
 
     With one it pools bags, torch.nn.functional.embedding_bag:
 
@@ -57,6 +57,7 @@ def export(
     sums, means and maxima without weights are table.embedding_bag's to the bit. With weights, products are rounded
     before they are added, which table.embedding_bag does not do: either value is within 1.01 n 2^-24 times the sum of
     its products' absolute values of the exact one, for a bag of n <= 100,000 rows and products that are not subnormal.
+    Rotated tables are rotated back by a product with the matrix, whose sums are in the runtime's order.
 
     Indices are in [-num_embeddings, num_embeddings), negative ones counting from the end, as ONNX has it. The runtime
     refuses others; nothing checks that offsets do not decrease.

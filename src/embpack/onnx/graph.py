@@ -8,6 +8,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from embpack.rotation import matrix
 from embpack.table import PackedTable, output_dtype
 
 # The first one with BitwiseAnd, and with a ScatterElements that finds the largest.
@@ -26,7 +27,7 @@ class TableGraph:
         prefix: of the names of all nodes, initializers and values in between, to tell one table's from another's.
         nodes: in an order in which they can be run.
         initializers: the table's own bytes by name, uint8, uint16, float16 or float32: views of the table, which need
-            not be contiguous.
+            not be contiguous; of a rotated one also the matrix that undoes it.
         constants: small initializers beside them, such as shapes, by name.
     """
 
@@ -69,7 +70,7 @@ def build_gather(
     prefix: str = "",
     dtype: str = "float32",
 ) -> TableGraph:
-    """Make the nodes that look rows up, as table[indices] does, to the bit.
+    """Make the nodes that look rows up, as table[indices] does, to the bit if the table is not rotated.
 
     Args:
         table: N rows, embedding_dim d; its bytes become the initializers, not copied.
@@ -90,7 +91,7 @@ def add_gather(graph: TableGraph, table: PackedTable, indices: str, output: str,
     """Add build_gather's nodes to a graph of the same table."""
     output_dtype(dtype)
     flat = graph.add("Reshape", indices, graph.constant([-1]), name="flat")
-    rows = add_rows(graph, table, flat)
+    rows = add_rotation(graph, table, add_rows(graph, table, flat))
     if dtype != "float32":
         rows = graph.add("Cast", rows, to=_VALUE_TYPES[dtype])
     shape = graph.add("Concat", graph.add("Shape", indices), graph.constant([table.embedding_dim]), axis=0)
@@ -98,7 +99,7 @@ def add_gather(graph: TableGraph, table: PackedTable, indices: str, output: str,
 
 
 def add_rows(graph: TableGraph, table: PackedTable, indices: str) -> str:
-    """Look rows up: indices [L] to float32 [L, d]."""
+    """Look rows up as they were packed: indices [L] to float32 [L, d]."""
     if table.row_format.has_shared_values:
         raise ValueError(
             f"rows of the {table.layout} layout have no ONNX operators; pack the weights with a method of another"
@@ -115,6 +116,14 @@ def add_rows(graph: TableGraph, table: PackedTable, indices: str) -> str:
     numbers = graph.add("Cast", codes, to=TensorProto.INT32)
     values = graph.add("GatherElements", codebooks, numbers, axis=1, name="levels")
     return graph.add("Cast", values, to=TensorProto.FLOAT)
+
+
+def add_rotation(graph: TableGraph, table: PackedTable, values: str) -> str:
+    """Rotate values of rows back, float32 [.., d]; themselves if the table is not rotated."""
+    if table.rotation is None:
+        return values
+    back = graph.initializer("rotation", matrix(table.embedding_dim).T)
+    return graph.add("MatMul", values, back, name="rotated_back")
 
 
 def _params(table: PackedTable) -> NDArray[Any]:

@@ -34,8 +34,9 @@ def export_model(
     PATH and ".data", and the two are moved together.
 
     PackedEmbedding, and PackedEmbeddingBag without weights, have the values they have in PyTorch, to the bit, on ONNX
-    Runtime's CPU provider; for weighted bags see export. The model takes indices in [-num_embeddings, num_embeddings),
-    negative ones counting from the end, where PyTorch refuses those; nothing checks that offsets do not decrease.
+    Runtime's CPU provider; for weighted bags and rotated tables see export. The model takes indices in
+    [-num_embeddings, num_embeddings), negative ones counting from the end, where PyTorch refuses those; nothing checks
+    that offsets do not decrease.
 
     Args:
         model: on the CPU, with lookups of embpack.torch's modules or operators; of a PackedEmbeddingBagCollection, of

@@ -80,12 +80,10 @@ class PackedEmbeddingBagCollection(nn.Module):
         self.embedding_dims: list[int] = []
         uses = []
         for table, names in self.feature_names.items():
-            row_format, padding_idx = bags[table].row_format, bags[table].padding_idx
+            row_format, mode, padding_idx = bags[table]._use
             self.embedding_names += [name if self._readers.count(name) == 1 else f"{name}@{table}" for name in names]
-            self.embedding_dims += [row_format.embedding_dim] * len(names)
-            uses.append(
-                TableUse(str(row_format), bags[table].mode, -1 if padding_idx is None else padding_idx, len(names))
-            )
+            self.embedding_dims += [bags[table].embedding_dim] * len(names)
+            uses.append(TableUse(row_format, mode, -1 if padding_idx is None else padding_idx, len(names)))
         self._described = describe_tables(uses)
 
     @classmethod
@@ -97,7 +95,7 @@ class PackedEmbeddingBagCollection(nn.Module):
         Args:
             collection: on the CPU, not sharded.
             method: as embpack.quantize takes it.
-            **options: others that embpack.quantize takes: bits, param_dtype.
+            **options: others that embpack.quantize takes: bits, param_dtype, rotate.
         """
         packed = {
             name: PackedEmbeddingBag.from_float(bag, method, **options)

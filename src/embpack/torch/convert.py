@@ -60,6 +60,7 @@ def quantize_(
     *,
     bits: int = 4,
     param_dtype: str | None = None,
+    rotate: str | None = None,
     filter: Filter | None = None,
     tied: Literal["refuse", "untie"] = "refuse",
     progress: Progress = lambda name, rows: None,
@@ -74,6 +75,7 @@ def quantize_(
         method: as embpack.quantize takes it.
         bits: of a code, 2, 4 or 8.
         param_dtype: "float16" or "float32"; None as embpack.quantize has it.
+        rotate: "hadamard" or None, as embpack.quantize takes it.
         filter: called with module and name, says whether to pack it; None packs all of at least 16 rows: smaller ones
             save nothing worth their loss.
         tied: what to do if a weight is shared with a module that is not packed, as of an output layer: "refuse" raises,
@@ -111,7 +113,7 @@ def quantize_(
         weight, start = module.weight.detach(), perf_counter()
         key = (address_of(module.weight), weight.shape)
         if key not in packed:
-            packed[key] = _pack(weight, hangs[0].name, method, bits=bits, param_dtype=param_dtype)
+            packed[key] = _pack(weight, hangs[0].name, method, bits=bits, param_dtype=param_dtype, rotate=rotate)
         table = packed[key]
         reports.append(_report(hangs[0].name, weight, table, perf_counter() - start))
         progress(hangs[0].name, table.num_embeddings)

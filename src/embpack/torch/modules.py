@@ -47,7 +47,13 @@ class _PackedRows(nn.Module):
     codebooks: Tensor | None
 
     def __init__(
-        self, num_embeddings: int, row_format: RowFormat, num_codebooks: int = 0, dtype: torch.dtype | None = None
+        self,
+        num_embeddings: int,
+        row_format: RowFormat,
+        num_codebooks: int = 0,
+        dtype: torch.dtype | None = None,
+        *,
+        rotate_back: bool = True,
     ) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
@@ -55,7 +61,7 @@ class _PackedRows(nn.Module):
         if self.dtype not in (*DTYPE_NAMES, torch.float64):
             raise wrong_dtype(self.dtype)
         self.row_format = row_format
-        self._row_format_text = str(row_format)
+        self.rotate_back = rotate_back
         clusters = codebooks = None
         if row_format.is_clustered:
             number_bytes = cluster_dtype(num_codebooks).itemsize
@@ -74,7 +80,7 @@ class _PackedRows(nn.Module):
         Args:
             module: on the CPU, in any of PyTorch's float types that embpack.quantize takes.
             method: as embpack.quantize takes it.
-            **options: others that embpack.quantize takes: bits, param_dtype.
+            **options: others that embpack.quantize takes: bits, param_dtype, rotate.
 
         Raises:
             TypeError: the module is another one.
@@ -118,14 +124,26 @@ class _PackedRows(nn.Module):
         return self.row_format.embedding_dim
 
     @property
+    def rotate_back(self) -> bool:
+        """Whether lookups undo a rotation; False leaves values as they were packed (see embpack.rotation.matrix)."""
+        return self._rotate_back
+
+    @rotate_back.setter
+    def rotate_back(self, value: bool) -> None:
+        self._rotate_back = value
+        # What operators are told: without a rotation they undo none.
+        self._row_format_text = str(self.row_format if value else replace(self.row_format, rotation=None))
+
+    @property
     def table(self) -> PackedTable:
         """The rows as a PackedTable, which shares their memory."""
         name = str(self.dtype).removeprefix("torch.")
-        table = as_table(self.packed, self._row_format_text, self.clusters, self.codebooks)
+        table = as_table(self.packed, str(self.row_format), self.clusters, self.codebooks)
         return replace(table, dtype=name if name in ROW_DTYPES else "float32")
 
     def _float_weight(self) -> Tensor:
-        return torch.from_numpy(self.table.dequantize()).to(self.dtype)
+        table = self.table if self.rotate_back else self.table.as_packed
+        return torch.from_numpy(table.dequantize()).to(self.dtype)
 
     def _look_up(self, operator: Any, *lookup: Any, **options: Any) -> Tensor:
         """Call an operator with the table's tensors and what is looked up in it."""
@@ -141,7 +159,10 @@ class _PackedRows(nn.Module):
         row_format = self.row_format
         return (
             f"{self.num_embeddings}, {row_format.embedding_dim}, {row_format.layout}, {row_format.bits} bits, "
-            f"{row_format.param_dtype} parameters" + ("" if self.dtype == torch.float32 else f", {self.dtype}")
+            f"{row_format.param_dtype} parameters"
+            + (f", rotation={row_format.rotation!r}" if row_format.rotation else "")
+            + ("" if self.rotate_back else ", rotate_back=False")
+            + ("" if self.dtype == torch.float32 else f", {self.dtype}")
         )
 
 
@@ -154,6 +175,8 @@ class PackedEmbedding(_PackedRows):
         bits: of a code, 2, 4 or 8; for the trellis layout of a value, 2 to 7, float where it has a fraction.
         param_dtype: "float16" or "float32", of scale and bias or codebooks; "float32" for the trellis layout.
         layout: "uniform", "codebook", "clustered" or "trellis".
+        rotation: None or "hadamard", what the rows were multiplied by.
+        rotate_back: whether lookups undo that; an attribute, too.
         num_codebooks: for the clustered layout.
         padding_idx: kept for its meaning to others; its row is looked up like any, as nn.Embedding does.
         dtype: of the values that it returns; None is PyTorch's default one.
@@ -173,15 +196,20 @@ class PackedEmbedding(_PackedRows):
         bits: float = 4,
         param_dtype: str = "float16",
         layout: str = "uniform",
+        rotation: str | None = None,
+        rotate_back: bool = True,
         num_codebooks: int = 0,
         padding_idx: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_embeddings, RowFormat(embedding_dim, bits, param_dtype, layout), num_codebooks, dtype)
+        row_format = RowFormat(embedding_dim, bits, param_dtype, layout, rotation)
+        super().__init__(num_embeddings, row_format, num_codebooks, dtype, rotate_back=rotate_back)
         self.padding_idx = None if padding_idx is None else as_row(padding_idx, num_embeddings)
 
     @classmethod
-    def from_table(cls, table: PackedTable, *, padding_idx: int | None = None) -> "PackedEmbedding":
+    def from_table(
+        cls, table: PackedTable, *, padding_idx: int | None = None, rotate_back: bool = True
+    ) -> "PackedEmbedding":
         """Make a module of a table, sharing its memory; it returns values of table.dtype.
 
         The rows of a file (embpack.load) stay mapped; what is written to them, as by load_state_dict, is this
@@ -190,7 +218,7 @@ class PackedEmbedding(_PackedRows):
         Raises:
             TypeError: table is none.
         """
-        return cls._make(table, padding_idx=padding_idx)
+        return cls._make(table, padding_idx=padding_idx, rotate_back=rotate_back)
 
     def to_float(self) -> nn.Embedding:
         """Return nn.Embedding with the rows as values of dtype."""
@@ -233,6 +261,8 @@ class PackedEmbeddingBag(_PackedRows):
         bits: of a code, 2, 4 or 8; for the trellis layout of a value, 2 to 7, float where it has a fraction.
         param_dtype: "float16" or "float32", of scale and bias or codebooks; "float32" for the trellis layout.
         layout: "uniform", "codebook", "clustered" or "trellis".
+        rotation: None or "hadamard", what the rows were multiplied by.
+        rotate_back: whether lookups undo that; an attribute, too.
         num_codebooks: for the clustered layout.
         include_last_offset: whether offsets end with where the last bag ends.
         padding_idx: rows of this index are left out, of a mean's count too.
@@ -255,12 +285,15 @@ class PackedEmbeddingBag(_PackedRows):
         bits: float = 4,
         param_dtype: str = "float16",
         layout: str = "uniform",
+        rotation: str | None = None,
+        rotate_back: bool = True,
         num_codebooks: int = 0,
         include_last_offset: bool = False,
         padding_idx: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_embeddings, RowFormat(embedding_dim, bits, param_dtype, layout), num_codebooks, dtype)
+        row_format = RowFormat(embedding_dim, bits, param_dtype, layout, rotation)
+        super().__init__(num_embeddings, row_format, num_codebooks, dtype, rotate_back=rotate_back)
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
         self.mode = mode
@@ -271,7 +304,7 @@ class PackedEmbeddingBag(_PackedRows):
         if name == "padding_idx" and value is not None:
             value = as_row(value, self.num_embeddings)
         super().__setattr__(name, value)
-        if name in ("mode", "padding_idx"):
+        if name in ("mode", "padding_idx", "_row_format_text"):
             known = self.__dict__
             # A collection of many looks at one thing of each to see whether any has changed.
             self._use = (self._row_format_text, known.get("mode"), known.get("padding_idx"))
@@ -284,6 +317,7 @@ class PackedEmbeddingBag(_PackedRows):
         mode: str = "mean",
         include_last_offset: bool = False,
         padding_idx: int | None = None,
+        rotate_back: bool = True,
     ) -> "PackedEmbeddingBag":
         """Make a module of a table, sharing its memory; it returns values of table.dtype.
 
@@ -293,7 +327,13 @@ class PackedEmbeddingBag(_PackedRows):
         Raises:
             TypeError: table is none.
         """
-        return cls._make(table, mode=mode, include_last_offset=include_last_offset, padding_idx=padding_idx)
+        return cls._make(
+            table,
+            mode=mode,
+            include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
+            rotate_back=rotate_back,
+        )
 
     def to_float(self) -> nn.EmbeddingBag:
         """Return nn.EmbeddingBag with the rows as values of dtype."""
@@ -376,6 +416,7 @@ def _format(table: PackedTable) -> dict[str, Any]:
         "bits": row_format.bits,
         "param_dtype": row_format.param_dtype,
         "layout": row_format.layout,
+        "rotation": row_format.rotation,
         "num_codebooks": codebooks,
     }
 

@@ -3,8 +3,9 @@
 A table is its tensors: packed uint8 [num_embeddings, row_bytes] and, in the clustered layout, clusters uint8
 [num_embeddings, 1 or 2] (little-endian numbers) and codebooks uint8 [num_codebooks, bytes of a codebook], in the
 trellis layout codebooks alone, one; and what the bytes mean, str(embpack.layouts.RowFormat): "uniform:64:4:float16" are
-layout, embedding_dim, bits and param_dtype. They are one text, and what most tables lack comes last, because each
-argument takes PyTorch a sixth of a microsecond. All tensors are on the CPU.
+layout, embedding_dim, bits and param_dtype, and with ":hadamard" after them values are rotated back. They are one text,
+and what most tables lack comes last, because each argument takes PyTorch a sixth of a microsecond. All tensors are on
+the CPU.
 """
 
 from typing import Any

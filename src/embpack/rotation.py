@@ -1,0 +1,103 @@
+"""Rotation: rows times an orthogonal matrix, which makes their values alike before they are packed (docs/rotation.md).
+
+A row is split into blocks of 2^k columns, the largest first. Each value is multiplied by its column's sign, then each
+block by its orthonormal Hadamard matrix. The matrix depends on embedding_dim alone. embpack.reference is the
+specification.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack import _native
+from embpack.rows import widen
+
+
+def rotate(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Rotate rows.
+
+    Args:
+        values: float32 or float16 [..., embedding_dim], or bfloat16 as its bits in uint16.
+
+    Returns:
+        values @ matrix(embedding_dim), float32 [..., embedding_dim].
+
+    Raises:
+        ValueError: values have no columns.
+    """
+    return _transform(values, back=False)
+
+
+def rotate_back(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Undo rotate, up to rounding.
+
+    Args:
+        values: float32 or float16 [..., embedding_dim], or bfloat16 as its bits in uint16, such as lookups return with
+            rotate_back=False, or sums of them.
+
+    Returns:
+        values @ matrix(embedding_dim).T, float32 [..., embedding_dim].
+
+    Raises:
+        ValueError: values have no columns.
+    """
+    return _transform(values, back=True)
+
+
+def matrix(embedding_dim: int) -> NDArray[np.float32]:
+    """Make the matrix R that rows are multiplied by from the right: float32 [embedding_dim, embedding_dim].
+
+    Rows come back by R.T. Who looks rows up with rotate_back=False folds that into the next layer: where it multiplies
+    values by W [embedding_dim, n], rotated ones are multiplied by R.T @ W. A torch.nn.Linear keeps W.T: its weight
+    becomes weight @ R.
+
+    Raises:
+        ValueError: embedding_dim is not positive.
+    """
+    return rotate(np.eye(embedding_dim, dtype=np.float32))
+
+
+def rotate_chunks(chunks: Iterable[NDArray[Any]], rotation: str | None, name: str) -> Iterator[NDArray[Any]]:
+    """Yield the chunks of a table as they are to be packed: rotated, or as they are if rotation is None.
+
+    Args:
+        chunks: float32, float16 or (bfloat16 as) uint16 [n, embedding_dim].
+        rotation: a name in layouts.ROTATIONS, or None.
+        name: of the table, for messages.
+
+    Raises:
+        ValueError: a value is NaN or infinite, or becomes infinite.
+    """
+    if rotation is None:
+        yield from chunks
+        return
+    start = 0
+    for rows in chunks:
+        rotated = rotate(rows)
+        wrong = np.flatnonzero(~np.isfinite(rotated).all(axis=1))
+        if len(wrong):
+            raise _explain(widen(rows[wrong[0]]), f"{name}[{start + wrong[0]}")
+        yield rotated
+        start += len(rows)
+
+
+def _explain(row: NDArray[np.float32], where: str) -> ValueError:
+    columns = np.flatnonzero(~np.isfinite(row))
+    if len(columns):
+        return ValueError(
+            f"{where}, {columns[0]}] is {row[columns[0]]}; NaN and infinity cannot be packed, replace them first"
+        )
+    return ValueError(
+        f"{where}] has values from {row.min():.6g} to {row.max():.6g}, which become infinite when they are rotated; "
+        "rescale the table, or leave rotate out"
+    )
+
+
+def _transform(values: NDArray[Any], *, back: bool) -> NDArray[np.float32]:
+    out = np.array(widen(np.asarray(values)), order="C")
+    if not out.ndim or not out.shape[-1]:
+        raise ValueError(f"values have shape {list(out.shape)}; they need columns")
+    _native.rotate(out.reshape(-1, out.shape[-1]), back=back)
+    return out
