@@ -97,7 +97,7 @@ class RowFormat:
     """
 
     embedding_dim: int
-    bits: float = 4
+    bits: Any = 4  # int, or float for shared values
     param_dtype: str = "float16"
     layout: str = "uniform"
     rotation: str | None = None
@@ -110,7 +110,7 @@ class RowFormat:
         if self.has_shared_values:
             self._check_shared_values()
         else:
-            object.__setattr__(self, "bits", index(self.bits))  # type: ignore[arg-type]
+            object.__setattr__(self, "bits", index(self.bits))
             if self.bits not in BITS:
                 raise ValueError(f"bits is {self.bits}; choose 2, 4 or 8")
         if self.param_dtype not in PARAM_BYTES:

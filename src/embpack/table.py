@@ -133,7 +133,7 @@ class PackedTable:
         return self.num_embeddings, self.embedding_dim
 
     @property
-    def bits(self) -> float:
+    def bits(self) -> Any:
         """Bits of a code; for the trellis layout those of a value, which may have a fraction."""
         return self.row_format.bits
 
