@@ -357,7 +357,8 @@ def test_compare_prints_tables_total_and_commands(embpack_command, tmp_path, mod
     assert "item_emb.weight: 40 rows of 16 float16 values, all measured" in out
     assert "All 2 tables" in out
     for method in METHODS:
-        assert len(re.findall(rf"^\*? +{method} +float16 +\w+ +4 +\d\.\d{{5}} ", out, re.MULTILINE)) == 3
+        param_dtype = "float32" if method == "trellis" else "float16"
+        assert len(re.findall(rf"^\*? +{method} +{param_dtype} +\w+ +4 +\d\.\d{{5}} ", out, re.MULTILINE)) == 3
     assert re.search(r"^ *embpack quantize .*model-4bit\.safetensors --method ", out, re.MULTILINE)
     assert out.count("(recommended)") == 1
     assert names_in(tmp_path) == {model.name}

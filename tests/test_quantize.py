@@ -162,17 +162,17 @@ def test_an_unknown_method_is_refused():
 
 
 def test_an_unknown_layout_is_refused():
-    with pytest.raises(ValueError, match=r"^layout is 'spiral'; choose one of uniform, codebook, clustered$"):
+    with pytest.raises(ValueError, match=r"^layout is 'spiral'; choose one of uniform, codebook, clustered, trellis$"):
         RowFormat(4, layout="spiral")
 
 
-def test_defaults_are_greedy_at_4_bits_with_float16_parameters(rng):
+def test_defaults_are_optimal_at_4_bits_with_float16_parameters(rng):
     rows = rng.standard_normal((9, 10), np.float32)
     table = embpack.quantize(rows)
-    assert table.method == "greedy:b=200,r=0.16"
+    assert table.method == "optimal:effort=normal"
     assert table.row_format == RowFormat(10, 4, "float16")
     assert table.dtype == "float32"
-    np.testing.assert_array_equal(table.packed, embpack.quantize(rows, "greedy", 4, "float16").packed)
+    np.testing.assert_array_equal(table.packed, embpack.quantize(rows, "optimal", 4, "float16").packed)
 
 
 @pytest.mark.parametrize(("bits", "param_dtype"), [(2, "float16"), (4, "float16"), (8, "float32")])

@@ -30,7 +30,6 @@ from embpack.files import (
 from embpack.layouts import RowFormat, cluster_dtype
 from embpack.methods import DEFAULT_METHOD, Method, parse_method
 from embpack.quantize import RowPacker, chunk_rows, fit_method, fit_shared, list_shared
-from embpack.reference import store_levels
 from embpack.rotation import rotate_chunks
 from embpack.rows import ROW_DTYPES, narrow
 from embpack.rules import Decision, Rules, plan

@@ -157,7 +157,7 @@ class RowFormat:
     def code_bytes(self) -> int:
         """Bytes of a row's codes; the last one is padded with zeros. With shared values, of all of a row."""
         if self.has_shared_values:
-            return math.ceil(self.embedding_dim * self.bits / 8 - 1e-6) + _UNIFORM_PARAM_BYTES
+            return math.ceil(self.embedding_dim * float(self.bits) / 8 - 1e-6) + _UNIFORM_PARAM_BYTES
         return (self.embedding_dim * int(self.bits) + 7) // 8
 
     @property

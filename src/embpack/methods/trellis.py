@@ -63,9 +63,7 @@ class Trellis(Method):
         return fit(np.concatenate(sample), row_format.trellis, scales, mean, _encode)
 
 
-def _encode(
-    rows: NDArray[np.float32], trellis: TrellisFormat, parameters: TrellisParameters
-) -> NDArray[np.uint8]:
+def _encode(rows: NDArray[np.float32], trellis: TrellisFormat, parameters: TrellisParameters) -> NDArray[np.uint8]:
     packed = np.empty((len(rows), trellis.row_bytes), np.uint8)
     own = (parameters.narrow, parameters.wide, parameters.scales, parameters.mean)
     _native.encode_trellis(np.ascontiguousarray(rows), *own, _native.block_rows, packed)
