@@ -120,7 +120,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "TorchRec's own": quantize_by_torchrec,
     "embpack, asym": partial(embpack.torchrec.quantize, method="asym"),
     "embpack, greedy": partial(embpack.torchrec.quantize, method="greedy"),
-    "embpack's own module": PackedEmbeddingBagCollection.from_float,
+    "embpack's own module": partial(PackedEmbeddingBagCollection.from_float, method="greedy"),
 }
 
 

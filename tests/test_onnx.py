@@ -8,7 +8,7 @@ from hard_rows import hard_rows
 import embpack
 from embpack import reference
 from embpack.errors import MissingExtraError
-from embpack.layouts import LAYOUTS, PARAM_BYTES, RowFormat
+from embpack.layouts import PARAM_BYTES, RowFormat
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -25,7 +25,7 @@ MODEL_BYTES = 7500
 
 every_format = pytest.mark.parametrize(
     ("layout", "bits", "param_dtype"),
-    [(layout, bits, dtype) for layout in LAYOUTS for bits in (2, 4, 8) for dtype in PARAM_BYTES],
+    [(layout, bits, dtype) for layout in METHODS for bits in (2, 4, 8) for dtype in PARAM_BYTES],
 )
 
 
@@ -137,7 +137,7 @@ def test_indices_of_any_number_of_dimensions(tmp_path, indices_ndim):
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3), (2, 0, 3)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", METHODS)
 def test_no_indices(tmp_path, layout, shape):
     table = hard_table(layout, 4, "float16", 5)
     export(table, tmp_path / "table.onnx", indices_ndim=len(shape))

@@ -7,7 +7,7 @@ from hard_rows import hard_rows
 
 import embpack
 from embpack.errors import MissingExtraError
-from embpack.layouts import LAYOUTS, PARAM_BYTES
+from embpack.layouts import PARAM_BYTES
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -21,7 +21,7 @@ from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBa
 
 METHODS = {"uniform": "greedy", "codebook": "kmeans-lloyd", "clustered": "kmeans-cls:K=4"}
 MODES = ("sum", "mean", "max")
-FORMATS = [(layout, bits, dtype) for layout in LAYOUTS for bits in (2, 4, 8) for dtype in PARAM_BYTES]
+FORMATS = [(layout, bits, dtype) for layout in METHODS for bits in (2, 4, 8) for dtype in PARAM_BYTES]
 PADDING = 3
 ROWS, DIM = 40, 13
 
@@ -367,7 +367,7 @@ class Twice(nn.Module):
         return self.one(users), self.one(friends), self.other(users)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", METHODS)
 def test_one_table_of_several_lookups_is_there_once(tmp_path, rng, layout):
     model = Twice(layout)
     args = torch.from_numpy(rng.integers(0, 3000, (2, 4, 5)))

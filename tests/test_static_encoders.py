@@ -173,7 +173,7 @@ def test_the_float_models_find_most_partners(folder):
 
 def test_vectors_are_means_of_the_packed_rows(folders):
     """To float32 rounding: of values of at most one, of which sentences have at most some twenty."""
-    model, table = pack(folders["sentence-transformers"], "greedy", 4)
+    model, table = pack(folders["sentence-transformers"], "optimal", 4)
     assert isinstance(model[0].embedding, PackedEmbeddingBag)
     expected = encode(make_sentence_transformer(table.dequantize()))
     np.testing.assert_allclose(encode(model), expected, rtol=0, atol=20 * 2**-24)
@@ -202,7 +202,7 @@ def test_the_command_line_finds_the_table(folders, files, name, tensor, dim):
     assert {name: tensor[:2] for name, tensor in raw.tensors.items()} == {tensor: ("U8", (ROWS, dim // 2 + 4))}
     size = (files[name] / "model.safetensors").stat().st_size
     assert size == LENGTH_BYTES + raw.header_bytes + ROWS * (dim // 2 + 4)
-    _, table = pack(folders[name], "greedy", 4)
+    _, table = pack(folders[name], "optimal", 4)
     assert raw.tensors[tensor].payload == table.packed.tobytes()
 
 
@@ -214,13 +214,13 @@ def open_static(folder: Path, dim: int = DIM) -> StaticEmbedding:
 
 
 def test_a_packed_file_opens_on_the_meta_device(folders, files):
-    packed, _ = pack(folders["sentence-transformers"], "greedy", 4)
+    packed, _ = pack(folders["sentence-transformers"], "optimal", 4)
     model = SentenceTransformer(modules=[open_static(files["sentence-transformers"])], device="cpu")
     assert encode(model).tobytes() == encode(packed).tobytes()
 
 
 def test_other_modules_go_on_after_it(folders, files):
-    packed, _ = pack(folders["sentence-transformers"], "greedy", 4)
+    packed, _ = pack(folders["sentence-transformers"], "optimal", 4)
     static = open_static(files["sentence-transformers"])
     model = SentenceTransformer(modules=[static, Normalize()], device="cpu")
     np.testing.assert_allclose(encode(model), unit(encode(packed)), rtol=0, atol=2**-22)
@@ -291,7 +291,7 @@ def test_model2vec_encodes_the_packed_rows(kind):
 
 
 def test_model2vec_encodes_one_sentence_and_none(folders):
-    model, _ = pack(folders["model2vec"], "greedy", 4)
+    model, _ = pack(folders["model2vec"], "optimal", 4)
     assert np.array_equal(model.encode(SENTENCES[0]), encode(model)[0])
     assert np.array_equal(model.encode([""]), np.zeros((1, COMPONENTS)))
 
@@ -303,7 +303,7 @@ def open_model2vec(folder: Path) -> StaticModel:
 
 
 def test_a_packed_file_opens_in_model2vec(folders, files):
-    packed, _ = pack(folders["model2vec"], "greedy", 4)
+    packed, _ = pack(folders["model2vec"], "optimal", 4)
     model = open_model2vec(files["model2vec"])
     assert model.normalize
     assert encode(model).tobytes() == encode(packed).tobytes()
@@ -325,7 +325,7 @@ def test_a_quantized_vocabulary_is_kept_in_the_file(tmp_path):
 
 
 def test_saving_a_packed_model2vec_model_writes_floats(folders, tmp_path):
-    model, table = pack(folders["model2vec"], "greedy", 4)
+    model, table = pack(folders["model2vec"], "optimal", 4)
     model.save_pretrained(tmp_path)
     assert np.array_equal(load_file(tmp_path / "model.safetensors")["embeddings"], table.dequantize())
 
@@ -338,7 +338,7 @@ def test_int8_is_refused(folders):
 
 def test_model2vec_in_sentence_transformers(folders):
     """Both packages make the same of the same bytes, but for the order of adding."""
-    packed, table = pack(folders["model2vec"], "greedy", 4)
+    packed, table = pack(folders["model2vec"], "optimal", 4)
     static = StaticEmbedding.from_model2vec(str(folders["model2vec"]))
     quantize_(static)
     assert static.embedding.table.packed.tobytes() == table.packed.tobytes()
@@ -412,7 +412,7 @@ def test_the_last_block_writes_what_the_one_before_opens(folders, tmp_path, monk
     names = {"StaticEmbedding": StaticEmbedding, "quantize_": quantize_}
     exec(compile(python[2], "static_encoders.md", "exec"), names)
     exec(compile(python[1], "static_encoders.md", "exec"), names)
-    packed, _ = pack(folders["sentence-transformers"], "greedy", 4)
+    packed, _ = pack(folders["sentence-transformers"], "optimal", 4)
     assert encode(names["model"]).tobytes() == encode(packed).tobytes()
 
 
