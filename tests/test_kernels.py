@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +30,8 @@ ROW_COUNTS = [1, 15, 16, 17, 31, 32, 33, 64, 65]
 UNIT_ROUNDOFF = 2.0**-24
 # Methods that choose for each row by itself. A thousand steps take the reference minutes; the kernel is GREEDY's.
 ROW_METHODS = [name for name, method in embpack.METHODS.items() if hasattr(method, "kernel")]
+# Of these, rows may have one value, 8 bits, and float16 parameters.
+NOT_TRELLIS = [name for name in embpack.METHODS if name != "trellis"]
 SPECS = ["greedy-opt:b=100" if name == "greedy-opt" else name for name in ROW_METHODS]
 
 
@@ -212,10 +215,21 @@ def results_by_isa(compute) -> dict[str, object]:
 @pytest.mark.parametrize("param_dtype", PARAM_DTYPES)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("embedding_dim", [1, 7, 16, 33, 129, 300, 1030])
-@pytest.mark.parametrize("method", embpack.METHODS)
+@pytest.mark.parametrize("method", NOT_TRELLIS)
 def test_all_isas_agree_to_the_bit(method, embedding_dim, bits, param_dtype):
     skip_minutes_of_kmeans(method, embedding_dim, bits)
-    rows = np.concatenate([hard_table(embedding_dim, bits, param_dtype)] * 2)
+    check_that_isas_agree(hard_table(embedding_dim, bits, param_dtype), method, bits, param_dtype)
+
+
+@pytest.mark.parametrize("bits", [2, 3.5, 4, 7])
+@pytest.mark.parametrize("embedding_dim", [4, 7, 16, 33, 129, 300, 1030])
+def test_all_isas_agree_about_trellis_coded_rows(rng, embedding_dim, bits):
+    check_that_isas_agree(rng.laplace(size=(70, embedding_dim)).astype(np.float32), "trellis", bits, "float32")
+
+
+def check_that_isas_agree(table: np.ndarray, method: str, bits: float, param_dtype: str) -> None:
+    """To the bit, in packing, in looking up and in pooling."""
+    rows = np.concatenate([table] * 2)
     indices, offsets = np.arange(len(rows) - 1, -1, -1), [0, 1, 1, 7, 40]
     weights = np.random.default_rng(0).standard_normal(len(rows), np.float32)
 
@@ -323,8 +337,10 @@ def test_every_float16_rounding_is_that_of_numpy(isa):
     np.testing.assert_array_equal(table.packed[:, 3:].copy().view(np.float16)[:, 0], values.astype(np.float16))
 
 
-@pytest.mark.parametrize("embedding_dim", [1, 15, 16, 17, 33, 64])
-@pytest.mark.parametrize("method", embpack.METHODS)
+@pytest.mark.parametrize(
+    ("method", "embedding_dim"),
+    [*product(NOT_TRELLIS, [1, 15, 16, 17, 33, 64]), *product(["trellis"], [4, 15, 16, 17, 33, 64])],
+)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "torch.float16", "torch.bfloat16"])
 def test_half_precision_packs_as_its_float32_values(isa, rng, dtype, method, embedding_dim):
     rows = rng.standard_normal((67, embedding_dim), np.float32)
