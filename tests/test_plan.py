@@ -169,6 +169,8 @@ def test_files_are_packed_by_a_plan(tmp_path, tables, embpack_command):
     }
     code, out, err = embpack_command("quantize", src, tmp_path / "no.safetensors", "--max-bytes", "1 MB")
     assert code == 2 and "goes with --auto" in err
+    code, out, err = embpack_command("quantize", src, tmp_path / "no.safetensors", "--auto", "--rotate", "hadamard")
+    assert code == 2 and "does not go with --auto" in err
     counts.write_text("[1]")
     code, out, err = embpack_command("quantize", src, tmp_path / "no.safetensors", *arguments)
     assert code == 1 and "must be an object of counts by table" in err

@@ -146,6 +146,8 @@ def quantize(
     """
     if dst is None and not dry_run:
         raise typer.BadParameter("give a destination, or --dry-run", param_hint="DST")
+    if auto and rotate is not None:
+        raise typer.BadParameter("does not go with --auto, which measures rows as they are", param_hint="--rotate")
     if threads is not None:
         set_num_threads(threads)
     globs = tuple(include or ()), tuple(exclude or ())
