@@ -29,13 +29,14 @@ from hypothesis import strategies as st
 import embpack
 from embpack import reference
 from embpack.compare import QUANTILES, Comparison, Skipped, Variant, find_front, make_variants, name_variant
-from embpack.compare_file import FileComparison, TableComparison, compare_table, spread_rows, sum_tables
+from embpack.compare_file import FileComparison, TableComparison, compare_table, sum_tables
 from embpack.convert import plan_file
 from embpack.layouts import BITS, PARAM_BYTES
 from embpack.methods import METHODS, Greedy
 from embpack.report import make_page
 from embpack.report.labels import Box, place_beside, place_column, spread
 from embpack.report.svg import Scale
+from embpack.rows import spread_rows
 from embpack.rules import Rules
 from embpack.sources import open_checkpoint
 

@@ -50,16 +50,20 @@ def test_every_width_gathers_and_pools(isa, rng, embedding_dim, layout, bits):
     for param_dtype in ("float16", "float32"):
         table = make_table(rng, embedding_dim, layout, bits, param_dtype)
         rows = table.dequantize()
-        indices = rng.integers(0, len(table), 600)
-        np.testing.assert_array_equal(table[indices], rows[indices])
-        offsets = np.array([0, 0, 1, 20, 330, 600, 600])  # empty, single, short, longer than a window, last empty
-        for mode in ("sum", "mean", "max"):
-            wanted = pool_in_order(rows, indices, offsets, mode=mode)
-            np.testing.assert_array_equal(table.embedding_bag(indices, offsets, mode), wanted)
-            small = table.embedding_bag(indices.astype(np.int32), offsets.astype(np.int32), mode)
-            np.testing.assert_array_equal(small, wanted)
-            padded = table.embedding_bag(indices, offsets, mode, padding_idx=int(indices[0]))
-            np.testing.assert_array_equal(padded, pool_in_order(rows, indices, offsets, padding=indices[0], mode=mode))
+        check_lookups(table, rows, rng.integers(0, len(table), 600))
+
+
+def check_lookups(table, rows, indices):
+    """Gathered and pooled rows are these, whatever the type of indices; 600 of them."""
+    np.testing.assert_array_equal(table[indices], rows[indices])
+    offsets = np.array([0, 0, 1, 20, 330, 600, 600])  # empty, single, short, longer than a window, last empty
+    for mode in ("sum", "mean", "max"):
+        wanted = pool_in_order(rows, indices, offsets, mode=mode)
+        np.testing.assert_array_equal(table.embedding_bag(indices, offsets, mode), wanted)
+        small = table.embedding_bag(indices.astype(np.int32), offsets.astype(np.int32), mode)
+        np.testing.assert_array_equal(small, wanted)
+        padded = table.embedding_bag(indices, offsets, mode, padding_idx=int(indices[0]))
+        np.testing.assert_array_equal(padded, pool_in_order(rows, indices, offsets, padding=indices[0], mode=mode))
 
 
 @pytest.mark.parametrize("layout", METHODS)

@@ -10,7 +10,7 @@ import pytest
 import embpack
 from embpack import trellis
 from embpack.layouts import RowFormat
-from tests.test_lookup import as_bfloat16, make_table, pool_in_order
+from tests.test_lookup import as_bfloat16, check_lookups, make_table, pool_in_order
 
 DIMS = (4, 5, 16, 17, 31, 33, 64, 100, 130, 384)
 BITS = (2, 2.5, 3, 3.5, 4, 5, 6, 7)
@@ -53,16 +53,7 @@ def test_lookups_are_the_references(isa, rng, embedding_dim, bits):
     table = make_random(rng, embedding_dim, bits)
     rows = decode(table)
     np.testing.assert_array_equal(table.dequantize(), rows)
-    indices = rng.integers(0, len(table), 600)
-    np.testing.assert_array_equal(table[indices], rows[indices])
-    offsets = np.array([0, 0, 1, 20, 330, 600, 600])
-    for mode in ("sum", "mean", "max"):
-        wanted = pool_in_order(rows, indices, offsets, mode=mode)
-        np.testing.assert_array_equal(table.embedding_bag(indices, offsets, mode), wanted)
-        small = table.embedding_bag(indices.astype(np.int32), offsets.astype(np.int32), mode)
-        np.testing.assert_array_equal(small, wanted)
-        padded = table.embedding_bag(indices, offsets, mode, padding_idx=int(indices[0]))
-        np.testing.assert_array_equal(padded, pool_in_order(rows, indices, offsets, padding=indices[0], mode=mode))
+    check_lookups(table, rows, rng.integers(0, len(table), 600))
 
 
 @pytest.mark.parametrize("embedding_dim", [1000, 4096])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from embpack.compare import Comparison, Skipped, Variant, compare_rows, find_front
 from embpack.layouts import RowFormat
 from embpack.quantize import chunk_rows
-from embpack.rows import widen
+from embpack.rows import spread_rows, widen
 from embpack.rules import Decision
 from embpack.sources import SourceTensor
 from embpack.sources.dtypes import ARRAY_DTYPES
@@ -151,11 +151,6 @@ def compare_table(
         results=tuple(results),
         skipped=tuple(skipped),
     )
-
-
-def spread_rows(num_embeddings: int, count: int) -> NDArray[np.int64]:
-    """Choose rows evenly: the middle one of each of `count` equal parts, int64 [count]."""
-    return (2 * np.arange(count, dtype=np.int64) + 1) * num_embeddings // (2 * count)
 
 
 def _read_rows(tensor: SourceTensor, numbers: NDArray[np.int64]) -> NDArray[Any]:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 BITS = (2, 4, 8)
 PARAM_BYTES = {"float16": 2, "float32": 4}
-# Of a layout with shared values: values a row, and bits a value, which may have a fraction.
+# Of a layout with shared values: values a row, and bits a value, which may have a fraction. With fewer bits there is no
+# index, with more, levels are no longer quick to look up.
 LEAST_SHARED_DIM, MOST_SHARED_DIM = 4, 4096
 LEAST_SHARED_BITS, MOST_SHARED_BITS = 2, 7
 # What scale and bias, as float16, take of a uniform row: of the bytes of so many bits, all are for the codes.

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.compare import Comparison, Variant, compare_rows, find_front
-from embpack.compare_file import compare_table, spread_rows
+from embpack.compare_file import compare_table
 from embpack.convert import check_max_loss
 from embpack.layouts import RowFormat
 from embpack.methods import DEFAULT_METHOD
-from embpack.rows import as_rows, widen
+from embpack.rows import as_rows, spread_rows, widen
 from embpack.rules import Rules
 from embpack.rules import plan as decide_on_tensors
 from embpack.sources import open_checkpoint

@@ -72,3 +72,8 @@ def narrow(rows: NDArray[np.float32], dtype: str) -> NDArray[Any]:
         return np.clip(rows, -largest, largest).astype(np.float16)
     bits = np.clip(rows, -_LARGEST_BF16, _LARGEST_BF16).view(np.uint32)
     return ((bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)).astype(np.uint16)
+
+
+def spread_rows(num_embeddings: int, count: int) -> NDArray[np.int64]:
+    """Choose rows evenly: the middle one of each of `count` equal parts, int64 [count]."""
+    return (2 * np.arange(count, dtype=np.int64) + 1) * num_embeddings // (2 * count)

@@ -17,12 +17,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from embpack.layouts import LEAST_SHARED_BITS, MOST_SHARED_BITS, NUM_SCALES
 from embpack.reference import F32, fma
 
 NUM_STATES = 8
-# Bits of a value's code: with fewer there is no index, with more, levels are no longer quick to look up.
-LEAST_BITS, MOST_BITS = 2, 7
-NUM_SCALES = 256
 # Scales to start from, by the row's largest value: the codebook reaches from -1 to 1.
 FACTORS = np.arange(0.7, 1.075, 0.05, dtype=np.float64).astype(F32)
 # How often the best scale for the levels that were found is searched with.
@@ -52,8 +50,8 @@ class TrellisFormat:
     row_bytes: int
 
     def __post_init__(self) -> None:
-        if self.code_bits < LEAST_BITS * self.embedding_dim:
-            least = -(-LEAST_BITS * self.embedding_dim // 8) + 1
+        if self.code_bits < LEAST_SHARED_BITS * self.embedding_dim:
+            least = -(-LEAST_SHARED_BITS * self.embedding_dim // 8) + 1
             raise ValueError(
                 f"a trellis-coded row of {self.embedding_dim} values takes at least {least} bytes, not {self.row_bytes}"
             )
@@ -66,12 +64,12 @@ class TrellisFormat:
     @property
     def narrow_bits(self) -> int:
         """Bits of the shorter codes."""
-        return min(self.code_bits // self.embedding_dim, MOST_BITS)
+        return min(self.code_bits // self.embedding_dim, MOST_SHARED_BITS)
 
     @property
     def num_wide(self) -> int:
         """How many values have a code of one bit more."""
-        has_wide = self.narrow_bits < MOST_BITS
+        has_wide = self.narrow_bits < MOST_SHARED_BITS
         return self.code_bits - self.narrow_bits * self.embedding_dim if has_wide else 0
 
     @cached_property

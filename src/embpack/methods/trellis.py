@@ -11,7 +11,7 @@ from embpack import _native
 from embpack.layouts import RowFormat
 from embpack.methods.base import Method
 from embpack.reference import F32
-from embpack.rows import widen
+from embpack.rows import spread_rows, widen
 from embpack.trellis import SAMPLE_ROWS, TrellisFormat, TrellisParameters, fit, make_scales
 
 # Squared errors of larger values would overflow, of smaller ones vanish.
@@ -46,8 +46,7 @@ class Trellis(Method):
         for rows in chunks():
             total += widen(rows).sum(axis=0, dtype=np.float64)
         mean = (total / num_embeddings).astype(F32)
-        count = min(num_embeddings, SAMPLE_ROWS)
-        numbers = (2 * np.arange(count, dtype=np.int64) + 1) * num_embeddings // (2 * count)
+        numbers = spread_rows(num_embeddings, min(num_embeddings, SAMPLE_ROWS))
         sample, smallest, largest, seen = [], np.inf, 0.0, 0
         for rows in chunks():
             values = widen(rows)
