@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from embpack import _native, trellis
+from embpack.layouts import LEAST_SHARED_BITS, MOST_SHARED_BITS
 from embpack.trellis import TrellisFormat, TrellisParameters
 
 F32 = np.float32
@@ -16,7 +17,7 @@ def encode(rows, packed_shape, parameters, span_rows=64):
 
 
 def row_sizes(d):
-    least, most = -(-trellis.LEAST_BITS * d // 8) + 1, -(-trellis.MOST_BITS * d // 8) + 1
+    least, most = -(-LEAST_SHARED_BITS * d // 8) + 1, -(-MOST_SHARED_BITS * d // 8) + 1
     return sorted({least, d // 2 + 4, (least + d // 2 + 4) // 2, (d // 2 + 4 + most) // 2, most, most + 3} - {0, 1})
 
 
