@@ -48,6 +48,12 @@ def quantize_normal(rows: int, embedding_dim: int, method: str) -> PackedTable:
     return embpack.quantize(weight, method)
 
 
+def repeat_rows(table: PackedTable, rows: int) -> PackedTable:
+    """Make a larger table of the rows of one that is quicker to make, again and again."""
+    packed = np.resize(table.packed, (rows, table.row_bytes))
+    return PackedTable(packed, table.row_format, codebooks=table.codebooks)
+
+
 def split_rows(table: PackedTable) -> tuple[Bytes, Bytes]:
     """Return the code bytes and the float16 scale and bias of 4-bit rows, each C-contiguous."""
     return table.packed[:, :-PARAM_BYTES].copy(), table.packed[:, -PARAM_BYTES:].copy()

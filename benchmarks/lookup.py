@@ -29,7 +29,9 @@ cases:
                 touch.cpp, which only reads a byte of each cache line; a call takes a batch at random of so many
                 that together they touch the whole table's worth of lines
   threads       two threads against one, and against two callers: what the machine gives at most
-  layouts       rows with codebooks, and rows that share them, against uniform rows
+  layouts       rows with codebooks, rows that share them, and trellis-coded ones against uniform rows
+  layouts-out-of-cache
+                trellis-coded rows against uniform ones of as many bytes, as in out-of-cache
   many-tables   100 tables x 1,000 bags in one call of TableGroup, against FBGEMM's table-batched embeddings
   single-bag    one bag of 20 rows: what a call from Python costs
   modules       embpack.torch's modules against nn.EmbeddingBag, PyTorch's quantized module and, 100 tables of a

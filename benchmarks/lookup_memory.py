@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bags import Bags, Expected, make_bags, make_table
+from benchmarks.bags import Bags, Expected, make_bags, make_table, quantize_normal, repeat_rows
 from benchmarks.harness import Contestant, Workload
 from benchmarks.lookup_setup import (
     BAG_SIZES,
@@ -14,6 +14,7 @@ from benchmarks.lookup_setup import (
     bind_table,
     describe_race,
     find_wrong_by,
+    find_wrong_of_two,
     make_contestant,
     readying,
     readying_us,
@@ -23,18 +24,13 @@ from benchmarks.touch import LINE_BYTES, compile_touch, sum_touched
 from embpack import PackedTable
 from embpack.layouts import RowFormat
 
-MEMORY_GOAL, BARE_LOOP_GOAL = 1.1, 0.9
+MEMORY_GOAL, BARE_LOOP_GOAL, MEMORY_LAYOUT_GOAL = 1.1, 0.9, 0.85
 
 
 def race_out_of_cache(setup: Setup) -> Iterator[Workload[Any]]:
     """A table that no cache holds; each call takes one of many batches, so that none is still there from last time."""
-    sizes = setup.sizes
-    row_bytes = RowFormat(OTHER_DIM).row_bytes
-    table = make_table(max(sizes.table_bytes // row_bytes, 1), OTHER_DIM)
-    batches = [
-        make_bags(len(table), min(BAG_SIZES), sizes.indices, seed=1 + batch)
-        for batch in range(max(1, table.nbytes // (sizes.indices * LINE_BYTES)))
-    ]
+    table = make_table(_count_rows(setup), OTHER_DIM)
+    batches = _make_batches(setup, table)
     others = [
         make_contestant(
             peer.name, _in_turns(peer.name, peer.load([table]), batches), batches[0], readying(peer), MEMORY_GOAL
@@ -46,10 +42,7 @@ def race_out_of_cache(setup: Setup) -> Iterator[Workload[Any]]:
     ours = make_contestant(
         "embpack", _in_turns("embpack", bind_table(table), batches), batches[0], readying_us(setup.isa), None
     )
-    settings = describe_race("out-of-cache", setup, table, batches[0]) | {
-        "batches": len(batches),
-        "last_level_cache_bytes": read_last_level_cache(),
-    }
+    settings = describe_race("out-of-cache", setup, table, batches[0]) | _describe_batches(batches)
     find_wrong, touched = find_wrong_by(Expected([table], batches[0])), sum_touched(table, batches[0].indices)
 
     def find_wrong_or_untouched(ours: Any, theirs: Any) -> str | None:
@@ -58,6 +51,37 @@ def race_out_of_cache(setup: Setup) -> Iterator[Workload[Any]]:
         return find_wrong(ours, theirs)
 
     yield Workload(settings, ours, others, find_wrong_or_untouched)
+
+
+def race_layouts_out_of_cache(setup: Setup) -> Iterator[Workload[Any]]:
+    """Trellis-coded rows against uniform ones of as many bytes, from memory."""
+    few, many = setup.sizes.rows, _count_rows(setup)
+    uniform, table = (repeat_rows(quantize_normal(few, OTHER_DIM, method), many) for method in ("asym", "trellis"))
+    batches = _make_batches(setup, table)
+    ours, other = (
+        make_contestant(name, _in_turns(name, bind_table(each), batches), batches[0], readying_us(setup.isa), goal)
+        for name, each, goal in (("embpack, trellis", table, None), ("embpack, uniform", uniform, MEMORY_LAYOUT_GOAL))
+    )
+    settings = describe_race("layouts-out-of-cache", setup, table, batches[0]) | _describe_batches(batches)
+    yield Workload(
+        settings, ours, [other], find_wrong_of_two(*(Expected([each], batches[0]) for each in (table, uniform)))
+    )
+
+
+def _count_rows(setup: Setup) -> int:
+    return max(setup.sizes.table_bytes // RowFormat(OTHER_DIM).row_bytes, 1)
+
+
+def _make_batches(setup: Setup, table: PackedTable) -> list[Bags]:
+    sizes = setup.sizes
+    return [
+        make_bags(len(table), min(BAG_SIZES), sizes.indices, seed=1 + batch)
+        for batch in range(max(1, table.nbytes // (sizes.indices * LINE_BYTES)))
+    ]
+
+
+def _describe_batches(batches: Sequence[Bags]) -> dict[str, Any]:
+    return {"batches": len(batches), "last_level_cache_bytes": read_last_level_cache()}
 
 
 def _in_turns(name: str, bind: Callable[[Bags], Lookup], batches: Sequence[Bags]) -> Lookup:

@@ -105,6 +105,11 @@ def find_wrong_by(expected: Expected) -> Callable[[Any, Any], str | None]:
     return find_wrong
 
 
+def find_wrong_of_two(ours: Expected, theirs: Expected) -> Callable[[Any, Any], str | None]:
+    """Each answer must be what its own rows sum to."""
+    return lambda our, their: ours.find_wrong(np.asarray(our)) or theirs.find_wrong(np.asarray(their))
+
+
 def describe_race(case: str, setup: Setup, table: PackedTable, bags: Bags) -> dict[str, Any]:
     """Describe a race for a report; bag_size is the mean."""
     return {

@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "bindings.h"
-#include "trellis_columns.h"
+#include "trellis_rows.h"
 
 namespace embpack {
 

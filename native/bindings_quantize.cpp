@@ -132,8 +132,8 @@ QuantizeAnswer encode_trellis(const RowsArray& rows, const Floats& narrow, const
     require(scales.shape(0) == trellis_scales, "there must be 256 scales");
     require(mean.shape(0) == view.embedding_dim, "mean must have one value for each column");
     const TrellisFormat format(view.embedding_dim, packed.shape(1));
-    require(narrow.shape(0) == format.num_narrow_levels(), "narrow has the wrong number of levels");
-    require(wide.shape(0) == format.num_wide_levels(), "wide has the wrong number of levels");
+    require(narrow.shape(0) == format.shape.num_narrow_levels(), "narrow has the wrong number of levels");
+    require(wide.shape(0) == format.shape.num_wide_levels(), "wide has the wrong number of levels");
     const TrellisTable table = make_trellis_table(format, narrow.data(), wide.data(), scales.data(), mean.data());
     uint8_t* out = packed.data();
     nb::gil_scoped_release release;

@@ -10,7 +10,7 @@
 #include <string_view>
 
 #include "bindings.h"
-#include "trellis_columns.h"
+#include "trellis_rows.h"
 
 namespace embpack {
 namespace {

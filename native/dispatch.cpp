@@ -29,7 +29,8 @@ const Isa isas[] = {
     {&avx512::kernels,
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("bmi2");
      }},
     {&avx2::kernels,
      [] {

@@ -88,7 +88,7 @@ struct Codebooks {
 };
 
 // What follows a row's codes: scale and bias, the row's codebook, or nothing: the codebook is chosen by the row's
-// cluster number. A trellis-coded row is another kind (trellis_columns.h); its bytes do not follow from a grid.
+// cluster number. A trellis-coded row is another kind (trellis_rows.h); its bytes do not follow from a grid.
 enum class Layout : uint8_t { uniform, codebook, clustered, trellis };
 
 // Bytes of a row's codes, of a codebook, and of a row.
@@ -110,8 +110,8 @@ struct PackedRows {
     size_t row_bytes;
     Grid grid;
     Layout layout = Layout::uniform;
-    // clustered: num_codebooks of 2^bits values of the parameter type; trellis: one, float32: the levels of narrow and
-    // of wide codes, if there are any, the scales and the mean.
+    // clustered: num_codebooks of 2^bits values of the parameter type; trellis: one, float32, in the order of
+    // TrellisShape.
     const uint8_t* codebooks = nullptr;
     const uint8_t* clusters = nullptr;    // clustered: a number for each row, of cluster_bytes
     size_t cluster_bytes = 0;
@@ -138,7 +138,8 @@ struct TrellisLevels {
 
 struct TrellisTable {
     TrellisLevels narrow, wide;
-    const uint8_t* is_wide = nullptr;   // of each column, whether its codes are
+    const uint16_t* columns = nullptr;   // of each step of a path
+    const uint8_t* is_wide = nullptr;    // whether the step's code is
     const float* mean = nullptr;
     size_t row_bytes = 0;
     alignas(64) float scales[trellis_scales];
@@ -147,7 +148,7 @@ struct TrellisTable {
 };
 
 // Floats that encode_trellis works in.
-inline constexpr size_t trellis_floats(size_t embedding_dim) { return 4 * lanes * embedding_dim; }
+inline constexpr size_t trellis_floats(size_t embedding_dim) { return 4 * lanes * embedding_dim + 2 * lanes; }
 
 enum class Pooling : uint8_t { sum, mean, max };
 

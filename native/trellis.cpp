@@ -70,21 +70,25 @@ void deal_out(const float* levels, int index_bits, TrellisLevels& out) {
 
 }  // namespace
 
-TrellisFormat::TrellisFormat(size_t embedding_dim, size_t row_bytes) : row_bytes(row_bytes), is_wide(embedding_dim) {
-    const size_t d = embedding_dim, code_bits = 8 * (row_bytes - 1), most_bits = 7;
-    const size_t bits = std::min(code_bits / d, most_bits);
-    narrow_bits = static_cast<int>(bits);
-    const size_t num_wide = bits < most_bits ? code_bits - bits * d : 0;
-    for (size_t t = 0; t < d; t++) is_wide[t] = (t + 1) * num_wide / d > t * num_wide / d;
+TrellisFormat::TrellisFormat(size_t embedding_dim, size_t row_bytes)
+    : row_bytes(row_bytes), shape(embedding_dim, row_bytes) {
+    for (size_t start = 0; start < embedding_dim; start += trellis_block) {
+        const TrellisBlock block(shape, start / trellis_block);
+        for (size_t position = 0; position < trellis_block; position++) {
+            if (!(block.present >> position & 1)) continue;
+            columns.push_back(static_cast<uint16_t>(start + TrellisBlock::column_at(position)));
+            is_wide.push_back(static_cast<uint8_t>(block.is_wide >> position & 1));
+        }
+    }
 }
-
-bool TrellisFormat::has_wide() const { return std::find(is_wide.begin(), is_wide.end(), 1) != is_wide.end(); }
 
 TrellisTable make_trellis_table(const TrellisFormat& format, const float* narrow, const float* wide,
                                 const float* scales, const float* mean) {
     TrellisTable table;
-    deal_out(narrow, format.narrow_bits - 1, table.narrow);
-    if (format.has_wide()) deal_out(wide, format.narrow_bits, table.wide);
+    const int narrow_bits = static_cast<int>(format.shape.narrow_bits);
+    deal_out(narrow, narrow_bits - 1, table.narrow);
+    if (format.shape.num_wide > 0) deal_out(wide, narrow_bits, table.wide);
+    table.columns = format.columns.data();
     table.is_wide = format.is_wide.data();
     table.mean = mean;
     table.row_bytes = format.row_bytes;

@@ -5,20 +5,18 @@
 #include <vector>
 
 #include "kernels.h"
+#include "trellis_rows.h"
 
 namespace embpack {
 
-// Where the parts of a row lie: TrellisFormat of the specification. Rows have at least 2 embedding_dim bits for codes.
+// How a path goes over a row. Rows have at least 2 embedding_dim bits for codes.
 struct TrellisFormat {
     size_t row_bytes;
-    int narrow_bits;                 // of the shorter codes
-    std::vector<uint8_t> is_wide;    // which columns have the longer ones
+    TrellisShape shape;
+    std::vector<uint16_t> columns;   // of each step
+    std::vector<uint8_t> is_wide;    // whether the step's code is one of the longer ones
 
     TrellisFormat(size_t embedding_dim, size_t row_bytes);
-
-    bool has_wide() const;
-    size_t num_narrow_levels() const { return size_t{2} << narrow_bits; }
-    size_t num_wide_levels() const { return has_wide() ? size_t{4} << narrow_bits : 0; }
 };
 
 // `format` and `mean` must outlive the table; wide may be null where no codes are.

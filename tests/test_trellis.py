@@ -19,23 +19,38 @@ def fit(rows, row_bytes, sample=None):
     return form, trellis.fit(rows if sample is None else sample, form, scales, mean)
 
 
-def read_value(row, j, form, parameters):
-    """One value of a packed row, bit by bit."""
+def find_steps(form):
+    """In the path's order: a value, its block, where in the block it is, and whether its code is a longer one."""
+    d, steps = form.embedding_dim, []
+    for start in range(0, d, 64):
+        count = min(64, d - start)
+        left, is_wide = (start + count) * form.num_wide // d - start * form.num_wide // d, {}
+        for first in range(0, count, 16):
+            lanes = min(16, count - first)
+            wide = min(left, lanes)
+            is_wide |= {first + i: (i + 1) * wide // lanes > i * wide // lanes for i in range(lanes)}
+            left -= wide
+        order = [j for i in range(16) for j in range(i, count, 16)]
+        steps += [(start + j, start, count, place, is_wide[j]) for place, j in enumerate(order)]
+    return steps
+
+
+def read_row(row, form, parameters):
+    """The values of a packed row, bit by bit."""
     bits = [int(byte) >> k & 1 for byte in row[:-1] for k in range(8)]
-    d, wide = form.embedding_dim, form.num_wide
-
-    def is_wide(t):
-        return (t + 1) * wide // d > t * wide // d
-
-    def message(t):
-        return bits[t] if t >= 0 else 0
-
-    width = form.narrow_bits - 1 + is_wide(j)
-    start = d + sum(form.narrow_bits - 1 + is_wide(t) for t in range(j))
-    index = sum(bits[start + k] << k for k in range(width))
-    number = 4 * index + 2 * (message(j) ^ message(j - 1) ^ message(j - 3)) + message(j - 2)
-    level = (parameters.wide if is_wide(j) else parameters.narrow)[number]
-    return np.float32(np.float64(parameters.scales[row[-1]]) * level + parameters.mean[j])
+    d, b = form.embedding_dim, form.narrow_bits
+    top_bits = iter(bits[b * d :])
+    messages, values = [0, 0, 0], np.empty(d, np.float32)
+    for j, start, count, place, is_wide in find_steps(form):
+        at = b * start + place
+        messages.append(bits[at])
+        m, m1, m2, m3 = messages[:-5:-1]
+        index = sum(bits[at + (k + 1) * count] << k for k in range(b - 1))
+        if is_wide:
+            index += next(top_bits) << (b - 1)
+        level = (parameters.wide if is_wide else parameters.narrow)[4 * index + 2 * (m ^ m1 ^ m3) + m2]
+        values[j] = np.float32(np.float64(parameters.scales[row[-1]]) * level + parameters.mean[j])
+    return values
 
 
 FORMATS = [(4, 3), (4, 6), (5, 4), (16, 12), (17, 13), (33, 21), (64, 36), (64, 17), (64, 57), (130, 69)]
@@ -47,7 +62,7 @@ def test_rows_are_read_as_the_page_says(rng, embedding_dim, row_bytes):
     form, parameters = fit(rows, row_bytes)
     packed = trellis.encode(rows, form, parameters)
     assert packed.shape == (40, row_bytes)
-    read = [[read_value(row, j, form, parameters) for j in range(embedding_dim)] for row in packed[:5]]
+    read = [read_row(row, form, parameters) for row in packed[:5]]
     # A product of two float32 is exact in float64, and its sum with a third is rounded twice, seldom otherwise.
     np.testing.assert_array_max_ulp(trellis.decode(packed[:5], form, parameters), np.array(read), maxulp=1)
     assert form.pack(*form.unpack(packed)).tobytes() == packed.tobytes()
@@ -107,8 +122,9 @@ def test_rows_that_are_hard(rng):
 def test_formats():
     form = TrellisFormat(64, 36)
     assert (form.narrow_bits, form.num_wide, form.num_levels) == (4, 24, (32, 64))
-    assert form.is_wide.sum() == 24 and form.is_wide[:8].sum() == 3
-    assert form.index_bits.sum() + 64 == form.code_bits
+    assert form.columns[:6].tolist() == [0, 16, 32, 48, 1, 17]
+    assert form.is_wide[:8].tolist() == [True, False, False, False, True, True, False, False]
+    assert form.is_wide.sum() == 24 and form.narrow_bits * 64 + form.num_wide == form.code_bits
     assert (TrellisFormat(4, 6).narrow_bits, TrellisFormat(4, 6).num_wide) == (7, 0)
     with pytest.raises(ValueError, match="a trellis-coded row of 64 values takes at least 17 bytes, not 16"):
         TrellisFormat(64, 16)
@@ -125,7 +141,18 @@ def test_scales():
     assert trellis.nearest_scale(wanted, scales)[[0, 1, 3]].tolist() == [1, 5, 255]
 
 
-def test_parameters_of_each_value():
+def test_the_codebooks_upper_halves_are_stored():
+    form = TrellisFormat(5, 4)
+    halves = [np.arange(1, count // 2 + 1, dtype=np.float32) for count in form.num_levels]
+    narrow, wide = (np.concatenate([-half[::-1], half]) for half in halves)
+    parameters = TrellisParameters(narrow, wide, np.arange(256, dtype=np.float32), np.arange(5, dtype=np.float32))
+    joined = parameters.join()
+    assert joined.shape == (1, sum(form.num_levels) // 2 + 256 + 5)
+    for name in ("narrow", "wide", "scales", "mean"):
+        np.testing.assert_array_equal(getattr(TrellisParameters.split(joined, form), name), getattr(parameters, name))
+
+
+def test_parameters_of_each_step():
     form = TrellisFormat(5, 4)
     narrow, wide = np.zeros(form.num_levels[0], np.float32), np.ones(form.num_levels[1], np.float32)
     parameters = TrellisParameters(narrow, wide, np.zeros(256, np.float32), np.zeros(5, np.float32))

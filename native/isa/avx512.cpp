@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "../kernels.h"
-#include "../trellis_columns.h"
+#include "../trellis_rows.h"
 
 namespace embpack::avx512 {
 namespace {
@@ -23,6 +23,7 @@ constexpr const char* isa_name = "avx512";
 constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = true;
 constexpr size_t most_sums = 16;   // vectors of sums that stay in registers
+constexpr size_t most_trellis_sums = 16;
 constexpr size_t rows_early = 2;    // rows whose levels are read before they are added
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
 
@@ -244,50 +245,101 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
     }
 }
 
-// Numbers of the levels of sixteen columns in their codebooks.
-inline __m512i find_trellis_numbers(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) {
-    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(window)));
-    const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_load_si512(columns.shuffle));
-    const __m512i shifted = _mm512_srlv_epi32(words, _mm512_load_si512(columns.shifts));
-    const __m512i indices = _mm512_and_si512(shifted, _mm512_load_si512(columns.keep));
-    const __m512i with_c0 = _mm512_mask_or_epi32(indices, static_cast<__mmask16>(c0), indices, _mm512_set1_epi32(1));
-    return _mm512_mask_or_epi32(with_c0, static_cast<__mmask16>(c1), with_c0, _mm512_set1_epi32(2));
-}
+// Positions of a block's bits. What is packed goes to them in ascending order.
+struct BitPositions {
+    uint64_t mask;
 
-// The levels of trellis-coded columns.
-struct WrittenLevels {
-    const uint8_t* codebook;
+    BitPositions() = default;
+    explicit BitPositions(uint64_t positions) : mask(positions) {}
+    uint64_t operator()(uint64_t bits) const { return _pdep_u64(bits, mask); }
+};
 
-    WrittenLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
-    F32x16 operator()(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) const {
-        const __m512i numbers = find_trellis_numbers(window, columns, c1, c0);
-        return _mm512_i32gather_ps(_mm512_add_epi32(numbers, _mm512_load_si512(columns.first)), codebook, 4);
+// For each position of a block the number of its level, in a byte.
+struct TrellisNumbers {
+    __m512i bytes = _mm512_setzero_si512();
+
+    explicit TrellisNumbers(const BitPositions&) {}
+
+    // Adds what lane i of `added` has to position i where the bit is set. Bits are packed unless the block is full.
+    template <bool is_full>
+    [[gnu::always_inline]] void add(const BitPositions& present, uint64_t bits, I32x16 added) {
+        bytes = _mm512_mask_add_epi8(bytes, is_full ? bits : present(bits), bytes, added);
+    }
+    // Lane i: the number at position 4 i + v in the lowest byte, others above it.
+    __m512i of_vector(size_t v) const {
+        return v == 0 ? bytes : _mm512_srli_epi32(bytes, 8 * static_cast<unsigned>(v));
     }
 };
 
-// At most 32 levels of narrow codes and 64 of wide ones, in registers. A permutation of two registers overwrites the
-// numbers of its own lanes with their levels, and leaves the others' for the next: nothing is blended.
+// The levels of trellis-coded columns.
+struct WrittenLevels {
+    static constexpr size_t most_planes = 6;
+    const AllTrellisLevels& levels;
+    size_t num_narrow;
+
+    explicit WrittenLevels(const AllTrellisLevels& levels) : levels(levels), num_narrow(levels.num_narrow) {}
+
+    static I32x16 weight(size_t k) { return _mm512_set1_epi8(static_cast<char>(1 << k)); }
+
+    template <class Columns>
+    void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row) const {
+        if (of.wide_vectors > 0) numbers.template add<false>(of.is_wide, of.top_bits(row), _mm512_set1_epi8(static_cast<char>(num_narrow)));
+    }
+    template <class Columns>
+    F32x16 operator()(const TrellisNumbers& numbers, const Columns& of, size_t v) const {
+        const __m512i number = _mm512_and_si512(numbers.of_vector(v), _mm512_set1_epi32(0xff));
+        const __m512i first_wide = _mm512_set1_epi32(static_cast<int>(num_narrow));
+        return _mm512_i32gather_ps(_mm512_mask_add_epi32(number, of.wide_lanes[v], number, first_wide), levels.values, 4);
+    }
+};
+
+// At most 32 levels of narrow codes and 64 of wide ones, in registers. Of the latter only the upper half is there: where
+// a top bit is not set, the number is counted down from the middle, and the byte's highest bit is the level's sign.
 constexpr bool has_few_trellis_levels = true;
 struct FewLevels {
-    __m512 narrow[2], wide[4];
+    static constexpr size_t most_planes = 3;
+    F32x16 narrow[2], wide[2];
+    I32x16 weights[most_planes + 2], middle, sign = _mm512_set1_epi32(INT32_MIN);
 
-    FewLevels(const uint8_t* codebook, TrellisShape shape) {
-        float levels[96] = {};
-        const size_t num_narrow = shape.num_narrow_levels(), num_wide = shape.num_levels() - num_narrow;
-        std::memcpy(levels, codebook, 4 * num_narrow);
-        std::memcpy(levels + 32, codebook + 4 * num_narrow, 4 * num_wide);
-        for (size_t i = 0; i < 2; i++) narrow[i] = _mm512_loadu_ps(levels + 16 * i);
-        for (size_t i = 0; i < 4; i++) wide[i] = _mm512_loadu_ps(levels + 32 + 16 * i);
+    explicit FewLevels(const AllTrellisLevels& all) {
+        const size_t num_narrow = all.num_narrow, num_upper = all.num_wide / 2;
+        float levels[64] = {};
+        std::memcpy(levels, all.values, sizeof(float) * num_narrow);
+        std::memcpy(levels + 32, all.values + num_narrow + num_upper, sizeof(float) * num_upper);
+        for (size_t i = 0; i < 2; i++) {
+            narrow[i] = load(levels + 16 * i);
+            wide[i] = load(levels + 32 + 16 * i);
+            stay_in_register(narrow[i]);
+            stay_in_register(wide[i]);
+        }
+        for (size_t k = 0; k < most_planes + 2; k++) {
+            weights[k] = _mm512_set1_epi8(static_cast<char>(1 << k));
+            stay_in_register(weights[k]);
+        }
+        middle = _mm512_set1_epi8(static_cast<char>(0x7f + num_narrow));
+        stay_in_register(middle);
+        stay_in_register(sign);
     }
-    F32x16 operator()(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) const {
-        const __m512i numbers = find_trellis_numbers(window, columns, c1, c0);
-        const __mmask16 is_wide = static_cast<__mmask16>(columns.is_wide);
-        const __mmask16 is_high = _mm512_test_epi32_mask(numbers, _mm512_set1_epi32(32));
-        __m512 levels = _mm512_mask2_permutex2var_ps(wide[2], numbers, is_high, wide[3]);
-        levels = _mm512_mask2_permutex2var_ps(wide[0], _mm512_castps_si512(levels),
-                                              static_cast<__mmask16>(is_wide & ~is_high), wide[1]);
-        return _mm512_mask2_permutex2var_ps(narrow[0], _mm512_castps_si512(levels), static_cast<__mmask16>(~is_wide),
-                                            narrow[1]);
+
+    I32x16 weight(size_t k) const { return weights[k]; }
+
+    template <class Columns>
+    [[gnu::always_inline]] void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row) const {
+        if (of.wide_vectors > 0)
+            numbers.bytes = _mm512_mask_sub_epi8(numbers.bytes, of.is_wide(~of.top_bits(row)), middle, numbers.bytes);
+    }
+    template <class Columns>
+    [[gnu::always_inline]] F32x16 operator()(const TrellisNumbers& numbers, const Columns& of, size_t v) const {
+        const __m512i number = numbers.of_vector(v);
+        const auto of_wide = [&]() __attribute__((always_inline)) {
+            const __m512i signs = v == 3 ? numbers.bytes : _mm512_slli_epi32(numbers.bytes, 24 - 8 * static_cast<unsigned>(v));
+            const __m512i magnitude = _mm512_castps_si512(_mm512_permutex2var_ps(wide[0], number, wide[1]));
+            return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, signs, sign, 0x78));
+        };
+        if (v == 0 && of.only_wide_vectors > 0) return of_wide();
+        const __m512 of_narrow = _mm512_permutex2var_ps(narrow[0], number, narrow[1]);
+        if (v >= of.wide_vectors) [[likely]] return of_narrow;
+        return _mm512_mask_blend_ps(of.wide_lanes[v], of_narrow, of_wide());
     }
 };
 

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../kernels.h"
-#include "../trellis_columns.h"
+#include "../trellis_rows.h"
 
 namespace embpack::portable {
 namespace {
@@ -31,6 +31,7 @@ constexpr bool has_fast_fma = false;   // the C library's, which may be a functi
 #endif
 constexpr bool looks_up_in_one = true;   // sixteen multiply-adds a row, not one a value
 constexpr size_t most_sums = 2;
+constexpr size_t most_trellis_sums = 4;
 constexpr size_t rows_early = 1;
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
 
@@ -310,20 +311,65 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
         for (size_t j = 0; j < 16; j++) out[j * lanes + i] = rows[i * stride + j];
 }
 
+// Positions of a block's bits, what is packed in ascending order.
+struct BitPositions {
+    uint8_t position[64];
+    uint8_t is_inside[64];
+    size_t count;
+
+    BitPositions() = default;
+    explicit BitPositions(uint64_t positions) : count(0) {
+        for (size_t p = 0; p < 64; p++) {
+            is_inside[p] = static_cast<uint8_t>(positions >> p & 1);
+            if (is_inside[p]) position[count++] = static_cast<uint8_t>(p);
+        }
+    }
+};
+
+// For each position of a block the number of its level.
+struct TrellisNumbers {
+    uint8_t byte[64] = {};
+
+    explicit TrellisNumbers(const BitPositions&) {}
+
+    // Adds `weight` where bits are set.
+    template <bool is_full>
+    void add(const BitPositions& present, uint64_t bits, size_t weight) {
+        if constexpr (!is_full) {
+            for (size_t i = 0; i < present.count; i++)
+                byte[present.position[i]] = static_cast<uint8_t>(byte[present.position[i]] + (bits >> i & 1) * weight);
+            return;
+        }
+        for (size_t p = 0; p < 64; p += 8) {   // Eight bits, one in each byte of a word.
+            const uint64_t copies = (bits >> p & 0xff) * 0x0101010101010101;
+            const uint64_t own = copies & 0x8040201008040201, ones = (own + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101;
+            uint64_t eight;
+            std::memcpy(&eight, byte + p, sizeof eight);
+            eight += ones * weight;
+            std::memcpy(byte + p, &eight, sizeof eight);
+        }
+    }
+};
+
 // The levels of trellis-coded columns.
 struct WrittenLevels {
-    const uint8_t* codebook;
+    static constexpr size_t most_planes = 6;
+    const AllTrellisLevels& levels;
+    size_t num_narrow;
 
-    WrittenLevels(const uint8_t* codebook, TrellisShape) : codebook(codebook) {}
-    F32x16 operator()(const uint8_t* window, const TrellisColumns& columns, uint32_t c1, uint32_t c0) const {
+    explicit WrittenLevels(const AllTrellisLevels& levels) : levels(levels), num_narrow(levels.num_narrow) {}
+
+    static size_t weight(size_t k) { return size_t{1} << k; }
+
+    template <class Columns>
+    void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row) const {
+        if (of.wide_vectors > 0) numbers.template add<false>(of.is_wide, of.top_bits(row), num_narrow);
+    }
+    template <class Columns>
+    F32x16 operator()(const TrellisNumbers& numbers, const Columns& of, size_t v) const {
         return each_lane([&](size_t i) {
-            const uint8_t at = columns.shuffle[4 * i + 1], next = columns.shuffle[4 * i + 2];
-            const int32_t word = (at < 16 ? window[at] << 8 : 0) | (next < 16 ? window[next] << 16 : 0);
-            const int32_t subset = static_cast<int32_t>((c1 >> i & 1) << 1 | (c0 >> i & 1));
-            const int32_t number = columns.first[i] + ((word >> columns.shifts[i] & columns.keep[i]) | subset);
-            float level;
-            std::memcpy(&level, codebook + 4 * number, 4);
-            return level;
+            const size_t p = trellis_vectors * i + v;
+            return levels.values[numbers.byte[p] + (of.is_wide.is_inside[p] ? num_narrow : 0)];
         });
     }
 };

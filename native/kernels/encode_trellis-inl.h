@@ -3,21 +3,21 @@
 // vectors of sixteen rows, rounding by rounding.
 //
 // Which levels are nearest does not wait for the states, and takes tables that would push these out of the registers.
-// So a few columns at a time are looked up first, then walked along.
+// So a few steps at a time are looked up first, then walked along.
 
-inline constexpr size_t trellis_columns = 16;
+inline constexpr size_t steps_at_once = 16;
 
-// Of some columns the level of each subset that is nearest.
+// Of some steps the level of each subset that is nearest.
 struct NearestLevels {
-    alignas(64) float of[trellis_columns][trellis_subsets][lanes];
+    alignas(64) float of[steps_at_once][trellis_subsets][lanes];
 };
 
-// Where the indices of these levels go, a byte for each subset and lane of a column; or nowhere.
+// Where the indices of these levels go, a byte for each subset and lane of a step; or nowhere.
 struct KeepsIndices {
     static constexpr bool keeps = true;
     uint8_t* to;
-    void keep(size_t column, size_t subset, I32x16 index) const {
-        store_codes<8>(to + (column * trellis_subsets + subset) * lanes, index);
+    void keep(size_t step, size_t subset, I32x16 index) const {
+        store_codes<8>(to + (step * trellis_subsets + subset) * lanes, index);
     }
 };
 struct KeepsNone {
@@ -25,18 +25,18 @@ struct KeepsNone {
     void keep(size_t, size_t, I32x16) const {}
 };
 
-// Sixteen rows less the mean, a column after the other, and what makes them multiples of their scales.
-struct ScaledColumns {
+// Sixteen rows less the mean, a step after the other, and what makes them multiples of their scales.
+struct ScaledSteps {
     const float* x;
     F32x16 inverse;
 
-    F32x16 operator[](size_t column) const { return mul(load(x + lanes * column), inverse); }
+    F32x16 operator[](size_t step) const { return mul(load(x + lanes * step), inverse); }
 };
 
 // Finds the nearest levels by bisection among the boundaries of the first subset. As levels ascend across the subsets,
 // and boundaries with them, that leaves two levels of each of the others: one comparison.
 template <int bits, class Indices>
-inline void find_nearest(F32x16 y, const TrellisLevels& levels, size_t column, NearestLevels& out,
+inline void find_nearest(F32x16 y, const TrellisLevels& levels, size_t step, NearestLevels& out,
                          const Indices& indices) {
     I32x16 first = splat_int(0);
     for (int step = 1 << (bits - 1); step > 0; step /= 2) {
@@ -47,14 +47,14 @@ inline void find_nearest(F32x16 y, const TrellisLevels& levels, size_t column, N
     for (size_t subset = 0; subset < trellis_subsets; subset++) {
         I32x16 index = first;
         if (subset > 0) index = select_int(less(look_up_in<bits>(levels.before[subset], first), y), first, below);
-        store(out.of[column][subset], look_up_in<bits>(levels.of_subset[subset], index));
-        indices.keep(column, subset, index);
+        store(out.of[step][subset], look_up_in<bits>(levels.of_subset[subset], index));
+        indices.keep(step, subset, index);
     }
 }
 
 // The same by trying every level, for values so far from the levels, or levels so close, that errors round alike.
 template <class Indices>
-inline void try_all_levels(F32x16 y, const TrellisLevels& levels, size_t column, NearestLevels& out,
+inline void try_all_levels(F32x16 y, const TrellisLevels& levels, size_t step, NearestLevels& out,
                            const Indices& indices) {
     for (size_t subset = 0; subset < trellis_subsets; subset++) {
         const float* of_subset = levels.of_subset[subset];
@@ -69,28 +69,28 @@ inline void try_all_levels(F32x16 y, const TrellisLevels& levels, size_t column,
             error = select(is_nearer, other_error, error);
             index = select_int(is_nearer, splat_int(k), index);
         }
-        store(out.of[column][subset], level);
-        indices.keep(column, subset, index);
+        store(out.of[step][subset], level);
+        indices.keep(step, subset, index);
     }
 }
 
 template <int narrow_bits, class Indices>
-inline void find_all_nearest(const ScaledColumns& y, size_t count, const TrellisTable& table, const uint8_t* is_wide,
+inline void find_all_nearest(const ScaledSteps& y, size_t count, const TrellisTable& table, const uint8_t* is_wide,
                              NearestLevels& out, const Indices& indices) {
-    for (size_t column = 0; column < count; column++) {
-        if (is_wide[column])
-            find_nearest<narrow_bits + 1>(y[column], table.wide, column, out, indices);
+    for (size_t step = 0; step < count; step++) {
+        if (is_wide[step])
+            find_nearest<narrow_bits + 1>(y[step], table.wide, step, out, indices);
         else
-            find_nearest<narrow_bits>(y[column], table.narrow, column, out, indices);
+            find_nearest<narrow_bits>(y[step], table.narrow, step, out, indices);
     }
 }
 
 template <class Indices>
-inline void find_levels(const ScaledColumns& y, size_t count, const TrellisTable& table, const uint8_t* is_wide,
+inline void find_levels(const ScaledSteps& y, size_t count, const TrellisTable& table, const uint8_t* is_wide,
                         bool boundaries_hold, NearestLevels& out, const Indices& indices) {
     if (!boundaries_hold) {
-        for (size_t column = 0; column < count; column++)
-            try_all_levels(y[column], is_wide[column] ? table.wide : table.narrow, column, out, indices);
+        for (size_t step = 0; step < count; step++)
+            try_all_levels(y[step], is_wide[step] ? table.wide : table.narrow, step, out, indices);
         return;
     }
     switch (table.narrow.index_bits) {
@@ -100,8 +100,8 @@ inline void find_levels(const ScaledColumns& y, size_t count, const TrellisTable
         case 4: return find_all_nearest<4>(y, count, table, is_wide, out, indices);
         case 5: return find_all_nearest<5>(y, count, table, is_wide, out, indices);
     }
-    for (size_t column = 0; column < count; column++)
-        find_nearest<6>(y[column], table.narrow, column, out, indices);
+    for (size_t step = 0; step < count; step++)
+        find_nearest<6>(y[step], table.narrow, step, out, indices);
 }
 
 // The best paths to each state, and what the levels on them sum up to.
@@ -119,10 +119,10 @@ struct TrellisPaths {
 // What is kept of a walk beside the costs of its paths: nothing, sums over their levels, or the paths themselves.
 enum class Keep : uint8_t { costs, sums, choices };
 
-// One column further. Into states k and k + 4 paths come from states 2k and 2k + 1, with levels of subsets k and k ^ 2
+// One step further. Into states k and k + 4 paths come from states 2k and 2k + 1, with levels of subsets k and k ^ 2
 // or the other way round.
 template <Keep keep>
-[[gnu::always_inline]] inline void walk_column(F32x16 value, const float (&levels)[trellis_subsets][lanes],
+[[gnu::always_inline]] inline void walk_step(F32x16 value, const float (&levels)[trellis_subsets][lanes],
                                                const TrellisPaths& before, TrellisPaths& after, uint16_t* choices) {
     F32x16 error[trellis_subsets], square[trellis_subsets], product[trellis_subsets];
     for (size_t s = 0; s < trellis_subsets; s++) {
@@ -150,20 +150,20 @@ template <Keep keep>
 
 // There and back again: where there are not enough registers, copying paths takes a fifth of the time.
 template <Keep keep>
-inline void walk_columns(const ScaledColumns& y, size_t count, const NearestLevels& levels, TrellisPaths& all_paths,
+inline void walk_steps(const ScaledSteps& y, size_t count, const NearestLevels& levels, TrellisPaths& all_paths,
                          uint16_t* choices) {
     TrellisPaths paths = all_paths, others;
-    const auto step = [&](size_t column, const TrellisPaths& before, TrellisPaths& after) {
-        uint16_t* own_choices = keep == Keep::choices ? choices + trellis_states * column : nullptr;
-        walk_column<keep>(y[column], levels.of[column], before, after, own_choices);
+    const auto take = [&](size_t step, const TrellisPaths& before, TrellisPaths& after) {
+        uint16_t* own_choices = keep == Keep::choices ? choices + trellis_states * step : nullptr;
+        walk_step<keep>(y[step], levels.of[step], before, after, own_choices);
     };
-    size_t column = 0;
-    for (; column + 2 <= count; column += 2) {
-        step(column, paths, others);
-        step(column + 1, others, paths);
+    size_t step = 0;
+    for (; step + 2 <= count; step += 2) {
+        take(step, paths, others);
+        take(step + 1, others, paths);
     }
-    if (column < count) {
-        step(column, paths, others);
+    if (step < count) {
+        take(step, paths, others);
         paths = others;
     }
     all_paths = paths;
@@ -172,10 +172,11 @@ inline void walk_columns(const ScaledColumns& y, size_t count, const NearestLeve
 // Sixteen rows and the memory for them.
 struct TrellisRows {
     float* values;       // a column after the other
-    float* x;            // the same less the mean
-    uint16_t* choices;   // of each column and state
-    uint8_t* indices;    // of each column, subset and lane
-    uint8_t* numbers;    // of each column and lane the level that was chosen
+    float* x;            // the same less the mean, a step after the other
+    uint16_t* choices;   // of each step and state
+    uint8_t* indices;    // of each step, subset and lane
+    uint8_t* numbers;    // of each step and lane the level that was chosen
+    uint64_t* messages;  // of each block and lane
     size_t d, num_rows;
     F32x16 largest;      // magnitude of x
 
@@ -185,6 +186,7 @@ struct TrellisRows {
           choices(reinterpret_cast<uint16_t*>(x + lanes * d)),
           indices(reinterpret_cast<uint8_t*>(choices + trellis_states * d)),
           numbers(indices + trellis_subsets * lanes * d),
+          messages(reinterpret_cast<uint64_t*>(numbers + lanes * d)),
           d(d),
           num_rows(num_rows) {}
 };
@@ -195,21 +197,21 @@ inline bool do_boundaries_hold(F32x16 largest, const TrellisTable& table) {
     return lane_bits(less(largest, splat(narrow < wide ? narrow : wide))) == 0xffff;
 }
 
-// Walks along all columns of rows in units of their scales.
+// Walks along all steps of rows in units of their scales.
 template <Keep keep>
 inline void walk(const TrellisRows& rows, F32x16 inverse, const TrellisTable& table, TrellisPaths& paths) {
     const bool boundaries_hold = do_boundaries_hold(mul(rows.largest, inverse), table);
     NearestLevels levels;
-    for (size_t t = 0; t < rows.d; t += trellis_columns) {
-        const size_t count = rows.d - t < trellis_columns ? rows.d - t : trellis_columns;
-        const ScaledColumns y = {rows.x + lanes * t, inverse};
+    for (size_t t = 0; t < rows.d; t += steps_at_once) {
+        const size_t count = rows.d - t < steps_at_once ? rows.d - t : steps_at_once;
+        const ScaledSteps y = {rows.x + lanes * t, inverse};
         if constexpr (keep == Keep::choices) {
             const KeepsIndices indices = {rows.indices + trellis_subsets * lanes * t};
             find_levels(y, count, table, table.is_wide + t, boundaries_hold, levels, indices);
-            walk_columns<keep>(y, count, levels, paths, rows.choices + trellis_states * t);
+            walk_steps<keep>(y, count, levels, paths, rows.choices + trellis_states * t);
         } else {
             find_levels(y, count, table, table.is_wide + t, boundaries_hold, levels, KeepsNone());
-            walk_columns<keep>(y, count, levels, paths, nullptr);
+            walk_steps<keep>(y, count, levels, paths, nullptr);
         }
     }
 }
@@ -273,10 +275,11 @@ inline void search_scales(const TrellisRows& rows, const TrellisTable& table, in
     for (size_t i = 0; i < lanes; i++) best[i] = (is_mean >> i) & 1u ? 0 : best[i];
 }
 
-// From the ends of the best paths to their starts: the numbers of their levels, and their message bits, which go to the
-// packed rows. A row's last byte of them may be shared with what follows.
-inline void trace_back(const TrellisRows& rows, const TrellisPaths& paths, uint8_t* packed, size_t row_bytes) {
-    uint32_t state[lanes] = {}, messages[lanes] = {};
+// From the ends of the best paths to their starts: the numbers of their levels, and of each row and block the message
+// bits.
+inline void trace_back(const TrellisRows& rows, const TrellisPaths& paths) {
+    uint32_t state[lanes] = {};
+    uint64_t messages[lanes] = {};
     F32x16 cost = paths.cost[0];
     for (uint32_t s = 1; s < trellis_states; s++) {
         const Mask16 is_less = less(paths.cost[s], cost);
@@ -294,28 +297,41 @@ inline void trace_back(const TrellisRows& rows, const TrellisPaths& paths, uint8
             messages[i] = messages[i] << 1 | message;
             state[i] = source;
         }
-        if (t % 8 != 0) continue;
-        for (size_t i = 0; i < rows.num_rows; i++) packed[i * row_bytes + t / 8] = static_cast<uint8_t>(messages[i]);
+        if (t % trellis_block == 0) std::memcpy(rows.messages + lanes * (t / trellis_block), messages, sizeof messages);
     }
 }
 
-// Packs the indices of one row behind its message bits.
-inline void pack_indices(const TrellisRows& rows, size_t row, const TrellisTable& table, uint8_t* packed) {
-    const size_t first_byte = rows.d / 8;
-    size_t count = rows.d % 8;   // bits that wait
-    uint64_t bits = count ? packed[first_byte] & ((1u << count) - 1) : 0;
-    uint8_t* out = packed + first_byte;
-    for (size_t t = 0; t < rows.d; t++) {
-        bits |= static_cast<uint64_t>(rows.numbers[lanes * t + row] >> 2) << count;
-        count += static_cast<size_t>(table.narrow.index_bits) + table.is_wide[t];
-        if (count < 32) continue;
-        const uint32_t word = static_cast<uint32_t>(bits);
-        std::memcpy(out, &word, 4);
-        out += 4;
-        bits >>= 32;
-        count -= 32;
+// Adds `count` bits to a row that has zeros there, those above them being zeros, too.
+inline void put_bits(uint8_t* row, size_t first_bit, uint64_t bits, size_t count) {
+    for (uint8_t* to = row + first_bit / 8; count > 0; to++) {
+        const size_t shift = first_bit % 8, taken = smaller(8 - shift, count);
+        *to = static_cast<uint8_t>(*to | bits << shift);
+        bits >>= taken;
+        first_bit += taken;
+        count -= taken;
     }
-    std::memcpy(out, &bits, (count + 7) / 8);
+}
+
+// Packs the message bits and the indices of one row.
+inline void pack_codes(const TrellisRows& rows, size_t row, const TrellisTable& table, uint8_t* packed) {
+    const size_t planes = static_cast<size_t>(table.narrow.index_bits);
+    size_t top_bit = rows.d * (planes + 1);
+    for (size_t start = 0; start < rows.d; start += trellis_block) {
+        const size_t count = smaller(rows.d - start, trellis_block);
+        uint64_t plane[trellis_most_bits] = {}, top = 0;
+        size_t num_top = 0;
+        for (size_t t = 0; t < count; t++) {
+            const uint64_t index = rows.numbers[lanes * (start + t) + row] / trellis_subsets;
+            for (size_t k = 0; k < planes; k++) plane[k] |= (index >> k & 1) << t;
+            top |= (index >> planes) << num_top;
+            num_top += table.is_wide[start + t];
+        }
+        size_t at = start * (planes + 1);
+        put_bits(packed, at, rows.messages[lanes * (start / trellis_block) + row], count);
+        for (size_t k = 0; k < planes; k++) put_bits(packed, at += count, plane[k], count);
+        put_bits(packed, top_bit, top, num_top);
+        top_bit += num_top;
+    }
 }
 
 // Encodes sixteen rows. Adds up their errors as decoding rounds them.
@@ -324,7 +340,8 @@ inline void encode_trellis_rows(TrellisRows& rows, const TrellisTable& table, ui
     const F32x16 zero = splat(0.0f);
     rows.largest = zero;
     for (size_t t = 0; t < rows.d; t++) {
-        const F32x16 x = select(inside, sub(load(rows.values + lanes * t), splat(table.mean[t])), zero);
+        const size_t column = table.columns[t];
+        const F32x16 x = select(inside, sub(load(rows.values + lanes * column), splat(table.mean[column])), zero);
         store(rows.x + lanes * t, x);
         rows.largest = max(magnitude(x), rows.largest);
     }
@@ -336,13 +353,10 @@ inline void encode_trellis_rows(TrellisRows& rows, const TrellisTable& table, ui
     TrellisPaths paths;
     walk<Keep::choices>(rows, select(equal(scale, zero), zero, div(splat(1.0f), scale)), table, paths);
     std::memset(packed, 0, rows.num_rows * table.row_bytes);
-    trace_back(rows, paths, packed, table.row_bytes);
+    trace_back(rows, paths);
     for (size_t i = 0; i < rows.num_rows; i++) {
         uint8_t* row = packed + i * table.row_bytes;
-        if (best[i])
-            pack_indices(rows, i, table, row);
-        else
-            std::memset(row, 0, table.row_bytes - 1);
+        if (best[i]) pack_codes(rows, i, table, row);
         row[table.row_bytes - 1] = static_cast<uint8_t>(best[i]);
     }
     for (size_t t = 0; t < rows.d; t++) {
@@ -352,7 +366,9 @@ inline void encode_trellis_rows(TrellisRows& rows, const TrellisTable& table, ui
             const uint8_t number = best[i] ? rows.numbers[lanes * t + i] : 0;
             level[i] = levels.of_subset[number % trellis_subsets][number / trellis_subsets];
         }
-        const F32x16 value = load(rows.values + lanes * t), decoded = fma(scale, load(level), splat(table.mean[t]));
+        const size_t column = table.columns[t];
+        const F32x16 value = load(rows.values + lanes * column);
+        const F32x16 decoded = fma(scale, load(level), splat(table.mean[column]));
         sums.add(value, select(inside, sub(value, decoded), zero));
     }
 }

@@ -1,7 +1,5 @@
 // Reading packed rows: gather and pool. A bag adds its rows' levels in index order, each column by itself.
 
-// Not the standard library's: an instruction set's file must not have templates that another's has, too.
-inline constexpr size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 inline constexpr size_t within(size_t x, size_t least, size_t most) { return smaller(x < least ? least : x, most); }
 // The largest power of two that is not above x; 0 for 0.
 inline constexpr size_t largest_power_within(size_t x) {
@@ -55,6 +53,8 @@ inline constexpr size_t most_window_bags = 256;
 inline constexpr size_t most_rows_ahead = 96, least_rows_ahead = 16;
 inline constexpr size_t bytes_ahead = size_t{1} << 13;
 
+struct TrellisLookup;
+
 // Reads a run of rows, a window of some of them at a time.
 struct RowReader {
     const PackedRows& rows;
@@ -69,6 +69,7 @@ struct RowReader {
     const uint64_t* indices = nullptr;
     const float* weights = nullptr;
     size_t starts[most_window_bags + 1];
+    const TrellisLookup* trellis = nullptr;   // of trellis-coded rows
     size_t num_indices = 0;      // with those after the window that are known already
     uint64_t own_indices[most_window_rows + most_rows_ahead];
     float own_weights[most_window_rows];
@@ -189,7 +190,7 @@ inline void store_rows(RowReader& reader, size_t first, const Output& out) {
 }
 
 // So many sums, in vectors, are added up in registers: a tile of the columns.
-inline constexpr size_t most_tile_values = 16 * most_sums;
+inline constexpr size_t most_tile_values = 16 * (most_sums < most_trellis_sums ? most_trellis_sums : most_sums);
 
 struct TileValues {
     float values[most_tile_values];
@@ -252,6 +253,13 @@ inline TileShape first_tile(size_t num_columns) {
     const size_t vectors = smaller(largest_power_within(num_columns / 16), most_sums);
     const size_t left = num_columns - 16 * vectors;
     return {vectors, vectors < most_sums && left < 16 ? left : 0};
+}
+
+// The same for trellis-coded rows: whole blocks, or a block that is not full.
+inline TileShape first_trellis_tile(size_t num_columns) {
+    const size_t blocks = smaller(largest_power_within(num_columns / trellis_block), most_trellis_sums / trellis_vectors);
+    if (blocks > 0) return {blocks * trellis_vectors, 0};
+    return {num_columns / trellis_lanes, num_columns % trellis_lanes};
 }
 
 // What to pool of a tile: bags of the window, from the tile's first byte of a row on. Sums start from `start` and go to
@@ -378,9 +386,9 @@ struct Pooler {
     bool for_tiles(const Use& use) const {
         const size_t d = reader.rows.embedding_dim;
         for (size_t j = 0; j < d;) {
-            const TileShape tile = first_tile(d - j);
-            const size_t first_code =
-                reader.rows.layout == Layout::trellis ? j : j / 8 * static_cast<size_t>(reader.rows.grid.bits);
+            const bool is_trellis = reader.rows.layout == Layout::trellis;
+            const TileShape tile = is_trellis ? first_trellis_tile(d - j) : first_tile(d - j);
+            const size_t first_code = is_trellis ? j : j / 8 * static_cast<size_t>(reader.rows.grid.bits);
             if (!use(tile, j, first_code)) return false;
             j += tile.num_columns();
         }
@@ -477,7 +485,9 @@ void gather_rows(const PackedRows& rows, const Integers& indices, bool prefetche
 
 void pool_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
                LookupFault& fault) noexcept {
-    const bool are_read_once = first_tile(rows.embedding_dim).num_columns() == rows.embedding_dim;
+    const size_t d = rows.embedding_dim;
+    const bool are_read_once =
+        (rows.layout == Layout::trellis ? first_trellis_tile(d) : first_tile(d)).num_columns() == d;
     RowReader reader(rows, bags, bags.start(first), bags.start(end), are_read_once, fault);
     if (rows.layout == Layout::trellis) return pool_trellis_bags(reader, first, end, out);
     if (rows.grid.bits == 2) return pool_bags_of<2>(reader, first, end, out);

@@ -1,61 +1,17 @@
-// Reading trellis-coded rows. What only the columns say is found once for many rows (TrellisColumns); of a row, the
-// message bits of 64 columns are read together, and sixteen indices with one load, shuffle and shift.
+// Reading trellis-coded rows, a block of 64 columns at a time: a bit of each column is a word, and which subsets their
+// levels are of is told by shifts of one. What a block is, is found once for many rows.
 
-// A window of 16 bytes is read of a row, and the last ones end with it; a shorter row is copied first.
-inline constexpr size_t trellis_window = 16;
+// Words of eight bytes are read of a row, and the last one ends with it; a shorter row is copied first.
+inline constexpr size_t trellis_word = 8;
 
-inline void find_columns(const PackedRows& rows, size_t first_column, size_t count, TrellisColumns* columns) {
-    const TrellisShape shape(rows.embedding_dim, rows.row_bytes);
-    const size_t d = rows.embedding_dim, wide_before = first_column * shape.num_wide / d;
-    const uint8_t* const mean = rows.codebooks + sizeof(float) * (shape.num_levels() + trellis_scales + first_column);
-    size_t part = first_column * shape.num_wide - wide_before * d;   // of d, until the next wide one
-    size_t bit = d + first_column * (shape.narrow_bits - 1) + wide_before;
-    const size_t last_window = rows.row_bytes < trellis_window ? 0 : rows.row_bytes - trellis_window;
-    for (size_t j = 0; j < count; j += 16, columns++) {
-        const size_t n = smaller(count - j, 16);
-        std::memset(columns, 0, sizeof *columns);
-        std::memset(columns->shuffle, 0x80, sizeof columns->shuffle);
-        std::memcpy(columns->mean, mean + sizeof(float) * j, sizeof(float) * n);
-        columns->window = static_cast<uint32_t>(smaller(bit / 8, last_window));
-        for (size_t lane = 0; lane < n; lane++) {
-            part += shape.num_wide;
-            const bool is_wide = part >= d;
-            if (is_wide) part -= d;
-            const size_t bits = shape.narrow_bits - 1 + is_wide, byte = bit / 8 - columns->window, shift = bit % 8;
-            columns->shuffle[4 * lane + 1] = static_cast<uint8_t>(byte);
-            if (shift + bits > 8) columns->shuffle[4 * lane + 2] = static_cast<uint8_t>(byte + 1);
-            columns->shifts[lane] = static_cast<int32_t>(shift + 6);
-            columns->keep[lane] = ((1 << bits) - 1) << 2;
-            columns->first[lane] = is_wide ? static_cast<int32_t>(shape.num_narrow_levels()) : 0;
-            columns->is_wide |= static_cast<uint32_t>(is_wide) << lane;
-            bit += bits;
-        }
-    }
-}
-
-// Which subsets 64 levels are of.
-struct TrellisSubsets {
-    uint64_t c1, c0;
-
-    // From byte `at` of a row's message bits on, of which `room` can be read.
-    [[gnu::always_inline]] TrellisSubsets(const uint8_t* row, size_t at, size_t room) {
-        const size_t from = smaller(at, room - 8);
-        uint64_t messages;
-        std::memcpy(&messages, row + from, 8);
-        messages >>= 8 * (at - from);
-        const uint64_t before = at > 0 ? row[at - 1] : 0;
-        c1 = messages ^ (messages << 1 | before >> 7) ^ (messages << 3 | before >> 5);
-        c0 = messages << 2 | before >> 6;
-    }
-};
-
-// A row that windows can be read from.
+// A row that words can be read from. One with a full block has them.
+template <bool has_full_block>
 struct TrellisRow {
     const uint8_t* bytes;
-    uint8_t copy[trellis_window];
+    uint8_t copy[trellis_word];
 
     [[gnu::always_inline]] TrellisRow(const uint8_t* row, size_t row_bytes) : bytes(row) {
-        if (row_bytes >= trellis_window) [[likely]] return;
+        if (has_full_block || row_bytes >= trellis_word) [[likely]] return;
         std::memset(copy, 0, sizeof copy);
         for (size_t i = 0; i < row_bytes; i++) copy[i] = row[i];
         bytes = copy;
@@ -63,7 +19,111 @@ struct TrellisRow {
     TrellisRow(const TrellisRow&) = delete;
 };
 
-inline size_t trellis_room(size_t row_bytes) { return row_bytes < trellis_window ? trellis_window : row_bytes; }
+// Up to 64 bits of a row; above them may be others.
+struct TrellisBits {
+    size_t at;
+    uint32_t shift;
+    bool crosses;   // a word
+
+    TrellisBits() = default;
+    TrellisBits(size_t first_bit, size_t count, size_t row_bytes) {
+        const size_t last = (row_bytes < trellis_word ? trellis_word : row_bytes) - trellis_word;
+        at = smaller(first_bit / 8, last);
+        shift = static_cast<uint32_t>(first_bit - 8 * at);
+        crosses = shift + count > 64;
+    }
+    [[gnu::always_inline]] uint64_t operator()(const uint8_t* row) const {
+        uint64_t word;
+        std::memcpy(&word, row + at, sizeof word);
+        word >>= shift;
+        if (crosses) [[unlikely]] word |= static_cast<uint64_t>(row[at + 8]) << (64 - shift);
+        return word;
+    }
+};
+
+// What rows have in common in a block.
+struct TrellisColumns {
+    alignas(64) float mean[trellis_block];
+    uint16_t wide_lanes[trellis_vectors];
+    size_t wide_vectors, only_wide_vectors;   // so many of them have any, and so many have no others
+    size_t planes;                // bits of an index, without the top bits
+    BitPositions present, is_wide;
+    TrellisBits bits[trellis_most_bits], top_bits;   // message bits, then the planes
+    size_t first_byte, word_bytes;   // where words begin, and their bytes, if they are whole
+    bool is_first;
+    size_t before;                // byte of the message bits before the block, unless it is the first
+
+    [[gnu::noinline]] void find(const PackedRows& rows, const TrellisShape& shape, size_t number) {
+        const TrellisBlock block(shape, number);
+        std::memset(mean, 0, sizeof mean);
+        std::memcpy(mean, rows.codebooks + sizeof(float) * (shape.first_mean() + trellis_block * number),
+                    sizeof(float) * block.num_columns);
+        wide_vectors = only_wide_vectors = 0;
+        for (size_t v = 0; v < trellis_vectors; v++) {
+            wide_lanes[v] = block.wide_lanes[v];
+            if (wide_lanes[v]) wide_vectors = v + 1;
+            if (wide_lanes[v] == 0xffff) only_wide_vectors = v + 1;
+        }
+        planes = shape.narrow_bits - 1;
+        present = BitPositions(block.present);
+        is_wide = BitPositions(block.is_wide);
+        for (size_t k = 0; k <= planes; k++)
+            bits[k] = TrellisBits(block.first_bit + block.num_columns * k, block.num_columns, rows.row_bytes);
+        top_bits = TrellisBits(block.first_wide_bit, static_cast<size_t>(__builtin_popcountll(block.is_wide)),
+                               rows.row_bytes);
+        first_byte = block.first_bit / 8;
+        word_bytes = block.num_columns % 8 == 0 ? block.num_columns / 8 : 0;
+        is_first = number == 0;
+        before = is_first ? 0 : first_byte - trellis_block / 8 * planes - 1;
+    }
+};
+
+// All that rows have in common, found once for a lookup.
+struct TrellisLookup {
+    AllTrellisLevels levels;
+    TrellisColumns columns[trellis_most_dim / trellis_block];
+
+    explicit TrellisLookup(const PackedRows& rows)
+        : levels(rows.codebooks, TrellisShape(rows.embedding_dim, rows.row_bytes)) {
+        const TrellisShape shape(rows.embedding_dim, rows.row_bytes);
+        for (size_t j = 0; j < rows.embedding_dim; j += trellis_block)
+            columns[j / trellis_block].find(rows, shape, j / trellis_block);
+    }
+};
+
+// Calls use(v, levels) for the vectors of a block. Of a full one, and of the first half of one, all bits lie in words.
+template <bool is_full, size_t vectors, bool may_be_first, class Levels, class Use>
+[[gnu::always_inline]] inline void find_levels_of_block(const uint8_t* row, const TrellisColumns& of,
+                                                        const Levels& levels, const Use& use) {
+    const auto read = [&](size_t k) __attribute__((always_inline)) {
+        uint64_t bits;
+        if constexpr (is_full) {
+            std::memcpy(&bits, row + of.first_byte + 8 * k, sizeof bits);
+        } else if (of.word_bytes == 4) {
+            uint32_t half;
+            std::memcpy(&half, row + of.first_byte + 4 * k, sizeof half);
+            bits = half;
+        } else {
+            bits = of.bits[k](row);
+        }
+        return bits;
+    };
+    const uint64_t messages = read(0);
+    uint64_t c1 = messages ^ messages << 1 ^ messages << 3, c0 = messages << 2;
+    if (!may_be_first || !of.is_first) [[unlikely]] {
+        const uint64_t before = row[of.before];
+        c1 ^= before >> 7 ^ before >> 5;
+        c0 ^= before >> 6;
+    }
+    TrellisNumbers numbers(of.present);
+    numbers.template add<is_full>(of.present, c0, levels.weight(0));
+    numbers.template add<is_full>(of.present, c1, levels.weight(1));
+    unrolled<Levels::most_planes>([&](size_t k) __attribute__((always_inline)) {
+        if (k < of.planes) [[likely]] numbers.template add<is_full>(of.present, read(k + 1), levels.weight(k + 2));
+    });
+    levels.finish(numbers, of, row);
+    unrolled<vectors>([&](size_t v) __attribute__((always_inline)) { use(v, levels(numbers, of, v)); });
+}
 
 // What looks levels up. Where an instruction set has registers for the levels of few bits, there is another.
 template <class Use>
@@ -80,88 +140,88 @@ inline F32x16 read_trellis_scale(const uint8_t* scales, uint8_t number) {
     return splat(scale);
 }
 
-// Columns whose constants are found together.
-inline constexpr size_t trellis_vectors = 16;
+template <class Levels, bool is_full>
+inline void store_trellis_block(const RowReader& reader, const TrellisColumns& of, const Levels& levels, size_t first,
+                                size_t stop, size_t j, const Output& out) {
+    const PackedRows rows = reader.rows;
+    const TrellisShape shape(rows.embedding_dim, rows.row_bytes);
+    const uint8_t* const scales = rows.codebooks + sizeof(float) * shape.first_scale();
+    const size_t row_bytes = rows.row_bytes, num_columns = smaller(rows.embedding_dim - j, trellis_block);
+    const bool prefetches = reader.bags.prefetches && j == 0;
+    for (size_t i = first; i < stop; i++) {
+        const uint64_t index = reader.indices[i - first];
+        const uint8_t* const bytes = rows.bytes + index * row_bytes;
+        const TrellisRow<is_full> row(bytes, row_bytes);
+        const F32x16 scale = read_trellis_scale(scales, bytes[row_bytes - 1]);
+        if (prefetches)
+            prefetch_row(rows, reader.indices[smaller(i - first + reader.rows_ahead, reader.num_indices - 1)]);
+        uint8_t* const to = out.values + i * out.row_bytes;
+        find_levels_of_block<is_full, trellis_vectors, true>(row.bytes, of, levels, [&](size_t v, F32x16 found) {
+            const size_t column = trellis_lanes * v;
+            if (!is_full && column >= num_columns) return;
+            const size_t count = is_full ? trellis_lanes : smaller(num_columns - column, trellis_lanes);
+            store_values(to, out.type, j + column, fma(scale, found, load(of.mean + column)), count);
+        });
+    }
+}
 
 template <class Levels>
 inline void store_trellis_rows(RowReader& reader, size_t first, const Output& out) {
     const PackedRows rows = reader.rows;
-    const TrellisShape shape(rows.embedding_dim, rows.row_bytes);
-    const size_t d = rows.embedding_dim, row_bytes = rows.row_bytes, room = trellis_room(row_bytes);
-    const uint8_t* const scales = rows.codebooks + sizeof(float) * shape.num_levels();
-    const Levels levels(rows.codebooks, shape);
-    TrellisColumns columns[trellis_vectors];
+    const TrellisLookup lookup(rows);
+    const Levels levels(lookup.levels);
     for (size_t stop; first < reader.end; first = stop) {
         stop = reader.end_of_window(first, reader.end);
         reader.open(first, stop, 0);
-        const uint64_t* const indices = reader.indices;
-        for (size_t start = 0; start < d; start += 16 * trellis_vectors) {
-            const size_t count = smaller(d - start, 16 * trellis_vectors);
-            find_columns(rows, start, count, columns);
-            const bool prefetches = reader.bags.prefetches && start == 0;
-            for (size_t i = first; i < stop; i++) {
-                const uint64_t index = indices[i - first];
-                if (index >= rows.num_rows) [[unlikely]] return reader.note_fault(i);
-                const TrellisRow row(rows.bytes + index * row_bytes, row_bytes);
-                const F32x16 scale = read_trellis_scale(scales, rows.bytes[(index + 1) * row_bytes - 1]);
-                if (prefetches)
-                    prefetch_row(rows, indices[smaller(i - first + reader.rows_ahead, reader.num_indices - 1)]);
-                uint8_t* const to = out.values + i * out.row_bytes;
-                for (size_t block = 0; block < count; block += 64) {
-                    TrellisSubsets subsets(row.bytes, (start + block) / 8, room);
-                    for (size_t j = block; j < smaller(count, block + 64); j += 16) {
-                        const TrellisColumns& of = columns[j / 16];
-                        const F32x16 found =
-                            levels(row.bytes + of.window, of, static_cast<uint32_t>(subsets.c1 & 0xffff),
-                                   static_cast<uint32_t>(subsets.c0 & 0xffff));
-                        store_values(to, out.type, start + j, fma(scale, found, load(of.mean)), smaller(count - j, 16));
-                        subsets.c1 >>= 16;
-                        subsets.c0 >>= 16;
-                    }
-                }
-            }
+        for (size_t i = first; i < stop; i++)
+            if (reader.indices[i - first] >= rows.num_rows) [[unlikely]] return reader.note_fault(i);
+        for (size_t j = 0; j < rows.embedding_dim; j += trellis_block) {
+            const TrellisColumns& of = lookup.columns[j / trellis_block];
+            if (rows.embedding_dim - j >= trellis_block)
+                store_trellis_block<Levels, true>(reader, of, levels, first, stop, j, out);
+            else
+                store_trellis_block<Levels, false>(reader, of, levels, first, stop, j, out);
         }
     }
 }
 
 // pool_tile, for rows of this layout. The job's first code is its first column.
-template <class Join, class Levels, size_t vectors, bool has_last, bool prefetches>
+template <class Join, class Levels, size_t vectors, bool is_full>
 [[gnu::noinline]] bool pool_trellis_tile(const RowReader& reader, TileJob job) {
-    constexpr size_t all_vectors = vectors + has_last;
+    constexpr size_t blocks = (vectors + trellis_vectors - 1) / trellis_vectors;
+    constexpr size_t vectors_of_block = smaller(vectors, trellis_vectors);
     const PackedRows rows = reader.rows;
     const TrellisShape shape(rows.embedding_dim, rows.row_bytes);
-    TrellisColumns columns[all_vectors];
-    find_columns(rows, job.first_code, smaller(16 * all_vectors, rows.embedding_dim - job.first_code), columns);
-    const Levels levels(rows.codebooks, shape);
-    const uint8_t* const scales = rows.codebooks + sizeof(float) * shape.num_levels();
-    const size_t row_bytes = rows.row_bytes, room = trellis_room(row_bytes), first_message = job.first_code / 8;
+    const TrellisColumns* const columns = reader.trellis->columns + job.first_code / trellis_block;
+    const Levels levels(reader.trellis->levels);
+    const uint8_t* const scales = rows.codebooks + sizeof(float) * shape.first_scale();
+    const size_t row_bytes = rows.row_bytes;
     const uint64_t* const indices = reader.indices;
     const size_t rows_ahead = reader.rows_ahead, num_indices = reader.num_indices;
+    const bool prefetches = reader.bags.prefetches && job.first_code == 0;
     size_t i = reader.starts[job.first_bag];
     for (size_t bag = job.first_bag; bag < job.end_bag; bag++) {
-        Sums<all_vectors> sums;
+        Sums<vectors> sums;
         sums.change([&](size_t v, F32x16) { return load(job.start + 16 * v); });
         const size_t rows_of_bag = job.rows_before + reader.starts[bag + 1] - i;
         for (const size_t end = reader.starts[bag + 1]; i < end; i++) {
             const uint64_t index = indices[i];
             if (index >= rows.num_rows) [[unlikely]] return false;
-            if constexpr (prefetches) prefetch_row(rows, indices[smaller(i + rows_ahead, num_indices - 1)]);
+            if (prefetches) prefetch_row(rows, indices[smaller(i + rows_ahead, num_indices - 1)]);
             const Join join(reader.weights, i);
             const uint8_t* const bytes = rows.bytes + index * row_bytes;
-            const TrellisRow row(bytes, row_bytes);
+            const TrellisRow<is_full> row(bytes, row_bytes);
             const F32x16 scale = read_trellis_scale(scales, bytes[row_bytes - 1]);
-            unrolled<(all_vectors + 3) / 4>([&](size_t block) __attribute__((always_inline)) {
-                const TrellisSubsets subsets(row.bytes, first_message + 8 * block, room);
-                unrolled<4>([&](size_t k) __attribute__((always_inline)) {
-                    const size_t v = 4 * block + k;
-                    if (v >= all_vectors) return;
-                    const TrellisColumns& of = columns[v];
-                    const F32x16 found = levels(row.bytes + of.window, of,
-                                                static_cast<uint32_t>(subsets.c1 >> 16 * k & 0xffff),
-                                                static_cast<uint32_t>(subsets.c0 >> 16 * k & 0xffff));
-                    sums.vector[v] = join(sums.vector[v], fma(scale, found, load(of.mean)));
-                });
-            });
+            const auto add_block = [&]<bool may_be_first>(size_t k, std::bool_constant<may_be_first>) __attribute__((always_inline)) {
+                const TrellisColumns& of = columns[k];
+                find_levels_of_block<is_full, vectors_of_block, may_be_first>(
+                    row.bytes, of, levels, [&](size_t v, F32x16 found) __attribute__((always_inline)) {
+                        F32x16& sum = sums.vector[trellis_vectors * k + v];
+                        sum = join(sum, fma(scale, found, load(of.mean + trellis_lanes * v)));
+                    });
+            };
+            add_block(0, std::true_type());
+            unrolled<blocks - 1>([&](size_t k) __attribute__((always_inline)) { add_block(k + 1, std::false_type()); });
         }
         if (job.ends_bags) [[likely]] {
             if (reader.bags.pooling == Pooling::mean) {
@@ -170,24 +230,33 @@ template <class Join, class Levels, size_t vectors, bool has_last, bool prefetch
             }
             if (rows_of_bag == 0) [[unlikely]] sums.change([](size_t, F32x16) { return splat(0.0f); });
         }
-        unrolled<vectors>([&](size_t v) { store(job.to + 16 * v, sums.vector[v]); });
-        if constexpr (has_last) store_first(job.to + 16 * vectors, sums.vector[vectors], job.last_columns);
+        constexpr size_t whole = is_full ? vectors : vectors - 1;
+        unrolled<whole>([&](size_t v) { store(job.to + 16 * v, sums.vector[v]); });
+        if constexpr (!is_full) {
+            if (job.last_columns == 0)
+                store(job.to + 16 * whole, sums.vector[whole]);
+            else
+                store_first(job.to + 16 * whole, sums.vector[whole], job.last_columns);
+        }
         job.to += job.stride;
     }
     return true;
 }
 
-template <class Join, class Levels, size_t vectors = most_sums>
+template <class Join, class Levels, size_t vectors = most_trellis_sums>
 PoolTileFn find_pool_trellis_tile(TileShape tile, bool prefetches) {
-    if constexpr (vectors > 0)
-        if (tile.vectors < vectors) return find_pool_trellis_tile<Join, Levels, vectors / 2>(tile, prefetches);
-    if constexpr (vectors < most_sums)
-        if (vectors == 0 || tile.last_columns > 0)
-            return prefetches ? pool_trellis_tile<Join, Levels, vectors, true, true>
-                              : pool_trellis_tile<Join, Levels, vectors, true, false>;
-    if constexpr (vectors > 0)
-        return prefetches ? pool_trellis_tile<Join, Levels, vectors, false, true>
-                          : pool_trellis_tile<Join, Levels, vectors, false, false>;
+    const size_t needed = tile.vectors + (tile.last_columns > 0);
+    constexpr bool is_part = vectors < trellis_vectors;
+    if constexpr (vectors > 1)
+        if (needed < vectors)
+            return find_pool_trellis_tile<Join, Levels, vectors <= trellis_vectors ? vectors - 1 : vectors / 2>(
+                tile, prefetches);
+    if constexpr (vectors > trellis_vectors)
+        return pool_trellis_tile<Join, Levels, vectors, true>;
+    else if constexpr (!is_part) {
+        if (tile.last_columns == 0) return pool_trellis_tile<Join, Levels, vectors, true>;
+    }
+    return pool_trellis_tile<Join, Levels, vectors, false>;
 }
 
 template <class Join>
@@ -198,6 +267,8 @@ inline void pool_trellis_bags_by(RowReader& reader, size_t first, size_t end, co
 }
 
 inline void pool_trellis_bags(RowReader& reader, size_t first, size_t end, const Output& out) {
+    const TrellisLookup lookup(reader.rows);
+    reader.trellis = &lookup;
     if (reader.bags.pooling == Pooling::max) return pool_trellis_bags_by<KeepLargestLevels>(reader, first, end, out);
     if (reader.bags.per_sample_weights) return pool_trellis_bags_by<AddWeightedLevels>(reader, first, end, out);
     pool_trellis_bags_by<AddLevels>(reader, first, end, out);

@@ -198,8 +198,7 @@ class RowFormat:
         """Values of one codebook: those that a code can stand for, or all that rows share."""
         if not self.has_shared_values:
             return 1 << int(self.bits)
-        trellis = self.trellis
-        return sum(trellis.num_levels) + NUM_SCALES + self.embedding_dim
+        return sum(self.trellis.num_levels) // 2 + NUM_SCALES + self.embedding_dim
 
     @property
     def codebook_bytes(self) -> int:

@@ -12,7 +12,7 @@
 #include "kernels.h"
 #include "lookup.h"
 #include "testing.h"
-#include "trellis_columns.h"
+#include "trellis_rows.h"
 
 namespace embpack::testing {
 
@@ -172,23 +172,38 @@ inline bool has_fault(const LookupCase& c, size_t position, int64_t row, LookupF
     return true;
 }
 
-// Bit by bit.
+// Bit by bit, in the order of the path.
 inline std::vector<float> decode_trellis_row(const LookupCase& c, size_t row) {
     const TrellisShape shape = c.trellis();
     const uint8_t* bytes = c.packed.data() + row * c.trellis_bytes;
     const size_t d = c.embedding_dim;
     const auto bit = [&](size_t at) -> size_t { return bytes[at / 8] >> at % 8 & 1; };
-    const auto message = [&](size_t j, size_t before) { return j < before ? 0 : bit(j - before); };
     const auto shared = [&](size_t i) { return read_param(c.codebooks.data() + sizeof(float) * i, false); };
-    const float scale = shared(shape.num_levels() + bytes[c.trellis_bytes - 1]);
-    std::vector<float> levels;
-    size_t at = d;
-    for (size_t j = 0; j < d; j++) {
-        const bool is_wide = (j + 1) * shape.num_wide / d > j * shape.num_wide / d;
-        size_t number = 2 * (message(j, 0) ^ message(j, 1) ^ message(j, 3)) + message(j, 2);
-        for (size_t i = 0; i + 1 < shape.narrow_bits + is_wide; i++) number += bit(at++) << (i + 2);
-        const float level = shared((is_wide ? shape.num_narrow_levels() : 0) + number);
-        levels.push_back(std::fma(scale, level, shared(shape.num_levels() + trellis_scales + j)));
+    const float scale = shared(shape.first_scale() + bytes[c.trellis_bytes - 1]);
+    std::vector<float> levels(d);
+    size_t before[3] = {}, top_bit = d * shape.narrow_bits;
+    for (size_t start = 0; start < d; start += 64) {
+        const size_t count = std::min<size_t>(64, d - start);
+        const size_t num_wide = (start + count) * shape.num_wide / d - start * shape.num_wide / d;
+        size_t step = start * shape.narrow_bits;
+        for (size_t i = 0; i < 16; i++)
+            for (size_t j = i; j < count; j += 16) {
+                const size_t first = j - i, lanes = std::min<size_t>(16, count - first);
+                const size_t wide = std::min(lanes, num_wide - std::min(num_wide, first));
+                const bool is_wide = (i + 1) * wide / lanes > i * wide / lanes;
+                const size_t message = bit(step);
+                size_t number = 2 * (message ^ before[0] ^ before[2]) + before[1];
+                for (size_t k = 1; k < shape.narrow_bits; k++) number += bit(step + k * count) << (k + 1);
+                if (is_wide) number += bit(top_bit++) << (shape.narrow_bits + 1);
+                const size_t half = shape.num_narrow_levels() / (is_wide ? 1 : 2);
+                const size_t upper = is_wide ? half / 2 : 0;
+                const float level = number < half ? -shared(upper + half - 1 - number) : shared(upper + number - half);
+                levels[start + j] = std::fma(scale, level, shared(shape.first_mean() + start + j));
+                before[2] = before[1];
+                before[1] = before[0];
+                before[0] = message;
+                step++;
+            }
     }
     return levels;
 }

@@ -1,0 +1,92 @@
+// Where the parts of a trellis-coded row lie (src/embpack/trellis.py: TrellisFormat).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace embpack {
+
+inline constexpr size_t trellis_least_dim = 4, trellis_most_dim = 4096;
+inline constexpr size_t trellis_least_bits = 2, trellis_most_bits = 7;
+// Columns of a block, and of these how many are read as one vector.
+inline constexpr size_t trellis_block = 64, trellis_lanes = 16, trellis_vectors = trellis_block / trellis_lanes;
+
+struct TrellisShape {
+    size_t embedding_dim, narrow_bits, num_wide;
+
+    constexpr TrellisShape(size_t embedding_dim, size_t row_bytes) : embedding_dim(embedding_dim) {
+        const size_t code_bits = 8 * (row_bytes - 1), each = code_bits / embedding_dim;
+        narrow_bits = each < trellis_most_bits ? each : trellis_most_bits;
+        num_wide = narrow_bits < trellis_most_bits ? code_bits - narrow_bits * embedding_dim : 0;
+    }
+
+    constexpr size_t num_narrow_levels() const { return size_t{2} << narrow_bits; }
+    constexpr size_t num_wide_levels() const { return num_wide > 0 ? 2 * num_narrow_levels() : 0; }
+    // Floats that the rows share: the upper halves of the levels of narrow and of wide codes, the scales, the mean.
+    constexpr size_t first_scale() const { return (num_narrow_levels() + num_wide_levels()) / 2; }
+    constexpr size_t first_mean() const { return first_scale() + trellis_scales; }
+    constexpr size_t num_shared() const { return first_mean() + embedding_dim; }
+};
+
+// A block. Its columns have positions from 0 to 63, that of column c of the block is 4 (c mod 16) + c / 16: a register
+// with a byte for each position has in lane i, one byte above the other, what is of columns i, 16 + i, 32 + i and
+// 48 + i. A row's path takes the positions in ascending order, those that there are.
+struct TrellisBlock {
+    size_t num_columns;
+    uint64_t present = 0, is_wide = 0;             // positions of columns, and of those with the longer codes
+    uint16_t wide_lanes[trellis_vectors] = {};     // the latter by the lanes of each vector
+    size_t first_bit, first_wide_bit;              // of a row: of the block's message bits and indices; of its top bits
+
+    [[gnu::always_inline]] constexpr TrellisBlock(const TrellisShape& shape, size_t number) {
+        const size_t d = shape.embedding_dim, start = number * trellis_block;
+        const size_t end = d - start < trellis_block ? d : start + trellis_block;
+        const size_t wide_before = start * shape.num_wide / d;
+        num_columns = end - start;
+        first_bit = start * shape.narrow_bits;
+        first_wide_bit = d * shape.narrow_bits + wide_before;
+        size_t left = end * shape.num_wide / d - wide_before;
+        for (size_t v = 0; v < trellis_vectors && trellis_lanes * v < num_columns; v++) {
+            const size_t inside = num_columns - trellis_lanes * v;
+            const size_t lanes = inside < trellis_lanes ? inside : trellis_lanes, wide = left < lanes ? left : lanes;
+            size_t part = 0;   // of `lanes`, until the next wide one
+            for (size_t i = 0; i < lanes; i++) {
+                const uint64_t position = uint64_t{1} << (trellis_vectors * i + v);
+                present |= position;
+                part += wide;
+                if (part < lanes) continue;
+                part -= lanes;
+                is_wide |= position;
+                wide_lanes[v] = static_cast<uint16_t>(wide_lanes[v] | 1u << i);
+            }
+            left -= wide;
+        }
+    }
+
+    static constexpr size_t column_at(size_t position) {
+        return trellis_lanes * (position % trellis_vectors) + position / trellis_vectors;
+    }
+};
+
+// All levels of narrow codes, then those of wide ones, of which the upper halves are given.
+struct AllTrellisLevels {
+    static constexpr size_t most = 384;   // of narrow codes of 6 bits, and of 7 of a table that has both
+    size_t num_narrow, num_wide;
+    float values[most];
+
+    [[gnu::always_inline]] AllTrellisLevels(const uint8_t* halves, const TrellisShape& shape)
+        : num_narrow(shape.num_narrow_levels()), num_wide(shape.num_wide_levels()) {
+        unfold(halves, num_narrow / 2, values);
+        unfold(halves + sizeof(float) * num_narrow / 2, num_wide / 2, values + num_narrow);
+    }
+
+private:
+    [[gnu::always_inline]] static void unfold(const uint8_t* upper, size_t count, float* to) {
+        std::memcpy(to + count, upper, sizeof(float) * count);
+        for (size_t i = 0; i < count; i++) to[count - 1 - i] = -to[count + i];
+    }
+};
+
+}  // namespace embpack
