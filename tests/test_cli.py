@@ -432,7 +432,7 @@ def test_compare_says_what_a_method_does_not_support(embpack_command, tmp_path):
     assert "left out: asym at 4 bits with float16 parameters: vectors[700] has values from " in out
     _, out, _ = embpack_command("compare", src, *options, "--json")
     (skipped,) = json.loads(out)["skipped"]
-    assert skipped["variant"] == {"method": "asym", "bits": 4, "param_dtype": "float16"}
+    assert skipped["variant"] == {"method": "asym", "bits": 4, "param_dtype": "float16", "rotate": None}
 
 
 def test_compare_of_tables_that_do_not_get_smaller(embpack_command, tmp_path):
@@ -459,8 +459,9 @@ def test_compare_fits_a_narrow_terminal(embpack_command, monkeypatch, model):
         (["--methods", "best"], "there is no method 'best'; choose one of " + ", ".join(METHODS)),
         (["--methods", "asym,greedy:b=many"], "b is 'many', which is not a whole number"),
         (["--methods", ""], "there is no method ''"),
-        (["--bits", "3"], "'3'; choose from 2, 4 and 8, with commas between"),
-        (["--bits", "4,four"], "'4,four'; choose from 2, 4 and 8"),
+        (["--methods", "asym", "--bits", "3"], "bits is 3; choose 2, 4 or 8"),
+        (["--bits", "4,four"], "bits is 'four'; give a number"),
+        (["--rotate", "fourier"], "'fourier'; choose none, hadamard or none,hadamard"),
         (["--param-dtype", "float64"], "'float64'; choose float16, float32 or float16,float32"),
         (["--rows", "-1"], "'-1'; give a number of rows, or all"),
         (["--rows", "many"], "'many'; give a number of rows, or all"),

@@ -54,6 +54,7 @@ def make_result(bytes_per_row=36.0, loss=0.1, table="emb", **values):
         "method": "greedy",
         "bits": 4,
         "param_dtype": "float16",
+        "rotate": None,
         "layout": "uniform",
         "loss": loss,
         "bytes_per_row": bytes_per_row,
@@ -77,19 +78,28 @@ def compare_file(src: Path, variants=None, most_rows=None, include=(), exclude=(
 # What is compared
 
 
-def test_by_default_all_methods_and_two_of_them_at_other_bits():
-    expected = [(method, 4) for method in METHODS] + [("asym", 2), ("asym", 8), ("optimal", 2), ("optimal", 8)]
+def quantize_as(weight, variant):
+    return embpack.quantize(weight, variant.method, variant.bits, variant.param_dtype, rotate=variant.rotate)
+
+
+def test_by_default_all_methods_some_at_other_bits_and_some_rotated():
+    others = [("asym", 2), ("asym", 8), ("optimal", 2), ("optimal", 8), ("trellis", 2), ("trellis", 3), ("trellis", 6)]
+    expected = [Variant(*way) for way in [(method, 4) for method in METHODS] + others]
+    expected += [Variant(method, 4, rotate="hadamard") for method in ("optimal", "trellis")]
     weight = make_weight()
     results = embpack.compare(weight)
-    assert [(result.method, result.bits) for result in results] == expected
-    formats = [embpack.quantize(weight, *variant).row_format for variant in expected]
+    assert [(result.method, result.bits, result.rotate) for result in results] == [
+        (variant.method, variant.bits, variant.rotate) for variant in expected
+    ]
+    formats = [quantize_as(weight, variant).row_format for variant in expected]
     assert [(result.param_dtype, result.layout) for result in results] == [(f.param_dtype, f.layout) for f in formats]
 
 
-def test_every_method_bits_and_param_dtype_that_is_asked_for():
-    variants = make_variants(["asym", "greedy:b=100"], BITS, list(PARAM_BYTES))
-    expected = itertools.product(["asym", "greedy:b=100"], BITS, PARAM_BYTES)
-    assert [dataclasses.astuple(variant) for variant in variants] == list(expected)
+def test_every_method_bits_param_dtype_and_rotation_that_is_asked_for():
+    variants = make_variants(["asym", "greedy:b=100"], BITS, list(PARAM_BYTES), [None, "hadamard"])
+    expected = itertools.product(["asym", "greedy:b=100"], BITS, PARAM_BYTES, [None, "hadamard"])
+    assert {dataclasses.astuple(variant) for variant in variants} == set(expected)
+    assert len(variants) == 24
 
 
 @pytest.mark.parametrize(
@@ -100,11 +110,15 @@ def test_every_method_bits_and_param_dtype_that_is_asked_for():
         ({"methods": ["asym", "asym"], "bits": [4, 4]}, [("asym", 4, None)]),
         ({"methods": ["asym"], "param_dtype": "float32"}, [("asym", 4, "float32")]),
         ({"bits": 2}, [(method, 2, None) for method in METHODS]),
+        ({"bits": [3, 3.5]}, [("trellis", 3, None), ("trellis", 3.5, None)]),
+        ({"bits": 8}, [(method, 8, None) for method in METHODS if method != "trellis"]),
         ({"methods": [Greedy(), Greedy(b=100)]}, [("greedy", 4, None), ("greedy:b=100,r=0.16", 4, None)]),
     ],
 )
 def test_what_is_not_said_is_the_default(arguments, expected):
-    assert [dataclasses.astuple(variant) for variant in make_variants(**arguments)] == expected
+    assert [dataclasses.astuple(variant) for variant in make_variants(**arguments)] == [
+        (*variant, None) for variant in expected
+    ]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +128,10 @@ def test_what_is_not_said_is_the_default(arguments, expected):
         ({"methods": []}, "there is nothing to compare"),
         ({"bits": []}, "there is nothing to compare"),
         ({"param_dtype": []}, "there is nothing to compare"),
-        ({"bits": 3}, "bits is 3; choose 2, 4 or 8"),
+        ({"methods": ["asym"], "bits": 3}, "bits is 3; choose 2, 4 or 8"),
+        ({"methods": ["trellis"], "bits": 8}, "bits is 8; the trellis layout has 2 to 7"),
+        ({"bits": 1}, "bits is 1; choose 2, 4 or 8"),
+        ({"rotate": "fourier"}, "rotation is 'fourier'; choose None or one of 'hadamard'"),
         ({"param_dtype": "float64"}, "param_dtype is 'float64'; choose"),
     ],
 )
@@ -381,10 +398,7 @@ def test_totals_are_those_of_all_rows_together(tmp_path):
     comparison = compare_file(write_safetensors(tmp_path, Arrays(weights)))
     assert [(total.method, total.bits) for total in comparison.overall] == [(v.method, v.bits) for v in make_variants()]
     for total in comparison.overall:
-        tables = {
-            name: embpack.quantize(weight, total.method, total.bits, total.param_dtype)
-            for name, weight in weights.items()
-        }
+        tables = {name: quantize_as(weight, total.variant) for name, weight in weights.items()}
         errors = [weights[name] - table.dequantize().astype(np.float64) for name, table in tables.items()]
         square = sum(np.square(weight, dtype=np.float64).sum() for weight in weights.values())
         loss = np.sqrt(sum(np.square(error).sum() for error in errors) / square)
@@ -397,6 +411,17 @@ def test_totals_are_those_of_all_rows_together(tmp_path):
         assert (total.worst_table, total.worst_row) == (worst.table, worst.worst_row)
         seconds = sum(len(weights[name]) / result.rows_per_second for name, result in results.items())
         assert total.rows_per_second == pytest.approx(210 / seconds, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["trellis", "kmeans-cls:K=8", "kmeans", "optimal"])
+def test_bytes_are_those_of_the_whole_table(tmp_path, method):
+    """What all rows share counts once, however few rows are measured."""
+    weight = make_weight(500, 24)
+    src = write_safetensors(tmp_path, Arrays({"emb": weight}))
+    (result,) = compare_file(src, make_variants([method]), most_rows=60).tables[0].results
+    packed = embpack.quantize(weight, method)
+    assert round(result.bytes_per_row * 500) == packed.nbytes
+    assert result.share_of_float32 == pytest.approx(packed.nbytes / weight.nbytes)
 
 
 def test_a_sample_stands_for_its_table_in_the_total():
@@ -457,7 +482,7 @@ def test_the_page_has_the_figures_and_the_commands(comparison):
     shown = [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
     by_size = sorted(comparison.overall, key=lambda result: (result.bytes_per_row, result.loss))
     assert [row[:4] for row in shown[1 : 1 + len(by_size)]] == [
-        [result.method, result.layout, str(result.bits), f"{result.loss:.5f}"] for result in by_size
+        [result.variant.name, result.layout, str(result.bits), f"{result.loss:.5f}"] for result in by_size
     ]
     commands = ["".join(code.itertext()) for code in root.iter("code")]
     expected = [comparison.write_command(result) for result in comparison.front]

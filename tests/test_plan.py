@@ -76,8 +76,12 @@ def test_without_a_limit_tables_get_the_least_loss_in_the_bytes_of_four_bits(tab
     assert plan.num_bytes == sum(table.num_bytes for table in plan.tables)
 
 
+def quantize_as(weight, variant):
+    return embpack.quantize(weight, variant.method, variant.bits, variant.param_dtype, rotate=variant.rotate)
+
+
 def pack(tables, plan):
-    packed = {name: embpack.quantize(weight, *plan.variants[name].__dict__.values()) for name, weight in tables.items()}
+    packed = {name: quantize_as(weight, plan.variants[name]) for name, weight in tables.items()}
     errors = {name: np.square(tables[name] - packed[name].dequantize(), dtype=np.float64).sum() for name in tables}
     return packed, errors
 
@@ -85,15 +89,12 @@ def pack(tables, plan):
 @pytest.mark.parametrize("share", ["11 %", "12.5 %", "20 %", "30 %"])
 def test_within_max_bytes_the_error_is_the_least(tables, share):
     variants = [embpack.Variant("optimal", bits) for bits in (2, 4, 8)]
+    variants += [embpack.Variant("trellis", 2.5), embpack.Variant("trellis", 4, rotate="hadamard")]
     plan = embpack.plan(tables, max_bytes=share, variants=variants)
     limit = sum(weight.nbytes for weight in tables.values()) * float(share[:-1]) / 100
     packed, errors = pack(tables, plan)
     assert sum(table.nbytes for table in packed.values()) == plan.num_bytes <= limit
-    every = {
-        (name, variant): embpack.quantize(weight, variant.method, variant.bits)
-        for name, weight in tables.items()
-        for variant in variants
-    }
+    every = {(name, variant): quantize_as(weight, variant) for name, weight in tables.items() for variant in variants}
     error_of = {
         key: np.square(tables[key[0]] - table.dequantize(), dtype=np.float64).sum() for key, table in every.items()
     }
@@ -105,6 +106,28 @@ def test_within_max_bytes_the_error_is_the_least(tables, share):
     assert sum(errors.values()) == pytest.approx(best)
     norm = sum(np.square(weight, dtype=np.float64).sum() for weight in tables.values())
     assert plan.loss == pytest.approx(np.sqrt(best / norm), rel=1e-5)
+
+
+def test_rotation_and_trellis_are_chosen_where_they_lose_less(rng):
+    tables = {
+        "normal": rng.standard_normal((6000, 64), dtype=np.float32),
+        "laplace": rng.laplace(size=(6000, 64)).astype(np.float32),
+    }
+    plan = embpack.plan(tables)
+    assert [table.variant.method for table in plan.tables] == ["trellis", "trellis"]
+    assert plan.variants["laplace"].rotate == "hadamard"
+    assert plan.num_bytes <= 1.01 * 36 * 12_000
+    assert str(plan).endswith("sums them at about half the speed of others")
+    uniform = [embpack.Variant("optimal", 4), embpack.Variant("optimal", 4, rotate="hadamard")]
+    plan = embpack.plan(tables, variants=uniform)
+    assert plan.variants["laplace"].rotate == "hadamard" and "of the squared error" in str(plan)
+    assert str(plan).splitlines()[-1].startswith("432,000 bytes")
+
+
+def test_what_rows_share_is_counted_once_for_tables_larger_than_the_sample(rng):
+    table = rng.standard_normal((40_000, 16), dtype=np.float32)
+    plan = embpack.plan({"emb": table}, variants=[embpack.Variant("trellis", 3)])
+    assert plan.num_bytes == embpack.quantize(table, "trellis", 3).nbytes
 
 
 def test_max_loss_is_kept_in_the_fewest_bytes(tables):
@@ -123,7 +146,7 @@ def test_tables_that_are_looked_up_often_get_more(tables):
 def test_a_plan_prints_as_a_table_with_reasons(tables):
     lines = str(embpack.plan(tables, max_bytes="12.5 %")).splitlines()
     assert lines[0].split() == ["table", "rows", "dim", "method", "bits", "bytes", "l2", "loss", "why"]
-    assert "of the squared error" in lines[1] and "% of float32; l2 loss 0." in lines[-1]
+    assert "of the squared error" in lines[1] and "% of float32; l2 loss 0." in lines[4]
 
 
 def test_limits_that_cannot_be_kept_are_named(tables):
@@ -167,6 +190,11 @@ def test_files_are_packed_by_a_plan(tmp_path, tables, embpack_command):
     assert {name: table.bits for name, table in embpack.load(other).items()} == {
         table.name: table.variant.bits for table in weighted.tables
     }
+    halves = tmp_path / "halves.safetensors"
+    code, out, err = embpack_command("quantize", src, halves, "--method", "trellis", "--bits", "3.5")
+    assert (code, err) == (0, "") and {table.bits for table in embpack.load(halves).values()} == {3.5}
+    code, out, err = embpack_command("quantize", src, tmp_path / "no.safetensors", "--bits", "3.5")
+    assert code == 2 and "bits is 3.5; choose 2, 4 or 8" in err
     code, out, err = embpack_command("quantize", src, tmp_path / "no.safetensors", "--max-bytes", "1 MB")
     assert code == 2 and "goes with --auto" in err
     code, out, err = embpack_command("quantize", src, tmp_path / "no.safetensors", "--auto", "--rotate", "hadamard")

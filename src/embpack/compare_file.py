@@ -19,6 +19,9 @@ from embpack.rules import Decision
 from embpack.sources import SourceTensor
 from embpack.sources.dtypes import ARRAY_DTYPES
 
+# About the bytes of something are not more than so many times as many: room for what all rows share.
+ABOUT = 1.01
+
 
 @dataclass(frozen=True)
 class TableComparison:
@@ -87,12 +90,12 @@ class FileComparison:
 
     @property
     def recommended(self) -> Comparison | None:
-        """The way for a user who names no size: the least loss in no more bytes than the default way's.
+        """The way for a user who names no size: the least loss in about the bytes of the default way.
 
         Where nothing that small was measured, the smallest; None if nothing is smaller than float32.
         """
         front = self.front
-        fitting = [result for result in front if result.bytes_per_row <= self.default_bytes]
+        fitting = [result for result in front if result.bytes_per_row <= ABOUT * self.default_bytes]
         if fitting:
             return fitting[-1]
         return front[0] if front else None
@@ -108,6 +111,7 @@ class FileComparison:
         """Write the command that packs the checkpoint in one way, ready for a shell."""
         words = ["embpack", "quantize", str(self.src), str(_name_packed(self.src, result.bits))]
         words += ["--method", result.method, "--bits", str(result.bits), "--param-dtype", result.param_dtype]
+        words += ["--rotate", result.rotate] if result.rotate else []
         for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
             words += [word for glob in globs for word in (option, glob)]
         return shlex.join(words)
@@ -140,7 +144,7 @@ def compare_table(
     tensor = decision.tensor
     numbers = spread_rows(tensor.shape[0], count_rows(decision, most_rows))
     rows = _read_rows(tensor, numbers)
-    results, skipped = compare_rows(rows, variants, tensor.name, numbers, progress)
+    results, skipped = compare_rows(rows, variants, tensor.name, numbers, tensor.shape[0], progress)
     return TableComparison(
         name=tensor.name,
         num_embeddings=tensor.shape[0],
@@ -183,6 +187,7 @@ def _sum(tables: Sequence[TableComparison], results: Sequence[Comparison]) -> To
         method=worst.method,
         bits=worst.bits,
         param_dtype=worst.param_dtype,
+        rotate=worst.rotate,
         layout=", ".join(layouts),
         loss=math.sqrt(sum(errors) / sum(squares)) if sum(squares) else 0.0,
         bytes_per_row=packed / sum(rows),
@@ -195,7 +200,7 @@ def _sum(tables: Sequence[TableComparison], results: Sequence[Comparison]) -> To
     )
 
 
-def _name_packed(src: Path, bits: int) -> Path:
+def _name_packed(src: Path, bits: float) -> Path:
     """Name the packed checkpoint, beside the source: a folder if that is in shards."""
     if src.is_dir() or src.suffix == ".json":
         folder = src if src.is_dir() else src.parent

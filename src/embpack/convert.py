@@ -267,7 +267,7 @@ def quantize_file(
         exclude: globs of tensor names never to pack.
         max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit.
         rotate: as for quantize.
-        variants: method, bits and param_dtype of tables that have their own, by name, as embpack.plan(...).variants.
+        variants: how tables are packed that have their own way, by name, as embpack.plan(...).variants.
         progress: called with a table's name and a number of rows as they are done.
 
     Raises:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.compare import Comparison, Variant, compare_rows, find_front
-from embpack.compare_file import compare_table
+from embpack.compare_file import ABOUT, compare_table
 from embpack.convert import check_max_loss
-from embpack.layouts import RowFormat
-from embpack.methods import DEFAULT_METHOD
+from embpack.layouts import ROTATIONS, RowFormat
+from embpack.methods import DEFAULT_METHOD, parse_method
 from embpack.rows import as_rows, spread_rows, widen
-from embpack.rules import Rules
+from embpack.rules import Decision, Rules
 from embpack.rules import plan as decide_on_tensors
 from embpack.sources import open_checkpoint
 
 # What tables are tried with if nobody says.
 VARIANTS = tuple(
-    Variant(*how)
-    for how in ((DEFAULT_METHOD, 2), ("kmeans", 2), (DEFAULT_METHOD, 4), ("kmeans", 4), (DEFAULT_METHOD, 8))
+    Variant(method, bits, rotate=rotate)
+    for method, each in ((DEFAULT_METHOD, (2, 4, 8)), ("kmeans", (2, 4)), ("trellis", (2, 2.5, 3, 3.5, 4, 5, 6, 7)))
+    for bits in each
+    for rotate in (None, *ROTATIONS)
 )
 # Rows that a table is measured by, evenly spread.
 SAMPLE_ROWS = 20_000
@@ -84,7 +86,7 @@ class Plan:
                 table.name,
                 f"{table.num_embeddings:,}",
                 str(table.embedding_dim),
-                table.variant.method,
+                table.variant.name,
                 str(table.variant.bits),
                 f"{table.num_bytes:,}",
                 f"{table.loss:.5f}",
@@ -102,7 +104,10 @@ class Plan:
             for row in rows
         ]
         share = self.num_bytes / self.float32_bytes
-        return "\n".join([*lines, f"{self.num_bytes:,} bytes, {share:.2%} of float32; l2 loss {self.loss:.5f}"])
+        lines.append(f"{self.num_bytes:,} bytes, {share:.2%} of float32; l2 loss {self.loss:.5f}")
+        if any(parse_method(table.variant.method).layout == "trellis" for table in self.tables):
+            lines.append("trellis: embpack alone reads these rows, and sums them at about half the speed of others")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class _Measured:
     @property
     def sizes(self) -> list[int]:
         """Bytes of the table in each of the ways."""
-        return [math.ceil(result.bytes_per_row * self.num_embeddings) for result in self.front]
+        return [round(result.bytes_per_row * self.num_embeddings) for result in self.front]
 
     @property
     def errors(self) -> list[float]:
@@ -145,7 +150,7 @@ def plan(
 ) -> Plan:
     """Choose how to pack each table, by the loss measured on a sample of its rows.
 
-    Without a limit each table gets the least loss in no more bytes than its uniform rows take at 4 bits. With
+    Without a limit each table gets the least loss in the bytes that its uniform rows take at 4 bits, or 1 % more. With
     max_bytes, the bits are spread over the tables so that the sum of all squared errors is the least; with max_loss, so
     that they take the fewest bytes. The choice is the best one there is for models of few tables, and next to it for
     many.
@@ -167,11 +172,71 @@ def plan(
         ValueError: no tensor is a table; a value is NaN or infinite; a limit is none, or cannot be kept: says what can;
             both are given; access_counts are of no table.
     """
+    limits = max_bytes, max_loss
+    _check_limits(*limits)
+    if not isinstance(src, Mapping):
+        with open_checkpoint(Path(src)) as checkpoint:
+            decisions = decide_on_tensors(checkpoint, Rules(tuple(include), tuple(exclude)))
+            return plan_tables(decisions, *limits, variants, access_counts, progress)
+    found = []
+    for name, weight in src.items():
+        rows, dtype = as_rows(weight)
+        sample = rows[spread_rows(len(rows), min(len(rows), SAMPLE_ROWS))]
+        sample = widen(sample) if dtype == "bfloat16" else sample
+        results, _ = compare_rows(sample, variants, name, num_embeddings=len(rows), progress=progress)
+        square = float(np.einsum("ij,ij->", sample, sample, dtype=np.float64)) * len(rows) / len(sample)
+        found.append(_Measured(name, len(rows), rows.shape[1], 1.0, square, _list_options(results)))
+    return _plan(found, *limits, access_counts or {})
+
+
+def plan_tables(
+    decisions: Sequence[Decision],
+    max_bytes: int | str | None = None,
+    max_loss: float | None = None,
+    variants: Sequence[Variant] = VARIANTS,
+    access_counts: Mapping[str, float] | None = None,
+    progress: Callable[[str, int], None] = lambda name, rows: None,
+) -> Plan:
+    """Do what plan does, for those tensors of an open checkpoint that are tables."""
+    _check_limits(max_bytes, max_loss)
+    found = []
+    for decision in decisions:
+        if decision.row_format is not None:
+            of = compare_table(decision, variants, SAMPLE_ROWS, progress)
+            square = of.square_norm * of.num_embeddings / of.rows_measured
+            found.append(
+                _Measured(of.name, of.num_embeddings, of.embedding_dim, 1.0, square, _list_options(of.results))
+            )
+    return _plan(found, max_bytes, max_loss, access_counts or {})
+
+
+def _check_limits(max_bytes: int | str | None, max_loss: float | None) -> None:
     if max_bytes is not None and max_loss is not None:
         raise ValueError("give max_bytes or max_loss, not both")
     if max_loss is not None:
         check_max_loss(max_loss)
-    measured = _measure(src, variants, Rules(tuple(include), tuple(exclude)), access_counts or {}, progress)
+
+
+def _list_options(results: Sequence[Comparison]) -> tuple[Comparison, ...]:
+    return tuple(find_front(results) or [min(results, key=lambda result: result.bytes_per_row)])
+
+
+def _plan(
+    found: Sequence[_Measured],
+    max_bytes: int | str | None,
+    max_loss: float | None,
+    access_counts: Mapping[str, float],
+) -> Plan:
+    unknown = set(access_counts) - {table.name for table in found}
+    if unknown:
+        names = ", ".join(table.name for table in found)
+        raise ValueError(f"access_counts are of {sorted(unknown)[0]!r}, but the tables are {names}")
+    measured = [
+        replace(table, weight=access_counts[table.name] / table.num_embeddings)
+        if table.name in access_counts
+        else table
+        for table in found
+    ]
     float32_bytes = sum(4 * table.num_embeddings * table.embedding_dim for table in measured)
     square = sum(table.weight * table.square_norm for table in measured)
     most_bytes = None if max_bytes is None else parse_size(max_bytes, float32_bytes)
@@ -180,14 +245,18 @@ def plan(
     else:
         most_error = None if max_loss is None else max_loss**2 * square
         options = [(table.sizes, table.errors) for table in measured]
-        found = choose(options, most_bytes, most_error)
-        if found is None:
+        best = choose(options, most_bytes, most_error)
+        if best is None:
             least = sum(min(sizes) for sizes, _ in options)
-            best = math.sqrt(sum(min(errors) for _, errors in options) / square)
-            can = f"the tables take at least {least:,} bytes" if max_loss is None else f"the least loss is {best:.5f}"
+            least_loss = math.sqrt(sum(min(errors) for _, errors in options) / square)
+            can = (
+                f"the tables take at least {least:,} bytes"
+                if max_loss is None
+                else f"the least loss is {least_loss:.5f}"
+            )
             limit = f"max_bytes is {most_bytes:,}" if max_loss is None else f"max_loss is {max_loss}"
             raise ValueError(f"{limit}, but {can}")
-        chosen = found
+        chosen = best
     total = sum(table.errors[i] for table, i in zip(measured, chosen, strict=True))
     tables = tuple(_describe(table, i, total) for table, i in zip(measured, chosen, strict=True))
     return Plan(tables, math.sqrt(total / square) if square else 0.0, float32_bytes)
@@ -246,45 +315,9 @@ def choose(
     return chosen[::-1]
 
 
-def _measure(
-    src: str | PathLike[str] | Mapping[str, Any],
-    variants: Sequence[Variant],
-    rules: Rules,
-    access_counts: Mapping[str, float],
-    progress: Callable[[str, int], None],
-) -> list[_Measured]:
-    found: list[tuple[str, int, int, float, Sequence[Comparison]]] = []
-    if isinstance(src, Mapping):
-        for name, weight in src.items():
-            rows, dtype = as_rows(weight)
-            sample = rows[spread_rows(len(rows), min(len(rows), SAMPLE_ROWS))]
-            sample = widen(sample) if dtype == "bfloat16" else sample
-            results, _ = compare_rows(sample, variants, name, progress=progress)
-            square = float(np.einsum("ij,ij->", sample, sample, dtype=np.float64)) * len(rows) / len(sample)
-            found.append((name, len(rows), rows.shape[1], square, results))
-    else:
-        with open_checkpoint(Path(src)) as checkpoint:
-            for decision in decide_on_tensors(checkpoint, rules):
-                if decision.row_format is not None:
-                    of = compare_table(decision, variants, SAMPLE_ROWS, progress)
-                    square = of.square_norm * of.num_embeddings / of.rows_measured
-                    found.append((of.name, of.num_embeddings, of.embedding_dim, square, of.results))
-    unknown = set(access_counts) - {name for name, *_ in found}
-    if unknown:
-        raise ValueError(
-            f"access_counts are of {sorted(unknown)[0]!r}, but the tables are {', '.join(f[0] for f in found)}"
-        )
-    measured = []
-    for name, num_embeddings, embedding_dim, square, ways in found:
-        weight = access_counts[name] / num_embeddings if name in access_counts else 1.0
-        front = find_front(ways) or [min(ways, key=lambda way: way.bytes_per_row)]
-        measured.append(_Measured(name, num_embeddings, embedding_dim, weight, square, tuple(front)))
-    return measured
-
-
 def _choose_alone(table: _Measured) -> int:
-    """The least loss in the bytes of uniform rows at 4 bits; the fewest bytes if nothing is that small."""
-    most = RowFormat(table.embedding_dim).row_bytes * table.num_embeddings
+    """The least loss in about the bytes of uniform rows at 4 bits; the fewest bytes if nothing is that small."""
+    most = ABOUT * RowFormat(table.embedding_dim).row_bytes * table.num_embeddings
     return max((i for i, size in enumerate(table.sizes) if size <= most), default=0)
 
 
@@ -295,7 +328,7 @@ def _describe(table: _Measured, chosen: int, total: float) -> PlannedTable:
         better = table.front[chosen + 1]
         less = (error - table.errors[chosen + 1]) / total if total else 0.0
         more = table.sizes[chosen + 1] - size
-        reason += f"; {better.method} at {better.bits} bits: {less:.0%} less for {more:,} bytes more"
+        reason += f"; {better.variant.name} at {better.bits} bits: {less:.0%} less for {more:,} bytes more"
     else:
         reason += "; nothing measured has less"
     return PlannedTable(

@@ -116,7 +116,7 @@ class Rules:
         param_dtype: of scale and bias or of codebooks; None is the default for these bits and the method's layout.
         method: what packs them.
         rotation: what rows are multiplied by before; None or "hadamard".
-        variants: bits, param_dtype and method of tables that have their own, by name.
+        variants: bits, param_dtype, method and rotation of tables that have their own, by name.
     """
 
     include: tuple[str, ...] = ()
@@ -140,11 +140,11 @@ class Rules:
             return Decision(tensor, None, f"{tensor.dtype}, not float32, float16 or bfloat16")
         if not (included or tensor.is_vectors or says_embedding(tensor.name)):
             return Decision(tensor, None, "name does not say embedding")
-        bits, param_dtype, method = self.bits, self.param_dtype, self.method
+        bits, param_dtype, method, rotation = self.bits, self.param_dtype, self.method, self.rotation
         if tensor.name in self.variants:
             own = self.variants[tensor.name]
-            bits, param_dtype, method = own.bits, own.param_dtype, parse_method(own.method)
-        row_format = make_row_format(tensor.shape[1], bits, param_dtype, method.layout, self.rotation)
+            bits, param_dtype, method, rotation = own.bits, own.param_dtype, parse_method(own.method), own.rotate
+        row_format = make_row_format(tensor.shape[1], bits, param_dtype, method.layout, rotation)
         if tensor.shape[0] < MIN_ROWS and not (included or tensor.is_vectors):
             return Decision(tensor, None, f"fewer than {MIN_ROWS} rows: much used, and little to save")
         before = count_bytes(tensor.dtype, tensor.shape[1:])

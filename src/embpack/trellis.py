@@ -157,12 +157,16 @@ class TrellisParameters:
     def split(cls, values: NDArray[np.float32], trellis: TrellisFormat) -> "TrellisParameters":
         """Undo join."""
         narrow, both = trellis.num_levels[0] // 2, sum(trellis.num_levels) // 2
-        *halves, scales, mean = np.split(values[0], [narrow, both, both + NUM_SCALES])
-        return cls(*(np.concatenate([-levels[::-1], levels]) for levels in halves), scales, mean)
+        upper_narrow, upper_wide, scales, mean = np.split(values[0], [narrow, both, both + NUM_SCALES])
+        return cls(_mirror(upper_narrow), _mirror(upper_wide), scales, mean)
 
     def levels_of(self, trellis: TrellisFormat, t: int) -> NDArray[np.float32]:
         """The codebook of step t."""
         return self.wide if trellis.is_wide[t] else self.narrow
+
+
+def _mirror(upper: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.concatenate([-upper[::-1], upper])
 
 
 Encode = Callable[[Rows, TrellisFormat, TrellisParameters], NDArray[np.uint8]]

@@ -452,8 +452,8 @@ void test_trellis(const std::vector<const Kernels*>& isas) {
                         for (size_t k = 0; k < count; k++)
                             levels.push_back(width * (2.0f * static_cast<float>(k) / static_cast<float>(count) - 1.0f));
                     };
-                    make_levels(format.num_narrow_levels(), narrow);
-                    make_levels(format.num_wide_levels(), wide);
+                    make_levels(format.shape.num_narrow_levels(), narrow);
+                    make_levels(format.shape.num_wide_levels(), wide);
                     for (size_t i = 1; i < trellis_scales; i++) scales.push_back(0.01f * std::pow(1.06f, static_cast<float>(i)));
                     Buffer<float> mean(std::vector<float>(d, 0.25f), Placement::before_a_guard, mean_arena);
                     Buffer<uint8_t> is_wide(format.is_wide, Placement::before_a_guard, is_wide_arena);

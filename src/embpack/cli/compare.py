@@ -9,6 +9,7 @@ import typer
 
 from embpack.atomic import new_file
 from embpack.cli import show
+from embpack.cli.quantize import parse_bits
 from embpack.compare import QUANTILES, Comparison, find_front, make_variants, name_variant
 from embpack.compare_file import (
     FileComparison,
@@ -46,25 +47,25 @@ def _check_methods(text: str | None) -> str | None:
     return text
 
 
-def _split_bits(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _check_bits(text: str | None) -> str | None:
-    if text is not None:
-        try:
-            make_variants(bits=_split_bits(text))
-        except ValueError:
-            raise typer.BadParameter(f"{text!r}; choose from 2, 4 and 8, with commas between") from None
-    return text
-
-
 def _check_param_dtype(text: str | None) -> str | None:
     if text is not None:
         try:
             make_variants(param_dtype=text.split(","))
         except ValueError:
             raise typer.BadParameter(f"{text!r}; choose float16, float32 or float16,float32") from None
+    return text
+
+
+def _split_rotations(text: str) -> list[str | None]:
+    return [None if part == "none" else part for part in text.split(",")]
+
+
+def _check_rotate(text: str | None) -> str | None:
+    if text is not None:
+        try:
+            make_variants(rotate=_split_rotations(text))
+        except ValueError:
+            raise typer.BadParameter(f"{text!r}; choose none, hadamard or none,hadamard") from None
     return text
 
 
@@ -90,13 +91,21 @@ def compare(
         str | None,
         typer.Option(
             help="Methods, with commas between: greedy,asym or greedy:b=1000,r=0.5,asym.",
-            show_default="all; asym and optimal also at 2 and 8 bits",
+            show_default="all; asym, optimal and trellis also at other bits, optimal and trellis also rotated",
             callback=_check_methods,
         ),
     ] = None,
     bits: Annotated[
         str | None,
-        typer.Option(help="Bits a value, with commas between: 2,4,8.", show_default="4", callback=_check_bits),
+        typer.Option(
+            help="Bits a value, with commas between: 2,4,8, for trellis also 3.5.", show_default="4", metavar="NUMBERS"
+        ),
+    ] = None,
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            help="Rotations, with commas between: none,hadamard.", show_default="none", callback=_check_rotate
+        ),
     ] = None,
     param_dtype: Annotated[
         str | None,
@@ -137,11 +146,15 @@ def compare(
     """
     if threads is not None:
         set_num_threads(threads)
-    variants = make_variants(
-        _split_methods(methods) if methods else None,
-        _split_bits(bits) if bits else None,
-        param_dtype.split(",") if param_dtype else None,
-    )
+    try:
+        variants = make_variants(
+            _split_methods(methods) if methods else None,
+            [parse_bits(part) for part in bits.split(",")] if bits else None,
+            param_dtype.split(",") if param_dtype else None,
+            _split_rotations(rotate) if rotate else None,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--bits") from None
     most_rows = _parse_rows(rows)
     rules = Rules(tuple(include or ()), tuple(exclude or ()))
     with open_checkpoint(src) as checkpoint:
@@ -212,7 +225,7 @@ def _print_results(title: str, results: Sequence[Comparison]) -> None:
         where = f"{result.worst_table}[{result.worst_row}]" if isinstance(result, Total) else str(result.worst_row)
         shown.add_row(
             "*" if result in front else "",
-            *([result.method, result.param_dtype, result.layout] if details else [name_variant(result, results)]),
+            *([result.variant.name, result.param_dtype, result.layout] if details else [name_variant(result, results)]),
             str(result.bits),
             show.loss_text(result.loss),
             f"{result.bytes_per_row:.4g}",

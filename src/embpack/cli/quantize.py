@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from embpack.cli import show
+from embpack.compare import make_variants
 from embpack.compare_file import count_rows
 from embpack.convert import Report, check_max_loss, plan_file, quantize_file
-from embpack.layouts import BITS, PARAM_BYTES, ROTATIONS
+from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
-from embpack.plan import SAMPLE_ROWS, VARIANTS, Plan, plan
+from embpack.plan import SAMPLE_ROWS, VARIANTS, Plan, plan_tables
 from embpack.rules import Decision, Rules
 from embpack.sources import open_checkpoint
 from embpack.threads import set_num_threads
@@ -26,10 +28,24 @@ def _check_method(spec: str) -> str:
     return spec
 
 
-def _check_bits(bits: int) -> int:
-    if bits not in BITS:
-        raise typer.BadParameter(f"{bits}; choose 2, 4 or 8")
-    return bits
+def parse_bits(text: str) -> float:
+    """Read a number of bits: int, or float where it has a fraction.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        bits = float(text)
+    except ValueError:
+        raise ValueError(f"bits is {text!r}; give a number") from None
+    return int(bits) if bits.is_integer() else bits
+
+
+def _read_bits(text: str) -> float:
+    try:
+        return parse_bits(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _check_param_dtype(param_dtype: str | None) -> str | None:
@@ -75,7 +91,14 @@ def quantize(
         ),
     ] = None,
     method: Annotated[str, typer.Option(help=_METHOD_HELP, callback=_check_method)] = DEFAULT_METHOD,
-    bits: Annotated[int, typer.Option(help="Bits a value: 2, 4 or 8.", callback=_check_bits)] = 4,
+    bits: Annotated[
+        Any,
+        typer.Option(
+            help="Bits a value: 2, 4 or 8; with --method trellis any number from 2 to 7, such as 3.5.",
+            parser=_read_bits,
+            metavar="NUMBER",
+        ),
+    ] = "4",
     param_dtype: Annotated[
         str | None,
         typer.Option(
@@ -105,8 +128,8 @@ def quantize(
         bool,
         typer.Option(
             "--auto",
-            help="Choose method and bits of each table by the loss on a sample: without a limit the least loss in the "
-            "bytes of 4 bits. --method, --bits and --param-dtype do not count then.",
+            help="Choose method, bits and rotation of each table by the loss on a sample: without a limit the least "
+            "loss in the bytes of 4 bits. --method, --bits and --param-dtype do not count then.",
         ),
     ] = False,
     max_bytes: Annotated[
@@ -146,18 +169,15 @@ def quantize(
     """
     if dst is None and not dry_run:
         raise typer.BadParameter("give a destination, or --dry-run", param_hint="DST")
-    if auto and rotate is not None:
-        raise typer.BadParameter("does not go with --auto, which measures rows as they are", param_hint="--rotate")
+    _check_together(method, bits, rotate, auto, max_bytes, access_counts)
     if threads is not None:
         set_num_threads(threads)
     globs = tuple(include or ()), tuple(exclude or ())
-    found = _plan(src, globs, max_bytes, max_loss, access_counts, quiet=as_json) if auto else None
-    if found is None and (max_bytes is not None or access_counts is not None):
-        raise typer.BadParameter(
-            "goes with --auto", param_hint="--access-counts" if max_bytes is None else "--max-bytes"
-        )
-    rules = Rules(*globs, bits, param_dtype, parse_method(method), rotate, found.variants if found else {})
+    found = None
     with open_checkpoint(src) as checkpoint:
+        if auto:
+            found = _plan(plan_file(checkpoint, Rules(*globs)), max_bytes, max_loss, access_counts, quiet=as_json)
+        rules = Rules(*globs, bits, param_dtype, parse_method(method), rotate, found.variants if found else {})
         decisions = plan_file(checkpoint, rules)
         left_out = checkpoint.left_out
     if not as_json:
@@ -190,9 +210,23 @@ def quantize(
         show.print_report(str(dst), report)
 
 
+def _check_together(
+    method: str, bits: float, rotate: str | None, auto: bool, max_bytes: str | None, access_counts: Path | None
+) -> None:
+    if auto and rotate is not None:
+        raise typer.BadParameter("does not go with --auto, which measures both", param_hint="--rotate")
+    if not auto and (max_bytes is not None or access_counts is not None):
+        raise typer.BadParameter(
+            "goes with --auto", param_hint="--access-counts" if max_bytes is None else "--max-bytes"
+        )
+    try:
+        make_variants([method], bits)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--bits") from None
+
+
 def _plan(
-    src: Path,
-    globs: tuple[tuple[str, ...], tuple[str, ...]],
+    decisions: Sequence[Decision],
     max_bytes: str | None,
     max_loss: float | None,
     access_counts: Path | None,
@@ -200,20 +234,9 @@ def _plan(
     quiet: bool,
 ) -> Plan:
     counts = None if access_counts is None else _read_counts(access_counts)
-    with open_checkpoint(src) as checkpoint:
-        decisions = plan_file(checkpoint, Rules(*globs))
     rows = {d.tensor.name: len(VARIANTS) * count_rows(d, SAMPLE_ROWS) for d in decisions if d.row_format}
-    include, exclude = globs
     with show.row_progress(rows, shown=not quiet) as progress:
-        return plan(
-            src,
-            max_bytes=max_bytes,
-            max_loss=max_loss,
-            include=include,
-            exclude=exclude,
-            access_counts=counts,
-            progress=progress,
-        )
+        return plan_tables(decisions, max_bytes, max_loss, access_counts=counts, progress=progress)
 
 
 def _read_counts(path: Path) -> dict[str, float]:

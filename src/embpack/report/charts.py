@@ -128,7 +128,7 @@ def _draw_label(label: Label, point: tuple[float, float], kind: str) -> str:
     )
 
 
-def _group(results: Sequence[Comparison]) -> list[tuple[int, list[Comparison]]]:
+def _group(results: Sequence[Comparison]) -> list[tuple[float, list[Comparison]]]:
     """Results by rising bits, within them by rising loss."""
     ordered = sorted(results, key=lambda result: (result.bits, result.loss))
     return [

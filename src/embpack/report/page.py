@@ -68,7 +68,7 @@ def _make_choice(comparison: FileComparison) -> str:
             "section", _paragraph("No way that was measured makes all of these tables smaller."), class_="card"
         )
     figures = {
-        f"{result.bits} bits, {result.param_dtype} parameters": result.method,
+        f"{result.bits} bits, {result.param_dtype} parameters": result.variant.name,
         "of float32": f"{100 * result.share_of_float32:.2f}\u00a0%",
         "normalized l2 loss": f"{result.loss:.5f}",
         "rows a second": _amount(result.rows_per_second),
