@@ -393,6 +393,15 @@ def test_what_cannot_be_done_is_named_by_its_place_in_the_table(tmp_path):
     assert re.match(rf"vectors\[{row}\] has values from .* overflows float16", skipped.reason)
 
 
+def test_a_rotation_that_gains_next_to_nothing_is_not_in_the_front():
+    plain = make_result(36.0, 0.1)
+    worth, idle = (make_result(36.0, loss, rotate="hadamard") for loss in (0.098, 0.0995))
+    alone = make_result(36.0, 0.0979, rotate="hadamard", method="asym")
+    assert find_front([plain, idle]) == [plain]
+    assert find_front([plain, worth]) == [worth]
+    assert find_front([plain, worth, alone]) == [alone]
+
+
 def test_totals_are_those_of_all_rows_together(tmp_path):
     weights = {"a_emb": make_weight(150, 24, 0), "b_emb": 3 * make_weight(40, 8, 1), "c_emb": np.zeros((20, 4), "f4")}
     comparison = compare_file(write_safetensors(tmp_path, Arrays(weights)))

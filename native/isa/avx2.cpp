@@ -444,8 +444,8 @@ struct WrittenLevels {
 
     static size_t weight(size_t k) { return size_t{1} << k; }
 
-    template <class Columns>
-    void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row) const {
+    template <bool is_full, class Columns, class Read>
+    void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
         if (of.wide_vectors > 0) numbers.add_top_bits(of.is_wide, of.top_bits(row), num_narrow);
     }
     template <class Columns>
@@ -478,8 +478,9 @@ struct FewLevels {
 
     static size_t weight(size_t k) { return size_t{1} << k; }
 
-    template <class Columns>
-    [[gnu::always_inline]] void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row) const {
+    template <bool is_full, class Columns, class Read>
+    [[gnu::always_inline]] void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row,
+                                       const Read&) const {
         if (of.wide_vectors > 0) numbers.add_top_bits(of.is_wide, of.top_bits(row), num_narrow);
         const TrellisBytes inside = TrellisBytes::load(of.is_wide.inside);
         const __m256i lowest = _mm256_set1_epi8(static_cast<char>(narrow_top));
@@ -519,6 +520,9 @@ struct FewLevels {
         return {look_up_eight(0), look_up_eight(1)};
     }
 };
+
+constexpr bool has_some_trellis_levels = false;   // none in registers
+using SomeLevels = WrittenLevels;
 
 #include "../kernels/all-inl.h"
 

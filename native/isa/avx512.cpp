@@ -281,8 +281,8 @@ struct WrittenLevels {
 
     static I32x16 weight(size_t k) { return _mm512_set1_epi8(static_cast<char>(1 << k)); }
 
-    template <class Columns>
-    void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row) const {
+    template <bool is_full, class Columns, class Read>
+    void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
         if (of.wide_vectors > 0) numbers.template add<false>(of.is_wide, of.top_bits(row), _mm512_set1_epi8(static_cast<char>(num_narrow)));
     }
     template <class Columns>
@@ -323,8 +323,9 @@ struct FewLevels {
 
     I32x16 weight(size_t k) const { return weights[k]; }
 
-    template <class Columns>
-    [[gnu::always_inline]] void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row) const {
+    template <bool is_full, class Columns, class Read>
+    [[gnu::always_inline]] void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row,
+                                       const Read&) const {
         if (of.wide_vectors > 0)
             numbers.bytes = _mm512_mask_sub_epi8(numbers.bytes, of.is_wide(~of.top_bits(row)), middle, numbers.bytes);
     }
@@ -340,6 +341,57 @@ struct FewLevels {
         const __m512 of_narrow = _mm512_permutex2var_ps(narrow[0], number, narrow[1]);
         if (v >= of.wide_vectors) [[likely]] return of_narrow;
         return _mm512_mask_blend_ps(of.wide_lanes[v], of_narrow, of_wide());
+    }
+};
+
+// 64 levels of narrow codes and 128 of wide ones, of both the upper half in registers. The numbers of those below are
+// counted down from the middle: but for the sixth bit, which narrow codes do not have, as if there were 32 above it.
+constexpr bool has_some_trellis_levels = true;
+struct SomeLevels {
+    static constexpr size_t most_planes = 3;
+    F32x16 narrow[2], wide[4];
+    I32x16 weights[most_planes + 3], middle = _mm512_set1_epi8(static_cast<char>(0x80 + 31)),
+                                     sign = _mm512_set1_epi32(INT32_MIN);
+
+    explicit SomeLevels(const AllTrellisLevels& all) {
+        float levels[96] = {};
+        std::memcpy(levels, all.values + 32, sizeof(float) * 32);
+        std::memcpy(levels + 32, all.values + 64 + all.num_wide / 2, sizeof(float) * all.num_wide / 2);
+        for (size_t i = 0; i < 2; i++) narrow[i] = load(levels + 16 * i);
+        for (size_t i = 0; i < 4; i++) wide[i] = load(levels + 32 + 16 * i);
+        for (F32x16& sixteen : narrow) stay_in_register(sixteen);
+        for (F32x16& sixteen : wide) stay_in_register(sixteen);
+        for (size_t k = 0; k < most_planes + 3; k++) {
+            weights[k] = _mm512_set1_epi8(static_cast<char>(1 << k));
+            stay_in_register(weights[k]);
+        }
+        stay_in_register(middle);
+        stay_in_register(sign);
+    }
+
+    I32x16 weight(size_t k) const { return weights[k]; }
+
+    template <bool is_full, class Columns, class Read>
+    [[gnu::always_inline]] void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row,
+                                       const Read& read) const {
+        const uint64_t last = is_full ? read(most_planes + 1) : of.present(read(most_planes + 1));
+        const uint64_t top = of.wide_vectors > 0 ? of.is_wide(of.top_bits(row)) : 0, is_wide = of.is_wide.mask;
+        const uint64_t is_below = ~((top & is_wide) | (last & ~is_wide));
+        numbers.bytes = _mm512_mask_sub_epi8(numbers.bytes, is_below, middle, numbers.bytes);
+        numbers.bytes = _mm512_mask_add_epi8(numbers.bytes, is_wide & ~(last ^ top), numbers.bytes, weights[most_planes + 2]);
+    }
+    template <class Columns>
+    [[gnu::always_inline]] F32x16 operator()(const TrellisNumbers& numbers, const Columns& of, size_t v) const {
+        const __m512i number = numbers.of_vector(v);
+        __m512 levels = _mm512_permutex2var_ps(narrow[0], number, narrow[1]);
+        if (v < of.wide_vectors) {
+            const __mmask16 is_high = _mm512_test_epi32_mask(number, _mm512_set1_epi32(32));
+            const __m512 low = _mm512_permutex2var_ps(wide[0], number, wide[1]);
+            const __m512 high = _mm512_permutex2var_ps(wide[2], number, wide[3]);
+            levels = _mm512_mask_blend_ps(of.wide_lanes[v], levels, _mm512_mask_blend_ps(is_high, low, high));
+        }
+        const __m512i signs = v == 3 ? numbers.bytes : _mm512_slli_epi32(numbers.bytes, 24 - 8 * static_cast<unsigned>(v));
+        return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(levels), signs, sign, 0x78));
     }
 };
 

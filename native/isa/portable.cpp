@@ -361,8 +361,8 @@ struct WrittenLevels {
 
     static size_t weight(size_t k) { return size_t{1} << k; }
 
-    template <class Columns>
-    void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row) const {
+    template <bool is_full, class Columns, class Read>
+    void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
         if (of.wide_vectors > 0) numbers.template add<false>(of.is_wide, of.top_bits(row), num_narrow);
     }
     template <class Columns>
@@ -376,6 +376,9 @@ struct WrittenLevels {
 
 constexpr bool has_few_trellis_levels = false;   // none in registers
 using FewLevels = WrittenLevels;
+
+constexpr bool has_some_trellis_levels = false;   // none in registers
+using SomeLevels = WrittenLevels;
 
 #include "../kernels/all-inl.h"
 

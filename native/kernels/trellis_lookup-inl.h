@@ -91,7 +91,7 @@ struct TrellisLookup {
     }
 };
 
-// Calls use(v, levels) for the vectors of a block. Of a full one, and of the first half of one, all bits lie in words.
+// Calls use(v, levels) for the vectors of a block. Of a full one, and of a half or a quarter, all bits lie in words.
 template <bool is_full, size_t vectors, bool may_be_first, class Levels, class Use>
 [[gnu::always_inline]] inline void find_levels_of_block(const uint8_t* row, const TrellisColumns& of,
                                                         const Levels& levels, const Use& use) {
@@ -103,6 +103,10 @@ template <bool is_full, size_t vectors, bool may_be_first, class Levels, class U
             uint32_t half;
             std::memcpy(&half, row + of.first_byte + 4 * k, sizeof half);
             bits = half;
+        } else if (of.word_bytes == 2) {
+            uint16_t quarter;
+            std::memcpy(&quarter, row + of.first_byte + 2 * k, sizeof quarter);
+            bits = quarter;
         } else {
             bits = of.bits[k](row);
         }
@@ -121,15 +125,18 @@ template <bool is_full, size_t vectors, bool may_be_first, class Levels, class U
     unrolled<Levels::most_planes>([&](size_t k) __attribute__((always_inline)) {
         if (k < of.planes) [[likely]] numbers.template add<is_full>(of.present, read(k + 1), levels.weight(k + 2));
     });
-    levels.finish(numbers, of, row);
+    levels.template finish<is_full>(numbers, of, row, read);
     unrolled<vectors>([&](size_t v) __attribute__((always_inline)) { use(v, levels(numbers, of, v)); });
 }
 
-// What looks levels up. Where an instruction set has registers for the levels of few bits, there is another.
+// What looks levels up. Where an instruction set has registers for the levels of few bits, there are others.
 template <class Use>
 inline void with_trellis_levels(const PackedRows& rows, Use use) {
+    const size_t narrow_bits = TrellisShape(rows.embedding_dim, rows.row_bytes).narrow_bits;
     if constexpr (has_few_trellis_levels)
-        if (TrellisShape(rows.embedding_dim, rows.row_bytes).narrow_bits <= 4) return use(Type<FewLevels>());
+        if (narrow_bits <= 4) return use(Type<FewLevels>());
+    if constexpr (has_some_trellis_levels)
+        if (narrow_bits == 5) return use(Type<SomeLevels>());
     use(Type<WrittenLevels>());
 }
 

@@ -41,12 +41,17 @@ private:
 LookupCase choose_table(Chooser& choose) {
     LookupCase c;
     const int bits[] = {2, 4, 8};
-    const Layout layouts[] = {Layout::uniform, Layout::codebook, Layout::clustered};
+    const Layout layouts[] = {Layout::uniform, Layout::codebook, Layout::clustered, Layout::trellis};
     const Params params[] = {Params::like_weights, Params::like_weights, Params::finite, Params::any_bytes};
     c.grid = {choose.among(bits), choose.one_in(2)};
     c.layout = choose.among(layouts);
     c.params = choose.among(params);
     c.embedding_dim = choose.one_in(6) ? choose.between(1, 600) : choose.between(1, 70);
+    if (c.layout == Layout::trellis) {
+        c.embedding_dim += trellis_least_dim;
+        const size_t eighths = choose.between(8 * trellis_least_bits, 8 * trellis_most_bits + 4);   // of bits a value
+        c.trellis_bytes = (c.embedding_dim * eighths + 63) / 64 + 1;
+    }
     c.num_rows = choose.between(1, 40);
     if (choose.one_in(24)) c.num_rows = (size_t{1} << 19) / c.row_bytes() + choose.below(3);
     c.num_codebooks = c.layout == Layout::clustered ? choose.between(1, 5) : 0;
