@@ -1,1 +1,1 @@
-"""embpack against its peers, side by side: ``python -m benchmarks.quantize --help``, ``benchmarks.lookup``."""
+"""embpack against its peers, side by side: ``python -m benchmarks.quantize --help``, ``.lookup``, ``.loss``."""

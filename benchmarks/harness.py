@@ -179,14 +179,14 @@ def _judge(
     return Standing(name, contestant.rows, max(own), losses[name], ratio, contestant.goal)
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Return what figures depend on: CPU, instruction set, threads, versions."""
     return {
         "cpu": _cpu_model(),
         "isa": _native.isa(),
         "threads_available": embpack.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in packages},
     }
 
 

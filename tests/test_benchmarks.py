@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import embpack
-from benchmarks import opening
+from benchmarks import opening, peers
 from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
 from benchmarks.harness import AnswersDifferError, Contestant, Timing, Workload, measure_spread, race
 from benchmarks.lookups import CASES
+from benchmarks.losses import EXACT, SPECS, Loss, list_ours, make_tables, mark_front, measure_table
+from benchmarks.peers import LOSS_PEERS, Quantizer, Restored, load_quantizers
 from benchmarks.races import find_other_bytes, find_worse_row
 from benchmarks.touch import compile_touch, sum_touched
 
@@ -68,6 +70,88 @@ def test_every_case_of_lookup_runs(tmp_path):
         names = {other["name"] for other in others}
         if race_found["settings"]["case"] == "in-cache":
             assert {"PyTorch 4 bits", "PyTorch 8 bits", "PyTorch fp32"} <= names
+
+
+def test_losses_are_those_that_quantize_reports(tmp_path):
+    path = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.loss", "--quick", "--tables", "demo", "laplace", "--dims", "16"]
+    subprocess.run([*command, "--json", str(path)], cwd=ROOT, check=True, timeout=120, capture_output=True)
+    report = json.loads(path.read_text())
+    assert set(report) == {"machine", "left_out", "tables"}
+    assert {"torchao", "onnxruntime", "faiss-cpu"} <= set(report["machine"]["versions"])
+    assert set(report["left_out"]) < set(LOSS_PEERS)
+    weights = dict(make_tables(["demo", "laplace"], [16], 1000))
+    for table in report["tables"]:
+        weight = weights[table["table"]]
+        assert (table["num_embeddings"], table["embedding_dim"]) == weight.shape
+        assert table["losses"] == sorted(table["losses"], key=lambda own: (own["bytes_per_row"], own["loss"]))
+        found = {own["method"]: own for own in table["losses"] if own["library"] == "embpack"}
+        assert {*SPECS, 'trellis, rotate="hadamard"', "trellis, bits=3.5"} < set(found)
+        for method in SPECS:
+            packed = embpack.quantize(weight[:100] if method == EXACT else weight, method)
+            assert found[method]["loss"] == pytest.approx(packed.loss, rel=1e-6, abs=1e-9)
+            assert found[method]["bytes_per_row"] == packed.nbytes / packed.num_embeddings
+            assert found[method]["rows"] == packed.num_embeddings
+        rotated = embpack.quantize(weight, "trellis", rotate="hadamard")
+        assert found['trellis, rotate="hadamard"']["loss"] == pytest.approx(rotated.loss, rel=1e-6)
+
+
+def test_peers_lose_what_we_do_by_the_same_method():
+    [(_, weight)] = make_tables(["normal"], [64], 200)
+    quantizers, left_out = load_quantizers()
+    known = [own for own in quantizers if own.library in ("PyTorch", "FBGEMM")]
+    assert "pytorch" not in left_out
+    losses = {own.method: own for own in measure_table("normal", weight, [*list_ours(10), *known]).losses}
+    theirs = ["embedding_bag_4bit_prepack", "embedding_bag_4bit_prepack, greedy"]
+    theirs += [] if "fbgemm" in left_out else ["FusedNBitRowwiseQuantizedSBHalf"]
+    for method, ours in zip(theirs, ["asym", "greedy-paper", "asym"], strict=False):
+        assert losses[method].loss == pytest.approx(losses[ours].loss, rel=1e-6)
+        assert losses[method].bytes_per_row == losses[ours].bytes_per_row == 36
+    assert losses["embedding_bag_4bit_prepack, greedy"].by_baseline == 1
+    # Beside the rows lie 16 and 32 levels, 256 scales and 64 means, float32.
+    assert losses["trellis"].bytes_per_row == 36 + 4 * (16 + 32 + 256 + 64) / 200
+
+
+def test_every_installed_peer_restores_rows():
+    """Of 4 bits a value, a scale and a zero point; each loses something, none all of it."""
+    [(_, weight)] = make_tables(["normal"], [64], 300)
+    quantizers = [own for own in load_quantizers()[0] if not own.method.startswith("PQ")]
+    found = measure_table("normal", weight, quantizers)
+    assert len(found.losses) + len(found.left_out) == len(quantizers)
+    for own in found.losses:
+        assert 0.07 < own.loss < 0.2 and 32 <= own.bytes_per_row < 45, own
+
+
+def test_who_is_not_installed_is_left_out(hide_package, monkeypatch):
+    monkeypatch.setattr(peers, "LOSS_PEERS", ("pytorch", "faiss"))
+    hide_package("faiss", "benchmarks.peers.faiss_loss")
+    quantizers, left_out = load_quantizers()
+    assert {own.library for own in quantizers} == {"PyTorch"}
+    assert left_out == {"faiss": "No module named 'faiss'"}
+
+
+def test_who_cannot_quantize_a_table_is_left_out():
+    def refuse(_):
+        raise RuntimeError("no kernel for this CPU\nmore of it")
+
+    weight = np.ones((4, 6), np.float32)
+    half = Quantizer("theirs", "half", lambda rows: Restored(rows / 2, rows.nbytes), most_rows=2)
+    found = measure_table("ones", weight, [Quantizer("theirs", "a", refuse), Quantizer("theirs", "b", refuse, 4), half])
+    assert found.left_out == {
+        "theirs: a": "no kernel for this CPU",
+        "theirs: b": "6 values a row are no multiple of 4",
+    }
+    assert found.losses == [Loss("theirs", "half", 2, 24.0, 0.5, None)]
+
+
+def test_the_front_is_of_those_that_packed_all_rows():
+    def loss(method, bytes_per_row, loss, rows=9):
+        return Loss("ours", method, rows, bytes_per_row, loss, None)
+
+    ways = [loss("more", 40, 0.2), loss("twice", 36, 0.1), loss("best", 36, 0.1), loss("part", 32, 0.05, 3)]
+    found = mark_front([*ways, loss("least", 64, 0.01), loss("few", 32, 0.3)], 9)
+    assert [own.method for own in found] == ["part", "few", "twice", "best", "more", "least"]
+    assert [own.method for own in found if own.on_front] == ["few", "twice", "least"]
 
 
 def test_opening_says_what_it_took(capsys):

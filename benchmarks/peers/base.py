@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,6 +57,38 @@ class Peer(ABC):
 
         Whatever the library needs beforehand (a tensor over the same memory) is made here, outside the call.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class Restored:
+    """What a library leaves of a table.
+
+    Attributes:
+        values: float32 [N, d], by its own dequantization.
+        nbytes: of everything that it keeps for them: codes, scales, zero points, codebooks.
+    """
+
+    values: NDArray[Any]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One way of a library to make 4 bits of a value.
+
+    Attributes:
+        library: what reports call the library.
+        method: which of its ways it is, as users find it.
+        restore: packs float32 rows [N, d] and unpacks them.
+        multiple_of: of which d has to be a multiple.
+        most_rows: how many it has time for; None: all.
+    """
+
+    library: str
+    method: str
+    restore: Callable[[NDArray[np.float32]], Restored]
+    multiple_of: int = 1
+    most_rows: int | None = None
 
 
 # A lookup: what it returns is float32 [bags, tables * d], an array or a tensor.
