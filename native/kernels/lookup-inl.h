@@ -238,6 +238,14 @@ struct Sums {
     [[gnu::always_inline]] inline void change(const Change& change) {
         unrolled<vectors>([&](size_t v) { vector[v] = change(v, vector[v]); });
     }
+    // Makes of what was added up what a bag of so many rows comes to.
+    [[gnu::always_inline]] inline void finish_bag(Pooling pooling, size_t rows_of_bag) {
+        if (pooling == Pooling::mean) {
+            const F32x16 divisor = splat(static_cast<float>(rows_of_bag));
+            change([&](size_t, F32x16 sum) { return div(sum, divisor); });
+        }
+        if (rows_of_bag == 0) [[unlikely]] change([](size_t, F32x16) { return splat(0.0f); });
+    }
 };
 
 // Columns that are pooled together: `vectors` times sixteen, and the last ones of a row, fewer than sixteen.
@@ -342,11 +350,7 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last,
                 words_in_column_order(sums);
             else
                 sums.change([](size_t, F32x16 sum) { return in_column_order<bits>(sum); });
-            if (reader.bags.pooling == Pooling::mean) {
-                const F32x16 divisor = splat(static_cast<float>(rows_of_bag));
-                sums.change([&](size_t, F32x16 sum) { return div(sum, divisor); });
-            }
-            if (rows_of_bag == 0) [[unlikely]] sums.change([](size_t, F32x16) { return splat(0.0f); });
+            sums.finish_bag(reader.bags.pooling, rows_of_bag);
         }
         unrolled<vectors>([&](size_t v) { store(job.to + 16 * v, sums.vector[v]); });
         if constexpr (has_last) store_first(job.to + 16 * vectors, sums.vector[vectors], job.last_columns);

@@ -230,13 +230,7 @@ template <class Join, class Levels, size_t vectors, bool is_full>
             add_block(0, std::true_type());
             unrolled<blocks - 1>([&](size_t k) __attribute__((always_inline)) { add_block(k + 1, std::false_type()); });
         }
-        if (job.ends_bags) [[likely]] {
-            if (reader.bags.pooling == Pooling::mean) {
-                const F32x16 divisor = splat(static_cast<float>(rows_of_bag));
-                sums.change([&](size_t, F32x16 sum) { return div(sum, divisor); });
-            }
-            if (rows_of_bag == 0) [[unlikely]] sums.change([](size_t, F32x16) { return splat(0.0f); });
-        }
+        if (job.ends_bags) [[likely]] sums.finish_bag(reader.bags.pooling, rows_of_bag);
         constexpr size_t whole = is_full ? vectors : vectors - 1;
         unrolled<whole>([&](size_t v) { store(job.to + 16 * v, sums.vector[v]); });
         if constexpr (!is_full) {
