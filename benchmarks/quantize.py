@@ -24,7 +24,8 @@ QUICK = Timing(rounds=3, sample_seconds=0.005)
 EPILOG = """
 Everybody packs the same tables of normal values, float32 to 4 bits with float16 scale and bias, one thread,
 output allocated inside the timed call. Answers are compared first: asym must give the same bytes, and no row
-that greedy or optimal packs may lose more than by PyTorch's greedy. Then contestants take turns. A ratio is our rate by
+that greedy or optimal packs may lose more than by PyTorch's greedy; trellis has rows of its own, which must lose less
+all together, and the fitting of its codebook is timed too. Then contestants take turns. A ratio is our rate by
 theirs within a round, so it holds on a busy machine, where the rates themselves do not.
 
   python -m benchmarks.quantize --quick --no-stream               a smoke test, in seconds

@@ -45,7 +45,7 @@ class Sizes:
 
 
 def make_workloads(sizes: Sizes, libraries: Sequence[Peer | Clusterer]) -> Iterator[Workload[Any]]:
-    """Make every race: asym, the searches and kmeans against the peers, then two threads against one.
+    """Make every race: asym, the searches, trellis and kmeans against the peers, then two threads against one.
 
     All tables are views of the same normal values, which is what Figure 1 of Guan et al. 2019 is drawn from.
     """
@@ -58,6 +58,8 @@ def make_workloads(sizes: Sizes, libraries: Sequence[Peer | Clusterer]) -> Itera
     for method in SEARCHES:
         for d in sizes.dims:
             yield _race_search(_as_table(values, SEARCH_VALUES, d), method, peers)
+    for d in sizes.dims:
+        yield _race_trellis(_as_table(values, SEARCH_VALUES, d), peers)
     for d in sizes.dims:
         yield _race_kmeans(_as_table(values, KMEANS_VALUES, d), clusterers)
     for method in ("asym", "greedy"):
@@ -94,8 +96,8 @@ def _race_search(weight: Values, method: str, peers: Sequence[Peer]) -> Workload
 
 
 @dataclass(frozen=True)
-class _Clustering:
-    """An answer of a k-means race; ``levels`` makes of it what the values become, float64 [n, d]."""
+class _Decodable:
+    """An answer in rows of its own; ``levels`` makes of it what the values become, float64 [n, d]."""
 
     levels: Callable[[], NDArray[np.float64]]
 
@@ -105,19 +107,57 @@ class _Clustering:
         return errors
 
 
-def _race_kmeans(weight: Values, clusterers: Sequence[Clusterer]) -> Workload[_Clustering]:
+def _race_trellis(weight: Values, peers: Sequence[Peer]) -> Workload[_Decodable]:
+    """Trellis-coded rows, their codebook fitted, against the searches for uniform ones of as many bytes."""
+    fewer = weight[: PEER_SEARCH_VALUES // weight.shape[1]]
+    norm = float(np.square(fewer, dtype=np.float64).sum())
+
+    def code() -> _Decodable:
+        table = embpack.quantize(weight, "trellis")
+        return _Decodable(lambda: table[np.arange(len(fewer))].astype(np.float64))
+
+    def contestant(peer: Peer) -> Contestant[_Decodable]:
+        call = peer.quantizer("greedy", fewer)
+
+        def pack() -> _Decodable:
+            packed = call()
+            return _Decodable(lambda: _decode(packed, weight.shape[1]))
+
+        return Contestant(peer.name, pack, len(fewer), lambda: peer.set_num_threads(1))
+
+    def measure(answer: _Decodable) -> float:
+        return float(np.sqrt(answer.row_errors(weight).sum() / norm))
+
+    def find_wrong(ours: _Decodable, theirs: _Decodable) -> str | None:
+        our_loss, their_loss = measure(ours), measure(theirs)
+        return None if our_loss < their_loss else f"the loss is {our_loss:.5f}, theirs {their_loss:.5f}"
+
+    return Workload(
+        _settings("trellis", weight),
+        Contestant("embpack", code, len(weight), lambda: embpack.set_num_threads(1)),
+        [contestant(peer) for peer in peers if "greedy" in peer.methods],
+        find_wrong,
+        measure,
+    )
+
+
+def _decode(packed: Packed, embedding_dim: int) -> NDArray[np.float64]:
+    return embpack.PackedTable.from_packed(packed, embedding_dim).dequantize().astype(np.float64)
+
+
+def _race_kmeans(weight: Values, clusterers: Sequence[Clusterer]) -> Workload[_Decodable]:
     fewer = weight[: PEER_KMEANS_VALUES // weight.shape[1]]
 
-    def cluster_by_us() -> _Clustering:
+    def cluster_by_us() -> _Decodable:
         table = embpack.quantize(weight, "kmeans", param_dtype="float32")
-        return _Clustering(lambda: table[np.arange(len(fewer))].astype(np.float64))
+        return _Decodable(lambda: table[np.arange(len(fewer))].astype(np.float64))
 
-    def contestant(clusterer: Clusterer) -> Contestant[_Clustering]:
+    def contestant(clusterer: Clusterer) -> Contestant[_Decodable]:
         call = clusterer.clusterer(fewer)
 
-        def cluster() -> _Clustering:
+        def cluster() -> _Decodable:
             answer = call()
-            return _Clustering(lambda: clusterer.levels(answer))
+            return _Decodable(lambda: clusterer.levels(answer))
 
         return Contestant(clusterer.name, cluster, len(fewer), lambda: None)
 

@@ -72,7 +72,7 @@ struct TrellisBlock {
 
 // All levels of narrow codes, then those of wide ones, of which the upper halves are given.
 struct AllTrellisLevels {
-    static constexpr size_t most = 384;   // of narrow codes of 6 bits, and of 7 of a table that has both
+    static constexpr size_t most = 384;   // 128 of narrow codes of 6 bits, and 256 of wide ones
     size_t num_narrow, num_wide;
     float values[most];
 

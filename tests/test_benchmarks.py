@@ -42,7 +42,7 @@ def test_quick_run_writes_its_figures(tmp_path):
     assert report["streaming"] == []
     kinds = {(race["settings"]["method"], race["settings"]["threads"]) for race in report["races"]}
     searches = {("greedy", 1), ("optimal:effort=fast", 1), ("optimal", 1)}
-    assert kinds == {("asym", 1), *searches, ("kmeans", 1), ("asym", 2), ("greedy", 2)}
+    assert kinds == {("asym", 1), *searches, ("trellis", 1), ("kmeans", 1), ("asym", 2), ("greedy", 2)}
     for race_found in report["races"]:
         assert set(race_found["settings"]) == {"method", "embedding_dim", "table_bytes", "threads"}
         ours, *others = race_found["standings"]
