@@ -33,14 +33,16 @@ struct TrellisShape {
 
 // A block. Its columns have positions from 0 to 63, that of column c of the block is 4 (c mod 16) + c / 16: a register
 // with a byte for each position has in lane i, one byte above the other, what is of columns i, 16 + i, 32 + i and
-// 48 + i. A row's path takes the positions in ascending order, those that there are.
+// 48 + i. A row's path takes the positions in ascending order, those that there are. Positions of half a block may also
+// be counted by two, 2 (c mod 16) + c / 16: their order is the same.
 struct TrellisBlock {
     size_t num_columns;
     uint64_t present = 0, is_wide = 0;             // positions of columns, and of those with the longer codes
     uint16_t wide_lanes[trellis_vectors] = {};     // the latter by the lanes of each vector
     size_t first_bit, first_wide_bit;              // of a row: of the block's message bits and indices; of its top bits
 
-    [[gnu::always_inline]] constexpr TrellisBlock(const TrellisShape& shape, size_t number) {
+    [[gnu::always_inline]] constexpr TrellisBlock(const TrellisShape& shape, size_t number,
+                                                 size_t slots = trellis_vectors) {
         const size_t d = shape.embedding_dim, start = number * trellis_block;
         const size_t end = d - start < trellis_block ? d : start + trellis_block;
         const size_t wide_before = start * shape.num_wide / d;
@@ -53,7 +55,7 @@ struct TrellisBlock {
             const size_t lanes = inside < trellis_lanes ? inside : trellis_lanes, wide = left < lanes ? left : lanes;
             size_t part = 0;   // of `lanes`, until the next wide one
             for (size_t i = 0; i < lanes; i++) {
-                const uint64_t position = uint64_t{1} << (trellis_vectors * i + v);
+                const uint64_t position = uint64_t{1} << (slots * i + v);
                 present |= position;
                 part += wide;
                 if (part < lanes) continue;

@@ -407,7 +407,10 @@ struct BitPositions {
     }
 };
 
+constexpr bool has_half_blocks = false;
+
 // For each position of a block the number of its level.
+template <size_t slots>
 struct TrellisNumbers {
     TrellisBytes bytes = TrellisBytes::splat(0), byte, bit;
 
@@ -444,12 +447,12 @@ struct WrittenLevels {
 
     static size_t weight(size_t k) { return size_t{1} << k; }
 
-    template <bool is_full, class Columns, class Read>
-    void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
+    template <bool is_full, class Numbers, class Columns, class Read>
+    void finish(Numbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
         if (of.wide_vectors > 0) numbers.add_top_bits(of.is_wide, of.top_bits(row), num_narrow);
     }
-    template <class Columns>
-    F32x16 operator()(const TrellisNumbers& numbers, const Columns& of, size_t v) const {
+    template <class Numbers, class Columns>
+    F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
         const TrellisBytes inside = TrellisBytes::load(of.is_wide.inside);
         const int shift = 8 * static_cast<int>(v);
         const auto look_up_eight = [&](size_t h) {
@@ -478,8 +481,8 @@ struct FewLevels {
 
     static size_t weight(size_t k) { return size_t{1} << k; }
 
-    template <bool is_full, class Columns, class Read>
-    [[gnu::always_inline]] void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row,
+    template <bool is_full, class Numbers, class Columns, class Read>
+    [[gnu::always_inline]] void finish(Numbers& numbers, const Columns& of, const uint8_t* row,
                                        const Read&) const {
         if (of.wide_vectors > 0) numbers.add_top_bits(of.is_wide, of.top_bits(row), num_narrow);
         const TrellisBytes inside = TrellisBytes::load(of.is_wide.inside);
@@ -494,8 +497,8 @@ struct FewLevels {
             return _mm256_xor_si256(_mm256_xor_si256(number, top), change);
         });
     }
-    template <class Columns>
-    [[gnu::always_inline]] F32x16 operator()(const TrellisNumbers& numbers, const Columns& of, size_t v) const {
+    template <class Numbers, class Columns>
+    [[gnu::always_inline]] F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
         const int shift = 8 * static_cast<int>(v);
         const auto look_up_eight = [&](size_t h) __attribute__((always_inline)) {
             const __m256i bytes = numbers.bytes.half[h], number = _mm256_srli_epi32(bytes, shift);

@@ -254,20 +254,41 @@ struct BitPositions {
     uint64_t operator()(uint64_t bits) const { return _pdep_u64(bits, mask); }
 };
 
-// For each position of a block the number of its level, in a byte.
+// For each position of a block the number of its level, in a byte; where a lane has two positions, in both bytes of a
+// word, for masks of 32 bits take half the time of masks of 64.
+constexpr bool has_half_blocks = true;
+template <size_t slots>
 struct TrellisNumbers {
+    static constexpr unsigned slot_bits = 32 / slots;
     __m512i bytes = _mm512_setzero_si512();
 
     explicit TrellisNumbers(const BitPositions&) {}
 
-    // Adds what lane i of `added` has to position i where the bit is set. Bits are packed unless the block is full.
+    // Adds `added`, all of whose bytes are the same, where bits are set, or takes from it. Bits are packed unless the
+    // block is full.
     template <bool is_full>
     [[gnu::always_inline]] void add(const BitPositions& present, uint64_t bits, I32x16 added) {
-        bytes = _mm512_mask_add_epi8(bytes, is_full ? bits : present(bits), bytes, added);
+        add_at(is_full ? bits : present(bits), added);
     }
-    // Lane i: the number at position 4 i + v in the lowest byte, others above it.
+    [[gnu::always_inline]] void add_at(uint64_t positions, I32x16 added) {
+        if constexpr (slots == 2)
+            bytes = _mm512_mask_add_epi16(bytes, static_cast<__mmask32>(positions), bytes, added);
+        else
+            bytes = _mm512_mask_add_epi8(bytes, positions, bytes, added);
+    }
+    [[gnu::always_inline]] void take_from(uint64_t positions, I32x16 from) {
+        if constexpr (slots == 2)
+            bytes = _mm512_mask_sub_epi16(bytes, static_cast<__mmask32>(positions), from, bytes);
+        else
+            bytes = _mm512_mask_sub_epi8(bytes, positions, from, bytes);
+    }
+    // Lane i: the number at position slots i + v in the lowest byte, others above it; and its highest bit in the
+    // lane's.
     __m512i of_vector(size_t v) const {
-        return v == 0 ? bytes : _mm512_srli_epi32(bytes, 8 * static_cast<unsigned>(v));
+        return v == 0 ? bytes : _mm512_srli_epi32(bytes, slot_bits * static_cast<unsigned>(v));
+    }
+    __m512i signs_of_vector(size_t v) const {
+        return v + 1 == slots ? bytes : _mm512_slli_epi32(bytes, 32 - slot_bits * static_cast<unsigned>(v + 1));
     }
 };
 
@@ -281,12 +302,12 @@ struct WrittenLevels {
 
     static I32x16 weight(size_t k) { return _mm512_set1_epi8(static_cast<char>(1 << k)); }
 
-    template <bool is_full, class Columns, class Read>
-    void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
+    template <bool is_full, class Numbers, class Columns, class Read>
+    void finish(Numbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
         if (of.wide_vectors > 0) numbers.template add<false>(of.is_wide, of.top_bits(row), _mm512_set1_epi8(static_cast<char>(num_narrow)));
     }
-    template <class Columns>
-    F32x16 operator()(const TrellisNumbers& numbers, const Columns& of, size_t v) const {
+    template <class Numbers, class Columns>
+    F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
         const __m512i number = _mm512_and_si512(numbers.of_vector(v), _mm512_set1_epi32(0xff));
         const __m512i first_wide = _mm512_set1_epi32(static_cast<int>(num_narrow));
         return _mm512_i32gather_ps(_mm512_mask_add_epi32(number, of.wide_lanes[v], number, first_wide), levels.values, 4);
@@ -323,19 +344,18 @@ struct FewLevels {
 
     I32x16 weight(size_t k) const { return weights[k]; }
 
-    template <bool is_full, class Columns, class Read>
-    [[gnu::always_inline]] void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row,
+    template <bool is_full, class Numbers, class Columns, class Read>
+    [[gnu::always_inline]] void finish(Numbers& numbers, const Columns& of, const uint8_t* row,
                                        const Read&) const {
         if (of.wide_vectors > 0)
-            numbers.bytes = _mm512_mask_sub_epi8(numbers.bytes, of.is_wide(~of.top_bits(row)), middle, numbers.bytes);
+            numbers.take_from(of.is_wide(~of.top_bits(row)), middle);
     }
-    template <class Columns>
-    [[gnu::always_inline]] F32x16 operator()(const TrellisNumbers& numbers, const Columns& of, size_t v) const {
+    template <class Numbers, class Columns>
+    [[gnu::always_inline]] F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
         const __m512i number = numbers.of_vector(v);
         const auto of_wide = [&]() __attribute__((always_inline)) {
-            const __m512i signs = v == 3 ? numbers.bytes : _mm512_slli_epi32(numbers.bytes, 24 - 8 * static_cast<unsigned>(v));
             const __m512i magnitude = _mm512_castps_si512(_mm512_permutex2var_ps(wide[0], number, wide[1]));
-            return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, signs, sign, 0x78));
+            return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, numbers.signs_of_vector(v), sign, 0x78));
         };
         if (v == 0 && of.only_wide_vectors > 0) return of_wide();
         const __m512 of_narrow = _mm512_permutex2var_ps(narrow[0], number, narrow[1]);
@@ -371,17 +391,17 @@ struct SomeLevels {
 
     I32x16 weight(size_t k) const { return weights[k]; }
 
-    template <bool is_full, class Columns, class Read>
-    [[gnu::always_inline]] void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row,
+    template <bool is_full, class Numbers, class Columns, class Read>
+    [[gnu::always_inline]] void finish(Numbers& numbers, const Columns& of, const uint8_t* row,
                                        const Read& read) const {
         const uint64_t last = is_full ? read(most_planes + 1) : of.present(read(most_planes + 1));
         const uint64_t top = of.wide_vectors > 0 ? of.is_wide(of.top_bits(row)) : 0, is_wide = of.is_wide.mask;
         const uint64_t is_below = ~((top & is_wide) | (last & ~is_wide));
-        numbers.bytes = _mm512_mask_sub_epi8(numbers.bytes, is_below, middle, numbers.bytes);
-        numbers.bytes = _mm512_mask_add_epi8(numbers.bytes, is_wide & ~(last ^ top), numbers.bytes, weights[most_planes + 2]);
+        numbers.take_from(is_below, middle);
+        numbers.add_at(is_wide & ~(last ^ top), weights[most_planes + 2]);
     }
-    template <class Columns>
-    [[gnu::always_inline]] F32x16 operator()(const TrellisNumbers& numbers, const Columns& of, size_t v) const {
+    template <class Numbers, class Columns>
+    [[gnu::always_inline]] F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
         const __m512i number = numbers.of_vector(v);
         __m512 levels = _mm512_permutex2var_ps(narrow[0], number, narrow[1]);
         if (v < of.wide_vectors) {
@@ -390,8 +410,8 @@ struct SomeLevels {
             const __m512 high = _mm512_permutex2var_ps(wide[2], number, wide[3]);
             levels = _mm512_mask_blend_ps(of.wide_lanes[v], levels, _mm512_mask_blend_ps(is_high, low, high));
         }
-        const __m512i signs = v == 3 ? numbers.bytes : _mm512_slli_epi32(numbers.bytes, 24 - 8 * static_cast<unsigned>(v));
-        return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(levels), signs, sign, 0x78));
+        const __m512i magnitude = _mm512_castps_si512(levels);
+        return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, numbers.signs_of_vector(v), sign, 0x78));
     }
 };
 

@@ -326,7 +326,10 @@ struct BitPositions {
     }
 };
 
+constexpr bool has_half_blocks = false;
+
 // For each position of a block the number of its level.
+template <size_t slots>
 struct TrellisNumbers {
     uint8_t byte[64] = {};
 
@@ -361,12 +364,12 @@ struct WrittenLevels {
 
     static size_t weight(size_t k) { return size_t{1} << k; }
 
-    template <bool is_full, class Columns, class Read>
-    void finish(TrellisNumbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
+    template <bool is_full, class Numbers, class Columns, class Read>
+    void finish(Numbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
         if (of.wide_vectors > 0) numbers.template add<false>(of.is_wide, of.top_bits(row), num_narrow);
     }
-    template <class Columns>
-    F32x16 operator()(const TrellisNumbers& numbers, const Columns& of, size_t v) const {
+    template <class Numbers, class Columns>
+    F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
         return each_lane([&](size_t i) {
             const size_t p = trellis_vectors * i + v;
             return levels.values[numbers.byte[p] + (of.is_wide.is_inside[p] ? num_narrow : 0)];

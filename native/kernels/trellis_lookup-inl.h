@@ -41,6 +41,11 @@ struct TrellisBits {
     }
 };
 
+// Positions that a lane has: of half a block two may be enough.
+inline constexpr size_t slots_of(size_t num_columns) {
+    return has_half_blocks && num_columns <= trellis_block / 2 ? 2 : trellis_vectors;
+}
+
 // What rows have in common in a block.
 struct TrellisColumns {
     alignas(64) float mean[trellis_block];
@@ -54,7 +59,7 @@ struct TrellisColumns {
     size_t before;                // byte of the message bits before the block, unless it is the first
 
     [[gnu::noinline]] void find(const PackedRows& rows, const TrellisShape& shape, size_t number) {
-        const TrellisBlock block(shape, number);
+        const TrellisBlock block(shape, number, slots_of(shape.embedding_dim - trellis_block * number));
         std::memset(mean, 0, sizeof mean);
         std::memcpy(mean, rows.codebooks + sizeof(float) * (shape.first_mean() + trellis_block * number),
                     sizeof(float) * block.num_columns);
@@ -91,15 +96,16 @@ struct TrellisLookup {
     }
 };
 
-// Calls use(v, levels) for the vectors of a block. Of a full one, and of a half or a quarter, all bits lie in words.
+// Calls use(v, levels) for the vectors of a block. Of a full one, and of a half or a quarter, all bits lie in words; of
+// one that is full, or a full half, they lie where positions are.
 template <bool is_full, size_t vectors, bool may_be_first, class Levels, class Use>
 [[gnu::always_inline]] inline void find_levels_of_block(const uint8_t* row, const TrellisColumns& of,
                                                         const Levels& levels, const Use& use) {
     const auto read = [&](size_t k) __attribute__((always_inline)) {
         uint64_t bits;
-        if constexpr (is_full) {
+        if constexpr (is_full && vectors > 2) {
             std::memcpy(&bits, row + of.first_byte + 8 * k, sizeof bits);
-        } else if (of.word_bytes == 4) {
+        } else if (is_full || of.word_bytes == 4) {
             uint32_t half;
             std::memcpy(&half, row + of.first_byte + 4 * k, sizeof half);
             bits = half;
@@ -119,7 +125,7 @@ template <bool is_full, size_t vectors, bool may_be_first, class Levels, class U
         c1 ^= before >> 7 ^ before >> 5;
         c0 ^= before >> 6;
     }
-    TrellisNumbers numbers(of.present);
+    TrellisNumbers<slots_of(trellis_lanes * vectors)> numbers(of.present);
     numbers.template add<is_full>(of.present, c0, levels.weight(0));
     numbers.template add<is_full>(of.present, c1, levels.weight(1));
     unrolled<Levels::most_planes>([&](size_t k) __attribute__((always_inline)) {
@@ -147,7 +153,7 @@ inline F32x16 read_trellis_scale(const uint8_t* scales, uint8_t number) {
     return splat(scale);
 }
 
-template <class Levels, bool is_full>
+template <class Levels, bool is_full, size_t vectors>
 inline void store_trellis_block(const RowReader& reader, const TrellisColumns& of, const Levels& levels, size_t first,
                                 size_t stop, size_t j, const Output& out) {
     const PackedRows rows = reader.rows;
@@ -163,7 +169,7 @@ inline void store_trellis_block(const RowReader& reader, const TrellisColumns& o
         if (prefetches)
             prefetch_row(rows, reader.indices[smaller(i - first + reader.rows_ahead, reader.num_indices - 1)]);
         uint8_t* const to = out.values + i * out.row_bytes;
-        find_levels_of_block<is_full, trellis_vectors, true>(row.bytes, of, levels, [&](size_t v, F32x16 found) {
+        find_levels_of_block<is_full, vectors, true>(row.bytes, of, levels, [&](size_t v, F32x16 found) {
             const size_t column = trellis_lanes * v;
             if (!is_full && column >= num_columns) return;
             const size_t count = is_full ? trellis_lanes : smaller(num_columns - column, trellis_lanes);
@@ -184,10 +190,13 @@ inline void store_trellis_rows(RowReader& reader, size_t first, const Output& ou
             if (reader.indices[i - first] >= rows.num_rows) [[unlikely]] return reader.note_fault(i);
         for (size_t j = 0; j < rows.embedding_dim; j += trellis_block) {
             const TrellisColumns& of = lookup.columns[j / trellis_block];
-            if (rows.embedding_dim - j >= trellis_block)
-                store_trellis_block<Levels, true>(reader, of, levels, first, stop, j, out);
+            const size_t num_columns = rows.embedding_dim - j;
+            if (num_columns >= trellis_block)
+                store_trellis_block<Levels, true, trellis_vectors>(reader, of, levels, first, stop, j, out);
+            else if (num_columns <= trellis_block / 2)
+                store_trellis_block<Levels, false, 2>(reader, of, levels, first, stop, j, out);
             else
-                store_trellis_block<Levels, false>(reader, of, levels, first, stop, j, out);
+                store_trellis_block<Levels, false, trellis_vectors>(reader, of, levels, first, stop, j, out);
         }
     }
 }
@@ -247,14 +256,14 @@ template <class Join, class Levels, size_t vectors, bool is_full>
 template <class Join, class Levels, size_t vectors = most_trellis_sums>
 PoolTileFn find_pool_trellis_tile(TileShape tile, bool prefetches) {
     const size_t needed = tile.vectors + (tile.last_columns > 0);
-    constexpr bool is_part = vectors < trellis_vectors;
+    constexpr bool can_be_full = vectors == trellis_vectors || (has_half_blocks && vectors == 2);
     if constexpr (vectors > 1)
         if (needed < vectors)
             return find_pool_trellis_tile<Join, Levels, vectors <= trellis_vectors ? vectors - 1 : vectors / 2>(
                 tile, prefetches);
     if constexpr (vectors > trellis_vectors)
         return pool_trellis_tile<Join, Levels, vectors, true>;
-    else if constexpr (!is_part) {
+    else if constexpr (can_be_full) {
         if (tile.last_columns == 0) return pool_trellis_tile<Join, Levels, vectors, true>;
     }
     return pool_trellis_tile<Join, Levels, vectors, false>;
