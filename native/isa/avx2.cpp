@@ -423,7 +423,8 @@ struct TrellisNumbers {
     [[gnu::always_inline]] void add(const BitPositions&, uint64_t bits, size_t weight) {
         add_at(byte, bit, bits, weight);
     }
-    [[gnu::always_inline]] void add_at(const TrellisBytes& byte, const TrellisBytes& bit, uint64_t bits, size_t weight) {
+    [[gnu::always_inline]] void add_at(const TrellisBytes& byte, const TrellisBytes& bit, uint64_t bits,
+                                       size_t weight) {
         const __m256i all_bits = _mm256_set1_epi64x(static_cast<int64_t>(bits));
         const __m256i added = _mm256_set1_epi8(static_cast<char>(weight));
         bytes = TrellisBytes::each([&](size_t h) __attribute__((always_inline)) {
@@ -492,7 +493,8 @@ struct FewLevels {
             const __m256i top = _mm256_add_epi8(lowest, _mm256_and_si256(inside.half[h], lowest));
             const __m256i is_below = _mm256_cmpeq_epi8(_mm256_and_si256(number, top), _mm256_setzero_si256());
             // From n below the middle to 0x80 and middle - 1 - n; from n above it to n - middle.
-            const __m256i flipped = _mm256_or_si256(_mm256_add_epi8(top, top), _mm256_set1_epi8(static_cast<char>(0x80)));
+            const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
+            const __m256i flipped = _mm256_or_si256(_mm256_add_epi8(top, top), sign);
             const __m256i change = _mm256_and_si256(is_below, _mm256_sub_epi8(flipped, _mm256_set1_epi8(1)));
             return _mm256_xor_si256(_mm256_xor_si256(number, top), change);
         });

@@ -304,7 +304,8 @@ struct WrittenLevels {
 
     template <bool is_full, class Numbers, class Columns, class Read>
     void finish(Numbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
-        if (of.wide_vectors > 0) numbers.template add<false>(of.is_wide, of.top_bits(row), _mm512_set1_epi8(static_cast<char>(num_narrow)));
+        const __m512i weight = _mm512_set1_epi8(static_cast<char>(num_narrow));
+        if (of.wide_vectors > 0) numbers.template add<false>(of.is_wide, of.top_bits(row), weight);
     }
     template <class Numbers, class Columns>
     F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
@@ -345,10 +346,8 @@ struct FewLevels {
     I32x16 weight(size_t k) const { return weights[k]; }
 
     template <bool is_full, class Numbers, class Columns, class Read>
-    [[gnu::always_inline]] void finish(Numbers& numbers, const Columns& of, const uint8_t* row,
-                                       const Read&) const {
-        if (of.wide_vectors > 0)
-            numbers.take_from(of.is_wide(~of.top_bits(row)), middle);
+    [[gnu::always_inline]] void finish(Numbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
+        if (of.wide_vectors > 0) numbers.take_from(of.is_wide(~of.top_bits(row)), middle);
     }
     template <class Numbers, class Columns>
     [[gnu::always_inline]] F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
@@ -357,7 +356,7 @@ struct FewLevels {
             const __m512i magnitude = _mm512_castps_si512(_mm512_permutex2var_ps(wide[0], number, wide[1]));
             return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, numbers.signs_of_vector(v), sign, 0x78));
         };
-        if (v == 0 && of.only_wide_vectors > 0) return of_wide();
+        if (v == 0 && of.starts_wide) return of_wide();
         const __m512 of_narrow = _mm512_permutex2var_ps(narrow[0], number, narrow[1]);
         if (v >= of.wide_vectors) [[likely]] return of_narrow;
         return _mm512_mask_blend_ps(of.wide_lanes[v], of_narrow, of_wide());

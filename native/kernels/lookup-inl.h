@@ -265,7 +265,8 @@ inline TileShape first_tile(size_t num_columns) {
 
 // The same for trellis-coded rows: whole blocks, or a block that is not full.
 inline TileShape first_trellis_tile(size_t num_columns) {
-    const size_t blocks = smaller(largest_power_within(num_columns / trellis_block), most_trellis_sums / trellis_vectors);
+    const size_t most_blocks = most_trellis_sums / trellis_vectors;
+    const size_t blocks = smaller(largest_power_within(num_columns / trellis_block), most_blocks);
     if (blocks > 0) return {blocks * trellis_vectors, 0};
     return {num_columns / trellis_lanes, num_columns % trellis_lanes};
 }

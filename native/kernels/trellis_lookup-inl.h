@@ -50,7 +50,8 @@ inline constexpr size_t slots_of(size_t num_columns) {
 struct TrellisColumns {
     alignas(64) float mean[trellis_block];
     uint16_t wide_lanes[trellis_vectors];
-    size_t wide_vectors, only_wide_vectors;   // so many of them have any, and so many have no others
+    size_t wide_vectors;          // so many vectors have any
+    bool starts_wide;             // whether the first has no others
     size_t planes;                // bits of an index, without the top bits
     BitPositions present, is_wide;
     TrellisBits bits[trellis_most_bits], top_bits;   // message bits, then the planes
@@ -63,12 +64,12 @@ struct TrellisColumns {
         std::memset(mean, 0, sizeof mean);
         std::memcpy(mean, rows.codebooks + sizeof(float) * (shape.first_mean() + trellis_block * number),
                     sizeof(float) * block.num_columns);
-        wide_vectors = only_wide_vectors = 0;
+        wide_vectors = 0;
         for (size_t v = 0; v < trellis_vectors; v++) {
             wide_lanes[v] = block.wide_lanes[v];
             if (wide_lanes[v]) wide_vectors = v + 1;
-            if (wide_lanes[v] == 0xffff) only_wide_vectors = v + 1;
         }
+        starts_wide = wide_lanes[0] == 0xffff;
         planes = shape.narrow_bits - 1;
         present = BitPositions(block.present);
         is_wide = BitPositions(block.is_wide);
@@ -228,7 +229,8 @@ template <class Join, class Levels, size_t vectors, bool is_full>
             const uint8_t* const bytes = rows.bytes + index * row_bytes;
             const TrellisRow<is_full> row(bytes, row_bytes);
             const F32x16 scale = read_trellis_scale(scales, bytes[row_bytes - 1]);
-            const auto add_block = [&]<bool may_be_first>(size_t k, std::bool_constant<may_be_first>) __attribute__((always_inline)) {
+            const auto add_block = [&]<bool may_be_first>(
+                                       size_t k, std::bool_constant<may_be_first>) __attribute__((always_inline)) {
                 const TrellisColumns& of = columns[k];
                 find_levels_of_block<is_full, vectors_of_block, may_be_first>(
                     row.bytes, of, levels, [&](size_t v, F32x16 found) __attribute__((always_inline)) {
