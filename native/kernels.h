@@ -125,7 +125,7 @@ inline size_t cluster_of(const PackedRows& rows, size_t row) {
 }
 
 // Trellis-coded rows, as src/embpack/trellis.py specifies them.
-inline constexpr size_t trellis_scales = 256, trellis_states = 8, trellis_subsets = 4, most_subset_levels = 64;
+inline constexpr size_t trellis_scales = 256, trellis_states = 32, trellis_subsets = 4, most_subset_levels = 64;
 
 // A codebook, dealt out to the subsets. The arrays begin cache lines.
 struct TrellisLevels {
@@ -142,13 +142,15 @@ struct TrellisTable {
     const uint8_t* is_wide = nullptr;    // whether the step's code is
     const float* mean = nullptr;
     size_t row_bytes = 0;
-    alignas(64) float scales[trellis_scales];
-    // Half way between the scales: number i + 1 lies above boundaries[i], infinity for the last.
-    alignas(64) float boundaries[trellis_scales];
+    // The scales that differ, ascending, and of each the states that a path may begin in, and their numbers.
+    size_t num_scales = 0;
+    float scales[trellis_scales];
+    uint32_t starts[trellis_scales];
+    uint8_t numbers[trellis_scales][trellis_states];
 };
 
 // Floats that encode_trellis works in.
-inline constexpr size_t trellis_floats(size_t embedding_dim) { return 4 * lanes * embedding_dim + 2 * lanes; }
+inline constexpr size_t trellis_floats(size_t embedding_dim) { return 5 * lanes * embedding_dim + 2 * lanes; }
 
 enum class Pooling : uint8_t { sum, mean, max };
 

@@ -68,6 +68,20 @@ void deal_out(const float* levels, int index_bits, TrellisLevels& out) {
     }
 }
 
+void collect_scales(const float* scales, TrellisTable& out) {
+    const auto end = std::copy_if(scales, scales + trellis_scales, out.scales, [](float scale) { return scale > 0.0f; });
+    std::sort(out.scales, end);
+    out.num_scales = static_cast<size_t>(std::unique(out.scales, end) - out.scales);
+    std::fill_n(out.starts, trellis_scales, 0u);
+    for (size_t number = trellis_scales; number-- > 1;) {
+        if (!(scales[number] > 0.0f)) continue;
+        const float* at = std::lower_bound(out.scales, out.scales + out.num_scales, scales[number]);
+        const size_t place = static_cast<size_t>(at - out.scales), state = number * trellis_states / trellis_scales;
+        out.starts[place] |= uint32_t{1} << state;
+        out.numbers[place][state] = static_cast<uint8_t>(number);
+    }
+}
+
 }  // namespace
 
 TrellisFormat::TrellisFormat(size_t embedding_dim, size_t row_bytes)
@@ -92,9 +106,7 @@ TrellisTable make_trellis_table(const TrellisFormat& format, const float* narrow
     table.is_wide = format.is_wide.data();
     table.mean = mean;
     table.row_bytes = format.row_bytes;
-    std::copy_n(scales, trellis_scales, table.scales);
-    std::fill_n(table.boundaries, trellis_scales, infinity);
-    for (size_t i = 0; i + 2 < trellis_scales; i++) table.boundaries[i] = (scales[i + 1] + scales[i + 2]) * 0.5f;
+    collect_scales(scales, table);
     return table;
 }
 

@@ -15,8 +15,8 @@ def fit(rows, row_bytes, sample=None):
     form = TrellisFormat(rows.shape[1], row_bytes)
     mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
     largest = np.abs(rows - mean).max(axis=1)
-    scales = trellis.make_scales(float(largest[largest > 0].min(initial=np.inf)), float(largest.max()))
-    return form, trellis.fit(rows if sample is None else sample, form, scales, mean)
+    bounds = float(largest[largest > 0].min(initial=np.inf)), float(largest.max())
+    return form, trellis.fit(rows if sample is None else sample, form, bounds, mean)
 
 
 def find_steps(form):
@@ -40,15 +40,15 @@ def read_row(row, form, parameters):
     bits = [int(byte) >> k & 1 for byte in row[:-1] for k in range(8)]
     d, b = form.embedding_dim, form.narrow_bits
     top_bits = iter(bits[b * d :])
-    messages, values = [0, 0, 0], np.empty(d, np.float32)
+    messages, values = [int(row[-1]) >> k & 1 for k in range(3, 8)], np.empty(d, np.float32)
     for j, start, count, place, is_wide in find_steps(form):
         at = b * start + place
         messages.append(bits[at])
-        m, m1, m2, m3 = messages[:-5:-1]
+        m, _, m2, m3, _, m5 = messages[:-7:-1]
         index = sum(bits[at + (k + 1) * count] << k for k in range(b - 1))
         if is_wide:
             index += next(top_bits) << (b - 1)
-        level = (parameters.wide if is_wide else parameters.narrow)[4 * index + 2 * (m ^ m1 ^ m3) + m2]
+        level = (parameters.wide if is_wide else parameters.narrow)[4 * index + 2 * (m ^ m2 ^ m5) + m3]
         values[j] = np.float32(np.float64(parameters.scales[row[-1]]) * level + parameters.mean[j])
     return values
 
@@ -70,20 +70,41 @@ def test_rows_are_read_as_the_page_says(rng, embedding_dim, row_bytes):
 
 @pytest.mark.parametrize("row_bytes", [6, 7])
 def test_the_best_path_is_found(rng, row_bytes):
-    """Of all message bits, each with the nearest levels that they allow."""
+    """Of all states to begin in and all message bits, each with the nearest levels that they allow."""
     rows = rng.standard_normal((20, 7), dtype=np.float32)
     form, parameters = fit(rows, row_bytes)
     y = rows / np.float32(2.5)
-    paths, _ = trellis._walk(y, form, parameters)
+    starts = rng.random((20, trellis.NUM_STATES)) < 0.2
+    starts[:, 7] = True
+    cost, _ = trellis._walk(y, starts, form, parameters)
     best = np.full(len(y), np.inf)
-    for bits in product((0, 1), repeat=7):
-        subsets = trellis.find_subsets(np.array([bits], np.uint8))[0]
+    for start, *bits in product(range(trellis.NUM_STATES), *((0, 1) for _ in range(7))):
+        subsets = trellis.find_subsets(np.array([bits], np.uint8), np.array([8 * start], np.uint8))[0]
         allowed = [parameters.levels_of(form, t)[subset::4] for t, subset in enumerate(subsets)]
         errors = [
             np.square(y[:, t : t + 1].astype(np.float64) - levels).min(axis=1) for t, levels in enumerate(allowed)
         ]
-        best = np.minimum(best, np.sum(errors, axis=0))
-    np.testing.assert_allclose(paths.cost.min(axis=1), best, rtol=1e-5)
+        best = np.where(starts[:, start], np.minimum(best, np.sum(errors, axis=0)), best)
+    np.testing.assert_allclose(cost.min(axis=1), best, rtol=1e-5)
+
+
+def test_of_all_scales_and_states_the_best_is_found(rng):
+    """By the error of the decoded rows, which must be that of the best number of 256, each of them walked by itself."""
+    rows = rng.standard_normal((12, 16), dtype=np.float32)
+    form, fitted = fit(rows, 9)
+    scales = trellis.make_scales(np.abs(rows - fitted.mean).max(axis=1), (0.5, 5.0), 16)
+    parameters = TrellisParameters(fitted.narrow, fitted.wide, scales, fitted.mean)
+    assert len(parameters.grid) == 16
+    x = (rows - parameters.mean)[:, form.columns]
+    tried = trellis._find_tries(np.abs(x).max(axis=1), parameters.grid)
+    best = np.full(len(x), np.inf)
+    for number in range(1, 256):
+        is_tried = (parameters.grid[tried] == scales[number]).any(axis=1)
+        starts = np.tile(np.arange(trellis.NUM_STATES) == number >> 3, (len(x), 1))
+        cost, _ = trellis._walk(x / scales[number], starts, form, parameters)
+        best = np.where(is_tried, np.minimum(best, scales[number] ** 2 * cost.min(axis=1)), best)
+    found = trellis.decode(trellis.encode(rows, form, parameters), form, parameters)
+    np.testing.assert_allclose(np.square(found - rows).sum(axis=1), best, rtol=1e-4)
 
 
 # Loss over greedy's at the same bytes, of rows that the codebook was not fitted to.
@@ -130,15 +151,37 @@ def test_formats():
         TrellisFormat(64, 16)
 
 
-def test_scales():
-    scales = trellis.make_scales(0.5, 8.0)
-    assert scales[0] == 0 and (np.diff(scales) > 0).all()
-    assert scales[1] <= 0.5 * trellis.FACTORS[0] * 1.001 and scales[-1] >= 8 * trellis.FACTORS[-1] * 0.999
-    ratios = scales[2:] / scales[1:-1]
-    np.testing.assert_allclose(ratios, ratios[0], rtol=1e-5)
-    assert trellis.make_scales(1e-30, 1.0)[1] == pytest.approx(trellis.FACTORS[-1] * 2**-16, rel=1e-6)
-    wanted = np.array([0, scales[5], (scales[5] + scales[6]) / 2, 1e9], np.float32)
-    assert trellis.nearest_scale(wanted, scales)[[0, 1, 3]].tolist() == [1, 5, 255]
+@pytest.mark.parametrize("count", trellis.GRID_SIZES)
+def test_scales(rng, count):
+    """They reach from the smallest row to the largest, lie where rows do, and each stands for its share of states."""
+    largest = rng.uniform(1.0, 2.0, 500).astype(np.float32)
+    scales = trellis.make_scales(largest, (0.25, 8.0), count)
+    zeros, ones = np.zeros(8, np.float32), np.ones(16, np.float32)
+    parameters = TrellisParameters(zeros, ones, scales, zeros[:4])
+    grid = parameters.grid
+    assert scales.shape == (256,) and scales[0] == 0 and len(grid) == min(count, 255)
+    assert grid[0] <= 0.25 and grid[-1] >= 8
+    assert np.mean((grid > 0.8) & (grid < 2.5)) >= 0.5
+    numbers = parameters.numbers
+    assert (np.sort(numbers[numbers > 0]) == np.arange(1, 256)).all()
+    for place, states in enumerate(numbers):
+        for state, number in enumerate(states):
+            assert number == 0 or (scales[number] == grid[place] and number >> 3 == state)
+    # Number 0 is another's.
+    assert set((numbers > 0).sum(axis=1)) <= {256 // count, 256 // count - 1}
+
+
+def test_scales_of_rows_that_are_far_apart():
+    scales = trellis.make_scales(np.ones(4, np.float32), (1e-30, 1.0), 128)
+    assert scales[scales > 0].min() == pytest.approx(scales.max() * 2**-16, rel=1e-6)
+
+
+def test_which_scales_are_tried():
+    grid = np.arange(1, 101, dtype=np.float32)
+    tried = trellis._find_tries(np.array([10, 100, 1e9, 0, 0.1], np.float32), grid)
+    assert grid[tried[0]].tolist() == [8, 9, 10, 11, 12, 13, 13, 13, 13, 13, 13, 13]
+    assert grid[tried[1]].tolist() == [80, 81, 83, 85, 87, 89, 90, 92, 94, 96, 98, 100]
+    assert (grid[tried[2]] == 100).all() and (grid[tried[3:]] == 1).all()
 
 
 def test_the_codebooks_upper_halves_are_stored():

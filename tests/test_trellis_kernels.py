@@ -43,13 +43,13 @@ def make_rows(rng, d):
 
 def fit(rows, row_format, mean):
     largest = np.abs(rows - mean).max(axis=1)
-    scales = trellis.make_scales(largest[largest > 0].min(), largest.max())
+    bounds = float(largest[largest > 0].min()), float(largest.max())
 
     def encode_quickly(rows, row_format, parameters):
         return encode(rows, (len(rows), row_format.row_bytes), parameters)[0]
 
     # Any levels will do, so long as they look like a table's.
-    return trellis.fit(rows[:24], row_format, scales, mean, encode_quickly)
+    return trellis.fit(rows[:24], row_format, bounds, mean, encode_quickly)
 
 
 def check(rows, row_format, parameters, wanted=None):

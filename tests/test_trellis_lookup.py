@@ -23,11 +23,15 @@ def make_random(rng, embedding_dim, bits, num_embeddings=40):
     return embpack.PackedTable(packed, row_format, codebooks=make_parameters(rng, row_format).join())
 
 
+def make_scales(largest, count):
+    return trellis.make_scales(largest, (float(largest.min()), float(largest.max())), count)
+
+
 def make_parameters(rng, row_format):
     halves = (np.sort(np.abs(rng.standard_normal(n // 2))).astype(np.float32) for n in row_format.trellis.num_levels)
     narrow, wide = (np.concatenate([-half[::-1], half]) for half in halves)
     mean = rng.standard_normal(row_format.embedding_dim).astype(np.float32)
-    return trellis.TrellisParameters(narrow, wide, trellis.make_scales(0.01, 2.0), mean)
+    return trellis.TrellisParameters(narrow, wide, make_scales(rng.uniform(0.01, 2.0, 50), 128), mean)
 
 
 def make_encoded(rng, embedding_dim, bits, num_embeddings=40):
@@ -35,8 +39,7 @@ def make_encoded(rng, embedding_dim, bits, num_embeddings=40):
     rows = rng.standard_normal((num_embeddings, embedding_dim)).astype(np.float32)
     row_format = RowFormat(embedding_dim, bits, "float32", "trellis")
     mean = rows.mean(axis=0)
-    largest = np.abs(rows - mean).max(axis=1)
-    scales = trellis.make_scales(float(largest.min()), float(largest.max()))
+    scales = make_scales(np.abs(rows - mean).max(axis=1), 16)
     narrow, wide = (np.linspace(-1, 1, count, dtype=np.float32) for count in row_format.trellis.num_levels)
     parameters = trellis.TrellisParameters(narrow, wide, scales, mean)
     packed = trellis.encode(rows, row_format.trellis, parameters)

@@ -274,6 +274,15 @@ inline F32x16 look_up_in(const float* table, I32x16 indices) {
     }
 }
 inline I32x16 splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I32x16 load_int(const int32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+inline Mask16 has_bit(I32x16 x, size_t bit) {
+    const __m256i bits = _mm256_set1_epi32(1 << bit);
+    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(x.low, bits), bits)),
+            _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(x.high, bits), bits))};
+}
 inline I32x16 add_int(I32x16 a, I32x16 b) {
     return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
 }

@@ -177,6 +177,8 @@ inline F32x16 look_up_in(const float* table, I32x16 indices) {
     return _mm512_mask_blend_ps(_mm512_test_epi32_mask(indices, _mm512_set1_epi32(32)), first, second);
 }
 inline I32x16 splat_int(int32_t x) { return _mm512_set1_epi32(x); }
+inline I32x16 load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline Mask16 has_bit(I32x16 x, size_t bit) { return _mm512_test_epi32_mask(x, _mm512_set1_epi32(1 << bit)); }
 inline I32x16 add_int(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
 inline I32x16 select_int(Mask16 m, I32x16 yes, I32x16 no) { return _mm512_mask_blend_epi32(m, no, yes); }
 

@@ -251,6 +251,14 @@ inline I32x16 splat_int(int32_t x) {
     for (size_t i = 0; i < 16; i++) out.lane[i] = x;
     return out;
 }
+inline I32x16 load_int(const int32_t* p) {
+    I32x16 out;
+    std::memcpy(out.lane, p, sizeof out.lane);
+    return out;
+}
+inline Mask16 has_bit(I32x16 x, size_t bit) {
+    return each_lane_bit([&](size_t i) { return (x.lane[i] >> bit & 1) != 0; });
+}
 inline I32x16 add_int(I32x16 a, I32x16 b) {
     for (size_t i = 0; i < 16; i++) a.lane[i] += b.lane[i];
     return a;

@@ -1,4 +1,4 @@
-// Trellis-coded rows (src/embpack/trellis.py), one row in each lane: Viterbi's algorithm over eight states, once for
+// Trellis-coded rows (src/embpack/trellis.py), one row in each lane: Viterbi's algorithm over 32 states, once for
 // each scale that is tried and once more for the codes. What the reference does with whole arrays is done here with
 // vectors of sixteen rows, rounding by rounding.
 //
@@ -104,69 +104,54 @@ inline void find_levels(const ScaledSteps& y, size_t count, const TrellisTable& 
         find_nearest<6>(y[step], table.narrow, step, out, indices);
 }
 
-// The best paths to each state, and what the levels on them sum up to.
+// The squared errors of the best paths to each state.
 struct TrellisPaths {
-    F32x16 cost[trellis_states], level_square[trellis_states], level_product[trellis_states];
+    alignas(64) float cost[trellis_states][lanes];
 
-    TrellisPaths() {
-        for (size_t s = 0; s < trellis_states; s++) {
-            cost[s] = splat(s == 0 ? 0.0f : __builtin_inff());
-            level_square[s] = level_product[s] = splat(0.0f);
-        }
+    // Of paths that begin in those states whose bits are set.
+    explicit TrellisPaths(const int32_t (&starts)[lanes]) {
+        const I32x16 bits = load_int(starts);
+        for (size_t s = 0; s < trellis_states; s++)
+            store(cost[s], select(has_bit(bits, s), splat(0.0f), splat(__builtin_inff())));
     }
 };
 
-// What is kept of a walk beside the costs of its paths: nothing, sums over their levels, or the paths themselves.
-enum class Keep : uint8_t { costs, sums, choices };
-
-// One step further. Into states k and k + 4 paths come from states 2k and 2k + 1, with levels of subsets k and k ^ 2
-// or the other way round.
-template <Keep keep>
+// One step further. Into states k and k + 16 paths come from states 2k and 2k + 1, with levels of subsets that differ
+// in their higher bit.
+template <bool keeps_choices>
 [[gnu::always_inline]] inline void walk_step(F32x16 value, const float (&levels)[trellis_subsets][lanes],
                                                const TrellisPaths& before, TrellisPaths& after, uint16_t* choices) {
-    F32x16 error[trellis_subsets], square[trellis_subsets], product[trellis_subsets];
+    F32x16 error[trellis_subsets];
     for (size_t s = 0; s < trellis_subsets; s++) {
-        const F32x16 level = load(levels[s]), difference = sub(value, level);
+        const F32x16 difference = sub(value, load(levels[s]));
         error[s] = mul(difference, difference);
-        square[s] = mul(level, level);
-        product[s] = mul(value, level);
     }
-    const auto enter = [&](size_t to, size_t from, size_t a, size_t b) {
-        const F32x16 first = add(before.cost[from], error[a]), second = add(before.cost[from + 1], error[b]);
-        const Mask16 takes_second = less(second, first);
-        after.cost[to] = min(second, first);
-        if constexpr (keep == Keep::choices) choices[to] = static_cast<uint16_t>(lane_bits(takes_second));
-        if constexpr (keep != Keep::sums) return;
-        after.level_square[to] = select(takes_second, add(before.level_square[from + 1], square[b]),
-                                        add(before.level_square[from], square[a]));
-        after.level_product[to] = select(takes_second, add(before.level_product[from + 1], product[b]),
-                                         add(before.level_product[from], product[a]));
-    };
-    for (size_t k = 0; k < trellis_states / 2; k++) {
-        enter(k, 2 * k, k, k ^ 2);
-        enter(k + 4, 2 * k, k ^ 2, k);
-    }
+    unrolled<trellis_states / 2>([&](size_t k) __attribute__((always_inline)) {
+        const size_t subset = 2 * (k >> 2 & 1) + (k >> 1 & 1);
+        const F32x16 even = load(before.cost[2 * k]), odd = load(before.cost[2 * k + 1]);
+        const auto enter = [&](size_t to, size_t of_even) __attribute__((always_inline)) {
+            const F32x16 first = add(even, error[of_even]), second = add(odd, error[of_even ^ 2]);
+            store(after.cost[to], min(second, first));
+            if constexpr (keeps_choices) choices[to] = static_cast<uint16_t>(lane_bits(less(second, first)));
+        };
+        enter(k, subset);
+        enter(k + trellis_states / 2, subset ^ 2);
+    });
 }
 
-// There and back again: where there are not enough registers, copying paths takes a fifth of the time.
-template <Keep keep>
-inline void walk_steps(const ScaledSteps& y, size_t count, const NearestLevels& levels, TrellisPaths& all_paths,
+// There and back again.
+template <bool keeps_choices>
+inline void walk_steps(const ScaledSteps& y, size_t count, const NearestLevels& levels, TrellisPaths& paths,
                          uint16_t* choices) {
-    TrellisPaths paths = all_paths, others;
-    const auto take = [&](size_t step, const TrellisPaths& before, TrellisPaths& after) {
-        uint16_t* own_choices = keep == Keep::choices ? choices + trellis_states * step : nullptr;
-        walk_step<keep>(y[step], levels.of[step], before, after, own_choices);
-    };
-    size_t step = 0;
-    for (; step + 2 <= count; step += 2) {
-        take(step, paths, others);
-        take(step + 1, others, paths);
+    TrellisPaths others = paths;
+    for (size_t step = 0; step < count; step++) {
+        uint16_t* own_choices = keeps_choices ? choices + trellis_states * step : nullptr;
+        if (step % 2 == 0)
+            walk_step<keeps_choices>(y[step], levels.of[step], paths, others, own_choices);
+        else
+            walk_step<keeps_choices>(y[step], levels.of[step], others, paths, own_choices);
     }
-    if (step < count) {
-        take(step, paths, others);
-        paths = others;
-    }
-    all_paths = paths;
+    if (count % 2 == 1) paths = others;
 }
 
 // Sixteen rows and the memory for them.
@@ -198,101 +183,106 @@ inline bool do_boundaries_hold(F32x16 largest, const TrellisTable& table) {
 }
 
 // Walks along all steps of rows in units of their scales.
-template <Keep keep>
+template <bool keeps_choices>
 inline void walk(const TrellisRows& rows, F32x16 inverse, const TrellisTable& table, TrellisPaths& paths) {
     const bool boundaries_hold = do_boundaries_hold(mul(rows.largest, inverse), table);
     NearestLevels levels;
     for (size_t t = 0; t < rows.d; t += steps_at_once) {
         const size_t count = rows.d - t < steps_at_once ? rows.d - t : steps_at_once;
         const ScaledSteps y = {rows.x + lanes * t, inverse};
-        if constexpr (keep == Keep::choices) {
+        if constexpr (keeps_choices) {
             const KeepsIndices indices = {rows.indices + trellis_subsets * lanes * t};
             find_levels(y, count, table, table.is_wide + t, boundaries_hold, levels, indices);
-            walk_steps<keep>(y, count, levels, paths, rows.choices + trellis_states * t);
+            walk_steps<keeps_choices>(y, count, levels, paths, rows.choices + trellis_states * t);
         } else {
             find_levels(y, count, table, table.is_wide + t, boundaries_hold, levels, KeepsNone());
-            walk_steps<keep>(y, count, levels, paths, nullptr);
+            walk_steps<keeps_choices>(y, count, levels, paths, nullptr);
         }
     }
 }
 
-// The scales of sixteen rows.
-struct ChosenScales {
-    F32x16 scale;
-    int32_t number[lanes];
+// The scales to try with a row: so many after `low`, of `span`.
+struct TriedScales {
+    size_t low = 0, span = 0, count = 1;
+
+    TriedScales() = default;
+    TriedScales(float largest, const TrellisTable& table) {
+        constexpr size_t most_tries = 12;
+        const float lowest = largest * 0.8f, highest = largest * 1.3f;
+        size_t end = 0;
+        for (size_t i = 0; i < table.num_scales; i++) {
+            low += table.scales[i] < lowest;
+            end += table.scales[i] <= highest;
+        }
+        low = smaller(low, table.num_scales - 1);
+        span = end > low ? end - 1 - low : 0;
+        count = smaller(span + 1, most_tries);
+    }
+    size_t operator()(size_t i) const { return i < count ? low + i * span / (count > 1 ? count - 1 : 1) : low + span; }
 };
 
-// The nearest scale to each that is wanted, never number 0; the last for NaN.
-inline void find_scales(F32x16 wanted, const TrellisTable& table, ChosenScales& out) {
-    float value[lanes], scale[lanes];
-    store(value, wanted);
-    for (int32_t& number : out.number) number = 0;
-    for (int32_t step = trellis_scales / 2; step > 0; step /= 2)
+// Places of scales in the table of them, and what becomes of them.
+struct ChosenScales {
+    size_t place[lanes];
+
+    F32x16 find(const TrellisTable& table, int32_t (&starts)[lanes]) const {
+        float scale[lanes];
         for (size_t i = 0; i < lanes; i++) {
-            const int32_t higher = out.number[i] + step;
-            out.number[i] = value[i] <= table.boundaries[higher - 1] ? out.number[i] : higher;
+            scale[i] = table.scales[place[i]];
+            starts[i] = static_cast<int32_t>(table.starts[place[i]]);
         }
+        return load(scale);
+    }
+};
+
+// Tries scales. Returns which rows have a best one.
+inline Mask16 search_scales(const TrellisRows& rows, const TrellisTable& table, ChosenScales& best) {
+    float largest[lanes];
+    store(largest, rows.largest);
+    TriedScales tried[lanes];
+    size_t num_tries = 0;
     for (size_t i = 0; i < lanes; i++) {
-        const int32_t most = trellis_scales - 1, number = out.number[i] + 1;
-        out.number[i] = number < most ? number : most;
-        scale[i] = table.scales[out.number[i]];
+        tried[i] = TriedScales(largest[i], table);
+        if (i < rows.num_rows && tried[i].count > num_tries) num_tries = tried[i].count;
+        best.place[i] = 0;
     }
-    out.scale = load(scale);
-}
-
-// The numbers of the best scales; 0 for rows that are the mean.
-inline void search_scales(const TrellisRows& rows, const TrellisTable& table, int32_t (&best)[lanes]) {
-    constexpr int num_refits = 2;
-    constexpr float factors[] = {0.7f, 0.75f, 0.8f, 0.85f, 0.9f, 0.95f, 1.0f, 1.05f};
     F32x16 least = splat(__builtin_inff());
-    for (int32_t& number : best) number = 0;
-    for (float factor : factors) {
-        ChosenScales tried;
-        find_scales(mul(rows.largest, splat(factor)), table, tried);
-        for (int refit = 0; refit <= num_refits; refit++) {
-            TrellisPaths paths;
-            const F32x16 inverse = div(splat(1.0f), tried.scale);
-            if (refit < num_refits)
-                walk<Keep::sums>(rows, inverse, table, paths);
-            else
-                walk<Keep::costs>(rows, inverse, table, paths);
-            F32x16 cost = paths.cost[0], square = paths.level_square[0], product = paths.level_product[0];
-            for (size_t s = 1; s < trellis_states; s++) {
-                const Mask16 is_less = less(paths.cost[s], cost);
-                cost = select(is_less, paths.cost[s], cost);
-                square = select(is_less, paths.level_square[s], square);
-                product = select(is_less, paths.level_product[s], product);
-            }
-            const F32x16 error = mul(mul(tried.scale, tried.scale), cost);
-            const Mask16 is_better = less(error, least);
-            least = select(is_better, error, least);
-            const uint32_t better = lane_bits(is_better);
-            for (size_t i = 0; i < lanes; i++) best[i] = (better >> i) & 1u ? tried.number[i] : best[i];
-            if (refit < num_refits) find_scales(mul(tried.scale, div(product, square)), table, tried);
-        }
+    for (size_t k = 0; k < num_tries; k++) {
+        ChosenScales chosen;
+        for (size_t i = 0; i < lanes; i++) chosen.place[i] = tried[i](k);
+        int32_t starts[lanes];
+        const F32x16 scale = chosen.find(table, starts);
+        TrellisPaths paths(starts);
+        walk<false>(rows, div(splat(1.0f), scale), table, paths);
+        F32x16 cost = load(paths.cost[0]);
+        for (size_t s = 1; s < trellis_states; s++) cost = min(load(paths.cost[s]), cost);
+        const F32x16 error = mul(mul(scale, scale), cost);
+        const Mask16 is_better = less(error, least);
+        least = select(is_better, error, least);
+        const uint32_t better = lane_bits(is_better);
+        for (size_t i = 0; i < lanes; i++) best.place[i] = (better >> i) & 1u ? chosen.place[i] : best.place[i];
     }
-    const uint32_t is_mean = lane_bits(equal(rows.largest, splat(0.0f)));
-    for (size_t i = 0; i < lanes; i++) best[i] = (is_mean >> i) & 1u ? 0 : best[i];
+    return except(less(least, splat(__builtin_inff())), equal(rows.largest, splat(0.0f)));
 }
 
-// From the ends of the best paths to their starts: the numbers of their levels, and of each row and block the message
-// bits.
-inline void trace_back(const TrellisRows& rows, const TrellisPaths& paths) {
-    uint32_t state[lanes] = {};
+// From the ends of the best paths to their starts, which become `state`: the numbers of their levels, and of each row
+// and block the message bits.
+inline void trace_back(const TrellisRows& rows, const TrellisPaths& paths, uint32_t (&state)[lanes]) {
     uint64_t messages[lanes] = {};
-    F32x16 cost = paths.cost[0];
+    F32x16 cost = load(paths.cost[0]);
+    for (uint32_t& one : state) one = 0;
     for (uint32_t s = 1; s < trellis_states; s++) {
-        const Mask16 is_less = less(paths.cost[s], cost);
-        cost = select(is_less, paths.cost[s], cost);
+        const Mask16 is_less = less(load(paths.cost[s]), cost);
+        cost = select(is_less, load(paths.cost[s]), cost);
         for (size_t i = 0; i < lanes; i++) state[i] = (lane_bits(is_less) >> i) & 1u ? s : state[i];
     }
     for (size_t t = rows.d; t-- > 0;) {
         const uint16_t* choices = rows.choices + trellis_states * t;
         const uint8_t* indices = rows.indices + trellis_subsets * lanes * t;
         for (size_t i = 0; i < lanes; i++) {
-            const uint32_t message = state[i] >> 2;
-            const uint32_t source = ((state[i] & 3u) << 1) + ((choices[state[i]] >> i) & 1u);
-            const uint32_t subset = 2 * (message ^ (source >> 2) ^ (source & 1u)) + ((source >> 1) & 1u);
+            const uint32_t message = state[i] >> 4;
+            const uint32_t source = ((state[i] & 15u) << 1) + ((choices[state[i]] >> i) & 1u);
+            const uint32_t subset = 2 * (message ^ (source >> 3 & 1u) ^ (source & 1u)) + (source >> 2 & 1u);
             rows.numbers[lanes * t + i] = static_cast<uint8_t>(4 * indices[lanes * subset + i] + subset);
             messages[i] = messages[i] << 1 | message;
             state[i] = source;
@@ -345,25 +335,32 @@ inline void encode_trellis_rows(TrellisRows& rows, const TrellisTable& table, ui
         store(rows.x + lanes * t, x);
         rows.largest = max(magnitude(x), rows.largest);
     }
-    int32_t best[lanes];
-    search_scales(rows, table, best);
-    float scales[lanes];
-    for (size_t i = 0; i < lanes; i++) scales[i] = best[i] ? table.scales[best[i]] : 0.0f;
-    const F32x16 scale = load(scales);
-    TrellisPaths paths;
-    walk<Keep::choices>(rows, select(equal(scale, zero), zero, div(splat(1.0f), scale)), table, paths);
     std::memset(packed, 0, rows.num_rows * table.row_bytes);
-    trace_back(rows, paths);
-    for (size_t i = 0; i < rows.num_rows; i++) {
-        uint8_t* row = packed + i * table.row_bytes;
-        if (best[i]) pack_codes(rows, i, table, row);
-        row[table.row_bytes - 1] = static_cast<uint8_t>(best[i]);
+    ChosenScales best;
+    F32x16 scale = zero;
+    uint32_t is_coded = 0;
+    if (table.num_scales > 0) {
+        const Mask16 has_best = search_scales(rows, table, best);
+        int32_t starts[lanes];
+        scale = best.find(table, starts);
+        TrellisPaths paths(starts);
+        walk<true>(rows, div(splat(1.0f), scale), table, paths);
+        scale = select(has_best, scale, zero);
+        is_coded = lane_bits(has_best);
+        uint32_t first_state[lanes];
+        trace_back(rows, paths, first_state);
+        for (size_t i = 0; i < rows.num_rows; i++) {
+            if (!(is_coded >> i & 1u)) continue;
+            uint8_t* row = packed + i * table.row_bytes;
+            pack_codes(rows, i, table, row);
+            row[table.row_bytes - 1] = table.numbers[best.place[i]][first_state[i]];
+        }
     }
     for (size_t t = 0; t < rows.d; t++) {
         const TrellisLevels& levels = table.is_wide[t] ? table.wide : table.narrow;
         float level[lanes];
         for (size_t i = 0; i < lanes; i++) {
-            const uint8_t number = best[i] ? rows.numbers[lanes * t + i] : 0;
+            const uint8_t number = is_coded >> i & 1u ? rows.numbers[lanes * t + i] : 0;
             level[i] = levels.of_subset[number % trellis_subsets][number / trellis_subsets];
         }
         const size_t column = table.columns[t];

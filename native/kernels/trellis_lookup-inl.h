@@ -56,8 +56,7 @@ struct TrellisColumns {
     BitPositions present, is_wide;
     TrellisBits bits[trellis_most_bits], top_bits;   // message bits, then the planes
     size_t first_byte, word_bytes;   // where words begin, and their bytes, if they are whole
-    bool is_first;
-    size_t before;                // byte of the message bits before the block, unless it is the first
+    size_t before;                // byte of the message bits before the block
 
     [[gnu::noinline]] void find(const PackedRows& rows, const TrellisShape& shape, size_t number) {
         const TrellisBlock block(shape, number, slots_of(shape.embedding_dim - trellis_block * number));
@@ -79,8 +78,7 @@ struct TrellisColumns {
                                rows.row_bytes);
         first_byte = block.first_bit / 8;
         word_bytes = block.num_columns % 8 == 0 ? block.num_columns / 8 : 0;
-        is_first = number == 0;
-        before = is_first ? 0 : first_byte - trellis_block / 8 * planes - 1;
+        before = number == 0 ? rows.row_bytes - 1 : first_byte - trellis_block / 8 * planes - 1;
     }
 };
 
@@ -99,7 +97,7 @@ struct TrellisLookup {
 
 // Calls use(v, levels) for the vectors of a block. Of a full one, and of a half or a quarter, all bits lie in words; of
 // one that is full, or a full half, they lie where positions are.
-template <bool is_full, size_t vectors, bool may_be_first, class Levels, class Use>
+template <bool is_full, size_t vectors, class Levels, class Use>
 [[gnu::always_inline]] inline void find_levels_of_block(const uint8_t* row, const TrellisColumns& of,
                                                         const Levels& levels, const Use& use) {
     const auto read = [&](size_t k) __attribute__((always_inline)) {
@@ -119,13 +117,9 @@ template <bool is_full, size_t vectors, bool may_be_first, class Levels, class U
         }
         return bits;
     };
-    const uint64_t messages = read(0);
-    uint64_t c1 = messages ^ messages << 1 ^ messages << 3, c0 = messages << 2;
-    if (!may_be_first || !of.is_first) [[unlikely]] {
-        const uint64_t before = row[of.before];
-        c1 ^= before >> 7 ^ before >> 5;
-        c0 ^= before >> 6;
-    }
+    const uint64_t messages = read(0), before = row[of.before];
+    const uint64_t c1 = messages ^ messages << 2 ^ messages << 5 ^ before >> 6 ^ before >> 3;
+    const uint64_t c0 = messages << 3 ^ before >> 5;
     TrellisNumbers<slots_of(trellis_lanes * vectors)> numbers(of.present);
     numbers.template add<is_full>(of.present, c0, levels.weight(0));
     numbers.template add<is_full>(of.present, c1, levels.weight(1));
@@ -170,7 +164,7 @@ inline void store_trellis_block(const RowReader& reader, const TrellisColumns& o
         if (prefetches)
             prefetch_row(rows, reader.indices[smaller(i - first + reader.rows_ahead, reader.num_indices - 1)]);
         uint8_t* const to = out.values + i * out.row_bytes;
-        find_levels_of_block<is_full, vectors, true>(row.bytes, of, levels, [&](size_t v, F32x16 found) {
+        find_levels_of_block<is_full, vectors>(row.bytes, of, levels, [&](size_t v, F32x16 found) {
             const size_t column = trellis_lanes * v;
             if (!is_full && column >= num_columns) return;
             const size_t count = is_full ? trellis_lanes : smaller(num_columns - column, trellis_lanes);
@@ -229,17 +223,14 @@ template <class Join, class Levels, size_t vectors, bool is_full>
             const uint8_t* const bytes = rows.bytes + index * row_bytes;
             const TrellisRow<is_full> row(bytes, row_bytes);
             const F32x16 scale = read_trellis_scale(scales, bytes[row_bytes - 1]);
-            const auto add_block = [&]<bool may_be_first>(
-                                       size_t k, std::bool_constant<may_be_first>) __attribute__((always_inline)) {
+            unrolled<blocks>([&](size_t k) __attribute__((always_inline)) {
                 const TrellisColumns& of = columns[k];
-                find_levels_of_block<is_full, vectors_of_block, may_be_first>(
+                find_levels_of_block<is_full, vectors_of_block>(
                     row.bytes, of, levels, [&](size_t v, F32x16 found) __attribute__((always_inline)) {
                         F32x16& sum = sums.vector[trellis_vectors * k + v];
                         sum = join(sum, fma(scale, found, load(of.mean + trellis_lanes * v)));
                     });
-            };
-            add_block(0, std::true_type());
-            unrolled<blocks - 1>([&](size_t k) __attribute__((always_inline)) { add_block(k + 1, std::false_type()); });
+            });
         }
         if (job.ends_bags) [[likely]] sums.finish_bag(reader.bags.pooling, rows_of_bag);
         constexpr size_t whole = is_full ? vectors : vectors - 1;

@@ -1,13 +1,13 @@
 """Trellis-coded rows: how they lie in memory, what they stand for, and how they are found. The specification.
 
 A value's code has a message bit m and an index u. The levels of the table's codebook, in ascending order, are dealt out
-to four subsets in turn, and which subset a value takes its level from, the message bits tell: with c1 = m[t] ^ m[t-1] ^
-m[t-3] and c0 = m[t-2], it is number 4 u + 2 c1 + c0. So a code of b bits chooses from 2^(b+1) levels, of which the bits
+to four subsets in turn, and which subset a value takes its level from, the message bits tell: with c1 = m[t] ^ m[t-2] ^
+m[t-5] and c0 = m[t-3], it is number 4 u + 2 c1 + c0. So a code of b bits chooses from 2^(b+1) levels, of which the bits
 before leave it half: neighbouring levels are as close as with one bit more, and the search for the best sequence of
-bits makes up for most of what is not there to choose.
+bits makes up for most of what is not there to choose. The bits before a row's first are those of its scale's number.
 
 Source: Marcellin and Fischer 1990, "Trellis coded quantization of memoryless and Gauss-Markov sources"; the code with
-eight states is Ungerboeck's (1982), (13, 4) in octal digits, the lowest bit for m[t].
+32 states is Ungerboeck's (1982), (45, 10) in octal digits, the lowest bit for m[t].
 """
 
 from collections.abc import Callable
@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 from embpack.layouts import LEAST_SHARED_BITS, MOST_SHARED_BITS, NUM_SCALES
 from embpack.reference import F32, fma
 
-NUM_STATES = 8
+# A state is the last five message bits, the last one highest.
+NUM_STATES, STATE_BITS = 32, 5
 # Values whose bits lie together: a register has a byte for each. Sixteen of them, a row of lanes, are read at once.
 BLOCK, LANES = 64, 16
-# Scales to start from, by the row's largest value: the codebook reaches from -1 to 1.
-FACTORS = np.arange(0.7, 1.075, 0.05, dtype=np.float64).astype(F32)
-# How often the best scale for the levels that were found is searched with.
-NUM_REFITS = 2
+# Scales that are tried, by the row's largest value: the codebook reaches about from -1 to 1. At most so many.
+LOWEST, HIGHEST, MOST_TRIES = F32(0.8), F32(1.3), 12
 
 Rows = NDArray[np.float32]
 
@@ -40,7 +39,8 @@ class TrellisFormat:
     indices, the second lowest, and so on: whoever has them in a register has one bit of 64 values. An index has one bit
     less than its value's code. As many values as there are bits left over have codes of one bit more. In each block
     these are the first row of sixteen, then the second, spread over the row that is not all theirs. The top bits of
-    their indices follow the blocks; the last byte is the number of the row's scale. The lowest bit of a byte is first.
+    their indices follow the blocks; the last byte is the number of the row's scale, whose upper five bits are the message
+    bits before the first, the last one highest. The lowest bit of a byte is first.
 
     Attributes:
         embedding_dim: values a row.
@@ -139,7 +139,7 @@ class TrellisParameters:
 
     Attributes:
         narrow, wide: float32, the levels of shorter and longer codes, ascending, and symmetric about 0.
-        scales: float32 [256], ascending; number 0 is 0, of rows that are the mean.
+        scales: float32 [256], not negative, several of which may be the same; number 0 is 0, of rows that are the mean.
         mean: float32 [embedding_dim], which is added to every row.
     """
 
@@ -165,6 +165,26 @@ class TrellisParameters:
         return self.wide if trellis.is_wide[t] else self.narrow
 
 
+    @cached_property
+    def grid(self) -> NDArray[np.float32]:
+        """The scales that are not 0, each once, ascending, [G]."""
+        return np.unique(self.scales[self.scales > 0])
+
+    @cached_property
+    def numbers(self) -> NDArray[np.int64]:
+        """The lowest number of each scale of the grid by the state that it stands for; 0 for none, [G, NUM_STATES]."""
+        numbers = np.zeros((len(self.grid), NUM_STATES), np.int64)
+        for number in reversed(range(1, NUM_SCALES)):
+            if self.scales[number] > 0:
+                numbers[np.searchsorted(self.grid, self.scales[number]), first_state(number)] = number
+        return numbers
+
+
+def first_state(number: int) -> int:
+    """The state in which the path of a row begins, given the number of its scale."""
+    return number >> (8 - STATE_BITS)
+
+
 def _mirror(upper: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.concatenate([-upper[::-1], upper])
 
@@ -172,18 +192,19 @@ def _mirror(upper: NDArray[np.float32]) -> NDArray[np.float32]:
 Encode = Callable[[Rows, TrellisFormat, TrellisParameters], NDArray[np.uint8]]
 
 
-def find_subsets(messages: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Which subset of the levels that of each step is of, [N, embedding_dim], given the message bits."""
-    before = np.pad(messages, ((0, 0), (3, 0)))
-    c1 = messages ^ before[:, 2:-1] ^ before[:, :-3]
-    c0 = before[:, 1:-2]
+def find_subsets(messages: NDArray[np.uint8], numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Which subset of the levels that of each step is of, [N, embedding_dim], given message bits and scales' numbers."""
+    before = np.unpackbits(numbers[:, None], axis=1, bitorder="little")[:, 8 - STATE_BITS :]
+    bits = np.concatenate([before, messages], axis=1)
+    c1 = messages ^ bits[:, 3:-2] ^ bits[:, :-5]
+    c0 = bits[:, 2:-3]
     return 2 * c1 + c0
 
 
 def decode(packed: NDArray[np.uint8], trellis: TrellisFormat, parameters: TrellisParameters) -> Rows:
     """Values of rows, uint8 [N, row_bytes] to float32 [N, embedding_dim]: fma(scale, level, mean)."""
     messages, indices, scales = trellis.unpack(packed)
-    numbers = 4 * indices.astype(np.int64) + find_subsets(messages)
+    numbers = 4 * indices.astype(np.int64) + find_subsets(messages, scales)
     is_wide = trellis.is_wide
     levels = np.empty(numbers.shape, F32)
     levels[:, is_wide] = parameters.wide[numbers[:, is_wide]]
@@ -193,178 +214,182 @@ def decode(packed: NDArray[np.uint8], trellis: TrellisFormat, parameters: Trelli
     return values
 
 
-@dataclass
-class _Paths:
-    """The best paths of many rows to each state, and what the levels on them sum up to; all [N, NUM_STATES]."""
-
-    cost: Rows  # of squared errors
-    level_square: Rows
-    level_product: Rows  # of values and levels
-
-
-def _nearest(y: Rows, levels: NDArray[np.float32]) -> tuple[NDArray[np.uint8], Rows, Rows]:
-    """Of each subset the index of the level nearest to y [N], the lower one of two; the level; the squared error."""
+def _nearest(y: Rows, levels: NDArray[np.float32]) -> tuple[NDArray[np.uint8], Rows]:
+    """Of each subset the index of the level nearest to y [N], the lower one of two, and the squared error."""
     subsets = levels.reshape(-1, 4).T  # [4, count]
     errors = np.square(y[:, None, None] - subsets)
     indices = errors.argmin(axis=2)
-    chosen = np.take_along_axis(subsets[None], indices[:, :, None], axis=2)[:, :, 0]
-    return indices.astype(np.uint8), chosen, np.square(y[:, None] - chosen)
+    return indices.astype(np.uint8), np.take_along_axis(errors, indices[:, :, None], axis=2)[:, :, 0]
 
 
-def _walk(y: Rows, trellis: TrellisFormat, parameters: TrellisParameters) -> tuple[_Paths, list[NDArray[np.uint8]]]:
-    """Viterbi's algorithm over rows y [N, d] in units of their scale: paths, and of each step which of two was best.
+def _walk(
+    y: Rows, starts: NDArray[np.bool_], trellis: TrellisFormat, parameters: TrellisParameters
+) -> tuple[Rows, list[NDArray[np.uint8]]]:
+    """Viterbi's algorithm over rows y [N, d] in units of their scale, from those states that are starts [N, NUM_STATES].
 
-    State s has the last message bits, m[t-1] highest. Into state n two paths come, from states 2 (n mod 4) and one
-    more; of equal ones the first is taken.
+    Into state n two paths come, from states 2 (n mod 16) and one more; of equal ones the first is taken.
+
+    Returns:
+        The squared error of the best path to each state, and of each step which of two was best, [N, NUM_STATES].
     """
     n = np.arange(NUM_STATES)
-    message, sources = n >> 2, (n & 3) << 1
-    count = len(y)
-    paths = _Paths(*(np.zeros((count, NUM_STATES), F32) for _ in range(3)))
-    paths.cost[:, 1:] = np.inf
+    message, sources = n >> 4, (n & 15) << 1
+    cost = np.where(starts, F32(0), F32(np.inf))
     choices = []
     for t in range(trellis.embedding_dim):
-        _, chosen, errors = _nearest(y[:, t], parameters.levels_of(trellis, t))
-        ways = []
-        for source in (sources, sources + 1):
-            subset = 2 * (message ^ (source >> 2) ^ (source & 1)) + ((source >> 1) & 1)
-            level = chosen[:, subset]
-            ways.append(
-                (
-                    paths.cost[:, source] + errors[:, subset],
-                    paths.level_square[:, source] + level * level,
-                    paths.level_product[:, source] + y[:, t : t + 1] * level,
-                )
-            )
-        second = ways[1][0] < ways[0][0]
-        paths = _Paths(*(np.where(second, b, a) for a, b in zip(*ways, strict=True)))
-        choices.append(second.astype(np.uint8))
-    return paths, choices
+        _, errors = _nearest(y[:, t], parameters.levels_of(trellis, t))
+        first, second = (
+            cost[:, source] + errors[:, 2 * (message ^ (source >> 3 & 1) ^ (source & 1)) + (source >> 2 & 1)]
+            for source in (sources, sources + 1)
+        )
+        choices.append((second < first).astype(np.uint8))
+        cost = np.where(second < first, second, first)
+    return cost, choices
 
 
 def _trace(
-    y: Rows, trellis: TrellisFormat, parameters: TrellisParameters
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Message bits and indices [N, d] of the best paths."""
-    paths, choices = _walk(y, trellis, parameters)
-    state = paths.cost.argmin(axis=1)
-    messages = np.zeros(y.shape, np.uint8)
+    y: Rows, starts: NDArray[np.bool_], trellis: TrellisFormat, parameters: TrellisParameters
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]:
+    """Message bits and indices [N, d] of the best paths, and the states that they begin in [N]."""
+    cost, choices = _walk(y, starts, trellis, parameters)
+    state = cost.argmin(axis=1)
+    messages, subsets, indices = (np.zeros(y.shape, np.uint8) for _ in range(3))
     for t in reversed(range(trellis.embedding_dim)):
-        messages[:, t] = state >> 2
-        state = ((state & 3) << 1) + np.take_along_axis(choices[t], state[:, None], axis=1)[:, 0]
-    subsets, indices = find_subsets(messages), np.zeros(y.shape, np.uint8)
-    for t in range(trellis.embedding_dim):
-        of_subsets, _, _ = _nearest(y[:, t], parameters.levels_of(trellis, t))
+        message = state >> 4
+        state = ((state & 15) << 1) + np.take_along_axis(choices[t], state[:, None], axis=1)[:, 0]
+        messages[:, t] = message
+        subsets[:, t] = 2 * (message ^ (state >> 3 & 1) ^ (state & 1)) + (state >> 2 & 1)
+        of_subsets, _ = _nearest(y[:, t], parameters.levels_of(trellis, t))
         indices[:, t] = np.take_along_axis(of_subsets, subsets[:, t : t + 1], axis=1)[:, 0]
-    return messages, indices
+    return messages, indices, state
 
 
-def nearest_scale(wanted: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Numbers of the scales nearest to those wanted, the lower one of two, and never 0."""
-    boundaries = (scales[1:-1] + scales[2:]) * F32(0.5)
-    return 1 + np.searchsorted(boundaries, wanted, side="left")
+def _find_tries(largest: NDArray[np.float32], grid: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Numbers in the grid of the scales to try, [N, MOST_TRIES], ascending; of few the last is repeated."""
+    low = np.minimum(np.searchsorted(grid, largest * LOWEST), len(grid) - 1)
+    span = np.maximum(np.searchsorted(grid, largest * HIGHEST, side="right") - 1, low) - low
+    last = np.clip(span, 1, MOST_TRIES - 1)[:, None]
+    return low[:, None] + np.minimum(np.arange(MOST_TRIES), last) * span[:, None] // last
 
 
 def encode(rows: Rows, trellis: TrellisFormat, parameters: TrellisParameters) -> NDArray[np.uint8]:
     """Find the codes of rows, float32 [N, embedding_dim]: uint8 [N, row_bytes].
 
-    For each of some scales by the row's largest value, and for the best ones for the levels that were found with it,
-    the best path is found; that of the least squared error is kept, of equal ones the first. All in float32, a sum
+    For each of some scales, by the row's largest value, the best path is found among those from the states that the
+    scale's numbers stand for; that of the least squared error is kept, of equal ones the first. All in float32, a sum
     along a path in the order of its steps.
     """
+    grid = parameters.grid
     x = (rows - parameters.mean)[:, trellis.columns]
+    if not len(grid):
+        return np.zeros((len(x), trellis.row_bytes), np.uint8)
     largest = np.abs(x).max(axis=1)
     best_error = np.full(len(x), np.inf, F32)
-    best_number = np.zeros(len(x), np.int64)
+    best = np.zeros(len(x), np.int64)
+    starts = parameters.numbers > 0
     with np.errstate(all="ignore"):
-        for factor in FACTORS:
-            number = nearest_scale(largest * factor, parameters.scales)
-            for _ in range(NUM_REFITS + 1):
-                scale = parameters.scales[number]
-                paths, _ = _walk(x * (F32(1) / scale)[:, None], trellis, parameters)
-                end = paths.cost.argmin(axis=1)[:, None]
-                cost, square, product = (
-                    np.take_along_axis(values, end, axis=1)[:, 0]
-                    for values in (paths.cost, paths.level_square, paths.level_product)
-                )
-                error = scale * scale * cost
-                is_better = error < best_error
-                best_error = np.where(is_better, error, best_error)
-                best_number = np.where(is_better, number, best_number)
-                number = nearest_scale(scale * (product / square), parameters.scales)
-        best_number[largest == 0] = 0
-        scale = parameters.scales[best_number]
-        inverse = np.where(best_number == 0, F32(0), F32(1) / scale)
-        messages, indices = _trace(x * inverse[:, None], trellis, parameters)
-    is_zero = best_number == 0
-    messages[is_zero], indices[is_zero] = 0, 0
-    return trellis.pack(messages, indices, best_number.astype(np.uint8))
+        for tried in _find_tries(largest, grid).T:
+            scale = grid[tried]
+            cost, _ = _walk(x * (F32(1) / scale)[:, None], starts[tried], trellis, parameters)
+            error = scale * scale * cost.min(axis=1)
+            best = np.where(error < best_error, tried, best)
+            best_error = np.fmin(best_error, error)
+        messages, indices, state = _trace(x * (F32(1) / grid[best])[:, None], starts[best], trellis, parameters)
+    numbers = parameters.numbers[best, state].astype(np.uint8)
+    is_zero = (largest == 0) | (best_error == np.inf)
+    messages[is_zero], indices[is_zero], numbers[is_zero] = 0, 0, 0
+    return trellis.pack(messages, indices, numbers)
 
 
 # Shapes of a codebook to start from: the share of the cube in (1 - share) u + share u^3, u evenly from -1 to 1.
 SHAPES = (0.3, 0.45, 0.6, 0.8)
 # Rows that a codebook is fitted to, and how often.
-SAMPLE_ROWS, SHAPE_ROWS, NUM_ROUNDS = 4096, 512, 6
+SAMPLE_ROWS, SHAPE_ROWS, NUM_ROUNDS = 4096, 512, 8
+# How many scales a table may have. With fewer, each may begin in more states.
+GRID_SIZES = (8, 16, 32, 64, 128, 256)
+# Of the scales' distances, what is even between the smallest and the largest, the rest being as rows lie.
+EVEN_SHARE = 0.15
 
 
-def make_scales(smallest: float, largest: float) -> NDArray[np.float32]:
-    """Scales for rows whose largest values, less the mean, lie between these, in equal ratios.
+def make_scales(largest: NDArray[np.float32], bounds: tuple[float, float], count: int) -> NDArray[np.float32]:
+    """Scales, [NUM_SCALES], of which `count` differ, for rows with these largest values, less the mean, [n].
 
-    At most 2^16 apart: what smaller rows lose is nothing to a table with the largest.
+    Args:
+        largest: of some rows.
+        bounds: the least that is not 0 and the largest of all rows. At most 2^16 apart are taken: what smaller rows lose
+            is nothing to a table with the largest.
+        count: one of GRID_SIZES.
     """
-    high = largest * float(FACTORS[-1])
-    low = max(smallest * float(FACTORS[0]), high * 2.0**-16)
-    steps = np.arange(NUM_SCALES - 1) / (NUM_SCALES - 2)
-    return np.append(0.0, low * (high / low) ** steps).astype(F32) if high else np.zeros(NUM_SCALES, F32)
+    high = np.log2(bounds[1] * 1.2)
+    low = max(np.log2(bounds[0] * 0.85), high - 16)
+    wanted = np.sort(np.log2(np.outer(largest[largest > 0].astype(np.float64), np.linspace(0.85, 1.2, 8)).reshape(-1)))
+    at = np.linspace(low, high, 1025)
+    even = np.linspace(0, 1, len(at))
+    share = np.clip(np.searchsorted(wanted, at) / max(len(wanted), 1), even[0], even[-1]) if len(wanted) else even
+    positions = np.interp(np.linspace(0, 1, count), EVEN_SHARE * even + (1 - EVEN_SHARE) * share, at)
+    return _deal_out(np.exp2(positions).astype(F32))
+
+
+def _deal_out(grid: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scales by their numbers, [NUM_SCALES]: each state has as many of a grid, in turn."""
+    number = np.arange(NUM_SCALES)
+    of_state = NUM_SCALES // NUM_STATES
+    apart = len(grid) // of_state
+    scales = grid[number % of_state * apart + first_state(number) % apart]
+    scales[0] = 0
+    return scales
 
 
 def fit(
     sample: Rows,
     trellis: TrellisFormat,
-    scales: NDArray[np.float32],
+    bounds: tuple[float, float],
     mean: NDArray[np.float32],
     encode: Encode = encode,
 ) -> TrellisParameters:
-    """Fit the codebooks to rows: the best shape, then encoding and least squares in turns.
+    """Fit codebooks and scales to rows: how many scales, the best shape, then encoding and least squares in turns.
 
     Args:
         sample: float32 [n, embedding_dim], at most SAMPLE_ROWS of the table's.
         trellis: of the packed rows.
-        scales: as make_scales makes them.
+        bounds: as make_scales takes them.
         mean: of the columns.
         encode: does what encode does.
     """
-    best_error, best = np.inf, None
+    levels = _make_shape(trellis, SHAPES[1])
+    if not bounds[1]:
+        return TrellisParameters(*levels, np.zeros(NUM_SCALES, F32), mean)
     few = sample[:SHAPE_ROWS]
-    for share in SHAPES:
-        narrow, wide = (_make_shape(count, share) for count in trellis.num_levels)
-        parameters = TrellisParameters(narrow, wide, scales, mean)
-        error = float(
-            np.square(few.astype(np.float64) - decode(encode(few, trellis, parameters), trellis, parameters)).sum()
-        )
-        if best is None or error < best_error:
-            best_error, best = error, parameters
-    assert best is not None
+
+    def find_best(tried: list[TrellisParameters]) -> TrellisParameters:
+        errors = [
+            np.square(few.astype(np.float64) - decode(encode(few, trellis, one), trellis, one)).sum() for one in tried
+        ]
+        return tried[int(np.argmin(errors))]
+
+    largest = np.abs(sample - mean).max(axis=1)
+    best = find_best([TrellisParameters(*levels, make_scales(largest, bounds, n), mean) for n in GRID_SIZES])
+    best = find_best([TrellisParameters(*_make_shape(trellis, share), best.scales, mean) for share in SHAPES])
     for _ in range(NUM_ROUNDS):
         best = _refit(sample, encode(sample, trellis, best), trellis, best)
     return best
 
 
-def _make_shape(count: int, share: float) -> NDArray[np.float32]:
-    u = (np.arange(count) + 0.5) / max(count, 1) * 2 - 1
-    return ((1 - share) * u + share * u**3).astype(F32)
+def _make_shape(trellis: TrellisFormat, share: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    narrow, wide = ((np.arange(count) + 0.5) / max(count, 1) * 2 - 1 for count in trellis.num_levels)
+    return tuple(((1 - share) * u + share * u**3).astype(F32) for u in (narrow, wide))
 
 
 def _refit(
     sample: Rows, packed: NDArray[np.uint8], trellis: TrellisFormat, parameters: TrellisParameters
 ) -> TrellisParameters:
-    """The levels with the least squared error for the codes of rows, symmetric about 0."""
+    """The levels, symmetric about 0, with the least squared error for the codes of rows; and the scales for those."""
     messages, indices, numbers_of_scales = trellis.unpack(packed)
-    numbers = 4 * indices.astype(np.int64) + find_subsets(messages)
+    numbers = 4 * indices.astype(np.int64) + find_subsets(messages, numbers_of_scales)
+    x = (sample.astype(np.float64) - parameters.mean)[:, trellis.columns]
     scale = parameters.scales[numbers_of_scales].astype(np.float64)[:, None]
-    products = (sample.astype(np.float64) - parameters.mean)[:, trellis.columns] * scale
-    squares = np.broadcast_to(scale * scale, products.shape)
-    fitted = []
+    products, squares = x * scale, np.broadcast_to(scale * scale, x.shape)
+    fitted, chosen = [], np.empty(x.shape)
     for levels, steps in ((parameters.narrow, ~trellis.is_wide), (parameters.wide, trellis.is_wide)):
         of = numbers[:, steps].reshape(-1)
         product, square = (
@@ -372,5 +397,16 @@ def _refit(
         )
         product, square = product - product[::-1], square + square[::-1]
         fitted.append(np.sort(np.divide(product, square, out=levels.astype(np.float64), where=square > 0)).astype(F32))
+        chosen[:, steps] = fitted[-1][numbers[:, steps]]
     narrow, wide = fitted
-    return TrellisParameters(narrow, wide, parameters.scales, parameters.mean)
+    # All but the first and the last scale, for there may be rows that are none of the sample.
+    place = np.searchsorted(parameters.grid, parameters.scales)
+    of_rows, is_coded = place[numbers_of_scales], numbers_of_scales > 0
+    product, square = (
+        np.bincount(of_rows, np.where(is_coded, sums, 0), minlength=len(parameters.grid))
+        for sums in ((x * chosen).sum(axis=1), np.square(chosen).sum(axis=1))
+    )
+    grid = parameters.grid.astype(np.float64)
+    grid[1:-1] = np.divide(product, square, out=grid.copy(), where=product * square > 0)[1:-1]
+    scales = np.where(parameters.scales > 0, np.sort(grid).astype(F32)[place], F32(0))
+    return TrellisParameters(narrow, wide, scales, parameters.mean)

@@ -181,7 +181,8 @@ inline std::vector<float> decode_trellis_row(const LookupCase& c, size_t row) {
     const auto shared = [&](size_t i) { return read_param(c.codebooks.data() + sizeof(float) * i, false); };
     const float scale = shared(shape.first_scale() + bytes[c.trellis_bytes - 1]);
     std::vector<float> levels(d);
-    size_t before[3] = {}, top_bit = d * shape.narrow_bits;
+    size_t before[5], top_bit = d * shape.narrow_bits;
+    for (size_t i = 0; i < 5; i++) before[i] = bytes[c.trellis_bytes - 1] >> (7 - i) & 1;
     for (size_t start = 0; start < d; start += 64) {
         const size_t count = std::min<size_t>(64, d - start);
         const size_t num_wide = (start + count) * shape.num_wide / d - start * shape.num_wide / d;
@@ -192,15 +193,14 @@ inline std::vector<float> decode_trellis_row(const LookupCase& c, size_t row) {
                 const size_t wide = std::min(lanes, num_wide - std::min(num_wide, first));
                 const bool is_wide = (i + 1) * wide / lanes > i * wide / lanes;
                 const size_t message = bit(step);
-                size_t number = 2 * (message ^ before[0] ^ before[2]) + before[1];
+                size_t number = 2 * (message ^ before[1] ^ before[4]) + before[2];
                 for (size_t k = 1; k < shape.narrow_bits; k++) number += bit(step + k * count) << (k + 1);
                 if (is_wide) number += bit(top_bit++) << (shape.narrow_bits + 1);
                 const size_t half = shape.num_narrow_levels() / (is_wide ? 1 : 2);
                 const size_t upper = is_wide ? half / 2 : 0;
                 const float level = number < half ? -shared(upper + half - 1 - number) : shared(upper + number - half);
                 levels[start + j] = std::fma(scale, level, shared(shape.first_mean() + start + j));
-                before[2] = before[1];
-                before[1] = before[0];
+                for (size_t k = 4; k > 0; k--) before[k] = before[k - 1];
                 before[0] = message;
                 step++;
             }

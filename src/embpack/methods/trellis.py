@@ -12,7 +12,7 @@ from embpack.layouts import RowFormat
 from embpack.methods.base import Method
 from embpack.reference import F32
 from embpack.rows import spread_rows, widen
-from embpack.trellis import SAMPLE_ROWS, TrellisFormat, TrellisParameters, fit, make_scales
+from embpack.trellis import SAMPLE_ROWS, TrellisFormat, TrellisParameters, fit
 
 # Squared errors of larger values would overflow, of smaller ones vanish.
 LARGEST = 1e18
@@ -58,8 +58,7 @@ class Trellis(Method):
             seen += len(rows)
         if largest > LARGEST:
             raise ValueError(f"a value is {largest:.3g} from its column's mean; 'trellis' takes at most {LARGEST:g}")
-        scales = make_scales(smallest, largest)
-        return fit(np.concatenate(sample), row_format.trellis, scales, mean, _encode)
+        return fit(np.concatenate(sample), row_format.trellis, (smallest, largest), mean, _encode)
 
 
 def _encode(rows: NDArray[np.float32], trellis: TrellisFormat, parameters: TrellisParameters) -> NDArray[np.uint8]:
