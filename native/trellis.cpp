@@ -69,12 +69,13 @@ void deal_out(const float* levels, int index_bits, TrellisLevels& out) {
 }
 
 void collect_scales(const float* scales, TrellisTable& out) {
-    const auto end = std::copy_if(scales, scales + trellis_scales, out.scales, [](float scale) { return scale > 0.0f; });
+    const auto is_one = [](float scale) { return scale > 0.0f; };
+    float* const end = std::copy_if(scales, scales + trellis_scales, out.scales, is_one);
     std::sort(out.scales, end);
     out.num_scales = static_cast<size_t>(std::unique(out.scales, end) - out.scales);
     std::fill_n(out.starts, trellis_scales, 0u);
     for (size_t number = trellis_scales; number-- > 1;) {
-        if (!(scales[number] > 0.0f)) continue;
+        if (!is_one(scales[number])) continue;
         const float* at = std::lower_bound(out.scales, out.scales + out.num_scales, scales[number]);
         const size_t place = static_cast<size_t>(at - out.scales), state = number * trellis_states / trellis_scales;
         out.starts[place] |= uint32_t{1} << state;

@@ -123,6 +123,14 @@ def test_the_loss_by_greedys(embedding_dim, distribution, most):
     assert found <= most * np.linalg.norm(others - greedy.dequantize())
 
 
+def test_greedys_loss_in_fewer_bytes():
+    """At most .88 of greedy's 36 bytes."""
+    rows = np.random.default_rng(5).standard_normal((20_000, 64), dtype=np.float32)
+    table, greedy = embpack.quantize(rows, "trellis", 3.375), embpack.quantize(rows, "greedy")
+    assert table.row_bytes == 31 <= 0.88 * greedy.row_bytes
+    assert np.linalg.norm(rows - table.dequantize()) <= np.linalg.norm(rows - greedy.dequantize())
+
+
 def test_rows_that_are_hard(rng):
     """Rows that are the mean, one value alone, and rows a million times as small as others."""
     rows = np.tile(rng.standard_normal(32).astype(np.float32), (60, 1))

@@ -39,8 +39,8 @@ class TrellisFormat:
     indices, the second lowest, and so on: whoever has them in a register has one bit of 64 values. An index has one bit
     less than its value's code. As many values as there are bits left over have codes of one bit more. In each block
     these are the first row of sixteen, then the second, spread over the row that is not all theirs. The top bits of
-    their indices follow the blocks; the last byte is the number of the row's scale, whose upper five bits are the message
-    bits before the first, the last one highest. The lowest bit of a byte is first.
+    their indices follow the blocks; the last byte is the number of the row's scale, whose upper five bits are the
+    message bits before the first, the last one highest. The lowest bit of a byte is first.
 
     Attributes:
         embedding_dim: values a row.
@@ -164,7 +164,6 @@ class TrellisParameters:
         """The codebook of step t."""
         return self.wide if trellis.is_wide[t] else self.narrow
 
-
     @cached_property
     def grid(self) -> NDArray[np.float32]:
         """The scales that are not 0, each once, ascending, [G]."""
@@ -193,12 +192,13 @@ Encode = Callable[[Rows, TrellisFormat, TrellisParameters], NDArray[np.uint8]]
 
 
 def find_subsets(messages: NDArray[np.uint8], numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Which subset of the levels that of each step is of, [N, embedding_dim], given message bits and scales' numbers."""
+    """Which subset of the levels that of each step is of, [N, embedding_dim], given message bits and scale numbers."""
     before = np.unpackbits(numbers[:, None], axis=1, bitorder="little")[:, 8 - STATE_BITS :]
     bits = np.concatenate([before, messages], axis=1)
     c1 = messages ^ bits[:, 3:-2] ^ bits[:, :-5]
     c0 = bits[:, 2:-3]
-    return 2 * c1 + c0
+    subsets: NDArray[np.uint8] = 2 * c1 + c0
+    return subsets
 
 
 def decode(packed: NDArray[np.uint8], trellis: TrellisFormat, parameters: TrellisParameters) -> Rows:
@@ -225,7 +225,7 @@ def _nearest(y: Rows, levels: NDArray[np.float32]) -> tuple[NDArray[np.uint8], R
 def _walk(
     y: Rows, starts: NDArray[np.bool_], trellis: TrellisFormat, parameters: TrellisParameters
 ) -> tuple[Rows, list[NDArray[np.uint8]]]:
-    """Viterbi's algorithm over rows y [N, d] in units of their scale, from those states that are starts [N, NUM_STATES].
+    """Viterbi's algorithm over rows y [N, d] in units of their scale, from the states that are starts [N, NUM_STATES].
 
     Into state n two paths come, from states 2 (n mod 16) and one more; of equal ones the first is taken.
 
@@ -269,7 +269,8 @@ def _find_tries(largest: NDArray[np.float32], grid: NDArray[np.float32]) -> NDAr
     low = np.minimum(np.searchsorted(grid, largest * LOWEST), len(grid) - 1)
     span = np.maximum(np.searchsorted(grid, largest * HIGHEST, side="right") - 1, low) - low
     last = np.clip(span, 1, MOST_TRIES - 1)[:, None]
-    return low[:, None] + np.minimum(np.arange(MOST_TRIES), last) * span[:, None] // last
+    tried: NDArray[np.int64] = low[:, None] + np.minimum(np.arange(MOST_TRIES), last) * span[:, None] // last
+    return tried
 
 
 def encode(rows: Rows, trellis: TrellisFormat, parameters: TrellisParameters) -> NDArray[np.uint8]:
@@ -316,8 +317,8 @@ def make_scales(largest: NDArray[np.float32], bounds: tuple[float, float], count
 
     Args:
         largest: of some rows.
-        bounds: the least that is not 0 and the largest of all rows. At most 2^16 apart are taken: what smaller rows lose
-            is nothing to a table with the largest.
+        bounds: the least that is not 0 and the largest of all rows. At most 2^16 apart are taken: what smaller rows
+            lose is nothing to a table with the largest.
         count: one of GRID_SIZES.
     """
     high = np.log2(bounds[1] * 1.2)
@@ -325,17 +326,17 @@ def make_scales(largest: NDArray[np.float32], bounds: tuple[float, float], count
     wanted = np.sort(np.log2(np.outer(largest[largest > 0].astype(np.float64), np.linspace(0.85, 1.2, 8)).reshape(-1)))
     at = np.linspace(low, high, 1025)
     even = np.linspace(0, 1, len(at))
-    share = np.clip(np.searchsorted(wanted, at) / max(len(wanted), 1), even[0], even[-1]) if len(wanted) else even
+    share = np.searchsorted(wanted, at) / len(wanted) if len(wanted) else even
     positions = np.interp(np.linspace(0, 1, count), EVEN_SHARE * even + (1 - EVEN_SHARE) * share, at)
     return _deal_out(np.exp2(positions).astype(F32))
 
 
 def _deal_out(grid: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scales by their numbers, [NUM_SCALES]: each state has as many of a grid, in turn."""
-    number = np.arange(NUM_SCALES)
     of_state = NUM_SCALES // NUM_STATES
     apart = len(grid) // of_state
-    scales = grid[number % of_state * apart + first_state(number) % apart]
+    places = [number % of_state * apart + first_state(number) % apart for number in range(NUM_SCALES)]
+    scales = grid[places]
     scales[0] = 0
     return scales
 
@@ -376,8 +377,9 @@ def fit(
 
 
 def _make_shape(trellis: TrellisFormat, share: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    narrow, wide = ((np.arange(count) + 0.5) / max(count, 1) * 2 - 1 for count in trellis.num_levels)
-    return tuple(((1 - share) * u + share * u**3).astype(F32) for u in (narrow, wide))
+    halves = ((np.arange(count) + 0.5) / max(count, 1) * 2 - 1 for count in trellis.num_levels)
+    narrow, wide = (((1 - share) * u + share * u**3).astype(F32) for u in halves)
+    return narrow, wide
 
 
 def _refit(
