@@ -8,6 +8,9 @@ namespace embpack {
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_gfni {
+extern const Lookups lookups;
+}
 namespace avx2 {
 extern const Kernels kernels;
 }
@@ -23,15 +26,27 @@ struct Isa {
     bool (*runs_here)();
 };
 
+#ifdef EMBPACK_X86
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
+}
+
+const Kernels with_gfni = [] {
+    Kernels kernels = avx512::kernels;
+    kernels.isa = "avx512_gfni";
+    kernels.gather_rows = avx512_gfni::lookups.gather_rows;
+    kernels.pool_bags = avx512_gfni::lookups.pool_bags;
+    return kernels;
+}();
+#endif
+
 // Best first.
 const Isa isas[] = {
 #ifdef EMBPACK_X86
-    {&avx512::kernels,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("bmi2");
-     }},
+    {&with_gfni,
+     [] { return has_avx512() && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi"); }},
+    {&avx512::kernels, has_avx512},
     {&avx2::kernels,
      [] {
          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

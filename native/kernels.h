@@ -206,6 +206,22 @@ struct LookupFault {
     }
 };
 
+// Rows first .. end of the output: row indices[i] of the table, or row i where there are no indices. Any index may be
+// given; the first that has no row, or whose row has no codebook, is noted as the fault, and all values are then
+// anything.
+using GatherRowsFn = void (*)(const PackedRows&, const Integers& indices, bool prefetches, size_t first, size_t end,
+                              const Output&, LookupFault&) noexcept;
+
+// Rows first .. end of the output: the pooled rows of those bags; zeros for a bag without rows.
+using PoolBagsFn = void (*)(const PackedRows&, const Bags&, size_t first, size_t end, const Output&,
+                            LookupFault&) noexcept;
+
+// What an instruction set has that adds nothing else to another.
+struct Lookups {
+    GatherRowsFn gather_rows;
+    PoolBagsFn pool_bags;
+};
+
 struct Kernels {
     const char* isa;
 
@@ -243,14 +259,8 @@ struct Kernels {
     void (*encode_trellis)(const RowBlock&, const TrellisTable&, float* scratch, uint8_t* packed,
                            SquaredSums&) noexcept;
 
-    // Rows first .. end of the output: row indices[i] of the table, or row i where there are no indices. Any index may
-    // be given; the first that has no row, or whose row has no codebook, is noted as the fault, and all values are then
-    // anything.
-    void (*gather_rows)(const PackedRows&, const Integers& indices, bool prefetches, size_t first, size_t end,
-                        const Output&, LookupFault&) noexcept;
-
-    // Rows first .. end of the output: the pooled rows of those bags; zeros for a bag without rows.
-    void (*pool_bags)(const PackedRows&, const Bags&, size_t first, size_t end, const Output&, LookupFault&) noexcept;
+    GatherRowsFn gather_rows;
+    PoolBagsFn pool_bags;
 
     // Rotates rows of float32 values, contiguous, in place, and back.
     void (*rotate_rows)(float* rows, size_t num_rows, size_t embedding_dim) noexcept;

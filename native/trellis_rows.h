@@ -72,6 +72,12 @@ struct TrellisBlock {
     }
 };
 
+// Which vectors of all blocks of a row have wide codes: so many, the first of them no others. Or that blocks differ.
+struct WideVectors {
+    size_t count = 0;
+    bool starts_wide = false, are_alike = true;
+};
+
 // All levels of narrow codes, then those of wide ones, of which the upper halves are given.
 struct AllTrellisLevels {
     static constexpr size_t most = 384;   // 128 of narrow codes of 6 bits, and 256 of wide ones

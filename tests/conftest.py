@@ -24,13 +24,23 @@ settings.register_profile(
 settings.load_profile("embpack")
 
 
-@pytest.fixture(params=_native.available_isas())
-def isa(request):
-    """Each instruction set of this CPU in turn, in use for the test."""
+def use_isa(request):
     before = _native.isa()
     assert _native.use_isa(request.param)
     yield request.param
     _native.use_isa(before)
+
+
+@pytest.fixture(params=[name for name in _native.available_isas() if name != "avx512_gfni"])
+def isa(request):
+    """Each instruction set of this CPU in turn, in use for the test, but for those that share nearly all kernels."""
+    yield from use_isa(request)
+
+
+@pytest.fixture(params=_native.available_isas())
+def trellis_isa(request):
+    """Each instruction set that looks trellis-coded rows up in its own way."""
+    yield from use_isa(request)
 
 
 @pytest.fixture

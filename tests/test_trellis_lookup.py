@@ -53,7 +53,7 @@ def decode(table):
 
 @pytest.mark.parametrize("embedding_dim", DIMS)
 @pytest.mark.parametrize("bits", BITS)
-def test_lookups_are_the_references(isa, rng, embedding_dim, bits):
+def test_lookups_are_the_references(trellis_isa, rng, embedding_dim, bits):
     table = make_random(rng, embedding_dim, bits)
     rows = decode(table)
     np.testing.assert_array_equal(table.dequantize(), rows)
@@ -61,7 +61,7 @@ def test_lookups_are_the_references(isa, rng, embedding_dim, bits):
 
 
 @pytest.mark.parametrize("embedding_dim", [1000, 4096])
-def test_wide_rows_are_the_references(isa, rng, embedding_dim):
+def test_wide_rows_are_the_references(trellis_isa, rng, embedding_dim):
     table = make_random(rng, embedding_dim, 3.3)
     rows = decode(table)
     np.testing.assert_array_equal(table.dequantize(), rows)
@@ -93,7 +93,7 @@ def release(memory, start, protect, page, pages):
 
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("embedding_dim", DIMS)
-def test_nothing_beside_the_rows_is_read(isa, rng, embedding_dim, at_end):
+def test_nothing_beside_the_rows_is_read(trellis_isa, rng, embedding_dim, at_end):
     for bits in BITS:
         table = make_random(rng, embedding_dim, bits, 5)
         packed, pages = guard(table.packed, at_end=at_end)
@@ -109,7 +109,7 @@ def test_nothing_beside_the_rows_is_read(isa, rng, embedding_dim, at_end):
         release(*other_pages)
 
 
-def test_every_width_of_few_columns(isa, rng):
+def test_every_width_of_few_columns(trellis_isa, rng):
     for embedding_dim in range(4, 140):
         table = make_random(rng, embedding_dim, float(rng.uniform(2, 7)), 7)
         rows = decode(table)
@@ -121,7 +121,7 @@ def test_every_width_of_few_columns(isa, rng):
 
 @pytest.mark.parametrize("embedding_dim", [33, 64, 300])
 @pytest.mark.parametrize("bits", [3, 4, 5.5])
-def test_instruction_sets_agree_on_weighted_bags(isa, rng, embedding_dim, bits):
+def test_instruction_sets_agree_on_weighted_bags(trellis_isa, rng, embedding_dim, bits):
     table = make_random(rng, embedding_dim, bits)
     indices, weights = rng.integers(0, len(table), 150), rng.standard_normal(150).astype(np.float32)
     offsets = np.array([0, 3, 100])
@@ -136,7 +136,7 @@ def test_instruction_sets_agree_on_weighted_bags(isa, rng, embedding_dim, bits):
 
 
 @pytest.mark.parametrize("embedding_dim", [17, 64])
-def test_narrow_outputs_are_the_rounded_rows(isa, rng, embedding_dim):
+def test_narrow_outputs_are_the_rounded_rows(trellis_isa, rng, embedding_dim):
     table = make_random(rng, embedding_dim, 4)
     rows, indices = decode(table), rng.integers(0, len(table), 30)
     np.testing.assert_array_equal(table.gather(indices, "float16"), rows[indices].astype(np.float16))
@@ -146,13 +146,13 @@ def test_narrow_outputs_are_the_rounded_rows(isa, rng, embedding_dim):
     np.testing.assert_array_equal(halves, sums.astype(np.float16))
 
 
-def test_what_was_encoded_is_near(isa, rng):
+def test_what_was_encoded_is_near(trellis_isa, rng):
     rows, table = make_encoded(rng, 64, 4)
     np.testing.assert_array_equal(table.dequantize(), decode(table))
     assert np.square(table.dequantize() - rows).sum() < 0.01 * np.square(rows).sum()
 
 
-def test_a_group_has_tables_of_all_layouts(isa, rng):
+def test_a_group_has_tables_of_all_layouts(trellis_isa, rng):
     tables = [
         make_random(rng, 64, 4),
         make_table(rng, 32),
@@ -228,7 +228,7 @@ def test_the_core_refuses_a_codebook_that_is_too_short(rng):
         embpack._native.PackedRows(table.packed, 64, 8, False, "trellis", None, None)
 
 
-def test_wrong_indices_are_named(isa, rng):
+def test_wrong_indices_are_named(trellis_isa, rng):
     table = make_random(rng, 64, 4)
     with pytest.raises(IndexError, match=r"indices\[1\] is 40, but the table has 40 rows"):
         table[[3, 40]]
@@ -268,7 +268,7 @@ def test_files_without_the_codebook_are_refused(tmp_path, rng):
         embpack.load(path)
 
 
-def test_torch_modules_look_up(isa, rng):
+def test_torch_modules_look_up(trellis_isa, rng):
     torch = pytest.importorskip("torch")
     import embpack.torch
 
@@ -302,7 +302,7 @@ def test_torch_operators_are_well_made(rng):
         torch.ops.embpack.embedding(arguments[0], "trellis:33:4:float32", *arguments[2:])
 
 
-def test_collections_mix_layouts(isa, rng):
+def test_collections_mix_layouts(trellis_isa, rng):
     torch = pytest.importorskip("torch")
     import embpack.torch
 

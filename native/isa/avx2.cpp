@@ -29,6 +29,7 @@ constexpr bool looks_up_in_one = false;   // two permutations, a shift and a ble
 constexpr size_t most_sums = 4;   // vectors of sums that stay in registers
 constexpr size_t most_trellis_sums = 4;
 constexpr size_t rows_early = 3;    // rows whose levels are read before they are added
+constexpr size_t trellis_rows_early = 0;
 constexpr size_t vectors_of_words = 4;   // that levels_of_words makes together
 
 inline void stay_in_register(F32x16&) {}   // there are not enough of them
@@ -416,13 +417,14 @@ struct BitPositions {
     }
 };
 
-constexpr bool has_half_blocks = false;
+constexpr size_t least_slots = 4;
 
 // For each position of a block the number of its level.
 template <size_t slots>
 struct TrellisNumbers {
     TrellisBytes bytes = TrellisBytes::splat(0), byte, bit;
 
+    TrellisNumbers() = default;
     // Of a block whose bits are where these positions say.
     [[gnu::always_inline]] explicit TrellisNumbers(const BitPositions& present)
         : byte(TrellisBytes::load(present.byte)), bit(TrellisBytes::load(present.bit)) {}
@@ -478,7 +480,6 @@ struct WrittenLevels {
 
 // At most 16 levels of narrow codes and 32 of wide ones above 0, by permutations; those below have the sign in the
 // byte's highest bit, and are counted from the middle, too.
-constexpr bool has_few_trellis_levels = true;
 struct FewLevels {
     static constexpr size_t most_planes = 3;
     alignas(32) float narrow[16] = {}, wide[32] = {};
@@ -535,8 +536,14 @@ struct FewLevels {
     }
 };
 
-constexpr bool has_some_trellis_levels = false;   // none in registers
 using SomeLevels = WrittenLevels;
+
+// What looks the levels up of narrow codes of so many bits, and of wide ones.
+template <class Use>
+inline void with_trellis_levels(size_t narrow_bits, WideVectors, Use use) {
+    if (narrow_bits <= 4) return use.template operator()<FewLevels>();
+    use.template operator()<WrittenLevels>();
+}
 
 #include "../kernels/all-inl.h"
 

@@ -33,6 +33,7 @@ constexpr bool looks_up_in_one = true;   // sixteen multiply-adds a row, not one
 constexpr size_t most_sums = 2;
 constexpr size_t most_trellis_sums = 4;
 constexpr size_t rows_early = 1;
+constexpr size_t trellis_rows_early = 0;
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
 
 template <class Fn>
@@ -334,13 +335,14 @@ struct BitPositions {
     }
 };
 
-constexpr bool has_half_blocks = false;
+constexpr size_t least_slots = 4;
 
 // For each position of a block the number of its level.
 template <size_t slots>
 struct TrellisNumbers {
     uint8_t byte[64] = {};
 
+    TrellisNumbers() = default;
     explicit TrellisNumbers(const BitPositions&) {}
 
     // Adds `weight` where bits are set.
@@ -385,11 +387,15 @@ struct WrittenLevels {
     }
 };
 
-constexpr bool has_few_trellis_levels = false;   // none in registers
 using FewLevels = WrittenLevels;
 
-constexpr bool has_some_trellis_levels = false;   // none in registers
 using SomeLevels = WrittenLevels;
+
+// What looks the levels up of narrow codes of so many bits, and of wide ones.
+template <class Use>
+inline void with_trellis_levels(size_t, WideVectors, Use use) {
+    use.template operator()<WrittenLevels>();
+}
 
 #include "../kernels/all-inl.h"
 

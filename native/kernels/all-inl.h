@@ -1,6 +1,7 @@
 // Every kernel, for the vector types of the file that includes this one. No include guard: each isa/*.cpp
 // includes it once, inside its own anonymous namespace.
 
+#include "basics-inl.h"
 #include "grid-inl.h"
 #include "rows-inl.h"
 #include "search_range-inl.h"
@@ -20,6 +21,9 @@
 #include "encode_trellis-inl.h"
 #include "levels-inl.h"
 #include "lookup-inl.h"
+#include "trellis_numbers-inl.h"
+#include "trellis_lookup-inl.h"
+#include "any_lookup-inl.h"
 #include "rotation-inl.h"
 
 constexpr Kernels make_kernels() {

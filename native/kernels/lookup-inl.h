@@ -8,11 +8,13 @@ inline constexpr size_t largest_power_within(size_t x) {
     return power;
 }
 
-// An index has not been checked when its row is prefetched, but an address that is only for the cache may be any.
+// To the second-level cache, which takes many more lines at a time than the first. An index has not been checked when
+// its row is prefetched, but an address that is only for the cache may be any.
 inline void prefetch_row(const PackedRows& rows, uint64_t index) {
     const uintptr_t row = reinterpret_cast<uintptr_t>(rows.bytes) + index * rows.row_bytes;
-    for (size_t at = 0; at < rows.row_bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(row + at));
-    __builtin_prefetch(reinterpret_cast<const void*>(row + rows.row_bytes - 1));
+    const auto prefetch = [row](size_t at) { __builtin_prefetch(reinterpret_cast<const void*>(row + at), 0, 2); };
+    for (size_t at = 0; at < rows.row_bytes; at += 64) prefetch(at);
+    prefetch(rows.row_bytes - 1);
 }
 
 // To bfloat16, nearest, ties to even; NaN stays NaN.
@@ -219,16 +221,6 @@ struct KeepLargestLevels {
     KeepLargestLevels(const float*, size_t) {}
     F32x16 operator()(F32x16 so_far, F32x16 levels) const { return max(levels, so_far); }
 };
-
-// Calls use(0) .. use(n - 1), written out: GCC keeps the vectors of an array in registers only if no variable is ever
-// its index.
-template <size_t n, class Use>
-[[gnu::always_inline]] inline void unrolled(const Use& use) {
-    if constexpr (n > 0) {
-        unrolled<n - 1>(use);
-        use(n - 1);
-    }
-}
 
 template <size_t vectors>
 struct Sums {
@@ -472,30 +464,4 @@ inline void pool_bags_of(RowReader& reader, size_t first, size_t end, const Outp
     if (reader.bags.pooling == Pooling::max) return pool_bags_by<bits, KeepLargestLevels>(reader, first, end, out);
     if (reader.bags.per_sample_weights) return pool_bags_by<bits, AddWeightedLevels>(reader, first, end, out);
     pool_bags_by<bits, AddLevels>(reader, first, end, out);
-}
-
-#include "trellis_lookup-inl.h"
-
-void gather_rows(const PackedRows& rows, const Integers& indices, bool prefetches, size_t first, size_t end,
-                 const Output& out, LookupFault& fault) noexcept {
-    const Bags bags{.indices = indices, .prefetches = prefetches};
-    RowReader reader(rows, bags, first, end, true, fault);
-    if (rows.layout == Layout::trellis)
-        return with_trellis_levels(
-            rows, [&]<class Levels>(Type<Levels>) { store_trellis_rows<Levels>(reader, first, out); });
-    if (rows.grid.bits == 2) return store_rows<2>(reader, first, out);
-    if (rows.grid.bits == 4) return store_rows<4>(reader, first, out);
-    store_rows<8>(reader, first, out);
-}
-
-void pool_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
-               LookupFault& fault) noexcept {
-    const size_t d = rows.embedding_dim;
-    const bool are_read_once =
-        (rows.layout == Layout::trellis ? first_trellis_tile(d) : first_tile(d)).num_columns() == d;
-    RowReader reader(rows, bags, bags.start(first), bags.start(end), are_read_once, fault);
-    if (rows.layout == Layout::trellis) return pool_trellis_bags(reader, first, end, out);
-    if (rows.grid.bits == 2) return pool_bags_of<2>(reader, first, end, out);
-    if (rows.grid.bits == 4) return pool_bags_of<4>(reader, first, end, out);
-    pool_bags_of<8>(reader, first, end, out);
 }

@@ -1,8 +1,5 @@
 // Reading rows: half precision to float32, and each row's bounds.
 
-// Not the standard library's: an instruction set's file must not have templates that another's has, too.
-inline constexpr size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
-
 void widen_values(const uint16_t* values, size_t count, ValueType type, float* out) noexcept {
     const auto widen_sixteen = [type](const uint16_t* from) {
         return type == ValueType::f16 ? load_f16(from) : load_bf16(from);

@@ -33,22 +33,29 @@ struct TrellisBits {
         crosses = shift + count > 64;
     }
     [[gnu::always_inline]] uint64_t operator()(const uint8_t* row) const {
-        uint64_t word;
-        std::memcpy(&word, row + at, sizeof word);
-        word >>= shift;
+        uint64_t word = first_word(row);
         if (crosses) [[unlikely]] word |= static_cast<uint64_t>(row[at + 8]) << (64 - shift);
         return word;
     }
+    // Those of the first word: all, if they are at most 57.
+    [[gnu::always_inline]] uint64_t first_word(const uint8_t* row) const {
+        uint64_t word;
+        std::memcpy(&word, row + at, sizeof word);
+        return word >> shift;
+    }
 };
 
-// Positions that a lane has: of half a block two may be enough.
+// Positions that a lane has: of a part of a block fewer may be enough.
 inline constexpr size_t slots_of(size_t num_columns) {
-    return has_half_blocks && num_columns <= trellis_block / 2 ? 2 : trellis_vectors;
+    size_t slots = least_slots;
+    while (num_columns > trellis_lanes * slots && slots < trellis_vectors) slots *= 2;
+    return slots;
 }
 
 // What rows have in common in a block.
 struct TrellisColumns {
     alignas(64) float mean[trellis_block];
+    alignas(64) int32_t wide_columns[trellis_block];   // all bits set of those that have the longer codes
     uint16_t wide_lanes[trellis_vectors];
     size_t wide_vectors;          // so many vectors have any
     bool starts_wide;             // whether the first has no others
@@ -67,6 +74,8 @@ struct TrellisColumns {
         for (size_t v = 0; v < trellis_vectors; v++) {
             wide_lanes[v] = block.wide_lanes[v];
             if (wide_lanes[v]) wide_vectors = v + 1;
+            for (size_t i = 0; i < trellis_lanes; i++)
+                wide_columns[trellis_lanes * v + i] = -static_cast<int32_t>(wide_lanes[v] >> i & 1u);
         }
         starts_wide = wide_lanes[0] == 0xffff;
         planes = shape.narrow_bits - 1;
@@ -84,31 +93,36 @@ struct TrellisColumns {
 
 // All that rows have in common, found once for a lookup.
 struct TrellisLookup {
+    TrellisShape shape;
     AllTrellisLevels levels;
+    WideVectors wide;
     TrellisColumns columns[trellis_most_dim / trellis_block];
 
     explicit TrellisLookup(const PackedRows& rows)
-        : levels(rows.codebooks, TrellisShape(rows.embedding_dim, rows.row_bytes)) {
-        const TrellisShape shape(rows.embedding_dim, rows.row_bytes);
-        for (size_t j = 0; j < rows.embedding_dim; j += trellis_block)
-            columns[j / trellis_block].find(rows, shape, j / trellis_block);
+        : shape(rows.embedding_dim, rows.row_bytes), levels(rows.codebooks, shape) {
+        for (size_t j = 0; j < rows.embedding_dim; j += trellis_block) {
+            TrellisColumns& of = columns[j / trellis_block];
+            of.find(rows, shape, j / trellis_block);
+            if (j == 0) wide = {of.wide_vectors, of.starts_wide};
+            if (of.wide_vectors != wide.count || of.starts_wide != wide.starts_wide) wide.are_alike = false;
+        }
     }
 };
 
-// Calls use(v, levels) for the vectors of a block. Of a full one, and of a half or a quarter, all bits lie in words; of
-// one that is full, or a full half, they lie where positions are.
-template <bool is_full, size_t vectors, class Levels, class Use>
-[[gnu::always_inline]] inline void find_levels_of_block(const uint8_t* row, const TrellisColumns& of,
-                                                        const Levels& levels, const Use& use) {
+// The numbers of a block's levels. Of a full one, and of a half or a quarter, all bits lie in words; where `is_full`,
+// they lie where positions are.
+template <bool is_full, size_t vectors, class Levels>
+[[gnu::always_inline]] inline auto find_trellis_numbers(const uint8_t* row, const TrellisColumns& of,
+                                                        const Levels& levels) {
     const auto read = [&](size_t k) __attribute__((always_inline)) {
         uint64_t bits;
         if constexpr (is_full && vectors > 2) {
             std::memcpy(&bits, row + of.first_byte + 8 * k, sizeof bits);
-        } else if (is_full || of.word_bytes == 4) {
+        } else if (is_full ? vectors == 2 : of.word_bytes == 4) {
             uint32_t half;
             std::memcpy(&half, row + of.first_byte + 4 * k, sizeof half);
             bits = half;
-        } else if (of.word_bytes == 2) {
+        } else if (is_full || of.word_bytes == 2) {
             uint16_t quarter;
             std::memcpy(&quarter, row + of.first_byte + 2 * k, sizeof quarter);
             bits = quarter;
@@ -120,25 +134,7 @@ template <bool is_full, size_t vectors, class Levels, class Use>
     const uint64_t messages = read(0), before = row[of.before];
     const uint64_t c1 = messages ^ messages << 2 ^ messages << 5 ^ before >> 6 ^ before >> 3;
     const uint64_t c0 = messages << 3 ^ before >> 5;
-    TrellisNumbers<slots_of(trellis_lanes * vectors)> numbers(of.present);
-    numbers.template add<is_full>(of.present, c0, levels.weight(0));
-    numbers.template add<is_full>(of.present, c1, levels.weight(1));
-    unrolled<Levels::most_planes>([&](size_t k) __attribute__((always_inline)) {
-        if (k < of.planes) [[likely]] numbers.template add<is_full>(of.present, read(k + 1), levels.weight(k + 2));
-    });
-    levels.template finish<is_full>(numbers, of, row, read);
-    unrolled<vectors>([&](size_t v) __attribute__((always_inline)) { use(v, levels(numbers, of, v)); });
-}
-
-// What looks levels up. Where an instruction set has registers for the levels of few bits, there are others.
-template <class Use>
-inline void with_trellis_levels(const PackedRows& rows, Use use) {
-    const size_t narrow_bits = TrellisShape(rows.embedding_dim, rows.row_bytes).narrow_bits;
-    if constexpr (has_few_trellis_levels)
-        if (narrow_bits <= 4) return use(Type<FewLevels>());
-    if constexpr (has_some_trellis_levels)
-        if (narrow_bits == 5) return use(Type<SomeLevels>());
-    use(Type<WrittenLevels>());
+    return make_trellis_numbers<is_full, slots_of(trellis_lanes * vectors)>(row, of, levels, c0, c1, read);
 }
 
 // The number of a row's scale is its last byte.
@@ -164,11 +160,13 @@ inline void store_trellis_block(const RowReader& reader, const TrellisColumns& o
         if (prefetches)
             prefetch_row(rows, reader.indices[smaller(i - first + reader.rows_ahead, reader.num_indices - 1)]);
         uint8_t* const to = out.values + i * out.row_bytes;
-        find_levels_of_block<is_full, vectors>(row.bytes, of, levels, [&](size_t v, F32x16 found) {
+        const auto numbers = find_trellis_numbers<is_full, vectors>(row.bytes, of, levels);
+        unrolled<vectors>([&](size_t v) {
             const size_t column = trellis_lanes * v;
             if (!is_full && column >= num_columns) return;
             const size_t count = is_full ? trellis_lanes : smaller(num_columns - column, trellis_lanes);
-            store_values(to, out.type, j + column, fma(scale, found, load(of.mean + column)), count);
+            const F32x16 values = fma(scale, levels(numbers, of, v), load(of.mean + column));
+            store_values(to, out.type, j + column, values, count);
         });
     }
 }
@@ -176,7 +174,7 @@ inline void store_trellis_block(const RowReader& reader, const TrellisColumns& o
 template <class Levels>
 inline void store_trellis_rows(RowReader& reader, size_t first, const Output& out) {
     const PackedRows rows = reader.rows;
-    const TrellisLookup lookup(rows);
+    const TrellisLookup& lookup = *reader.trellis;
     const Levels levels(lookup.levels);
     for (size_t stop; first < reader.end; first = stop) {
         stop = reader.end_of_window(first, reader.end);
@@ -188,7 +186,9 @@ inline void store_trellis_rows(RowReader& reader, size_t first, const Output& ou
             const size_t num_columns = rows.embedding_dim - j;
             if (num_columns >= trellis_block)
                 store_trellis_block<Levels, true, trellis_vectors>(reader, of, levels, first, stop, j, out);
-            else if (num_columns <= trellis_block / 2)
+            else if (slots_of(num_columns) == 1)
+                store_trellis_block<Levels, false, 1>(reader, of, levels, first, stop, j, out);
+            else if (slots_of(num_columns) == 2)
                 store_trellis_block<Levels, false, 2>(reader, of, levels, first, stop, j, out);
             else
                 store_trellis_block<Levels, false, trellis_vectors>(reader, of, levels, first, stop, j, out);
@@ -205,32 +205,58 @@ template <class Join, class Levels, size_t vectors, bool is_full>
     const TrellisShape shape(rows.embedding_dim, rows.row_bytes);
     const TrellisColumns* const columns = reader.trellis->columns + job.first_code / trellis_block;
     const Levels levels(reader.trellis->levels);
+    const auto find_numbers = [&](const uint8_t* row, size_t k) __attribute__((always_inline)) {
+        return find_trellis_numbers<is_full, vectors_of_block>(row, columns[k], levels);
+    };
+    struct Row {
+        F32x16 scale;
+        decltype(find_numbers(nullptr, 0)) numbers[blocks];
+    };
     const uint8_t* const scales = rows.codebooks + sizeof(float) * shape.first_scale();
     const size_t row_bytes = rows.row_bytes;
     const uint64_t* const indices = reader.indices;
+    const size_t* const starts = reader.starts;
+    const size_t last = starts[job.end_bag];
     const size_t rows_ahead = reader.rows_ahead, num_indices = reader.num_indices;
     const bool prefetches = reader.bags.prefetches && job.first_code == 0;
-    size_t i = reader.starts[job.first_bag];
+    const auto read = [&](size_t i, Row& row) __attribute__((always_inline)) {
+        const uint64_t index = indices[i < last ? i : last - 1];
+        if (index >= rows.num_rows) [[unlikely]] return false;
+        const uint8_t* const bytes = rows.bytes + index * row_bytes;
+        const TrellisRow<is_full && (vectors > 1)> whole(bytes, row_bytes);
+        row.scale = read_trellis_scale(scales, bytes[row_bytes - 1]);
+        unrolled<blocks>(
+            [&](size_t k) __attribute__((always_inline)) { row.numbers[k] = find_numbers(whole.bytes, k); });
+        return true;
+    };
+    // As in pool_tile; there are registers for so many.
+    constexpr size_t most_early = vectors < trellis_vectors ? 1 : trellis_rows_early / blocks;
+    constexpr size_t rows_early = smaller(trellis_rows_early, most_early);
+    size_t i = starts[job.first_bag];
+    Row ahead[rows_early + 1];
+    bool are_found = true;
+    if (i < last) unrolled<rows_early>([&](size_t k) { are_found = are_found && read(i + k, ahead[k]); });
+    if (!are_found) return false;
     for (size_t bag = job.first_bag; bag < job.end_bag; bag++) {
         Sums<vectors> sums;
         sums.change([&](size_t v, F32x16) { return load(job.start + 16 * v); });
-        const size_t rows_of_bag = job.rows_before + reader.starts[bag + 1] - i;
-        for (const size_t end = reader.starts[bag + 1]; i < end; i++) {
-            const uint64_t index = indices[i];
-            if (index >= rows.num_rows) [[unlikely]] return false;
+        if (prefetches)
+            unrolled<vectors>([&](size_t v) { __builtin_prefetch(job.to + bags_ahead * job.stride + 16 * v, 1); });
+        const size_t rows_of_bag = job.rows_before + starts[bag + 1] - i;
+        for (const size_t end = starts[bag + 1]; i < end; i++) {
+            if (!read(i + rows_early, ahead[rows_early])) [[unlikely]] return false;
             if (prefetches) prefetch_row(rows, indices[smaller(i + rows_ahead, num_indices - 1)]);
             const Join join(reader.weights, i);
-            const uint8_t* const bytes = rows.bytes + index * row_bytes;
-            const TrellisRow<is_full> row(bytes, row_bytes);
-            const F32x16 scale = read_trellis_scale(scales, bytes[row_bytes - 1]);
+            const F32x16 scale = ahead[0].scale;
             unrolled<blocks>([&](size_t k) __attribute__((always_inline)) {
                 const TrellisColumns& of = columns[k];
-                find_levels_of_block<is_full, vectors_of_block>(
-                    row.bytes, of, levels, [&](size_t v, F32x16 found) __attribute__((always_inline)) {
-                        F32x16& sum = sums.vector[trellis_vectors * k + v];
-                        sum = join(sum, fma(scale, found, load(of.mean + trellis_lanes * v)));
-                    });
+                const auto numbers = ahead[0].numbers[k];
+                unrolled<vectors_of_block>([&](size_t v) __attribute__((always_inline)) {
+                    F32x16& sum = sums.vector[trellis_vectors * k + v];
+                    sum = join(sum, fma(scale, levels(numbers, of, v), load(of.mean + trellis_lanes * v)));
+                });
             });
+            unrolled<rows_early>([&](size_t k) { ahead[k] = ahead[k + 1]; });
         }
         if (job.ends_bags) [[likely]] sums.finish_bag(reader.bags.pooling, rows_of_bag);
         constexpr size_t whole = is_full ? vectors : vectors - 1;
@@ -249,7 +275,7 @@ template <class Join, class Levels, size_t vectors, bool is_full>
 template <class Join, class Levels, size_t vectors = most_trellis_sums>
 PoolTileFn find_pool_trellis_tile(TileShape tile, bool prefetches) {
     const size_t needed = tile.vectors + (tile.last_columns > 0);
-    constexpr bool can_be_full = vectors == trellis_vectors || (has_half_blocks && vectors == 2);
+    constexpr bool can_be_full = slots_of(trellis_lanes * vectors) == vectors;
     if constexpr (vectors > 1)
         if (needed < vectors)
             return find_pool_trellis_tile<Join, Levels, vectors <= trellis_vectors ? vectors - 1 : vectors / 2>(
@@ -264,13 +290,26 @@ PoolTileFn find_pool_trellis_tile(TileShape tile, bool prefetches) {
 
 template <class Join>
 inline void pool_trellis_bags_by(RowReader& reader, size_t first, size_t end, const Output& out) {
-    with_trellis_levels(reader.rows, [&]<class Levels>(Type<Levels>) {
+    with_trellis_levels(reader.trellis->shape.narrow_bits, reader.trellis->wide, [&]<class Levels>() {
         Pooler(reader, out, find_pool_trellis_tile<Join, Levels>, Join::start.values).pool(first, end);
     });
 }
 
-inline void pool_trellis_bags(RowReader& reader, size_t first, size_t end, const Output& out) {
-    const TrellisLookup lookup(reader.rows);
+void gather_trellis_rows(const PackedRows& rows, const Integers& indices, bool prefetches, size_t first, size_t end,
+                         const Output& out, LookupFault& fault) noexcept {
+    const Bags bags{.indices = indices, .prefetches = prefetches};
+    RowReader reader(rows, bags, first, end, true, fault);
+    const TrellisLookup lookup(rows);
+    reader.trellis = &lookup;
+    with_trellis_levels(lookup.shape.narrow_bits, lookup.wide,
+                        [&]<class Levels>() { store_trellis_rows<Levels>(reader, first, out); });
+}
+
+void pool_trellis_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
+                       LookupFault& fault) noexcept {
+    const bool are_read_once = first_trellis_tile(rows.embedding_dim).num_columns() == rows.embedding_dim;
+    RowReader reader(rows, bags, bags.start(first), bags.start(end), are_read_once, fault);
+    const TrellisLookup lookup(rows);
     reader.trellis = &lookup;
     if (reader.bags.pooling == Pooling::max) return pool_trellis_bags_by<KeepLargestLevels>(reader, first, end, out);
     if (reader.bags.per_sample_weights) return pool_trellis_bags_by<AddWeightedLevels>(reader, first, end, out);
