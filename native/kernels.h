@@ -42,8 +42,8 @@ struct SearchParams {
     bool local_minima_only = false;   // greedy: remember what PyTorch and the paper's figures remember
     int scale_step = 1;               // optimal: every so many of the scales and offsets are started from
     int quarter_step = 1;
-    int num_kept = 6;                 // optimal: starts that it goes on with, at most most_kept
-    int num_steps = 8;                // optimal: how often
+    int num_kept = 5;                 // optimal: starts that it goes on with, at most most_kept
+    int num_steps = 6;                // optimal: how often
     bool is_exact = false;            // optimal: whether the range with the least error of all is a start too ...
     const Ranges* exact = nullptr;    // ... which is this one, of the rows of the block
     // optimal: of the squared error of each value, row after row; or of each column, of all rows; or null: all are 1.

@@ -30,6 +30,7 @@ constexpr size_t most_sums = 4;   // vectors of sums that stay in registers
 constexpr size_t most_trellis_sums = 4;
 constexpr size_t rows_early = 3;    // rows whose levels are read before they are added
 constexpr size_t trellis_rows_early = 0;
+constexpr size_t starts_at_once = 1;   // ranges that sums are made for in one pass
 constexpr size_t vectors_of_words = 4;   // that levels_of_words makes together
 
 inline void stay_in_register(F32x16&) {}   // there are not enough of them

@@ -11,8 +11,8 @@ struct F64x16 {
 constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = true;
 constexpr size_t most_sums = 16;   // vectors of sums that stay in registers
-constexpr size_t most_trellis_sums = 16;
 constexpr size_t rows_early = 2;    // rows whose levels are read before they are added
+constexpr size_t starts_at_once = 2;   // ranges that sums are made for in one pass
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
 
 // Keeps GCC from loading a constant again for each use, when loads are what bounds a loop.
@@ -267,12 +267,8 @@ struct FewLevelsInRegisters {
     I32x16 sign = _mm512_set1_epi32(INT32_MIN);
 
     [[gnu::always_inline]] explicit FewLevelsInRegisters(const AllTrellisLevels& all) {
-        const size_t num_narrow = all.num_narrow, num_upper = all.num_wide / 2;
-        float levels[64] = {};
-        std::memcpy(levels, all.values, sizeof(float) * num_narrow);
-        // As often as they fit: bits of a number that no level needs may be set.
-        const float* const upper = all.values + num_narrow + num_upper;
-        for (size_t i = 0; num_upper > 0 && i < 32; i++) levels[32 + i] = upper[i % num_upper];
+        float levels[64];
+        write(all, levels);
         narrow_low = load(levels);
         narrow_high = load(levels + 16);
         wide_low = load(levels + 32);
@@ -296,6 +292,17 @@ struct FewLevelsInRegisters {
         if (v >= Wide::wide_vectors(of)) [[likely]] return of_narrow;
         return choose(of.wide_columns + 16 * v, of_wide(), of_narrow);
     }
+
+private:
+    // Not inlined: it is compiled once, not for every tile.
+    [[gnu::noinline]] static void write(const AllTrellisLevels& all, float* levels) {
+        const size_t num_narrow = all.num_narrow, num_upper = all.num_wide / 2;
+        std::memset(levels, 0, sizeof(float) * 64);
+        std::memcpy(levels, all.values, sizeof(float) * num_narrow);
+        // As often as they fit: bits of a number that no level needs may be set.
+        const float* const upper = all.values + num_narrow + num_upper;
+        for (size_t i = 0; num_upper > 0 && i < 32; i++) levels[32 + i] = upper[i % num_upper];
+    }
 };
 
 // 64 levels of narrow codes and 128 of wide ones, of both the upper half, by numbers that are counted from the middle.
@@ -304,9 +311,8 @@ struct SomeLevelsInRegisters {
     I32x16 sign = _mm512_set1_epi32(INT32_MIN);
 
     [[gnu::always_inline]] explicit SomeLevelsInRegisters(const AllTrellisLevels& all) {
-        float levels[96] = {};
-        std::memcpy(levels, all.values + 32, sizeof(float) * 32);
-        std::memcpy(levels + 32, all.values + 64 + all.num_wide / 2, sizeof(float) * all.num_wide / 2);
+        float levels[96];
+        write(all, levels);
         for (size_t i = 0; i < 2; i++) narrow[i] = load(levels + 16 * i);
         for (size_t i = 0; i < 4; i++) wide[i] = load(levels + 32 + 16 * i);
         for (F32x16& sixteen : narrow) stay_in_register(sixteen);
@@ -326,6 +332,13 @@ struct SomeLevelsInRegisters {
         }
         const __m512i magnitude = _mm512_castps_si512(levels);
         return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, numbers.signs_of_vector(v), sign, 0x78));
+    }
+
+private:
+    [[gnu::noinline]] static void write(const AllTrellisLevels& all, float* levels) {
+        std::memset(levels, 0, sizeof(float) * 96);
+        std::memcpy(levels, all.values + 32, sizeof(float) * 32);
+        std::memcpy(levels + 32, all.values + 64 + all.num_wide / 2, sizeof(float) * all.num_wide / 2);
     }
 };
 

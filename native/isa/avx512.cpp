@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* isa_name = "avx512";
 
-constexpr size_t trellis_rows_early = 2;
+constexpr size_t most_trellis_sums = 16, trellis_rows_early = 0;
 
 #include "avx512-inl.h"
 

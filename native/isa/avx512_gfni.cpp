@@ -19,7 +19,7 @@ extern const Kernels kernels;
 namespace avx512_gfni {
 namespace {
 
-constexpr size_t trellis_rows_early = 2;
+constexpr size_t most_trellis_sums = 8, trellis_rows_early = 2;
 
 #include "avx512-inl.h"
 #include "../kernels/basics-inl.h"
@@ -88,12 +88,12 @@ struct Words<4> {
     using Word = uint64_t;
     __m512i all;
 
-    // The first ones of memory, at most four.
-    template <size_t count>
+    // The first four of memory, or those of them that are chosen.
     [[gnu::always_inline]] void load(const uint8_t* p) {
-        const __m256i first = count == 4 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
-                                         : _mm256_maskz_loadu_epi64((1 << count) - 1, p);
-        all = _mm512_zextsi256_si512(first);
+        all = _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    [[gnu::always_inline]] void load(const uint8_t* p, uint8_t chosen) {
+        all = _mm512_zextsi256_si512(_mm256_maskz_loadu_epi64(chosen, p));
     }
     template <size_t word>
     [[gnu::always_inline]] void set(uint64_t bits) {
@@ -117,11 +117,11 @@ struct Words<2> {
     using Word = uint32_t;
     __m256i all;
 
-    template <size_t count>
     [[gnu::always_inline]] void load(const uint8_t* p) {
-        const __m128i first = count == 4 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
-                                         : _mm_maskz_loadu_epi32((1 << count) - 1, p);
-        all = _mm256_zextsi128_si256(first);
+        all = _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    [[gnu::always_inline]] void load(const uint8_t* p, uint8_t chosen) {
+        all = _mm256_zextsi128_si256(_mm_maskz_loadu_epi32(chosen, p));
     }
     template <size_t word>
     [[gnu::always_inline]] void set(uint64_t bits) {
@@ -146,10 +146,8 @@ struct Words<1> {
     using Word = uint16_t;
     __m128i all;
 
-    template <size_t count>
-    [[gnu::always_inline]] void load(const uint8_t* p) {
-        all = count == 4 ? _mm_loadu_si64(p) : _mm_maskz_loadu_epi16((1 << count) - 1, p);
-    }
+    [[gnu::always_inline]] void load(const uint8_t* p) { all = _mm_loadu_si64(p); }
+    [[gnu::always_inline]] void load(const uint8_t* p, uint8_t chosen) { all = _mm_maskz_loadu_epi16(chosen, p); }
     template <size_t word>
     [[gnu::always_inline]] void set(uint64_t bits) {
         all = _mm_insert_epi16(all, static_cast<int>(bits), word);
@@ -171,11 +169,14 @@ template <bool is_full, size_t slots, class Columns, class Levels, class Read>
 [[gnu::always_inline]] inline TrellisNumbers<slots> make_trellis_numbers(const uint8_t* row, const Columns& of,
                                                                          const Levels& levels, uint64_t c0,
                                                                          uint64_t c1, const Read& read) {
-    constexpr size_t planes = Levels::planes;
+    const size_t planes = levels.planes(of);
     Words<slots> words;
-    if constexpr (is_full && planes <= 4) {
-        words.template load<smaller(planes + 1, 4)>(row + of.first_byte);
-        if constexpr (planes == 4) words.template set<4>(read(4));
+    if constexpr (is_full && Levels::are_in_place) {
+        if (planes >= 3)
+            words.load(row + of.first_byte);
+        else
+            words.load(row + of.first_byte, static_cast<uint8_t>((2u << planes) - 1));
+        if (planes == 4) words.template set<4>(read(4));
         words.set_subsets(c0, c1);
     } else {
         using Word = typename Words<slots>::Word;
@@ -185,7 +186,7 @@ template <bool is_full, size_t slots, class Columns, class Levels, class Read>
         };
         put(0, c0);
         put(1, c1);
-        unrolled<planes>([&](size_t k) __attribute__((always_inline)) { put(k + 2, read(k + 1)); });
+        for (size_t k = 0; k < planes; k++) put(k + 2, read(k + 1));
         std::memcpy(&words.all, packed, sizeof packed);
     }
     levels.template finish<is_full>(words, of, row, read);
@@ -202,9 +203,13 @@ struct Wide {
     static constexpr bool starts_wide(const Columns&) { return at_start; }
 };
 
-template <size_t num_planes, class Wide>
+template <class Wide>
 struct FewLevels : FewLevelsInRegisters<Wide> {
-    static constexpr size_t planes = num_planes;
+    static constexpr bool are_in_place = true;
+
+    // Blocks that are all alike have codes of 4 bits.
+    template <class Columns>
+    static size_t planes(const Columns& of) { return std::is_same_v<Wide, AnyWide> ? of.planes : 3; }
 
     [[gnu::always_inline]] explicit FewLevels(const AllTrellisLevels& all) : FewLevelsInRegisters<Wide>(all) {}
 
@@ -217,22 +222,27 @@ struct FewLevels : FewLevelsInRegisters<Wide> {
 };
 
 struct SomeLevels : SomeLevelsInRegisters {
-    static constexpr size_t planes = 4;
+    static constexpr bool are_in_place = true;
+
+    template <class Columns>
+    static constexpr size_t planes(const Columns&) { return 4; }
 
     [[gnu::always_inline]] explicit SomeLevels(const AllTrellisLevels& all) : SomeLevelsInRegisters(all) {}
 
     template <bool is_full, class Words, class Columns, class Read>
     [[gnu::always_inline]] void finish(Words& words, const Columns& of, const uint8_t* row, const Read& read) const {
-        const uint64_t last = is_full ? read(planes) : of.present(read(planes));
+        const uint64_t last = is_full ? read(4) : of.present(read(4));
         const uint64_t top = of.wide_vectors > 0 ? of.is_wide(of.top_bits(row)) : 0, is_wide = of.is_wide.mask;
         words.flip(mirrored_words, ~((top & is_wide) | (last & ~is_wide)));
     }
 };
 
-template <size_t num_planes>
 struct WrittenLevels : LevelsInMemory {
-    static constexpr size_t planes = num_planes;
+    static constexpr bool are_in_place = false;
     using LevelsInMemory::LevelsInMemory;
+
+    template <class Columns>
+    static size_t planes(const Columns& of) { return of.planes; }
 
     template <bool is_full, class Words, class Columns, class Read>
     void finish(Words& words, const Columns& of, const uint8_t* row, const Read&) const {
@@ -243,20 +253,14 @@ struct WrittenLevels : LevelsInMemory {
 // What looks the levels up of narrow codes of so many bits, and of wide ones.
 template <class Use>
 inline void with_trellis_levels(size_t narrow_bits, WideVectors wide, Use use) {
-    // At 4 bits: d = 64; from 128 on; and from 1024 on.
+    // At 4 bits: d = 64, and from 128 on.
     if (narrow_bits == 4 && wide.are_alike) {
-        if (wide.count == 2 && wide.starts_wide) return use.template operator()<FewLevels<3, Wide<2, true>>>();
-        if (wide.count == 1 && !wide.starts_wide) return use.template operator()<FewLevels<3, Wide<1, false>>>();
-        if (wide.count == 0) return use.template operator()<FewLevels<3, Wide<0, false>>>();
+        if (wide.count == 2 && wide.starts_wide) return use.template operator()<FewLevels<Wide<2, true>>>();
+        if (wide.count == 1 && !wide.starts_wide) return use.template operator()<FewLevels<Wide<1, false>>>();
     }
-    switch (narrow_bits) {
-        case 2: return use.template operator()<FewLevels<1, AnyWide>>();
-        case 3: return use.template operator()<FewLevels<2, AnyWide>>();
-        case 4: return use.template operator()<FewLevels<3, AnyWide>>();
-        case 5: return use.template operator()<SomeLevels>();
-        case 6: return use.template operator()<WrittenLevels<5>>();
-    }
-    use.template operator()<WrittenLevels<6>>();
+    if (narrow_bits <= 4) return use.template operator()<FewLevels<AnyWide>>();
+    if (narrow_bits == 5) return use.template operator()<SomeLevels>();
+    use.template operator()<WrittenLevels>();
 }
 
 #include "../kernels/levels-inl.h"

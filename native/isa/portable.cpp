@@ -34,6 +34,7 @@ constexpr size_t most_sums = 2;
 constexpr size_t most_trellis_sums = 4;
 constexpr size_t rows_early = 1;
 constexpr size_t trellis_rows_early = 0;
+constexpr size_t starts_at_once = 1;   // ranges that sums are made for in one pass
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
 
 template <class Fn>

@@ -13,6 +13,8 @@ struct ColumnsOfRows {
 // Scales in hundredths of the full range's; the second are for rows of few values.
 inline constexpr int usual_scales[] = {35, 40, 45, 50, 55, 60, 65, 70, 75, 80, 85, 90, 95, 100, 105};
 inline constexpr int wide_scales[] = {110, 125, 140, 160, 180, 200, 225, 250, 280, 320, 360, 400};
+// Quarters of a code that a start is off the middle: from -2 on.
+inline constexpr int num_quarters = 4;
 
 struct RangeOfRows {
     F32x16 xmin, xmax;
@@ -23,40 +25,47 @@ struct RegressionSums {
     F32x16 c, cc, r, rc, rr;
 };
 
-// Fills in what is asked for: the sums of the regression, and that of the squared errors.
-template <bool regresses, bool measures, bool weighted>
-inline RegressionSums sum_by_weights(const ColumnsOfRows& rows, const GridParams& p, F32x16 top) {
+// Fills in what is asked for of each of some ranges: the sums of the regression, and that of the squared errors.
+template <bool regresses, bool measures, bool weighted, size_t count>
+inline void sum_by_weights(const ColumnsOfRows& rows, const GridParams (&params)[count], F32x16 top,
+                           RegressionSums (&all_sums)[count]) {
     const F32x16 zero = splat(0.0f);
-    RegressionSums sums = {zero, zero, zero, zero, zero};
+    RegressionSums own[count];
+    unrolled<count>([&](size_t k) { own[k] = {zero, zero, zero, zero, zero}; });
     for (size_t j = 0; j < rows.d; j++) {
-        const F32x16 z = unrounded_codes(load(rows.values + lanes * j), p);
-        const F32x16 c = round_code(z, top), r = sub(z, c);
-        if constexpr (weighted) {
-            const F32x16 w = load(rows.weights + lanes * j), wc = mul(w, c), wr = mul(w, r);
-            if constexpr (regresses) {
-                sums.c = add(sums.c, wc);
-                sums.cc = add(sums.cc, mul(wc, c));
-                sums.r = add(sums.r, wr);
-                sums.rc = add(sums.rc, mul(wr, c));
+        const F32x16 x = load(rows.values + lanes * j);
+        unrolled<count>([&](size_t k) __attribute__((always_inline)) {
+            RegressionSums& sums = own[k];
+            const F32x16 z = unrounded_codes(x, params[k]);
+            const F32x16 c = round_code(z, top), r = sub(z, c);
+            if constexpr (weighted) {
+                const F32x16 w = load(rows.weights + lanes * j), wc = mul(w, c), wr = mul(w, r);
+                if constexpr (regresses) {
+                    sums.c = add(sums.c, wc);
+                    sums.cc = add(sums.cc, mul(wc, c));
+                    sums.r = add(sums.r, wr);
+                    sums.rc = add(sums.rc, mul(wr, c));
+                }
+                if constexpr (measures) sums.rr = add(sums.rr, mul(wr, r));
+            } else {
+                if constexpr (regresses) {
+                    sums.c = add(sums.c, c);
+                    sums.cc = fma(c, c, sums.cc);   // the product is exact: no rounding is saved
+                    sums.r = add(sums.r, r);
+                    sums.rc = add(sums.rc, mul(r, c));
+                }
+                if constexpr (measures) sums.rr = add(sums.rr, mul(r, r));
             }
-            if constexpr (measures) sums.rr = add(sums.rr, mul(wr, r));
-            continue;
-        }
-        if constexpr (regresses) {
-            sums.c = add(sums.c, c);
-            sums.cc = fma(c, c, sums.cc);   // the product is exact: no rounding is saved
-            sums.r = add(sums.r, r);
-            sums.rc = add(sums.rc, mul(r, c));
-        }
-        if constexpr (measures) sums.rr = add(sums.rr, mul(r, r));
+        });
     }
-    return sums;
+    unrolled<count>([&](size_t k) { all_sums[k] = own[k]; });
 }
 
-template <bool regresses, bool measures>
-inline RegressionSums sum_for_regression(const ColumnsOfRows& rows, const GridParams& p, F32x16 top) {
-    return rows.weights ? sum_by_weights<regresses, measures, true>(rows, p, top)
-                        : sum_by_weights<regresses, measures, false>(rows, p, top);
+template <bool regresses, bool measures, size_t count>
+inline void sum_for_regression(const ColumnsOfRows& rows, const GridParams (&params)[count], F32x16 top,
+                               RegressionSums (&sums)[count]) {
+    rows.weights ? sum_by_weights<regresses, measures, true>(rows, params, top, sums)
+                 : sum_by_weights<regresses, measures, false>(rows, params, top, sums);
 }
 
 inline F32x16 measured_error(const GridParams& p, const RegressionSums& s) {
@@ -98,40 +107,83 @@ struct KeptStarts {
     }
 };
 
-inline void try_scale(int hundredths, const RangeOfRows& whole, const ColumnsOfRows& rows, Grid grid, int quarter_step,
-                      KeptStarts& kept) {
+// Calls use<n>(i) for n starts from i on: for as many at a time as an instruction set has registers for, so that one does
+// not wait for another's divisions, and for fewer at the end.
+template <size_t most, class Use>
+inline void in_groups(size_t first, size_t count, const Use& use) {
+    for (; first + most <= count; first += most) use.template operator()<most>(first);
+    if constexpr (most > 1) in_groups<most / 2>(first, count, use);
+}
+
+// The starts with one scale, to which they are added.
+inline size_t make_starts(int hundredths, const RangeOfRows& whole, Grid grid, int quarter_step, RangeOfRows* starts) {
     const F32x16 top = top_code(grid), half = splat(0.5f);
     const F32x16 unit = div(sub(whole.xmax, whole.xmin), top);
     const F32x16 scale = mul(splat(static_cast<float>(hundredths) / 100.0f), unit);
     const F32x16 middle = add(mul(whole.xmin, half), mul(whole.xmax, half));
     const F32x16 low = sub(middle, mul(mul(half, top), scale));
-    for (int quarters = -2; quarters <= 1; quarters += quarter_step) {
-        RangeOfRows start;
+    size_t count = 0;
+    for (int quarters = -2; quarters < num_quarters - 2; quarters += quarter_step) {
+        RangeOfRows& start = starts[count++];
         start.xmin = add(low, mul(splat(static_cast<float>(quarters) / 4.0f), scale));
         start.xmax = add(start.xmin, mul(top, scale));
-        const GridParams before = make_grid(start.xmin, start.xmax, grid);
-        step_range(start, before, sum_for_regression<true, false>(rows, before, top), rows.total_weight, grid);
-        const GridParams after = make_grid(start.xmin, start.xmax, grid);
-        const RegressionSums sums = sum_for_regression<false, true>(rows, after, top);
-        kept.insert({start.xmin, start.xmax, measured_error(after, sums)});
     }
+    return count;
+}
+
+template <size_t count>
+inline void try_starts(const RangeOfRows* from, const ColumnsOfRows& rows, Grid grid, KeptStarts& kept) {
+    const F32x16 top = top_code(grid);
+    RangeOfRows ranges[count];
+    GridParams grids[count];
+    RegressionSums sums[count];
+    unrolled<count>([&](size_t k) {
+        ranges[k] = from[k];
+        grids[k] = make_grid(ranges[k].xmin, ranges[k].xmax, grid);
+    });
+    sum_for_regression<true, false>(rows, grids, top, sums);
+    unrolled<count>([&](size_t k) {
+        step_range(ranges[k], grids[k], sums[k], rows.total_weight, grid);
+        grids[k] = make_grid(ranges[k].xmin, ranges[k].xmax, grid);
+    });
+    sum_for_regression<false, true>(rows, grids, top, sums);
+    unrolled<count>(
+        [&](size_t k) { kept.insert({ranges[k].xmin, ranges[k].xmax, measured_error(grids[k], sums[k])}); });
 }
 
 template <size_t count>
 inline void try_scales(const int (&scales)[count], const RangeOfRows& whole, const ColumnsOfRows& rows, Grid grid,
                        const SearchParams& params, KeptStarts& kept) {
+    RangeOfRows starts[num_quarters * count];
+    size_t num_starts = 0;
     for (size_t i = 0; i < count; i += static_cast<size_t>(params.scale_step))
-        try_scale(scales[i], whole, rows, grid, params.quarter_step, kept);
+        num_starts += make_starts(scales[i], whole, grid, params.quarter_step, starts + num_starts);
+    in_groups<starts_at_once>(
+        0, num_starts, [&]<size_t n>(size_t i) { try_starts<n>(starts + i, rows, grid, kept); });
 }
 
-inline void refine_range(RangeOfRows range, const ColumnsOfRows& rows, Grid grid, int num_steps, Candidate& best) {
+// Steps on from some ranges. The best one of all becomes the best, if it is better; of equal ones the first.
+template <size_t count>
+inline void refine_ranges(const RangeOfRows* from, const ColumnsOfRows& rows, Grid grid, int num_steps,
+                          Candidate& best) {
+    RangeOfRows ranges[count];
+    Candidate best_of[count];
+    unrolled<count>([&](size_t k) {
+        ranges[k] = from[k];
+        best_of[k] = {from[k].xmin, from[k].xmax, splat(__builtin_inff())};
+    });
     for (int step = 0; step <= num_steps; step++) {
-        const GridParams p = make_grid(range.xmin, range.xmax, grid);
-        const RegressionSums sums = sum_for_regression<true, true>(rows, p, top_code(grid));
-        const Candidate found = {range.xmin, range.xmax, measured_error(p, sums)};
-        best = select_candidate(less(found.loss, best.loss), found, best);
-        step_range(range, p, sums, rows.total_weight, grid);
+        GridParams grids[count];
+        RegressionSums sums[count];
+        unrolled<count>([&](size_t k) { grids[k] = make_grid(ranges[k].xmin, ranges[k].xmax, grid); });
+        sum_for_regression<true, true>(rows, grids, top_code(grid), sums);
+        unrolled<count>([&](size_t k) {
+            const Candidate found = {ranges[k].xmin, ranges[k].xmax, measured_error(grids[k], sums[k])};
+            best_of[k] = select_candidate(less(found.loss, best_of[k].loss), found, best_of[k]);
+            step_range(ranges[k], grids[k], sums[k], rows.total_weight, grid);
+        });
     }
+    unrolled<count>([&](size_t k) { best = select_candidate(less(best_of[k].loss, best.loss), best_of[k], best); });
 }
 
 inline Candidate find_optimal(const RangeOfRows& whole, const RangeOfRows& greedy, const RangeOfRows* exact,
@@ -140,10 +192,12 @@ inline Candidate find_optimal(const RangeOfRows& whole, const RangeOfRows& greed
     try_scales(usual_scales, whole, rows, grid, params, kept);
     if (rows.d <= size_t{3} << grid.bits) try_scales(wide_scales, whole, rows, grid, params, kept);
     Candidate best = {greedy.xmin, greedy.xmax, splat(__builtin_inff())};
-    refine_range(greedy, rows, grid, params.num_steps, best);
-    for (int i = 0; i < kept.count; i++)
-        refine_range({kept.of[i].xmin, kept.of[i].xmax}, rows, grid, params.num_steps, best);
-    if (exact) refine_range(*exact, rows, grid, params.num_steps, best);
+    RangeOfRows starts[most_kept + 2] = {greedy};
+    size_t count = 1;
+    for (int i = 0; i < kept.count; i++) starts[count++] = {kept.of[i].xmin, kept.of[i].xmax};
+    if (exact) starts[count++] = *exact;
+    in_groups<starts_at_once>(
+        0, count, [&]<size_t n>(size_t i) { refine_ranges<n>(starts + i, rows, grid, params.num_steps, best); });
     return best;
 }
 

@@ -38,7 +38,7 @@ class Effort:
     is_exact: bool = False
 
 
-EFFORTS = {"fast": Effort(3, 2, 2, 6), "normal": Effort(1, 1, 6, 8), "exact": Effort(1, 1, 6, 8, is_exact=True)}
+EFFORTS = {"fast": Effort(3, 2, 1, 5), "normal": Effort(1, 1, 5, 6), "exact": Effort(1, 1, 6, 8, is_exact=True)}
 
 Ranges = tuple[NDArray[np.float32], NDArray[np.float32]]
 
