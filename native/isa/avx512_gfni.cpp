@@ -50,8 +50,8 @@ struct TrellisNumbers {
 
 // Eight words of 16 slots bits: message bits, up to four planes of indices, as they lie in memory, and words 5 to 7,
 // which are bits 7, 0 and 1 of the numbers. Of eight positions, the bytes of all words are brought together, and these
-// 64 bits transposed: a bit matrix by the eight bytes that have one bit each. Message bits become bit 6, which levels in
-// registers are not looked up by; where numbers have such a bit, the words are brought here one by one.
+// 64 bits transposed: a bit matrix by the eight bytes that have one bit each. Message bits become bit 6, which levels
+// in registers are not looked up by; where numbers have such a bit, the words are brought here one by one.
 template <size_t slots>
 struct WordOrder {
     alignas(64) uint8_t of_byte[16 * slots];

@@ -107,8 +107,8 @@ struct KeptStarts {
     }
 };
 
-// Calls use<n>(i) for n starts from i on: for as many at a time as an instruction set has registers for, so that one does
-// not wait for another's divisions, and for fewer at the end.
+// Calls use<n>(i) for n starts from i on: for as many at a time as an instruction set has registers for, so that one
+// does not wait for another's divisions, and for fewer at the end.
 template <size_t most, class Use>
 inline void in_groups(size_t first, size_t count, const Use& use) {
     for (; first + most <= count; first += most) use.template operator()<most>(first);
