@@ -148,8 +148,7 @@ template <class Levels, bool is_full, size_t vectors>
 inline void store_trellis_block(const RowReader& reader, const TrellisColumns& of, const Levels& levels, size_t first,
                                 size_t stop, size_t j, const Output& out) {
     const PackedRows rows = reader.rows;
-    const TrellisShape shape(rows.embedding_dim, rows.row_bytes);
-    const uint8_t* const scales = rows.codebooks + sizeof(float) * shape.first_scale();
+    const uint8_t* const scales = rows.codebooks + sizeof(float) * reader.trellis->shape.first_scale();
     const size_t row_bytes = rows.row_bytes, num_columns = smaller(rows.embedding_dim - j, trellis_block);
     const bool prefetches = reader.bags.prefetches && j == 0;
     for (size_t i = first; i < stop; i++) {
@@ -202,7 +201,6 @@ template <class Join, class Levels, size_t vectors, bool is_full>
     constexpr size_t blocks = (vectors + trellis_vectors - 1) / trellis_vectors;
     constexpr size_t vectors_of_block = smaller(vectors, trellis_vectors);
     const PackedRows rows = reader.rows;
-    const TrellisShape shape(rows.embedding_dim, rows.row_bytes);
     const TrellisColumns* const columns = reader.trellis->columns + job.first_code / trellis_block;
     const Levels levels(reader.trellis->levels);
     const auto find_numbers = [&](const uint8_t* row, size_t k) __attribute__((always_inline)) {
@@ -212,7 +210,7 @@ template <class Join, class Levels, size_t vectors, bool is_full>
         F32x16 scale;
         decltype(find_numbers(nullptr, 0)) numbers[blocks];
     };
-    const uint8_t* const scales = rows.codebooks + sizeof(float) * shape.first_scale();
+    const uint8_t* const scales = rows.codebooks + sizeof(float) * reader.trellis->shape.first_scale();
     const size_t row_bytes = rows.row_bytes;
     const uint64_t* const indices = reader.indices;
     const size_t* const starts = reader.starts;

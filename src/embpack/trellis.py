@@ -214,6 +214,11 @@ def decode(packed: NDArray[np.uint8], trellis: TrellisFormat, parameters: Trelli
     return values
 
 
+def _subset_of(message: NDArray[np.int64], state: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which subset a step takes its level from, with that message bit from that state."""
+    return 2 * (message ^ (state >> 3 & 1) ^ (state & 1)) + (state >> 2 & 1)
+
+
 def _nearest(y: Rows, levels: NDArray[np.float32]) -> tuple[NDArray[np.uint8], Rows]:
     """Of each subset the index of the level nearest to y [N], the lower one of two, and the squared error."""
     subsets = levels.reshape(-1, 4).T  # [4, count]
@@ -238,10 +243,7 @@ def _walk(
     choices = []
     for t in range(trellis.embedding_dim):
         _, errors = _nearest(y[:, t], parameters.levels_of(trellis, t))
-        first, second = (
-            cost[:, source] + errors[:, 2 * (message ^ (source >> 3 & 1) ^ (source & 1)) + (source >> 2 & 1)]
-            for source in (sources, sources + 1)
-        )
+        first, second = (cost[:, source] + errors[:, _subset_of(message, source)] for source in (sources, sources + 1))
         choices.append((second < first).astype(np.uint8))
         cost = np.where(second < first, second, first)
     return cost, choices
@@ -258,7 +260,7 @@ def _trace(
         message = state >> 4
         state = ((state & 15) << 1) + np.take_along_axis(choices[t], state[:, None], axis=1)[:, 0]
         messages[:, t] = message
-        subsets[:, t] = 2 * (message ^ (state >> 3 & 1) ^ (state & 1)) + (state >> 2 & 1)
+        subsets[:, t] = _subset_of(message, state)
         of_subsets, _ = _nearest(y[:, t], parameters.levels_of(trellis, t))
         indices[:, t] = np.take_along_axis(of_subsets, subsets[:, t : t + 1], axis=1)[:, 0]
     return messages, indices, state
