@@ -45,7 +45,10 @@ const Kernels with_gfni = [] {
 const Isa isas[] = {
 #ifdef EMBPACK_X86
     {&with_gfni,
-     [] { return has_avx512() && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi"); }},
+     [] {
+         return has_avx512() && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi") &&
+                __builtin_cpu_supports("avx512vbmi2");
+     }},
     {&avx512::kernels, has_avx512},
     {&avx2::kernels,
      [] {

@@ -11,6 +11,10 @@ namespace embpack {
 
 inline constexpr size_t trellis_least_dim = 4, trellis_most_dim = 4096;
 inline constexpr size_t trellis_least_bits = 2, trellis_most_bits = 7;
+// Words of eight bytes are read of a row, and the last one ends with it; a shorter row is copied first.
+inline constexpr size_t trellis_word = 8;
+// Where narrow codes have at most so many bits, levels are bfloat16: the lower half of their bits is not read.
+inline constexpr size_t trellis_most_short_bits = 5;
 // Columns of a block, and of these how many are read as one vector.
 inline constexpr size_t trellis_block = 64, trellis_lanes = 16, trellis_vectors = trellis_block / trellis_lanes;
 
@@ -72,10 +76,19 @@ struct TrellisBlock {
     }
 };
 
-// Which vectors of all blocks of a row have wide codes: so many, the first of them no others. Or that blocks differ.
+// Which subsets the levels of a block's steps are of, given its message bits and the byte of those before.
+struct Subsets {
+    uint64_t c0, c1;
+
+    [[gnu::always_inline]] Subsets(uint64_t messages, uint64_t before)
+        : c0(messages << 3 ^ before >> 5),
+          c1(messages ^ messages << 2 ^ messages << 5 ^ before >> 6 ^ before >> 3) {}
+};
+
+// How many vectors of each block of a row have wide codes, or that blocks differ.
 struct WideVectors {
     size_t count = 0;
-    bool starts_wide = false, are_alike = true;
+    bool are_alike = true;
 };
 
 // All levels of narrow codes, then those of wide ones, of which the upper halves are given.
@@ -86,13 +99,19 @@ struct AllTrellisLevels {
 
     [[gnu::always_inline]] AllTrellisLevels(const uint8_t* halves, const TrellisShape& shape)
         : num_narrow(shape.num_narrow_levels()), num_wide(shape.num_wide_levels()) {
-        unfold(halves, num_narrow / 2, values);
-        unfold(halves + sizeof(float) * num_narrow / 2, num_wide / 2, values + num_narrow);
+        const uint32_t read = shape.narrow_bits <= trellis_most_short_bits ? 0xffff0000 : 0xffffffff;
+        unfold(halves, num_narrow / 2, read, values);
+        unfold(halves + sizeof(float) * num_narrow / 2, num_wide / 2, read, values + num_narrow);
     }
 
 private:
-    [[gnu::always_inline]] static void unfold(const uint8_t* upper, size_t count, float* to) {
-        std::memcpy(to + count, upper, sizeof(float) * count);
+    [[gnu::always_inline]] static void unfold(const uint8_t* upper, size_t count, uint32_t read, float* to) {
+        for (size_t i = 0; i < count; i++) {
+            uint32_t bits;
+            std::memcpy(&bits, upper + sizeof bits * i, sizeof bits);
+            bits &= read;
+            std::memcpy(to + count + i, &bits, sizeof bits);
+        }
         for (size_t i = 0; i < count; i++) to[count - 1 - i] = -to[count + i];
     }
 };

@@ -12,7 +12,7 @@ from embpack import trellis
 from embpack.layouts import RowFormat
 from tests.test_lookup import as_bfloat16, check_lookups, make_table, pool_in_order
 
-DIMS = (4, 5, 16, 17, 31, 33, 64, 100, 130, 384)
+DIMS = (4, 5, 16, 17, 31, 32, 33, 64, 100, 128, 130, 384)
 BITS = (2, 2.5, 3, 3.5, 4, 5, 6, 7)
 
 
@@ -28,7 +28,8 @@ def make_scales(largest, count):
 
 
 def make_parameters(rng, row_format):
-    halves = (np.sort(np.abs(rng.standard_normal(n // 2))).astype(np.float32) for n in row_format.trellis.num_levels)
+    form = row_format.trellis
+    halves = (form.round_levels(np.sort(np.abs(rng.standard_normal(n // 2)))) for n in form.num_levels)
     narrow, wide = (np.concatenate([-half[::-1], half]) for half in halves)
     mean = rng.standard_normal(row_format.embedding_dim).astype(np.float32)
     return trellis.TrellisParameters(narrow, wide, make_scales(rng.uniform(0.01, 2.0, 50), 128), mean)
@@ -40,7 +41,8 @@ def make_encoded(rng, embedding_dim, bits, num_embeddings=40):
     row_format = RowFormat(embedding_dim, bits, "float32", "trellis")
     mean = rows.mean(axis=0)
     scales = make_scales(np.abs(rows - mean).max(axis=1), 16)
-    narrow, wide = (np.linspace(-1, 1, count, dtype=np.float32) for count in row_format.trellis.num_levels)
+    form = row_format.trellis
+    narrow, wide = (form.round_levels(np.linspace(-1, 1, count)) for count in form.num_levels)
     parameters = trellis.TrellisParameters(narrow, wide, scales, mean)
     packed = trellis.encode(rows, row_format.trellis, parameters)
     return rows, embpack.PackedTable(packed, row_format, codebooks=parameters.join())
@@ -217,6 +219,25 @@ def test_tables_check_what_rows_share(rng):
         embpack.PackedTable(table.packed, table.row_format, codebooks=table.codebooks.astype(np.float64))
     with pytest.raises(ValueError, match="clusters go with the clustered layout"):
         embpack.PackedTable(table.packed, table.row_format, clusters=np.zeros(40, np.uint8), codebooks=table.codebooks)
+
+
+@pytest.mark.parametrize(("bits", "at"), [(4, 5), (2.5, 0)])
+def test_levels_that_are_not_bfloat16_are_refused(tmp_path, rng, bits, at):
+    table = make_random(rng, 16, bits)
+    damaged = table.codebooks.copy()
+    damaged[0, at] = np.nextafter(damaged[0, at], np.float32(9))
+    with pytest.raises(ValueError, match=f"^level {at} of the codebook is not a bfloat16 value.*pack the table again"):
+        embpack.PackedTable(table.packed, table.row_format, codebooks=damaged)
+    path = tmp_path / "t.safetensors"
+    embpack.save(path, {"a": table})
+    path.write_bytes(path.read_bytes().replace(table.codebooks.tobytes(), damaged.tobytes()))
+    with pytest.raises(embpack.FormatError, match=f"t.safetensors: table 'a': level {at} of the codebook"):
+        embpack.load(path)
+
+
+def test_levels_of_more_bits_are_any(rng):
+    table = make_random(rng, 16, 6)
+    assert (table.codebooks.view(np.uint32)[0, : sum(table.row_format.trellis.num_levels) // 2] & 0xFFFF).any()
 
 
 def test_the_core_refuses_a_codebook_that_is_too_short(rng):

@@ -29,7 +29,7 @@ constexpr bool looks_up_in_one = false;   // two permutations, a shift and a ble
 constexpr size_t most_sums = 4;   // vectors of sums that stay in registers
 constexpr size_t most_trellis_sums = 4;
 constexpr size_t rows_early = 3;    // rows whose levels are read before they are added
-constexpr size_t trellis_rows_early = 0;
+constexpr size_t trellis_rows_early = 0, most_means_kept = 0;
 constexpr size_t starts_at_once = 1;   // ranges that sums are made for in one pass
 constexpr size_t vectors_of_words = 4;   // that levels_of_words makes together
 
@@ -541,8 +541,8 @@ using SomeLevels = WrittenLevels;
 
 // What looks the levels up of narrow codes of so many bits, and of wide ones.
 template <class Use>
-inline void with_trellis_levels(size_t narrow_bits, WideVectors, Use use) {
-    if (narrow_bits <= 4) return use.template operator()<FewLevels>();
+inline void with_trellis_levels(const TrellisShape& shape, WideVectors, Use use) {
+    if (shape.narrow_bits <= 4) return use.template operator()<FewLevels>();
     use.template operator()<WrittenLevels>();
 }
 

@@ -250,110 +250,18 @@ inline F32x16 choose(const int32_t* where, F32x16 yes, F32x16 no) {
                                                          _mm512_castps_si512(no), 0xca));
 }
 
-// Whose wide codes each block tells.
-struct AnyWide {
-    template <class Columns>
-    static size_t wide_vectors(const Columns& of) { return of.wide_vectors; }
-    template <class Columns>
-    static bool starts_wide(const Columns& of) { return of.starts_wide; }
-};
-
-// The levels of trellis-coded columns, in registers: at most 32 of narrow codes and 64 of wide ones. Of the latter only
-// the upper half is there: where a top bit is not set, the number is one counted down from the middle, and the byte's
-// highest bit is the level's sign. Which vectors have wide codes, each block tells, or Wide all of them.
-template <class Wide>
-struct FewLevelsInRegisters {
-    F32x16 narrow_low, narrow_high, wide_low, wide_high;
-    I32x16 sign = _mm512_set1_epi32(INT32_MIN);
-
-    [[gnu::always_inline]] explicit FewLevelsInRegisters(const AllTrellisLevels& all) {
-        float levels[64];
-        write(all, levels);
-        narrow_low = load(levels);
-        narrow_high = load(levels + 16);
-        wide_low = load(levels + 32);
-        wide_high = load(levels + 48);
-        stay_in_register(narrow_low);
-        stay_in_register(narrow_high);
-        stay_in_register(wide_low);
-        stay_in_register(wide_high);
-        stay_in_register(sign);
-    }
-
-    template <class Numbers, class Columns>
-    [[gnu::always_inline]] F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
-        const __m512i number = numbers.of_vector(v);
-        const auto of_wide = [&]() __attribute__((always_inline)) {
-            const __m512i magnitude = _mm512_castps_si512(_mm512_permutex2var_ps(wide_low, number, wide_high));
-            return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, numbers.signs_of_vector(v), sign, 0x78));
-        };
-        if (v == 0 && Wide::starts_wide(of)) return of_wide();
-        const __m512 of_narrow = _mm512_permutex2var_ps(narrow_low, number, narrow_high);
-        if (v >= Wide::wide_vectors(of)) [[likely]] return of_narrow;
-        return choose(of.wide_columns + 16 * v, of_wide(), of_narrow);
-    }
-
-private:
-    // Not inlined: it is compiled once, not for every tile.
-    [[gnu::noinline]] static void write(const AllTrellisLevels& all, float* levels) {
-        const size_t num_narrow = all.num_narrow, num_upper = all.num_wide / 2;
-        std::memset(levels, 0, sizeof(float) * 64);
-        std::memcpy(levels, all.values, sizeof(float) * num_narrow);
-        // As often as they fit: bits of a number that no level needs may be set.
-        const float* const upper = all.values + num_narrow + num_upper;
-        for (size_t i = 0; num_upper > 0 && i < 32; i++) levels[32 + i] = upper[i % num_upper];
-    }
-};
-
-// 64 levels of narrow codes and 128 of wide ones, of both the upper half, by numbers that are counted from the middle.
-struct SomeLevelsInRegisters {
-    F32x16 narrow[2], wide[4];
-    I32x16 sign = _mm512_set1_epi32(INT32_MIN);
-
-    [[gnu::always_inline]] explicit SomeLevelsInRegisters(const AllTrellisLevels& all) {
-        float levels[96];
-        write(all, levels);
-        for (size_t i = 0; i < 2; i++) narrow[i] = load(levels + 16 * i);
-        for (size_t i = 0; i < 4; i++) wide[i] = load(levels + 32 + 16 * i);
-        for (F32x16& sixteen : narrow) stay_in_register(sixteen);
-        for (F32x16& sixteen : wide) stay_in_register(sixteen);
-        stay_in_register(sign);
-    }
-
-    template <class Numbers, class Columns>
-    [[gnu::always_inline]] F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
-        const __m512i number = numbers.of_vector(v);
-        __m512 levels = _mm512_permutex2var_ps(narrow[0], number, narrow[1]);
-        if (v < of.wide_vectors) {
-            const __mmask16 is_high = _mm512_test_epi32_mask(number, _mm512_set1_epi32(32));
-            const __m512 low = _mm512_permutex2var_ps(wide[0], number, wide[1]);
-            const __m512 high = _mm512_permutex2var_ps(wide[2], number, wide[3]);
-            levels = choose(of.wide_columns + 16 * v, _mm512_mask_blend_ps(is_high, low, high), levels);
-        }
-        const __m512i magnitude = _mm512_castps_si512(levels);
-        return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, numbers.signs_of_vector(v), sign, 0x78));
-    }
-
-private:
-    [[gnu::noinline]] static void write(const AllTrellisLevels& all, float* levels) {
-        std::memset(levels, 0, sizeof(float) * 96);
-        std::memcpy(levels, all.values + 32, sizeof(float) * 32);
-        std::memcpy(levels + 32, all.values + 64 + all.num_wide / 2, sizeof(float) * all.num_wide / 2);
-    }
-};
-
-// More of them, in memory.
+// The levels of trellis-coded columns, in memory.
 struct LevelsInMemory {
     const AllTrellisLevels& levels;
     size_t num_narrow;
 
     explicit LevelsInMemory(const AllTrellisLevels& levels) : levels(levels), num_narrow(levels.num_narrow) {}
 
-    template <class Numbers, class Columns>
-    F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
-        const __m512i number = _mm512_and_si512(numbers.of_vector(v), _mm512_set1_epi32(0xff));
+    // Numbers are the lowest bytes of lanes.
+    F32x16 of_numbers(__m512i numbers, uint16_t wide_lanes) const {
+        const __m512i number = _mm512_and_si512(numbers, _mm512_set1_epi32(0xff));
         const __m512i first_wide = _mm512_set1_epi32(static_cast<int>(num_narrow));
-        const __m512i at = _mm512_mask_add_epi32(number, of.wide_lanes[v], number, first_wide);
+        const __m512i at = _mm512_mask_add_epi32(number, wide_lanes, number, first_wide);
         return _mm512_i32gather_ps(at, levels.values, 4);
     }
 };

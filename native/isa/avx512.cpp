@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* isa_name = "avx512";
 
-constexpr size_t most_trellis_sums = 16, trellis_rows_early = 0;
+constexpr size_t most_trellis_sums = 16, trellis_rows_early = 0, most_means_kept = 0;
 
 #include "avx512-inl.h"
 
@@ -76,6 +76,11 @@ struct WrittenLevels : LevelsInMemory {
 
     static I32x16 weight(size_t k) { return _mm512_set1_epi8(static_cast<char>(1 << k)); }
 
+    template <class Numbers, class Columns>
+    F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
+        return of_numbers(numbers.of_vector(v), of.wide_lanes[v]);
+    }
+
     template <bool is_full, class Numbers, class Columns, class Read>
     void finish(Numbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
         const __m512i weight = _mm512_set1_epi8(static_cast<char>(num_narrow));
@@ -83,14 +88,41 @@ struct WrittenLevels : LevelsInMemory {
     }
 };
 
-struct FewLevels : FewLevelsInRegisters<AnyWide> {
+// At most 32 levels of narrow codes, in registers, and 64 of wide ones. Of the latter only the upper half is there: where
+// a top bit is not set, the number is one counted down from the middle, and the byte's highest bit is the level's sign.
+struct FewLevels {
     static constexpr size_t most_planes = 3;
     BitWeights<most_planes + 2> weights;
-    I32x16 middle;
+    F32x16 narrow_low, narrow_high, wide_low, wide_high;
+    I32x16 middle, sign = _mm512_set1_epi32(INT32_MIN);
 
     [[gnu::always_inline]] explicit FewLevels(const AllTrellisLevels& all)
-        : FewLevelsInRegisters(all), middle(_mm512_set1_epi8(static_cast<char>(0x7f + all.num_narrow))) {
+        : middle(_mm512_set1_epi8(static_cast<char>(0x7f + all.num_narrow))) {
+        float levels[64];
+        write(all, levels);
+        narrow_low = load(levels);
+        narrow_high = load(levels + 16);
+        wide_low = load(levels + 32);
+        wide_high = load(levels + 48);
+        stay_in_register(narrow_low);
+        stay_in_register(narrow_high);
+        stay_in_register(wide_low);
+        stay_in_register(wide_high);
+        stay_in_register(sign);
         stay_in_register(middle);
+    }
+
+    template <class Numbers, class Columns>
+    [[gnu::always_inline]] F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
+        const __m512i number = numbers.of_vector(v);
+        const auto of_wide = [&]() __attribute__((always_inline)) {
+            const __m512i magnitude = _mm512_castps_si512(_mm512_permutex2var_ps(wide_low, number, wide_high));
+            return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, numbers.signs_of_vector(v), sign, 0x78));
+        };
+        if (v == 0 && of.starts_wide) return of_wide();
+        const __m512 of_narrow = _mm512_permutex2var_ps(narrow_low, number, narrow_high);
+        if (v >= of.wide_vectors) [[likely]] return of_narrow;
+        return choose(of.wide_columns + 16 * v, of_wide(), of_narrow);
     }
 
     I32x16 weight(size_t k) const { return weights.of[k]; }
@@ -99,16 +131,51 @@ struct FewLevels : FewLevelsInRegisters<AnyWide> {
     [[gnu::always_inline]] void finish(Numbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
         if (of.wide_vectors > 0) numbers.take_from(of.is_wide(~of.top_bits(row)), middle);
     }
+
+private:
+    // Not inlined: it is compiled once, not for every tile.
+    [[gnu::noinline]] static void write(const AllTrellisLevels& all, float* levels) {
+        const size_t num_narrow = all.num_narrow, num_upper = all.num_wide / 2;
+        std::memset(levels, 0, sizeof(float) * 64);
+        std::memcpy(levels, all.values, sizeof(float) * num_narrow);
+        // As often as they fit: bits of a number that no level needs may be set.
+        const float* const upper = all.values + num_narrow + num_upper;
+        for (size_t i = 0; num_upper > 0 && i < 32; i++) levels[32 + i] = upper[i % num_upper];
+    }
 };
 
-// But for the sixth bit, which narrow codes do not have, numbers are made as if there were 32 levels above the middle.
-struct SomeLevels : SomeLevelsInRegisters {
+// 64 levels of narrow codes and 128 of wide ones, of both the upper half, by numbers that are counted from the middle: but
+// for the sixth bit, which narrow codes do not have, these are made as if there were 32 levels above it.
+struct SomeLevels {
     static constexpr size_t most_planes = 3;
     BitWeights<most_planes + 3> weights;
     I32x16 middle = _mm512_set1_epi8(static_cast<char>(0x80 + 31));
+    F32x16 narrow[2], wide[4];
+    I32x16 sign = _mm512_set1_epi32(INT32_MIN);
 
-    [[gnu::always_inline]] explicit SomeLevels(const AllTrellisLevels& all) : SomeLevelsInRegisters(all) {
+    [[gnu::always_inline]] explicit SomeLevels(const AllTrellisLevels& all) {
+        float levels[96];
+        write(all, levels);
+        for (size_t i = 0; i < 2; i++) narrow[i] = load(levels + 16 * i);
+        for (size_t i = 0; i < 4; i++) wide[i] = load(levels + 32 + 16 * i);
+        for (F32x16& sixteen : narrow) stay_in_register(sixteen);
+        for (F32x16& sixteen : wide) stay_in_register(sixteen);
+        stay_in_register(sign);
         stay_in_register(middle);
+    }
+
+    template <class Numbers, class Columns>
+    [[gnu::always_inline]] F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
+        const __m512i number = numbers.of_vector(v);
+        __m512 levels = _mm512_permutex2var_ps(narrow[0], number, narrow[1]);
+        if (v < of.wide_vectors) {
+            const __mmask16 is_high = _mm512_test_epi32_mask(number, _mm512_set1_epi32(32));
+            const __m512 low = _mm512_permutex2var_ps(wide[0], number, wide[1]);
+            const __m512 high = _mm512_permutex2var_ps(wide[2], number, wide[3]);
+            levels = choose(of.wide_columns + 16 * v, _mm512_mask_blend_ps(is_high, low, high), levels);
+        }
+        const __m512i magnitude = _mm512_castps_si512(levels);
+        return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, numbers.signs_of_vector(v), sign, 0x78));
     }
 
     I32x16 weight(size_t k) const { return weights.of[k]; }
@@ -122,13 +189,20 @@ struct SomeLevels : SomeLevelsInRegisters {
         numbers.take_from(is_below, middle);
         numbers.add_at(is_wide & ~(last ^ top), weights.of[most_planes + 2]);
     }
+
+private:
+    [[gnu::noinline]] static void write(const AllTrellisLevels& all, float* levels) {
+        std::memset(levels, 0, sizeof(float) * 96);
+        std::memcpy(levels, all.values + 32, sizeof(float) * 32);
+        std::memcpy(levels + 32, all.values + 64 + all.num_wide / 2, sizeof(float) * all.num_wide / 2);
+    }
 };
 
 // What looks the levels up of narrow codes of so many bits, and of wide ones.
 template <class Use>
-inline void with_trellis_levels(size_t narrow_bits, WideVectors, Use use) {
-    if (narrow_bits <= 4) return use.template operator()<FewLevels>();
-    if (narrow_bits == 5) return use.template operator()<SomeLevels>();
+inline void with_trellis_levels(const TrellisShape& shape, WideVectors, Use use) {
+    if (shape.narrow_bits <= 4) return use.template operator()<FewLevels>();
+    if (shape.narrow_bits == 5) return use.template operator()<SomeLevels>();
     use.template operator()<WrittenLevels>();
 }
 

@@ -33,7 +33,7 @@ constexpr bool looks_up_in_one = true;   // sixteen multiply-adds a row, not one
 constexpr size_t most_sums = 2;
 constexpr size_t most_trellis_sums = 4;
 constexpr size_t rows_early = 1;
-constexpr size_t trellis_rows_early = 0;
+constexpr size_t trellis_rows_early = 0, most_means_kept = 0;
 constexpr size_t starts_at_once = 1;   // ranges that sums are made for in one pass
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
 
@@ -394,7 +394,7 @@ using SomeLevels = WrittenLevels;
 
 // What looks the levels up of narrow codes of so many bits, and of wide ones.
 template <class Use>
-inline void with_trellis_levels(size_t, WideVectors, Use use) {
+inline void with_trellis_levels(const TrellisShape&, WideVectors, Use use) {
     use.template operator()<WrittenLevels>();
 }
 

@@ -12,3 +12,10 @@ template <size_t n, class Use>
         use(n - 1);
     }
 }
+
+// Positions that a lane of a trellis-coded block has: of a part of a block fewer may be enough.
+inline constexpr size_t slots_of(size_t num_columns) {
+    size_t slots = least_slots;
+    while (num_columns > trellis_lanes * slots && slots < trellis_vectors) slots *= 2;
+    return slots;
+}

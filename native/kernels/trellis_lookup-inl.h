@@ -1,9 +1,6 @@
 // Reading trellis-coded rows, a block of 64 columns at a time: a bit of each column is a word, and which subsets their
 // levels are of is told by shifts of one. What a block is, is found once for many rows.
 
-// Words of eight bytes are read of a row, and the last one ends with it; a shorter row is copied first.
-inline constexpr size_t trellis_word = 8;
-
 // A row that words can be read from. One with a full block has them.
 template <bool has_full_block>
 struct TrellisRow {
@@ -45,13 +42,6 @@ struct TrellisBits {
     }
 };
 
-// Positions that a lane has: of a part of a block fewer may be enough.
-inline constexpr size_t slots_of(size_t num_columns) {
-    size_t slots = least_slots;
-    while (num_columns > trellis_lanes * slots && slots < trellis_vectors) slots *= 2;
-    return slots;
-}
-
 // What rows have in common in a block.
 struct TrellisColumns {
     alignas(64) float mean[trellis_block];
@@ -64,6 +54,10 @@ struct TrellisColumns {
     TrellisBits bits[trellis_most_bits], top_bits;   // message bits, then the planes
     size_t first_byte, word_bytes;   // where words begin, and their bytes, if they are whole
     size_t before;                // byte of the message bits before the block
+    size_t row_bytes;
+
+    // The top bits, where they are at most 57.
+    [[gnu::always_inline]] uint64_t first_top_bits(const uint8_t* row) const { return top_bits.first_word(row); }
 
     [[gnu::noinline]] void find(const PackedRows& rows, const TrellisShape& shape, size_t number) {
         const TrellisBlock block(shape, number, slots_of(shape.embedding_dim - trellis_block * number));
@@ -87,6 +81,7 @@ struct TrellisColumns {
                                rows.row_bytes);
         first_byte = block.first_bit / 8;
         word_bytes = block.num_columns % 8 == 0 ? block.num_columns / 8 : 0;
+        row_bytes = rows.row_bytes;
         before = number == 0 ? rows.row_bytes - 1 : first_byte - trellis_block / 8 * planes - 1;
     }
 };
@@ -103,38 +98,34 @@ struct TrellisLookup {
         for (size_t j = 0; j < rows.embedding_dim; j += trellis_block) {
             TrellisColumns& of = columns[j / trellis_block];
             of.find(rows, shape, j / trellis_block);
-            if (j == 0) wide = {of.wide_vectors, of.starts_wide};
-            if (of.wide_vectors != wide.count || of.starts_wide != wide.starts_wide) wide.are_alike = false;
+            if (j == 0) wide.count = of.wide_vectors;
+            if (of.wide_vectors != wide.count) wide.are_alike = false;
         }
     }
 };
 
+// Word k, of two bytes for each slot.
+template <size_t slots>
+[[gnu::always_inline]] inline uint64_t read_word(const uint8_t* words, size_t k) {
+    uint64_t word = 0;
+    std::memcpy(&word, words + 2 * slots * k, 2 * slots);
+    return word;
+}
+
 // The numbers of a block's levels. Of a full one, and of a half or a quarter, all bits lie in words; where `is_full`,
 // they lie where positions are.
-template <bool is_full, size_t vectors, class Levels>
-[[gnu::always_inline]] inline auto find_trellis_numbers(const uint8_t* row, const TrellisColumns& of,
-                                                        const Levels& levels) {
+template <bool is_full, size_t vectors, class Columns, class Levels>
+[[gnu::always_inline]] inline auto find_trellis_numbers(const uint8_t* row, const Columns& of, const Levels& levels) {
     const auto read = [&](size_t k) __attribute__((always_inline)) {
-        uint64_t bits;
-        if constexpr (is_full && vectors > 2) {
-            std::memcpy(&bits, row + of.first_byte + 8 * k, sizeof bits);
-        } else if (is_full ? vectors == 2 : of.word_bytes == 4) {
-            uint32_t half;
-            std::memcpy(&half, row + of.first_byte + 4 * k, sizeof half);
-            bits = half;
-        } else if (is_full || of.word_bytes == 2) {
-            uint16_t quarter;
-            std::memcpy(&quarter, row + of.first_byte + 2 * k, sizeof quarter);
-            bits = quarter;
+        if constexpr (is_full) {
+            return read_word<slots_of(trellis_lanes * vectors)>(row + of.first_byte, k);
         } else {
-            bits = of.bits[k](row);
+            if (of.word_bytes == 4) return read_word<2>(row + of.first_byte, k);
+            if (of.word_bytes == 2) return read_word<1>(row + of.first_byte, k);
+            return of.bits[k](row);
         }
-        return bits;
     };
-    const uint64_t messages = read(0), before = row[of.before];
-    const uint64_t c1 = messages ^ messages << 2 ^ messages << 5 ^ before >> 6 ^ before >> 3;
-    const uint64_t c0 = messages << 3 ^ before >> 5;
-    return make_trellis_numbers<is_full, slots_of(trellis_lanes * vectors)>(row, of, levels, c0, c1, read);
+    return make_trellis_numbers<is_full, slots_of(trellis_lanes * vectors)>(row, of, levels, read);
 }
 
 // The number of a row's scale is its last byte.
@@ -150,6 +141,7 @@ inline void store_trellis_block(const RowReader& reader, const TrellisColumns& o
     const PackedRows rows = reader.rows;
     const uint8_t* const scales = rows.codebooks + sizeof(float) * reader.trellis->shape.first_scale();
     const size_t row_bytes = rows.row_bytes, num_columns = smaller(rows.embedding_dim - j, trellis_block);
+    const LevelsOfBlock<slots_of(trellis_lanes * vectors)> levels_of_block(of);
     const bool prefetches = reader.bags.prefetches && j == 0;
     for (size_t i = first; i < stop; i++) {
         const uint64_t index = reader.indices[i - first];
@@ -160,11 +152,12 @@ inline void store_trellis_block(const RowReader& reader, const TrellisColumns& o
             prefetch_row(rows, reader.indices[smaller(i - first + reader.rows_ahead, reader.num_indices - 1)]);
         uint8_t* const to = out.values + i * out.row_bytes;
         const auto numbers = find_trellis_numbers<is_full, vectors>(row.bytes, of, levels);
+        const auto of_vector = levels_of_block.look_up(levels, of, numbers);
         unrolled<vectors>([&](size_t v) {
             const size_t column = trellis_lanes * v;
             if (!is_full && column >= num_columns) return;
             const size_t count = is_full ? trellis_lanes : smaller(num_columns - column, trellis_lanes);
-            const F32x16 values = fma(scale, levels(numbers, of, v), load(of.mean + column));
+            const F32x16 values = fma(scale, of_vector(v), load(of.mean + column));
             store_values(to, out.type, j + column, values, count);
         });
     }
@@ -204,14 +197,15 @@ template <class Join, class Levels, size_t vectors, bool is_full>
     const TrellisColumns* const columns = reader.trellis->columns + job.first_code / trellis_block;
     const Levels levels(reader.trellis->levels);
     const auto find_numbers = [&](const uint8_t* row, size_t k) __attribute__((always_inline)) {
-        return find_trellis_numbers<is_full, vectors_of_block>(row, columns[k], levels);
+        return find_trellis_numbers<is_full, vectors_of_block>(row, known_columns<Levels>(columns[k]), levels);
     };
     struct Row {
         F32x16 scale;
         decltype(find_numbers(nullptr, 0)) numbers[blocks];
     };
-    const uint8_t* const scales = rows.codebooks + sizeof(float) * reader.trellis->shape.first_scale();
-    const size_t row_bytes = rows.row_bytes;
+    const uint8_t* scales = rows.codebooks + sizeof(float) * reader.trellis->shape.first_scale();
+    asm("" : "+r"(scales));   // Or GCC adds both up for each row.
+    const size_t row_bytes = known_columns<Levels>(*columns).row_bytes;
     const uint64_t* const indices = reader.indices;
     const size_t* const starts = reader.starts;
     const size_t last = starts[job.end_bag];
@@ -227,6 +221,15 @@ template <class Join, class Levels, size_t vectors, bool is_full>
             [&](size_t k) __attribute__((always_inline)) { row.numbers[k] = find_numbers(whole.bytes, k); });
         return true;
     };
+    LevelsOfBlock<slots_of(trellis_lanes * vectors_of_block)> levels_of[blocks];
+    unrolled<blocks>([&](size_t k) __attribute__((always_inline)) {
+        levels_of[k] = LevelsOfBlock<slots_of(trellis_lanes * vectors_of_block)>(columns[k]);
+    });
+    F32x16 means[vectors];
+    unrolled<vectors>([&](size_t v) __attribute__((always_inline)) {
+        means[v] = load(columns[v / trellis_vectors].mean + trellis_lanes * (v % trellis_vectors));
+        if constexpr (vectors <= most_means_kept) stay_in_register(means[v]);
+    });
     // As in pool_tile; there are registers for so many.
     constexpr size_t most_early = vectors < trellis_vectors ? 1 : trellis_rows_early / blocks;
     constexpr size_t rows_early = smaller(trellis_rows_early, most_early);
@@ -243,15 +246,15 @@ template <class Join, class Levels, size_t vectors, bool is_full>
         const size_t rows_of_bag = job.rows_before + starts[bag + 1] - i;
         for (const size_t end = starts[bag + 1]; i < end; i++) {
             if (!read(i + rows_early, ahead[rows_early])) [[unlikely]] return false;
-            if (prefetches) prefetch_row(rows, indices[smaller(i + rows_ahead, num_indices - 1)]);
+            if (prefetches) prefetch_row(rows.bytes, row_bytes, indices[smaller(i + rows_ahead, num_indices - 1)]);
             const Join join(reader.weights, i);
             const F32x16 scale = ahead[0].scale;
             unrolled<blocks>([&](size_t k) __attribute__((always_inline)) {
-                const TrellisColumns& of = columns[k];
-                const auto numbers = ahead[0].numbers[k];
+                const auto& of = known_columns<Levels>(columns[k]);
+                const auto of_vector = levels_of[k].look_up(levels, of, ahead[0].numbers[k]);
                 unrolled<vectors_of_block>([&](size_t v) __attribute__((always_inline)) {
-                    F32x16& sum = sums.vector[trellis_vectors * k + v];
-                    sum = join(sum, fma(scale, levels(numbers, of, v), load(of.mean + trellis_lanes * v)));
+                    const size_t at = trellis_vectors * k + v;
+                    sums.vector[at] = join(sums.vector[at], fma(scale, of_vector(v), means[at]));
                 });
             });
             unrolled<rows_early>([&](size_t k) { ahead[k] = ahead[k + 1]; });
@@ -274,23 +277,25 @@ template <class Join, class Levels, size_t vectors = most_trellis_sums>
 PoolTileFn find_pool_trellis_tile(TileShape tile, bool prefetches) {
     const size_t needed = tile.vectors + (tile.last_columns > 0);
     constexpr bool can_be_full = slots_of(trellis_lanes * vectors) == vectors;
-    if constexpr (vectors > 1)
-        if (needed < vectors)
-            return find_pool_trellis_tile<Join, Levels, vectors <= trellis_vectors ? vectors - 1 : vectors / 2>(
-                tile, prefetches);
-    if constexpr (vectors > trellis_vectors)
-        return pool_trellis_tile<Join, Levels, vectors, true>;
-    else if constexpr (can_be_full) {
-        if (tile.last_columns == 0) return pool_trellis_tile<Join, Levels, vectors, true>;
+    if constexpr (known_dim<Levels> > 0) {
+        return pool_trellis_tile<Join, Levels, known_dim<Levels> / trellis_lanes, true>;
+    } else {
+        if constexpr (vectors > 1)
+            if (needed < vectors)
+                return find_pool_trellis_tile<Join, Levels, vectors <= trellis_vectors ? vectors - 1 : vectors / 2>(
+                    tile, prefetches);
+        if constexpr (vectors > trellis_vectors) return pool_trellis_tile<Join, Levels, vectors, true>;
+        if constexpr (can_be_full)
+            if (tile.last_columns == 0) return pool_trellis_tile<Join, Levels, vectors, true>;
+        if constexpr (vectors <= trellis_vectors) return pool_trellis_tile<Join, Levels, vectors, false>;
     }
-    return pool_trellis_tile<Join, Levels, vectors, false>;
 }
 
 template <class Join>
 inline void pool_trellis_bags_by(RowReader& reader, size_t first, size_t end, const Output& out) {
     // Code that is made for these alone is worth it where all that is done is to add.
     const WideVectors wide = std::is_same_v<Join, AddLevels> ? reader.trellis->wide : WideVectors{.are_alike = false};
-    with_trellis_levels(reader.trellis->shape.narrow_bits, wide, [&]<class Levels>() {
+    with_trellis_levels(reader.trellis->shape, wide, [&]<class Levels>() {
         Pooler(reader, out, find_pool_trellis_tile<Join, Levels>, Join::start.values).pool(first, end);
     });
 }
@@ -301,7 +306,7 @@ void gather_trellis_rows(const PackedRows& rows, const Integers& indices, bool p
     RowReader reader(rows, bags, first, end, true, fault);
     const TrellisLookup lookup(rows);
     reader.trellis = &lookup;
-    with_trellis_levels(lookup.shape.narrow_bits, WideVectors{.are_alike = false},
+    with_trellis_levels(lookup.shape, WideVectors{.are_alike = false},
                         [&]<class Levels>() { store_trellis_rows<Levels>(reader, first, out); });
 }
 

@@ -220,7 +220,10 @@ class PackedFile:
         entry = self.entries[name]
         parts = dict(zip(("", *entry.suffixes), self.arrays[name], strict=True))
         clusters, codebooks = parts.get(CLUSTER_SUFFIX), parts.get(CODEBOOK_SUFFIX)
-        return PackedTable(parts[""], entry.row_format, entry.dtype, entry.method, entry.loss, clusters, codebooks)
+        try:
+            return PackedTable(parts[""], entry.row_format, entry.dtype, entry.method, entry.loss, clusters, codebooks)
+        except ValueError as error:
+            raise FormatError(f"{self.path}: table {name!r}: {error}") from None
 
     def verify(self, name: str) -> None:
         """Read a table through and compare its checksum.

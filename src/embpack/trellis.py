@@ -24,6 +24,9 @@ from embpack.reference import F32, fma
 NUM_STATES, STATE_BITS = 32, 5
 # Values whose bits lie together: a register has a byte for each. Sixteen of them, a row of lanes, are read at once.
 BLOCK, LANES = 64, 16
+# Levels of codes of so many bits, and of one bit more, are bfloat16: whoever looks them up has twice as many in a
+# register. With more bits they would be too coarse.
+MOST_SHORT_BITS = 5
 # Scales that are tried, by the row's largest value: the codebook reaches about from -1 to 1. At most so many.
 LOWEST, HIGHEST, MOST_TRIES = F32(0.8), F32(1.3), 12
 
@@ -102,6 +105,21 @@ class TrellisFormat:
         """Levels of the codebooks of narrow and of wide codes; 0 where there are none."""
         return 2 << self.narrow_bits, 4 << self.narrow_bits if self.num_wide else 0
 
+    @property
+    def has_short_levels(self) -> bool:
+        """Whether levels are bfloat16: float32 of which the lower 16 bits are 0."""
+        return self.narrow_bits <= MOST_SHORT_BITS
+
+    def round_levels(self, levels: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Round levels as this format has them, to the nearest, of two to the one with an even last bit."""
+        rounded = levels.astype(F32)
+        if not self.has_short_levels:
+            return rounded
+        bits = rounded.view(np.uint32)
+        bits += np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+        bits &= np.uint32(0xFFFF0000)
+        return rounded
+
     def pack(
         self, messages: NDArray[np.uint8], indices: NDArray[np.uint8], scales: NDArray[np.uint8]
     ) -> NDArray[np.uint8]:
@@ -138,7 +156,8 @@ class TrellisParameters:
     """What all rows of a table share.
 
     Attributes:
-        narrow, wide: float32, the levels of shorter and longer codes, ascending, and symmetric about 0.
+        narrow, wide: float32, the levels of shorter and longer codes, ascending, symmetric about 0, and rounded as
+            TrellisFormat.round_levels does.
         scales: float32 [256], not negative, several of which may be the same; number 0 is 0, of rows that are the mean.
         mean: float32 [embedding_dim], which is added to every row.
     """
@@ -380,7 +399,7 @@ def fit(
 
 def _make_shape(trellis: TrellisFormat, share: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     halves = ((np.arange(count) + 0.5) / max(count, 1) * 2 - 1 for count in trellis.num_levels)
-    narrow, wide = (((1 - share) * u + share * u**3).astype(F32) for u in halves)
+    narrow, wide = (trellis.round_levels((1 - share) * u + share * u**3) for u in halves)
     return narrow, wide
 
 
@@ -400,7 +419,8 @@ def _refit(
             np.bincount(of, values[:, steps].reshape(-1), minlength=len(levels)) for values in (products, squares)
         )
         product, square = product - product[::-1], square + square[::-1]
-        fitted.append(np.sort(np.divide(product, square, out=levels.astype(np.float64), where=square > 0)).astype(F32))
+        means = np.divide(product, square, out=levels.astype(np.float64), where=square > 0)
+        fitted.append(trellis.round_levels(np.sort(means)))
         chosen[:, steps] = fitted[-1][numbers[:, steps]]
     narrow, wide = fitted
     # All but the first and the last scale, for there may be rows that are none of the sample.
