@@ -209,8 +209,10 @@ template <class Join, class Levels, size_t vectors, bool is_full>
     const uint64_t* const indices = reader.indices;
     const size_t* const starts = reader.starts;
     const size_t last = starts[job.end_bag];
-    const size_t rows_ahead = reader.rows_ahead, num_indices = reader.num_indices;
-    const bool prefetches = reader.bags.prefetches && job.first_code == 0;
+    // Those of the first rows have been prefetched.
+    const bool prefetches = reader.bags.prefetches && job.first_code == 0 && reader.num_indices > reader.rows_ahead;
+    const uint64_t* const indices_ahead = prefetches ? indices + reader.rows_ahead : indices;
+    const size_t last_ahead = prefetches ? reader.num_indices - reader.rows_ahead - 1 : 0;
     const auto read = [&](size_t i, Row& row) __attribute__((always_inline)) {
         const uint64_t index = indices[i < last ? i : last - 1];
         if (index >= rows.num_rows) [[unlikely]] return false;
@@ -246,7 +248,7 @@ template <class Join, class Levels, size_t vectors, bool is_full>
         const size_t rows_of_bag = job.rows_before + starts[bag + 1] - i;
         for (const size_t end = starts[bag + 1]; i < end; i++) {
             if (!read(i + rows_early, ahead[rows_early])) [[unlikely]] return false;
-            if (prefetches) prefetch_row(rows.bytes, row_bytes, indices[smaller(i + rows_ahead, num_indices - 1)]);
+            if (prefetches) prefetch_row(rows.bytes, row_bytes, indices_ahead[smaller(i, last_ahead)]);
             const Join join(reader.weights, i);
             const F32x16 scale = ahead[0].scale;
             unrolled<blocks>([&](size_t k) __attribute__((always_inline)) {
