@@ -54,4 +54,4 @@ def _describe(standing: Standing) -> tuple[str, ...]:
 def _judge(standing: Standing) -> tuple[str, str]:
     if standing.goal is None or standing.ratio is None:
         return "", ""
-    return f"{standing.goal:.1f}", "met" if standing.ratio.median >= standing.goal else "missed"
+    return f"{standing.goal:g}", "met" if standing.ratio.median >= standing.goal else "missed"

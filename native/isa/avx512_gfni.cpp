@@ -33,7 +33,7 @@ struct TrellisNumbers {
     __m512i words;
 };
 
-// Where the float of vector v is that a lane was given two of in 16 bits each: in the upper half, or in the lower one.
+// Whether vector v has the second words of lanes, which are their upper halves.
 template <size_t slots>
 constexpr bool is_upper(size_t v) { return slots > 1 && v % 2 == 0; }
 
@@ -156,7 +156,8 @@ struct Words<1> {
     }
 };
 
-// What is known of a row's blocks when this is compiled: nothing; or that their first two vectors have wide codes.
+// What is known of a row's blocks when this is compiled: nothing; or that codes have 4 bits, and those that have 5 are
+// in the first two vectors.
 struct Nothing {
     static constexpr size_t embedding_dim = 0;
 };
@@ -169,6 +170,7 @@ struct OnlyBlock {
     static constexpr TrellisShape shape{d, row_bytes};
     static constexpr TrellisBlock block{shape, 0, slots_of(d)};
     static constexpr size_t first_byte = 0, before = row_bytes - 1, planes = shape.narrow_bits - 1, wide_vectors = 2;
+    static_assert(shape.num_wide <= 2 * trellis_lanes);
 
     static uint64_t is_wide(uint64_t bits) { return _pdep_u64(bits, block.is_wide); }
     static uint64_t first_top_bits(const uint8_t* row) {
@@ -212,7 +214,7 @@ template <bool is_full, size_t slots, class Columns, class Levels, class Read>
         for (size_t k = 0; k < planes; k++) bits[k + 2] = read(k + 1);
         if constexpr (!is_full)
             for (uint64_t& word : bits) word = of.present(word);
-        bits[Levels::top_bit(of)] |= find_top_bits<typename Levels::Known>(row, of);
+        if (const uint64_t top = find_top_bits<typename Levels::Known>(row, of)) bits[Levels::top_bit(of)] |= top;
         const Word in_order[8] = {0, static_cast<Word>(bits[2]), static_cast<Word>(bits[3]),
                                   static_cast<Word>(bits[4]), static_cast<Word>(bits[7])};
         const Word first[16 / sizeof(Word)] = {static_cast<Word>(bits[0]), static_cast<Word>(bits[1])};
@@ -259,14 +261,8 @@ struct FewLevels {
         for (__m512i& words : wide) stay_in_register(words);
     }
 
-    // Of what is known, narrow codes have 4 bits.
     template <class Columns>
-    static size_t planes(const Columns& of) {
-        if constexpr (std::is_same_v<Known, Nothing>)
-            return of.planes;
-        else
-            return 3;
-    }
+    static size_t planes(const Columns& of) { return std::is_same_v<Known, WideFirst> ? 3 : of.planes; }
     template <class Columns>
     static size_t top_bit(const Columns&) { return 5; }
 
@@ -381,7 +377,7 @@ private:
     template <class Levels, class Columns>
     [[gnu::always_inline]] __m512i look_up_words(const Levels& levels, const Columns& of, __m512i words,
                                                  size_t pair) const {
-        const size_t wide_vectors = std::is_same_v<typename Levels::Known, Nothing> ? of.wide_vectors : 2;
+        const size_t wide_vectors = std::is_same_v<typename Levels::Known, WideFirst> ? 2 : of.wide_vectors;
         if (wide_vectors <= 2 * pair) return levels.of_narrow(words);
         return levels.of_both(words, are_narrow[pair]);
     }
