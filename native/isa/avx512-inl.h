@@ -244,12 +244,6 @@ struct BitPositions {
     uint64_t operator()(uint64_t bits) const { return _pdep_u64(bits, mask); }
 };
 
-// Where all bits are set, or none: it takes less to load them than to make a mask of bits.
-inline F32x16 choose(const int32_t* where, F32x16 yes, F32x16 no) {
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_load_si512(where), _mm512_castps_si512(yes),
-                                                         _mm512_castps_si512(no), 0xca));
-}
-
 // The levels of trellis-coded columns, in memory.
 struct LevelsInMemory {
     const AllTrellisLevels& levels;

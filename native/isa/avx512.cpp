@@ -88,8 +88,15 @@ struct WrittenLevels : LevelsInMemory {
     }
 };
 
-// At most 32 levels of narrow codes, in registers, and 64 of wide ones. Of the latter only the upper half is there: where
-// a top bit is not set, the number is one counted down from the middle, and the byte's highest bit is the level's sign.
+// Where all bits are set, or none: it takes less to load them than to make a mask of bits.
+inline F32x16 choose(const int32_t* where, F32x16 yes, F32x16 no) {
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_load_si512(where), _mm512_castps_si512(yes),
+                                                         _mm512_castps_si512(no), 0xca));
+}
+
+// At most 32 levels of narrow codes, in registers, and 64 of wide ones. Of the latter only the upper half is there:
+// where a top bit is not set, the number is one counted down from the middle, and the byte's highest bit is the level's
+// sign.
 struct FewLevels {
     static constexpr size_t most_planes = 3;
     BitWeights<most_planes + 2> weights;
@@ -144,8 +151,8 @@ private:
     }
 };
 
-// 64 levels of narrow codes and 128 of wide ones, of both the upper half, by numbers that are counted from the middle: but
-// for the sixth bit, which narrow codes do not have, these are made as if there were 32 levels above it.
+// 64 levels of narrow codes and 128 of wide ones, of both the upper half, by numbers that are counted from the middle:
+// but for the sixth bit, which narrow codes do not have, these are made as if there were 32 levels above it.
 struct SomeLevels {
     static constexpr size_t most_planes = 3;
     BitWeights<most_planes + 3> weights;

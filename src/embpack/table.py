@@ -98,11 +98,11 @@ class PackedTable:
                 f"{self.embedding_dim} at {self.bits} bits they must be {self.row_format.param_dtype} {list(expected)}"
             )
         trellis = self.row_format.trellis
-        levels = self.codebooks[0, : sum(trellis.num_levels) // 2].view(np.uint32)
-        if trellis.has_short_levels and (levels & 0xFFFF).any():
+        lower = self.codebooks[0, : sum(trellis.num_levels) // 2].view(np.uint32) & 0xFFFF
+        if trellis.has_short_levels and lower.any():
             raise ValueError(
-                f"level {int((levels & 0xFFFF).argmax())} of the codebook is not a bfloat16 value, as the levels of codes "
-                f"of {trellis.narrow_bits} bits are; it is damaged, or from an earlier embpack: pack the table again"
+                f"level {int(lower.argmax())} of the codebook is not a bfloat16 value, as those of codes of "
+                f"{trellis.narrow_bits} bits are; it is damaged, or from an earlier embpack: pack the table again"
             )
 
     @classmethod

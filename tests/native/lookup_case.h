@@ -179,13 +179,13 @@ inline std::vector<float> decode_trellis_row(const LookupCase& c, size_t row) {
     const size_t d = c.embedding_dim;
     const auto bit = [&](size_t at) -> size_t { return bytes[at / 8] >> at % 8 & 1; };
     const auto shared = [&](size_t i) { return read_param(c.codebooks.data() + sizeof(float) * i, false); };
-    const auto upper_half = [&](size_t i) {   // of the bits, where levels are bfloat16
+    const auto level = [&](size_t i) {
         uint32_t bits;
         std::memcpy(&bits, c.codebooks.data() + sizeof bits * i, sizeof bits);
-        if (shape.narrow_bits <= 5) bits &= 0xffff0000;
-        float level;
-        std::memcpy(&level, &bits, sizeof level);
-        return level;
+        if (shape.narrow_bits <= 5) bits &= 0xffff0000;   // bfloat16
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
     };
     const float scale = shared(shape.first_scale() + bytes[c.trellis_bytes - 1]);
     std::vector<float> levels(d);
@@ -207,8 +207,8 @@ inline std::vector<float> decode_trellis_row(const LookupCase& c, size_t row) {
                 const size_t half = shape.num_narrow_levels() / (is_wide ? 1 : 2);
                 const size_t upper = is_wide ? half / 2 : 0;
                 const bool is_lower = number < half;
-                const float level = is_lower ? -upper_half(upper + half - 1 - number) : upper_half(upper + number - half);
-                levels[start + j] = std::fma(scale, level, shared(shape.first_mean() + start + j));
+                const float size = level(upper + (is_lower ? half - 1 - number : number - half));
+                levels[start + j] = std::fma(scale, is_lower ? -size : size, shared(shape.first_mean() + start + j));
                 for (size_t k = 4; k > 0; k--) before[k] = before[k - 1];
                 before[0] = message;
                 step++;
