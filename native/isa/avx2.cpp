@@ -540,7 +540,7 @@ struct FewLevels {
 using SomeLevels = WrittenLevels;
 
 // What looks the levels up of narrow codes of so many bits, and of wide ones.
-template <class Use>
+template <bool, class Use>
 inline void with_trellis_levels(const TrellisShape& shape, WideVectors, Use use) {
     if (shape.narrow_bits <= 4) return use.template operator()<FewLevels>();
     use.template operator()<WrittenLevels>();

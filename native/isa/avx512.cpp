@@ -206,7 +206,7 @@ private:
 };
 
 // What looks the levels up of narrow codes of so many bits, and of wide ones.
-template <class Use>
+template <bool, class Use>
 inline void with_trellis_levels(const TrellisShape& shape, WideVectors, Use use) {
     if (shape.narrow_bits <= 4) return use.template operator()<FewLevels>();
     if (shape.narrow_bits == 5) return use.template operator()<SomeLevels>();

@@ -384,17 +384,19 @@ private:
 };
 
 // What looks the levels up of narrow codes of so many bits, and of wide ones.
-template <class Use>
+template <bool for_known, class Use>
 inline void with_trellis_levels(const TrellisShape& shape, WideVectors wide, Use use) {
-    const auto is = [&](const TrellisShape& known) {
-        return wide.are_alike && shape.embedding_dim == known.embedding_dim && shape.narrow_bits == known.narrow_bits &&
-               shape.num_wide == known.num_wide;
-    };
-    if (is(OnlyBlock<16>::shape)) return use.template operator()<SomeLevels<OnlyBlock<16>>>();
-    if (is(OnlyBlock<32>::shape)) return use.template operator()<FewLevels<OnlyBlock<32>>>();
-    if (is(OnlyBlock<64>::shape)) return use.template operator()<FewLevels<OnlyBlock<64>>>();
-    if (shape.narrow_bits == 4 && wide.are_alike && wide.count > 0 && wide.count <= 2)   // d >= 128 at 4 bits
-        return use.template operator()<FewLevels<WideFirst>>();
+    if constexpr (for_known) {
+        const auto is = [&](const TrellisShape& known) {
+            return shape.embedding_dim == known.embedding_dim && shape.narrow_bits == known.narrow_bits &&
+                   shape.num_wide == known.num_wide;
+        };
+        if (is(OnlyBlock<16>::shape)) return use.template operator()<SomeLevels<OnlyBlock<16>>>();
+        if (is(OnlyBlock<32>::shape)) return use.template operator()<FewLevels<OnlyBlock<32>>>();
+        if (is(OnlyBlock<64>::shape)) return use.template operator()<FewLevels<OnlyBlock<64>>>();
+        if (shape.narrow_bits == 4 && wide.are_alike && wide.count > 0 && wide.count <= 2)   // d >= 128 at 4 bits
+            return use.template operator()<FewLevels<WideFirst>>();
+    }
     if (shape.narrow_bits <= 4) return use.template operator()<FewLevels<Nothing>>();
     if (shape.narrow_bits == 5) return use.template operator()<SomeLevels<Nothing>>();
     use.template operator()<WrittenLevels>();

@@ -393,7 +393,7 @@ using FewLevels = WrittenLevels;
 using SomeLevels = WrittenLevels;
 
 // What looks the levels up of narrow codes of so many bits, and of wide ones.
-template <class Use>
+template <bool, class Use>
 inline void with_trellis_levels(const TrellisShape&, WideVectors, Use use) {
     use.template operator()<WrittenLevels>();
 }

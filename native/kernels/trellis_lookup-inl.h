@@ -295,9 +295,9 @@ PoolTileFn find_pool_trellis_tile(TileShape tile, bool prefetches) {
 
 template <class Join>
 inline void pool_trellis_bags_by(RowReader& reader, size_t first, size_t end, const Output& out) {
-    // Code that is made for these alone is worth it where all that is done is to add.
-    const WideVectors wide = std::is_same_v<Join, AddLevels> ? reader.trellis->wide : WideVectors{.are_alike = false};
-    with_trellis_levels(reader.trellis->shape, wide, [&]<class Levels>() {
+    // Code that is made for rows of which more is known is worth it where all that is done is to add.
+    constexpr bool for_known = std::is_same_v<Join, AddLevels>;
+    with_trellis_levels<for_known>(reader.trellis->shape, reader.trellis->wide, [&]<class Levels>() {
         Pooler(reader, out, find_pool_trellis_tile<Join, Levels>, Join::start.values).pool(first, end);
     });
 }
@@ -308,8 +308,8 @@ void gather_trellis_rows(const PackedRows& rows, const Integers& indices, bool p
     RowReader reader(rows, bags, first, end, true, fault);
     const TrellisLookup lookup(rows);
     reader.trellis = &lookup;
-    with_trellis_levels(lookup.shape, WideVectors{.are_alike = false},
-                        [&]<class Levels>() { store_trellis_rows<Levels>(reader, first, out); });
+    with_trellis_levels<false>(lookup.shape, lookup.wide,
+                               [&]<class Levels>() { store_trellis_rows<Levels>(reader, first, out); });
 }
 
 void pool_trellis_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
