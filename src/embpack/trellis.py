@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from embpack.layouts import LEAST_SHARED_BITS, MOST_SHARED_BITS, NUM_SCALES
 from embpack.reference import F32, fma
+from embpack.rows import narrow, widen
 
 # A state is the last five message bits, the last one highest.
 NUM_STATES, STATE_BITS = 32, 5
@@ -112,13 +113,7 @@ class TrellisFormat:
 
     def round_levels(self, levels: NDArray[np.float64]) -> NDArray[np.float32]:
         """Round levels as this format has them, to the nearest, of two to the one with an even last bit."""
-        rounded = levels.astype(F32)
-        if not self.has_short_levels:
-            return rounded
-        bits = rounded.view(np.uint32)
-        bits += np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
-        bits &= np.uint32(0xFFFF0000)
-        return rounded
+        return widen(narrow(levels.astype(F32), "bfloat16" if self.has_short_levels else "float32"))
 
     def pack(
         self, messages: NDArray[np.uint8], indices: NDArray[np.uint8], scales: NDArray[np.uint8]
