@@ -10,14 +10,13 @@ inline constexpr size_t largest_power_within(size_t x) {
 
 // To the second-level cache, which takes many more lines at a time than the first. An index has not been checked when
 // its row is prefetched, but an address that is only for the cache may be any.
-inline void prefetch_row(const uint8_t* rows, size_t row_bytes, uint64_t index) {
-    const uintptr_t row = reinterpret_cast<uintptr_t>(rows) + index * row_bytes;
+inline void prefetch_row(const PackedRows& rows, uint64_t index) {
+    const uintptr_t row = reinterpret_cast<uintptr_t>(rows.bytes) + index * rows.row_bytes;
     const auto prefetch = [row](size_t at) { __builtin_prefetch(reinterpret_cast<const void*>(row + at), 0, 2); };
     prefetch(0);
-    for (size_t at = 64; at < row_bytes; at += 64) [[unlikely]] prefetch(at);
-    prefetch(row_bytes - 1);
+    for (size_t at = 64; at < rows.row_bytes; at += 64) [[unlikely]] prefetch(at);
+    prefetch(rows.row_bytes - 1);
 }
-inline void prefetch_row(const PackedRows& rows, uint64_t index) { prefetch_row(rows.bytes, rows.row_bytes, index); }
 
 // To bfloat16, nearest, ties to even; NaN stays NaN.
 inline void store_bf16(uint16_t* p, const float* values, size_t count) {

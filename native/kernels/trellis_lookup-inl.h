@@ -193,8 +193,9 @@ template <class Join, class Levels, size_t vectors, bool is_full>
 [[gnu::noinline]] bool pool_trellis_tile(const RowReader& reader, TileJob job) {
     constexpr size_t blocks = (vectors + trellis_vectors - 1) / trellis_vectors;
     constexpr size_t vectors_of_block = smaller(vectors, trellis_vectors);
-    const PackedRows rows = reader.rows;
     const TrellisColumns* const columns = reader.trellis->columns + job.first_code / trellis_block;
+    PackedRows rows = reader.rows;
+    rows.row_bytes = known_columns<Levels>(*columns).row_bytes;   // a constant, where it is known
     const Levels levels(reader.trellis->levels);
     const auto find_numbers = [&](const uint8_t* row, size_t k) __attribute__((always_inline)) {
         return find_trellis_numbers<is_full, vectors_of_block>(row, known_columns<Levels>(columns[k]), levels);
@@ -205,7 +206,7 @@ template <class Join, class Levels, size_t vectors, bool is_full>
     };
     const uint8_t* scales = rows.codebooks + sizeof(float) * reader.trellis->shape.first_scale();
     asm("" : "+r"(scales));   // Or GCC adds both up for each row.
-    const size_t row_bytes = known_columns<Levels>(*columns).row_bytes;
+    const size_t row_bytes = rows.row_bytes;
     const uint64_t* const indices = reader.indices;
     const size_t* const starts = reader.starts;
     const size_t last = starts[job.end_bag];
@@ -223,10 +224,9 @@ template <class Join, class Levels, size_t vectors, bool is_full>
             [&](size_t k) __attribute__((always_inline)) { row.numbers[k] = find_numbers(whole.bytes, k); });
         return true;
     };
-    LevelsOfBlock<slots_of(trellis_lanes * vectors_of_block)> levels_of[blocks];
-    unrolled<blocks>([&](size_t k) __attribute__((always_inline)) {
-        levels_of[k] = LevelsOfBlock<slots_of(trellis_lanes * vectors_of_block)>(columns[k]);
-    });
+    using OfBlock = LevelsOfBlock<slots_of(trellis_lanes * vectors_of_block)>;
+    OfBlock levels_of[blocks];
+    unrolled<blocks>([&](size_t k) __attribute__((always_inline)) { levels_of[k] = OfBlock(columns[k]); });
     F32x16 means[vectors];
     unrolled<vectors>([&](size_t v) __attribute__((always_inline)) {
         means[v] = load(columns[v / trellis_vectors].mean + trellis_lanes * (v % trellis_vectors));
@@ -248,7 +248,7 @@ template <class Join, class Levels, size_t vectors, bool is_full>
         const size_t rows_of_bag = job.rows_before + starts[bag + 1] - i;
         for (const size_t end = starts[bag + 1]; i < end; i++) {
             if (!read(i + rows_early, ahead[rows_early])) [[unlikely]] return false;
-            if (prefetches) prefetch_row(rows.bytes, row_bytes, indices_ahead[smaller(i, last_ahead)]);
+            if (prefetches) prefetch_row(rows, indices_ahead[smaller(i, last_ahead)]);
             const Join join(reader.weights, i);
             const F32x16 scale = ahead[0].scale;
             unrolled<blocks>([&](size_t k) __attribute__((always_inline)) {
@@ -277,11 +277,11 @@ template <class Join, class Levels, size_t vectors, bool is_full>
 
 template <class Join, class Levels, size_t vectors = most_trellis_sums>
 PoolTileFn find_pool_trellis_tile(TileShape tile, bool prefetches) {
-    const size_t needed = tile.vectors + (tile.last_columns > 0);
-    constexpr bool can_be_full = slots_of(trellis_lanes * vectors) == vectors;
     if constexpr (known_dim<Levels> > 0) {
         return pool_trellis_tile<Join, Levels, known_dim<Levels> / trellis_lanes, true>;
     } else {
+        const size_t needed = tile.vectors + (tile.last_columns > 0);
+        constexpr bool can_be_full = slots_of(trellis_lanes * vectors) == vectors;
         if constexpr (vectors > 1)
             if (needed < vectors)
                 return find_pool_trellis_tile<Join, Levels, vectors <= trellis_vectors ? vectors - 1 : vectors / 2>(
