@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.compare import Variant
+from embpack.chunks import chunk_rows
 from embpack.files import (
-    CLUSTER_SUFFIX,
-    CODEBOOK_SUFFIX,
     METADATA_KEY,
     TableEntry,
     check_digest,
@@ -27,17 +25,17 @@ from embpack.files import (
     read_entries,
     split_shard,
 )
-from embpack.layouts import RowFormat, cluster_dtype
 from embpack.methods import DEFAULT_METHOD, Method, parse_method
-from embpack.quantize import RowPacker, chunk_rows, fit_method, fit_shared, list_shared
+from embpack.packing import RowPacker, fit_method, fit_shared, list_shared
 from embpack.rotation import rotate_chunks
 from embpack.rows import ROW_DTYPES, narrow
 from embpack.rules import Decision, Rules, plan
 from embpack.sources import Checkpoint, Shard, SourceTensor, open_checkpoint
-from embpack.sources.dtypes import count_bytes
+from embpack.sources.dtypes import count_bytes, name_dtype
 from embpack.table import PackedTable
 from embpack.targets import WRITERS, OutShard, OutTensor, write_checkpoint
 from embpack.targets.base import as_bytes
+from embpack.variant import Variant
 
 # Told of rows as they are done: the table's name and how many more.
 Progress = Callable[[str, int], None]
@@ -117,13 +115,10 @@ class _ShardWriter:
         out = [
             OutTensor(tensor.name, "U8", (rows, row_format.row_bytes), lambda: self._packed_chunks(decision, beside))
         ]
-        if row_format.has_codebooks_beside:
-            dtypes = _cluster_dtypes(row_format, decision.num_codebooks)
-            shapes = {CLUSTER_SUFFIX: (rows,), CODEBOOK_SUFFIX: (decision.num_codebooks, row_format.num_levels)}
-            for suffix, shape in shapes.items():
-                if suffix == CODEBOOK_SUFFIX or row_format.is_clustered:
-                    chunks = partial(_read_beside, beside, suffix)
-                    out.append(OutTensor(tensor.name + suffix, dtypes[suffix], shape, chunks))
+        for spec in row_format.form.beside(rows, decision.num_codebooks):
+            dtype, chunks = name_dtype(spec.dtype), partial(_read_beside, beside, spec.name)
+            assert dtype is not None
+            out.append(OutTensor(tensor.name + spec.suffix, dtype, spec.known_shape, chunks))
         return out
 
     def _packed_chunks(self, decision: Decision, beside: dict[str, NDArray[Any]]) -> Iterator[NDArray[np.uint8]]:
@@ -137,8 +132,8 @@ class _ShardWriter:
 
         method = fit_method(decision.method, read, tensor.name)
         shared = fit_shared(method, read, tensor.shape[0], decision.row_format, tensor.name)
-        arrays = zip((CLUSTER_SUFFIX, CODEBOOK_SUFFIX), list_shared(shared, decision.row_format), strict=True)
-        beside |= {suffix: array for suffix, array in arrays if array is not None}
+        arrays = zip(("clusters", "codebooks"), list_shared(shared, decision.row_format), strict=True)
+        beside |= {name: array for name, array in arrays if array is not None}
         packer = RowPacker(method, decision.row_format, tensor.name, shared)
         digest = hashlib.sha256()
         room = np.empty((min(step, tensor.shape[0]), decision.row_format.row_bytes), np.uint8)
@@ -188,14 +183,8 @@ class _ShardWriter:
         return len(json.dumps({**self.source_metadata, **make_metadata(entries)}))
 
 
-def _cluster_dtypes(row_format: RowFormat, num_codebooks: int) -> dict[str, str]:
-    """Safetensors types of what lies beside clustered rows."""
-    numbers = "U8" if cluster_dtype(num_codebooks).itemsize == 1 else "U16"
-    return {CLUSTER_SUFFIX: numbers, CODEBOOK_SUFFIX: "F16" if row_format.has_f16_params else "F32"}
-
-
-def _read_beside(beside: Mapping[str, NDArray[Any]], suffix: str) -> Iterator[NDArray[Any]]:
-    yield beside[suffix]
+def _read_beside(beside: Mapping[str, NDArray[Any]], name: str) -> Iterator[NDArray[Any]]:
+    yield beside[name]
 
 
 def _check_names(tensors: Sequence[OutTensor]) -> None:
@@ -404,8 +393,8 @@ def _unpack(
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
         arrays = [next(part.read(part.shape[0])) for part in beside]
-        shared = dict(zip(entry.suffixes, arrays, strict=True))
-        clusters, codebooks = shared.get(CLUSTER_SUFFIX), shared.get(CODEBOOK_SUFFIX)
+        names = {spec.name: array for spec, array in zip(entry.beside, arrays, strict=True)}
+        clusters, codebooks = names.get("clusters"), names.get("codebooks")
         done = 0
         for packed in tensor.read(chunk_rows(entry.embedding_dim)):
             digest.update(packed.data)

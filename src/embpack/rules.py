@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from embpack.compare import Variant
-from embpack.layouts import RowFormat, cluster_dtype
-from embpack.methods import ClusteredMethod, Method, Optimal, parse_method
-from embpack.quantize import make_row_format
+from embpack.layouts import RowFormat
+from embpack.methods import Method, Optimal, parse_method
+from embpack.packing import make_row_format
 from embpack.sources import Checkpoint, SourceTensor
 from embpack.sources.dtypes import count_bytes
+from embpack.variant import Variant
 
 # The types that can be packed, by their safetensors names.
 PACKABLE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -74,7 +74,7 @@ class Decision:
     Attributes:
         row_format: of its packed rows; None if it is passed through as it is.
         reason: for the user to read.
-        num_codebooks: beside clustered rows; 1 where all rows share values, 0 for other layouts.
+        num_codebooks: beside the rows; 0 for layouts that have none there.
         method: what packs its rows.
     """
 
@@ -99,10 +99,9 @@ class Decision:
         """Bytes of the tensor in the output, clusters and codebooks included."""
         if self.row_format is None:
             return self.bytes_before
-        row_bytes = self.row_format.row_bytes
-        if self.row_format.is_clustered:
-            row_bytes += cluster_dtype(self.num_codebooks).itemsize
-        return self.tensor.shape[0] * row_bytes + self.num_codebooks * self.row_format.codebook_bytes
+        rows = self.tensor.shape[0]
+        beside = self.row_format.form.beside(rows, self.num_codebooks)
+        return rows * self.row_format.row_bytes + sum(spec.nbytes for spec in beside)
 
 
 @dataclass(frozen=True)
@@ -150,10 +149,7 @@ class Rules:
         before = count_bytes(tensor.dtype, tensor.shape[1:])
         if row_format.row_bytes >= before and not included:
             return Decision(tensor, None, f"a packed row is not smaller: {row_format.row_bytes} of {before} bytes")
-        rows = tensor.shape[0]
-        codebooks = int(row_format.has_shared_values)
-        if isinstance(method, ClusteredMethod):
-            codebooks = method.num_codebooks(rows, row_format)
+        codebooks = method.num_codebooks(tensor.shape[0], row_format)
         reason = "format holds vectors" if tensor.is_vectors else "name says embedding"
         return Decision(tensor, row_format, "included" if included else reason, codebooks, method)
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from embpack import _native
 from embpack.errors import FormatError
-from embpack.layouts import BITS, CLUSTER_DTYPES, RowFormat, default_param_dtype
+from embpack.layouts import RowFormat
+from embpack.layouts.uniform import UniformLayout
 from embpack.rows import ROW_DTYPES
 
 MODES = ("sum", "mean", "max")
@@ -28,9 +29,11 @@ class PackedTable:
         dtype: what the weights were: "float32", "float16" or "bfloat16".
         method: name and parameters of the method that chose the ranges; "" where unknown.
         loss: normalized l2 loss ||X - Q(X)|| / ||X||, measured when packed; None where unknown.
-        clusters: uint8 or uint16 [num_embeddings], which codebook a row has; for the clustered layout only.
-        codebooks: [num_codebooks, 2^bits] of the parameter type, for the clustered layout; float32 [1, n], what all
-            rows share (embpack.trellis.TrellisParameters.join), for the trellis layout; None for others.
+        clusters: the array by row that lies beside them, if the layout has one: uint8 or uint16 [num_embeddings], which
+            codebook a row has, for the clustered layout only.
+        codebooks: the array that they share, if the layout has one: [num_codebooks, 2^bits] of the parameter type, for
+            the clustered layout; float32 [1, n] (embpack.layouts.trellis.TrellisParameters.join), for the trellis
+            layout; None for others.
 
     Raises:
         ValueError: packed, clusters or codebooks are not what row_format says, or there is no such dtype.
@@ -59,51 +62,7 @@ class PackedTable:
                 f"packed has {packed.shape[1]} bytes a row, but embedding_dim {self.embedding_dim} at {self.bits} "
                 f"bits with {self.row_format.param_dtype} parameters takes {expected}"
             )
-        self._check_clusters()
-
-    def _check_clusters(self) -> None:
-        clusters, codebooks, row_format = self.clusters, self.codebooks, self.row_format
-        if row_format.has_shared_values:
-            self._check_shared_values()
-            return
-        if not row_format.is_clustered:
-            if clusters is not None or codebooks is not None:
-                raise ValueError(f"clusters and codebooks go with the clustered layout, not with {self.layout!r}")
-            return
-        if clusters is None or codebooks is None:
-            raise ValueError("the clustered layout needs clusters and codebooks")
-        if clusters.dtype not in CLUSTER_DTYPES.values() or clusters.shape != (self.num_embeddings,):
-            raise ValueError(
-                f"clusters are {clusters.dtype} of shape {list(clusters.shape)}; they must be uint8 or uint16 "
-                f"[{self.num_embeddings}]"
-            )
-        if codebooks.dtype != row_format.param_dtype or codebooks.shape[1:] != (row_format.num_levels,):
-            raise ValueError(
-                f"codebooks are {codebooks.dtype} of shape {list(codebooks.shape)}; they must be "
-                f"{row_format.param_dtype} [num_codebooks, {row_format.num_levels}]"
-            )
-
-        if not len(codebooks) and self.num_embeddings:
-            raise ValueError(f"there are no codebooks for {self.num_embeddings} rows")
-
-    def _check_shared_values(self) -> None:
-        if self.clusters is not None:
-            raise ValueError(f"clusters go with the clustered layout, not with {self.layout!r}")
-        if self.codebooks is None:
-            raise ValueError(f"the {self.layout} layout needs codebooks: the values that all rows share")
-        expected = (1, self.row_format.num_levels)
-        if self.codebooks.dtype != self.row_format.param_dtype or self.codebooks.shape != expected:
-            raise ValueError(
-                f"codebooks are {self.codebooks.dtype} of shape {list(self.codebooks.shape)}; for embedding_dim "
-                f"{self.embedding_dim} at {self.bits} bits they must be {self.row_format.param_dtype} {list(expected)}"
-            )
-        trellis = self.row_format.trellis
-        lower = self.codebooks[0, : sum(trellis.num_levels) // 2].view(np.uint32) & 0xFFFF
-        if trellis.has_short_levels and lower.any():
-            raise ValueError(
-                f"level {int(lower.argmax())} of the codebook is not a bfloat16 value, as those of codes of "
-                f"{trellis.narrow_bits} bits are; it is damaged, or from an earlier embpack: pack the table again"
-            )
+        self.row_format.form.check_beside(self.num_embeddings, self.clusters, self.codebooks)
 
     @classmethod
     def from_packed(
@@ -121,7 +80,7 @@ class PackedTable:
         Raises:
             ValueError: the bytes a row do not fit.
         """
-        row_format = RowFormat(embedding_dim, bits, param_dtype or default_param_dtype(bits))
+        row_format = RowFormat(embedding_dim, bits, param_dtype or UniformLayout.default_param_dtype(bits))
         return cls(np.asarray(packed), row_format)
 
     @property
@@ -162,7 +121,12 @@ class PackedTable:
     @property
     def nbytes(self) -> int:
         """Bytes of all packed rows, and of the clusters and codebooks beside them."""
-        return sum(part.nbytes for part in (self.packed, self.clusters, self.codebooks) if part is not None)
+        return sum(array.nbytes for array in (self.packed, *self.beside))
+
+    @property
+    def beside(self) -> list[NDArray[Any]]:
+        """The arrays that lie beside the rows, in the order in which a file and its checksum have them."""
+        return [array for array in (self.clusters, self.codebooks) if array is not None]
 
     def __len__(self) -> int:
         return self.num_embeddings
@@ -263,12 +227,10 @@ class PackedTable:
         has_f16_params = self.row_format.has_f16_params
         codebooks = None if self.codebooks is None else np.ascontiguousarray(self.codebooks).view(np.uint8)
         clusters = None if self.clusters is None else np.ascontiguousarray(self.clusters)
-        # What rows with shared values are follows from their bytes.
-        bits = max(BITS) if self.row_format.has_shared_values else int(self.bits)
         return _native.PackedRows(
             self.packed,
             self.embedding_dim,
-            bits,
+            self.row_format.form.kernel_bits,
             has_f16_params,
             self.layout,
             clusters,

@@ -10,15 +10,12 @@ import typer
 from embpack.atomic import new_file
 from embpack.cli import show
 from embpack.cli.quantize import parse_bits
-from embpack.compare import QUANTILES, Comparison, find_front, make_variants, name_variant
-from embpack.compare_file import (
-    FileComparison,
-    Total,
-    compare_table,
-    count_rows,
-)
+from embpack.comparison.array import QUANTILES, Comparison
+from embpack.comparison.checkpoint import FileComparison, Total, compare_table, count_rows
+from embpack.comparison.front import find_front, name_variant
+from embpack.comparison.report import make_page
+from embpack.comparison.variants import make_variants
 from embpack.convert import plan_file
-from embpack.report import make_page
 from embpack.rules import Rules
 from embpack.sources import open_checkpoint
 from embpack.threads import get_num_threads, set_num_threads

@@ -13,13 +13,13 @@ from embpack.methods.kmeans import KMeans, KMeansLloyd
 from embpack.methods.kmeans_cls import KMeansCls
 from embpack.methods.optimal import Optimal
 from embpack.methods.sym import Sym
-from embpack.methods.table import Table
+from embpack.methods.table_range import TableRange
 from embpack.methods.trellis import Trellis
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(Asym, Sym, Table, Greedy, GreedyPaper, GreedyOpt, Optimal, Gss, Aciq, HistApprx, HistBrute),
+        *(Asym, Sym, TableRange, Greedy, GreedyPaper, GreedyOpt, Optimal, Gss, Aciq, HistApprx, HistBrute),
         *(KMeans, KMeansLloyd, KMeansCls, Trellis),
     )
 }
@@ -82,7 +82,7 @@ __all__ = [
     "Method",
     "Optimal",
     "Sym",
-    "Table",
+    "TableRange",
     "Trellis",
     "UniformMethod",
     "parse_method",

@@ -27,6 +27,10 @@ class Method(ABC):
     layout: ClassVar[str]
     summary: ClassVar[str]
 
+    def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """How many codebooks lie beside the rows of a table of so many: never more than it has rows."""
+        return 0
+
     @property
     def spec(self) -> str:
         """Name and parameters, as parse_method reads them."""
@@ -90,10 +94,6 @@ class ClusteredMethod(Method):
     """Chooses codebooks that rows share, from the whole table."""
 
     layout: ClassVar[str] = "clustered"
-
-    @abstractmethod
-    def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
-        """How many codebooks a table of so many rows gets: never more than it has rows."""
 
     @abstractmethod
     def fit(self, chunks: Callable[[], Iterable[NDArray[Any]]], num_embeddings: int, row_format: RowFormat) -> Clusters:

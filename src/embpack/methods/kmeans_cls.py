@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
-from embpack.layouts import CLUSTER_DTYPES, PARAM_BYTES, RowFormat, cluster_dtype
+from embpack.arithmetic import F32
+from embpack.layouts import PARAM_BYTES, RowFormat
+from embpack.layouts.clustered import CLUSTER_DTYPES, cluster_dtype
 from embpack.methods.base import ClusteredMethod, Clusters
 from embpack.methods.kmeans import SortedRow, iterate_lloyd
-from embpack.reference import F32
 from embpack.rows import widen
 
 Rows = NDArray[np.float32]
@@ -31,9 +32,10 @@ def choose_num_codebooks(num_embeddings: int, row_format: RowFormat) -> int:
 
     With 16-bit numbers a row has 2 bytes less to give to codebooks than with 8-bit ones, which allow 256 of them.
     """
-    params = 2 * PARAM_BYTES[row_format.param_dtype]
+    param_bytes = PARAM_BYTES[row_format.param_dtype]
+    params, codebook_bytes = 2 * param_bytes, row_format.num_levels * param_bytes
     counts = [
-        min(most, num_embeddings * (params - dtype.itemsize) // row_format.codebook_bytes)
+        min(most, num_embeddings * (params - dtype.itemsize) // codebook_bytes)
         for most, dtype in CLUSTER_DTYPES.items()
     ]
     return max(1, *counts)

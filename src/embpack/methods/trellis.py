@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
+from embpack.arithmetic import F32
 from embpack.layouts import RowFormat
+from embpack.layouts.trellis import TrellisFormat, TrellisParameters
 from embpack.methods.base import Method
-from embpack.reference import F32
+from embpack.methods.trellis_search import SAMPLE_ROWS, fit
 from embpack.rows import spread_rows, widen
-from embpack.trellis import SAMPLE_ROWS, TrellisFormat, TrellisParameters, fit
 
 # Squared errors of larger values would overflow, of smaller ones vanish.
 LARGEST = 1e18
@@ -20,7 +21,7 @@ LARGEST = 1e18
 
 @dataclass(frozen=True)
 class Trellis(Method):
-    """Rows that share a codebook, scales and a mean, and are coded as embpack.trellis specifies.
+    """Rows that share a codebook, scales and a mean, and are coded as embpack.layouts.trellis specifies.
 
     Source: docs/trellis.md.
     """
@@ -28,6 +29,10 @@ class Trellis(Method):
     name: ClassVar[str] = "trellis"
     layout: ClassVar[str] = "trellis"
     summary: ClassVar[str] = "the errors of kmeans at the bytes of uniform rows, which embpack alone reads"
+
+    def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """One, of the whole table."""
+        return 1
 
     def fit(
         self, chunks: Callable[[], Iterable[NDArray[Any]]], num_embeddings: int, row_format: RowFormat
@@ -42,6 +47,7 @@ class Trellis(Method):
         Raises:
             ValueError: a value is too large.
         """
+        trellis = TrellisFormat(row_format.embedding_dim, row_format.row_bytes)
         total = np.zeros(row_format.embedding_dim)
         for rows in chunks():
             total += widen(rows).sum(axis=0, dtype=np.float64)
@@ -58,7 +64,7 @@ class Trellis(Method):
             seen += len(rows)
         if largest > LARGEST:
             raise ValueError(f"a value is {largest:.3g} from its column's mean; 'trellis' takes at most {LARGEST:g}")
-        return fit(np.concatenate(sample), row_format.trellis, (smallest, largest), mean, _encode)
+        return fit(np.concatenate(sample), trellis, (smallest, largest), mean, _encode)
 
 
 def _encode(rows: NDArray[np.float32], trellis: TrellisFormat, parameters: TrellisParameters) -> NDArray[np.uint8]:

@@ -100,14 +100,15 @@ class Group(NamedTuple):
         """What embpack.torch.ops.as_table takes, of each table."""
         clusters, codebooks = iter(self.clusters), iter(self.codebooks)
         for packed, row_format in zip(self.packed, read_tables(self.tables).row_formats, strict=True):
-            numbers = next(clusters) if row_format.is_clustered else None
-            yield packed, str(row_format), numbers, next(codebooks) if row_format.has_codebooks_beside else None
+            form = row_format.form
+            numbers = next(clusters) if form.by_row(len(packed)) else None
+            yield packed, str(row_format), numbers, next(codebooks) if form.shared() else None
 
     def check(self) -> None:
         """Raise ValueError if the tables are not as described, or the lookups not theirs."""
         uses, row_formats, table_of, *_ = read_tables(self.tables)
-        clustered = sum(row_format.is_clustered for row_format in row_formats)
-        sharing = sum(row_format.has_codebooks_beside for row_format in row_formats)
+        clustered = sum(row_format.form.by_row(0) is not None for row_format in row_formats)
+        sharing = sum(row_format.form.shared() is not None for row_format in row_formats)
         counts = (len(self.packed), len(self.clusters), len(self.codebooks), len(self.feature_of))
         if counts != (len(uses), clustered, sharing, len(table_of)):
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from embpack.convert import Progress, TableReport
 from embpack.methods import DEFAULT_METHOD
-from embpack.quantize import quantize
+from embpack.packing import quantize
 from embpack.rules import MIN_ROWS
 from embpack.table import PackedTable
 from embpack.torch.collection import PackedEmbeddingBagCollection

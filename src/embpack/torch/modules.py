@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embpack.layouts import RowFormat, cluster_dtype
+from embpack.layouts import RowFormat
 from embpack.methods import DEFAULT_METHOD
-from embpack.quantize import quantize
+from embpack.packing import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.sources.mapped import is_mapped
 from embpack.table import MODES, PackedTable, as_row
@@ -62,16 +62,13 @@ class _PackedRows(nn.Module):
             raise wrong_dtype(self.dtype)
         self.row_format = row_format
         self.rotate_back = rotate_back
-        clusters = codebooks = None
-        if row_format.is_clustered:
-            number_bytes = cluster_dtype(num_codebooks).itemsize
-            clusters = torch.zeros((num_embeddings, number_bytes), dtype=torch.uint8)
-        if row_format.has_codebooks_beside:
-            count = 1 if row_format.has_shared_values else num_codebooks
-            codebooks = torch.zeros((count, row_format.codebook_bytes), dtype=torch.uint8)
         self.register_buffer("packed", torch.zeros((num_embeddings, row_format.row_bytes), dtype=torch.uint8))
-        self.register_buffer("clusters", clusters)
-        self.register_buffer("codebooks", codebooks)
+        for name, spec in (
+            ("clusters", row_format.form.by_row(num_embeddings, num_codebooks)),
+            ("codebooks", row_format.form.shared(num_codebooks)),
+        ):
+            shape = None if spec is None else (spec.known_shape[0], spec.entry_bytes)
+            self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=torch.uint8))
 
     @classmethod
     def from_float(cls, module: nn.Embedding | nn.EmbeddingBag, method: str = DEFAULT_METHOD, **options: Any) -> Self:

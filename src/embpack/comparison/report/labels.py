@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embpack.report.svg import CHARACTER_WIDTH
+from embpack.comparison.report.svg import CHARACTER_WIDTH
 
 LINE_HEIGHT = 14.0
 # From a point to its name; farther off a line leads there.

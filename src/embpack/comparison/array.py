@@ -4,50 +4,25 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.layouts import LEAST_SHARED_DIM, RowFormat, default_param_dtype
-from embpack.methods import DEFAULT_METHOD, METHODS, Method, parse_method
-from embpack.quantize import quantize, span_rows
+from embpack.chunks import span_rows
+from embpack.comparison.variants import make_variants
+from embpack.methods import Method
+from embpack.packing import quantize
 from embpack.rows import as_rows, widen
 from embpack.table import PackedTable
+from embpack.variant import Variant
 
 # What the losses of the rows are summed up by.
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 # A fast method is timed this often, and the fastest time counts: the first run pays for new memory.
 _MOST_RUNS, _ENOUGH_SECONDS = 3, 0.2
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to pack a table.
-
-    Attributes:
-        method: as parse_method reads it: "greedy", "greedy:b=1000,r=0.5".
-        bits: of each code; float where it has a fraction.
-        param_dtype: "float16" or "float32"; None is what quantize takes for the method and bits.
-        rotate: what quantize takes.
-    """
-
-    method: str
-    bits: float
-    param_dtype: str | None = None
-    rotate: str | None = None
-
-    def __str__(self) -> str:
-        params = f" with {self.param_dtype} parameters" if self.param_dtype else ""
-        return f"{self.name} at {self.bits} bits{params}"
-
-    @property
-    def name(self) -> str:
-        """The method, and the rotation if there is one."""
-        return f"{self.method}, {self.rotate}" if self.rotate else self.method
 
 
 @dataclass(frozen=True)
@@ -94,76 +69,6 @@ class Skipped:
     table: str
     variant: Variant
     reason: str
-
-
-# Beside every method at 4 bits, what is compared if nobody says.
-_OTHERS = (
-    *(Variant(method, bits) for method in ("asym", DEFAULT_METHOD) for bits in (2, 8)),
-    *(Variant("trellis", bits) for bits in (2, 3, 6)),
-    *(Variant(method, 4, rotate="hadamard") for method in (DEFAULT_METHOD, "trellis")),
-)
-
-
-def make_variants(
-    methods: Sequence[str | Method] | None = None,
-    bits: float | Sequence[float] | None = None,
-    param_dtype: str | Sequence[str] | None = None,
-    rotate: str | Sequence[str | None] | None = None,
-) -> list[Variant]:
-    """List what is compared: every method at every number of bits, with every type of parameters and rotation.
-
-    Args:
-        methods: as for quantize; None is all of embpack.METHODS, each at the bits that it has.
-        bits: one or more numbers that quantize takes; None is 4, and where nothing else is said, asym and optimal also
-            at 2 and 8, trellis at 2, 3 and 6, and optimal and trellis of rotated rows.
-        param_dtype: one or more of "float16" and "float32"; None is what quantize takes for the method and bits.
-        rotate: one or more of None and "hadamard".
-
-    Raises:
-        ValueError: no such method, param_dtype or rotation, bits that no method has, or an empty list of them.
-    """
-    names = [_name(method) for method in (METHODS if methods is None else methods)]
-    dtypes, rotations = _as_list(param_dtype), _as_list(rotate)
-    variants = []
-    for number in (4,) if bits is None else bits if isinstance(bits, Sequence) else (bits,):
-        refused = [_find_refusal(name, number, dtype) for name in names for dtype in dtypes]
-        if refused and all(refused):
-            raise ValueError(refused[0])
-        own = product(names, [number], dtypes, rotations)
-        variants += [Variant(*way) for way in own if methods is not None or not _find_refusal(way[0], number, way[2])]
-    variants.sort(key=lambda variant: names.index(variant.method))
-    if methods is None and bits is None and rotate is None:
-        variants += [Variant(each.method, each.bits, dtype, each.rotate) for each in _OTHERS for dtype in dtypes]
-        variants = [each for each in variants if not _find_refusal(each.method, each.bits, each.param_dtype)]
-    if not variants:
-        raise ValueError("there is nothing to compare; give at least one method, number of bits and param_dtype")
-    for rotation in rotations:
-        RowFormat(1, rotation=rotation)  # refuses what there is not
-    return list(dict.fromkeys(variants))
-
-
-def _as_list(values: Any) -> Sequence[Any]:
-    return (values,) if values is None or isinstance(values, str) else values
-
-
-def _find_refusal(method: str, bits: float, param_dtype: str | None) -> str | None:
-    """Say why no row is packed so, None if rows are."""
-    layout = parse_method(method).layout
-    try:
-        RowFormat(LEAST_SHARED_DIM, bits, param_dtype or default_param_dtype(bits, layout), layout)
-    except TypeError:
-        return f"bits is {bits}; choose 2, 4 or 8"
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _name(method: str | Method) -> str:
-    """Name a method as its user would, after a check that there is such a one."""
-    parsed = parse_method(method)
-    if isinstance(method, str):
-        return method
-    return parsed.name if parsed == METHODS[parsed.name]() else parsed.spec
 
 
 def compare(
@@ -307,35 +212,3 @@ def measure_rows(rows: NDArray[Any], table: PackedTable) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore", divide="ignore"):
             losses[part] = np.where(norms > 0, np.sqrt(np.square(errors).sum(axis=1)) / norms, math.nan)
     return losses
-
-
-Result = TypeVar("Result", bound=Comparison)
-
-
-# A rotation counts only if the loss without it is so many times as much: lookups have to undo it.
-_LEAST_GAIN = 1.01
-
-
-def find_front(results: Sequence[Result]) -> list[Result]:
-    """Find the Pareto front: the results that are smaller than float32 and that no other beats.
-
-    A result beats another if it has fewer bytes and no more loss, or less loss and no more bytes; of equal ones the
-    first counts. Results of rotated rows are left out unless they lose 1 % less than the same without rotation. The
-    front comes by rising bytes, that is, by falling loss.
-    """
-    plain = {result.variant: result.loss for result in results if result.rotate is None}
-    front: list[Result] = []
-    for result in sorted(results, key=lambda result: (result.bytes_per_row, result.loss)):
-        unrotated = plain.get(replace(result.variant, rotate=None), math.inf)
-        if result.rotate is not None and unrotated < _LEAST_GAIN * result.loss:
-            continue
-        if result.share_of_float32 < 1 and (not front or result.loss < front[-1].loss):
-            front.append(result)
-    return front
-
-
-def name_variant(result: Comparison, others: Iterable[Comparison]) -> str:
-    """Name a result as short as tells it from the others of the same method and bits."""
-    name = result.variant.name
-    twins = {other.param_dtype for other in others if (other.variant.name, other.bits) == (name, result.bits)}
-    return f"{name}, {result.param_dtype}" if len(twins) > 1 else name

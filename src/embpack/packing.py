@@ -1,7 +1,7 @@
 """Array in, packed table out."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,48 +9,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
-from embpack.layouts import RowFormat, default_param_dtype
+from embpack.chunks import iter_chunks, span_rows
+from embpack.layouts import LAYOUTS, RowFormat
+from embpack.layouts.trellis import TrellisParameters
 from embpack.methods import (
     DEFAULT_METHOD,
     ClusteredMethod,
     Clusters,
     CodebookMethod,
     Method,
-    Table,
+    TableRange,
     Trellis,
     UniformMethod,
     parse_method,
 )
 from embpack.reference import store_levels
-from embpack.rotation import rotate_chunks
 from embpack.rows import as_rows, widen
 from embpack.table import PackedTable
-from embpack.trellis import TrellisParameters
 
-# Values of a span: what losses are summed over, so that they are the same to the last bit for arrays and for files.
-SPAN_VALUES = 1 << 18
-# Spans that a call into the kernels gets from a file, and from an array: little enough to stream and to be interrupted,
-# enough for waking the threads not to count.
-SPANS_OF_A_FILE, SPANS_OF_AN_ARRAY = 16, 256
 _NOT_FINITE = 1
-
-
-def span_rows(embedding_dim: int) -> int:
-    """Rows of a span."""
-    return max(1, SPAN_VALUES // embedding_dim // _native.block_rows) * _native.block_rows
-
-
-def chunk_rows(embedding_dim: int) -> int:
-    """Rows of a chunk of a file."""
-    return SPANS_OF_A_FILE * span_rows(embedding_dim)
-
-
-def _iter_chunks(rows: NDArray[Any], rotation: str | None) -> Iterator[NDArray[Any]]:
-    """Split an array [N, d] into chunks, as they are to be packed; smaller ones if each has to be copied."""
-    spans = SPANS_OF_AN_ARRAY if rows.flags.c_contiguous and rotation is None else SPANS_OF_A_FILE
-    step = spans * span_rows(rows.shape[1])
-    chunks = (rows[start : start + step] for start in range(0, len(rows), step))
-    return rotate_chunks(chunks, rotation, "weight")
 
 
 @dataclass
@@ -181,7 +158,7 @@ def fit_method(method: Method, chunks: Callable[[], Iterable[NDArray[Any]]], nam
     Raises:
         ValueError: a value is NaN or infinite.
     """
-    if not isinstance(method, Table) or not method.needs_bounds:
+    if not isinstance(method, TableRange) or not method.needs_bounds:
         return method
     xmin, xmax, seen = math.inf, -math.inf, 0
     for rows in chunks():
@@ -189,7 +166,7 @@ def fit_method(method: Method, chunks: Callable[[], Iterable[NDArray[Any]]], nam
         if fault:
             raise _row_error(fault, rows[row], seen + row, RowFormat(rows.shape[1]), name)
         xmin, xmax, seen = min(xmin, chunk_min), max(xmax, chunk_max), seen + len(rows)
-    return Table(xmin, xmax)
+    return TableRange(xmin, xmax)
 
 
 def fit_shared(
@@ -213,7 +190,7 @@ def fit_shared(
     """
     if not isinstance(method, ClusteredMethod | Trellis):
         return None
-    fit_method(Table(), chunks, name)  # looks at every value
+    fit_method(TableRange(), chunks, name)  # looks at every value
     return method.fit(chunks, num_embeddings, row_format)
 
 
@@ -230,7 +207,7 @@ def make_row_format(
     embedding_dim: int, bits: float, param_dtype: str | None, layout: str = "uniform", rotation: str | None = None
 ) -> RowFormat:
     """Make a row format; param_dtype None is the default for these bits and this layout."""
-    return RowFormat(embedding_dim, bits, param_dtype or default_param_dtype(bits, layout), layout, rotation)
+    return RowFormat(embedding_dim, bits, param_dtype or LAYOUTS[layout].default_param_dtype(bits), layout, rotation)
 
 
 def quantize(
@@ -272,8 +249,8 @@ def quantize(
     rows, dtype = as_rows(weight)
     chosen = parse_method(method)
     row_format = make_row_format(rows.shape[1], bits, param_dtype, chosen.layout, rotate)
-    fitted = fit_method(chosen, lambda: _iter_chunks(rows, rotate))
-    shared = fit_shared(fitted, lambda: _iter_chunks(rows, rotate), len(rows), row_format)
+    fitted = fit_method(chosen, lambda: iter_chunks(rows, rotate))
+    shared = fit_shared(fitted, lambda: iter_chunks(rows, rotate), len(rows), row_format)
     weights = None if error_weights is None else as_error_weights(error_weights, rows.shape, fitted)
     if weights is not None and rotate is not None and weights.shape[1] > 1:
         raise ValueError(
@@ -282,7 +259,7 @@ def quantize(
         )
     packer = RowPacker(fitted, row_format, shared=shared, error_weights=weights)
     packed = np.empty((len(rows), row_format.row_bytes), np.uint8)
-    for chunk in _iter_chunks(rows, rotate):
+    for chunk in iter_chunks(rows, rotate):
         packer.pack(chunk, packed[packer.rows_packed : packer.rows_packed + len(chunk)])
     beside = list_shared(shared, row_format)
     return PackedTable(packed, row_format, dtype, fitted.spec, packer.loss, *beside)

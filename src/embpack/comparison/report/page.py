@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from html import escape
 from importlib.metadata import version
 
-from embpack.compare import Comparison, Variant, find_front, name_variant
-from embpack.compare_file import FileComparison, TableComparison, Total
-from embpack.report.charts import draw_error_against_bytes, draw_losses, draw_row_losses
-from embpack.report.style import CSS
-from embpack.report.svg import element
+from embpack.comparison.array import Comparison
+from embpack.comparison.checkpoint import FileComparison, TableComparison, Total
+from embpack.comparison.front import find_front, name_variant
+from embpack.comparison.report.charts import draw_error_against_bytes, draw_losses, draw_row_losses
+from embpack.comparison.report.style import CSS
+from embpack.comparison.report.svg import element
+from embpack.variant import Variant
 
 # The width of the text on a screen, and on a phone.
 _WIDE, _NARROW = 760.0, 350.0

@@ -13,7 +13,7 @@ from embpack.reference import Row
 
 
 @dataclass(frozen=True)
-class Table(UniformMethod):
+class TableRange(UniformMethod):
     """ASYM with the range of the whole table. Source: the paper's TABLE.
 
     Attributes:

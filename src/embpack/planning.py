@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.compare import Comparison, Variant, compare_rows, find_front
-from embpack.compare_file import ABOUT, compare_table
+from embpack.comparison.array import Comparison, compare_rows
+from embpack.comparison.checkpoint import ABOUT, compare_table
+from embpack.comparison.front import find_front
 from embpack.convert import check_max_loss
-from embpack.layouts import ROTATIONS, RowFormat
+from embpack.layouts import LAYOUTS, ROTATIONS, RowFormat
 from embpack.methods import DEFAULT_METHOD, parse_method
 from embpack.rows import as_rows, spread_rows, widen
 from embpack.rules import Decision, Rules
 from embpack.rules import plan as decide_on_tensors
 from embpack.sources import open_checkpoint
+from embpack.variant import Variant
 
 # What tables are tried with if nobody says.
 VARIANTS = tuple(
@@ -105,8 +107,8 @@ class Plan:
         ]
         share = self.num_bytes / self.float32_bytes
         lines.append(f"{self.num_bytes:,} bytes, {share:.2%} of float32; l2 loss {self.loss:.5f}")
-        if any(parse_method(table.variant.method).layout == "trellis" for table in self.tables):
-            lines.append("trellis: embpack alone reads these rows, and sums them at about half the speed of others")
+        layouts = dict.fromkeys(parse_method(table.variant.method).layout for table in self.tables)
+        lines += [f"{name}: {LAYOUTS[name].caution}" for name in layouts if LAYOUTS[name].caution]
         return "\n".join(lines)
 
 

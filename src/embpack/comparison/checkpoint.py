@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.compare import Comparison, Skipped, Variant, compare_rows, find_front
+from embpack.chunks import chunk_rows
+from embpack.comparison.array import Comparison, Skipped, compare_rows
+from embpack.comparison.front import find_front
 from embpack.layouts import RowFormat
-from embpack.quantize import chunk_rows
 from embpack.rows import spread_rows, widen
 from embpack.rules import Decision
 from embpack.sources import SourceTensor
 from embpack.sources.dtypes import ARRAY_DTYPES
+from embpack.variant import Variant
 
 # About the bytes of something are not more than so many times as many: room for what all rows share.
 ABOUT = 1.01

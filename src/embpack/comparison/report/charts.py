@@ -4,10 +4,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from embpack.compare import QUANTILES, Comparison, find_front, name_variant
-from embpack.report.labels import Box, Label, place_beside, place_column
-from embpack.report.svg import CHARACTER_WIDTH, Scale, element, picture, shorten, text
-from embpack.report.svg import title as hint
+from embpack.comparison.array import QUANTILES, Comparison
+from embpack.comparison.front import find_front, name_variant
+from embpack.comparison.report.labels import Box, Label, place_beside, place_column
+from embpack.comparison.report.svg import CHARACTER_WIDTH, Scale, element, picture, shorten, text
+from embpack.comparison.report.svg import title as hint
 
 # More points than this leave no room for the names of others than the best.
 _MOST_NAMES = 24
