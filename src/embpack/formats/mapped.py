@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.sources.base import iter_slices
+from embpack.formats.base import iter_slices
 
 # Python names it since 3.13. Without it the system may refuse a file that would not fit in memory if written to.
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0

@@ -1,4 +1,4 @@
-"""Arrays that NumPy saved: .npy, and .npz compressed or not."""
+"""Arrays that NumPy saves: .npy, and .npz, whose members are .npy files."""
 
 import math
 import zipfile
@@ -9,18 +9,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from embpack.errors import FormatError
-from embpack.sources.base import Checkpoint, Shard, SourceTensor, iter_slices
-from embpack.sources.dtypes import name_dtype
-from embpack.sources.mapped import FileMap, iter_mapped
+from embpack.formats.base import (
+    Checkpoint,
+    OutShard,
+    OutTensor,
+    Shard,
+    SourceTensor,
+    as_bytes,
+    iter_checked,
+    iter_slices,
+    refuse_dtypes,
+)
+from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
+from embpack.formats.mapped import FileMap, iter_mapped
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_WAYS_OUT = "write .safetensors or .pt"
 
 
 @dataclass(frozen=True)
@@ -182,3 +193,35 @@ def _read_exactly(stream: IO[bytes], size: int, where: str) -> bytes:
     if len(raw) != size:
         raise FormatError(f"{where}: ends {size - len(raw)} bytes early; the file is truncated, copy it again")
     return raw
+
+
+def write_npy(file: BinaryIO, path: Path, shard: OutShard) -> None:
+    """Write the only tensor of a shard.
+
+    Raises:
+        ValueError: there is not exactly one, or NumPy has no such type.
+    """
+    if len(shard.tensors) != 1:
+        raise ValueError(f"{path}: an .npy file holds 1 tensor, but there are {len(shard.tensors)}; write .npz")
+    refuse_dtypes(path, shard, NUMPY_DTYPES, _WAYS_OUT)
+    _write_array(file, shard.tensors[0])
+
+
+def write_npz(file: BinaryIO, path: Path, shard: OutShard) -> None:
+    """Write an uncompressed .npz file.
+
+    Raises:
+        ValueError: NumPy has no such type.
+    """
+    refuse_dtypes(path, shard, NUMPY_DTYPES, _WAYS_OUT)
+    with zipfile.ZipFile(file, "w") as archive:
+        for tensor in shard.tensors:
+            with archive.open(f"{tensor.name}.npy", "w", force_zip64=True) as member:
+                _write_array(member, tensor)
+
+
+def _write_array(file: IO[bytes], tensor: OutTensor) -> None:
+    descr = npy.dtype_to_descr(NUMPY_DTYPES[tensor.dtype])
+    npy.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": tensor.shape})
+    for chunk in iter_checked(tensor):
+        file.write(as_bytes(chunk))

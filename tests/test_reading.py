@@ -25,9 +25,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from embpack.errors import FormatError, MissingExtraError
-from embpack.sources import READERS, open_checkpoint
-from embpack.sources.base import rechunk
-from embpack.sources.dtypes import ARRAY_DTYPES, NUMPY_DTYPES
+from embpack.formats import FORMATS, INDEX_SUFFIX, open_checkpoint
+from embpack.formats.base import rechunk
+from embpack.formats.dtypes import ARRAY_DTYPES, NUMPY_DTYPES
 
 NUMPY_TAGS = sorted(NUMPY_DTYPES)
 CHUNKS = [1, 2, 3, 7, 8, 1000]
@@ -127,7 +127,7 @@ def test_suffix_in_capitals(tmp_path):
     ],
 )
 def test_missing_extra(tmp_path, hide_package, suffix, package, message):
-    hide_package(package, "embpack.sources.torch", "embpack.sources.parquet")
+    hide_package(package, "embpack.formats.torch", "embpack.formats.parquet")
     (tmp_path / f"a{suffix}").write_bytes(b"x")
     with pytest.raises(MissingExtraError, match=message):
         open_checkpoint(tmp_path / f"a{suffix}").__enter__()
@@ -590,7 +590,7 @@ def test_parquet_with_a_name_twice(tmp_path):
 
 
 def test_readers_are_reached(tmp_path):
-    for suffix in READERS:
+    for suffix in (*FORMATS, INDEX_SUFFIX):
         (tmp_path / f"a{suffix}").write_bytes(b"x")
         with pytest.raises(FormatError, match=f"a{suffix}: "):
             open_checkpoint(tmp_path / f"a{suffix}").__enter__()

@@ -11,12 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from test_sources import TORCH_DTYPES, random_bits, read_all, same_bits
+from test_reading import TORCH_DTYPES, random_bits, read_all, same_bits
 
 from embpack.errors import MissingExtraError
-from embpack.sources import open_checkpoint
-from embpack.sources.dtypes import ARRAY_DTYPES, NUMPY_DTYPES
-from embpack.targets import OutShard, OutTensor, write_checkpoint
+from embpack.formats import OutShard, OutTensor, open_checkpoint, write_checkpoint
+from embpack.formats.dtypes import ARRAY_DTYPES, NUMPY_DTYPES
 
 SHAPES = [(), (0,), (0, 4), (3, 0), (1,), (7, 3), (5, 2, 3)]
 
@@ -174,7 +173,7 @@ def test_npy_holds_one_tensor(tmp_path, count):
 @pytest.mark.parametrize("rows", [0, 1, 20])
 def test_parquet(tmp_path, rows, monkeypatch):
     # Row groups of 3 rows, which no chunk fits.
-    monkeypatch.setattr("embpack.targets.parquet._GROUP_BYTES", 300)
+    monkeypatch.setattr("embpack.formats.parquet._GROUP_BYTES", 300)
     path = tmp_path / "a.parquet"
     arrays = {tag: random_bits(tag, (rows, 3)) for tag in ("F16", "F32", "F64")}
     arrays |= {f"1-D {tag}": random_bits(tag, (rows,)) for tag in sorted(set(NUMPY_DTYPES) - {"C64"})}
@@ -289,7 +288,7 @@ def test_unknown_suffix(tmp_path):
     ],
 )
 def test_missing_extra(tmp_path, hide_package, suffix, package, message):
-    hide_package(package, "embpack.targets.torch", "embpack.targets.parquet")
+    hide_package(package, "embpack.formats.torch", "embpack.formats.parquet")
     with pytest.raises(MissingExtraError, match=message):
         write(tmp_path / f"a{suffix}", out_tensor("a", np.arange(3.0), "F64"))
     assert list(tmp_path.iterdir()) == []
@@ -299,12 +298,12 @@ FILL_UP = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from embpack.targets import OutShard, OutTensor, write_checkpoint
+from embpack.formats import OutShard, OutTensor, write_checkpoint
 array = np.random.default_rng(0).normal(size=(1000, 100))
 tensor = OutTensor("a", "F64", array.shape, lambda: iter(np.split(array, 10)))
 path = Path(sys.argv[1])
 try:
-    import embpack.sources.torch, embpack.sources.parquet
+    import embpack.formats.torch, embpack.formats.parquet
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     write_checkpoint(path, [OutShard("a.safetensors", (tensor,))], sys.argv[2] or None)
 except OSError as error:

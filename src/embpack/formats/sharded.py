@@ -1,12 +1,16 @@
 """Checkpoints in several safetensors files with an index."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from embpack.errors import FormatError
-from embpack.sources.base import Checkpoint, Shard
-from embpack.sources.safetensors import INDEX_SUFFIX, map_shard, parse_object
+from embpack.formats.atomic import new_folder
+from embpack.formats.base import Checkpoint, OutShard, Shard
+from embpack.formats.safetensors import map_shard, parse_object, write_safetensors
+
+INDEX_SUFFIX = ".safetensors.index.json"
 
 
 @contextmanager
@@ -82,3 +86,27 @@ def _check_weight_map(path: Path, weight_map: dict[str, str], shards: list[Shard
                 f"{path}: weight_map puts {name!r} into {file_name}, but it is in {found.get(name, 'none')}; "
                 "index and files are of different checkpoints"
             )
+
+
+def write_sharded(path: Path, shards: Sequence[OutShard], index_name: str) -> None:
+    """Write a folder of safetensors files with their index.
+
+    Args:
+        path: of the folder, which must be new or empty.
+        shards: the files.
+        index_name: of the index, "model.safetensors.index.json".
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: as write_safetensors.
+    """
+    weight_map = {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}
+    total_size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    with new_folder(path) as folder:
+        for shard in shards:
+            shard_path = folder / shard.file_name
+            shard_path.parent.mkdir(parents=True, exist_ok=True)
+            with shard_path.open("xb") as file:
+                write_safetensors(file, path / shard.file_name, shard)
+        (folder / index_name).write_text(json.dumps(index, indent=2) + "\n")

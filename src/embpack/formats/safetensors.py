@@ -1,4 +1,4 @@
-"""Checkpoints in one safetensors file."""
+"""Safetensors files: mapped where they are read, written as a stream."""
 
 import json
 from collections import Counter
@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from embpack.errors import FormatError
-from embpack.sources.base import Checkpoint, Shard, SourceTensor
-from embpack.sources.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes
-from embpack.sources.mapped import FileMap, iter_mapped
+from embpack.formats.base import Checkpoint, OutShard, Shard, SourceTensor, as_bytes, iter_checked
+from embpack.formats.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes
+from embpack.formats.mapped import FileMap, iter_mapped
 
-INDEX_SUFFIX = ".safetensors.index.json"
 _LENGTH_BYTES = 8
+_ALIGNMENT = 8
 _METADATA_KEY = "__metadata__"
 
 
@@ -121,3 +121,61 @@ def _refuse_twice(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise FormatError(f"{path}: {twice!r} is there twice, and which one is meant cannot be told")
     return unique
+
+
+def write_safetensors(file: BinaryIO, path: Path, shard: OutShard) -> None:
+    """Write a safetensors file whose metadata is known only at its end.
+
+    A header is reserved first, the tensors follow in the order given and without holes, from a multiple of 8
+    bytes on, then the header is filled in.
+
+    Args:
+        file: open for writing, seekable, at its start.
+        path: what errors call it.
+        shard: what to write.
+
+    Raises:
+        ValueError: a tensor's chunks are not what it promised, a tensor has the metadata's name, or the
+            metadata takes more than metadata_room.
+    """
+    entries = _place_tensors(path, shard)
+    reserved = _reserve(entries, shard.metadata_room)
+    file.write(reserved.to_bytes(_LENGTH_BYTES, "little") + b" " * reserved)
+    for tensor in shard.tensors:
+        for chunk in iter_checked(tensor):
+            file.write(as_bytes(chunk))
+    file.seek(_LENGTH_BYTES)
+    file.write(_make_header(path, entries, shard, reserved))
+
+
+def _place_tensors(path: Path, shard: OutShard) -> dict[str, object]:
+    """Make the header's entry of each tensor."""
+    entries: dict[str, object] = {}
+    end = 0
+    for tensor in shard.tensors:
+        if tensor.name == _METADATA_KEY:
+            raise ValueError(f"{path}: a tensor cannot be named {_METADATA_KEY!r} in a safetensors file")
+        start, end = end, end + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+    return entries
+
+
+def _reserve(entries: dict[str, object], metadata_room: int) -> int:
+    """Bytes of a header that has room for metadata and ends where data may start."""
+    # An empty dict stands for the metadata; its key and comma are counted, its two bytes to the good.
+    needed = len(_encode({_METADATA_KEY: {}, **entries})) + metadata_room
+    return needed + -(_LENGTH_BYTES + needed) % _ALIGNMENT
+
+
+def _make_header(path: Path, entries: dict[str, object], shard: OutShard, reserved: int) -> bytes:
+    metadata = shard.metadata()
+    header = _encode({_METADATA_KEY: metadata, **entries} if metadata else entries)
+    if len(header) > reserved:
+        raise ValueError(
+            f"{path}: the metadata is {len(_encode(metadata))} bytes, but room was kept for {shard.metadata_room}"
+        )
+    return header.ljust(reserved)
+
+
+def _encode(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

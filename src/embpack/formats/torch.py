@@ -1,4 +1,4 @@
-"""Checkpoints that torch.save wrote; only plain weights, no pickle is ever run."""
+"""State dicts of torch.save and torch.load; only plain weights, no pickle is ever run."""
 
 import pickle
 import re
@@ -7,14 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from embpack.errors import FormatError
-from embpack.sources.base import Checkpoint, Shard, SourceTensor, iter_slices
-from embpack.sources.mapped import find_mappings, release_addresses
+from embpack.formats.base import (
+    Checkpoint,
+    OutShard,
+    OutTensor,
+    Shard,
+    SourceTensor,
+    as_bytes,
+    iter_checked,
+    iter_slices,
+    refuse_dtypes,
+)
+from embpack.formats.dtypes import ARRAY_DTYPES
+from embpack.formats.mapped import find_mappings, release_addresses
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -160,3 +172,29 @@ def _release(chunk: torch.Tensor) -> None:
         start, size = storage.data_ptr(), storage.nbytes()
     if size:
         release_addresses(start, start + size)
+
+
+def write_torch(file: BinaryIO, path: Path, shard: OutShard) -> None:
+    """Save a plain dict of tensors; all of them are in memory at once, torch.save wants it so.
+
+    Raises:
+        ValueError: PyTorch has no such type.
+    """
+    refuse_dtypes(path, shard, DTYPES, "write .safetensors")
+    state = {tensor.name: _collect(tensor) for tensor in shard.tensors}
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        # PyTorch's own error when writing to the file fails hides the reason.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _collect(tensor: OutTensor) -> torch.Tensor:
+    array = np.empty(tensor.shape, ARRAY_DTYPES[tensor.dtype])
+    values, filled = as_bytes(array), 0
+    for chunk in iter_checked(tensor):
+        values[filled : filled + chunk.nbytes] = as_bytes(chunk)
+        filled += chunk.nbytes
+    return torch.from_numpy(array).view(DTYPES[tensor.dtype])
