@@ -35,12 +35,12 @@ from embpack.comparison.report.labels import Box, place_beside, place_column, sp
 from embpack.comparison.report.svg import Scale
 from embpack.comparison.variants import make_variants
 from embpack.convert import plan_file
+from embpack.formats import open_checkpoint
 from embpack.layouts import BITS, PARAM_BYTES
 from embpack.methods import METHODS, Greedy
 from embpack.rotation import rotate
 from embpack.rows import spread_rows
 from embpack.rules import Rules
-from embpack.sources import open_checkpoint
 from embpack.variant import Variant
 
 BF16 = ml_dtypes.bfloat16

@@ -15,12 +15,12 @@ from embpack.comparison.array import Comparison, compare_rows
 from embpack.comparison.checkpoint import ABOUT, compare_table
 from embpack.comparison.front import find_front
 from embpack.convert import check_max_loss
+from embpack.formats import open_checkpoint
 from embpack.layouts import LAYOUTS, ROTATIONS, RowFormat
 from embpack.methods import DEFAULT_METHOD, parse_method
 from embpack.rows import as_rows, spread_rows, widen
 from embpack.rules import Decision, Rules
 from embpack.rules import plan as decide_on_tensors
-from embpack.sources import open_checkpoint
 from embpack.variant import Variant
 
 # What tables are tried with if nobody says.

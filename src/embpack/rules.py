@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from embpack.formats import Checkpoint, SourceTensor
+from embpack.formats.dtypes import count_bytes
 from embpack.layouts import RowFormat
 from embpack.methods import Method, Optimal, parse_method
 from embpack.packing import make_row_format
-from embpack.sources import Checkpoint, SourceTensor
-from embpack.sources.dtypes import count_bytes
 from embpack.variant import Variant
 
 # The types that can be packed, by their safetensors names.

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from embpack.atomic import new_file
 from embpack.cli import show
 from embpack.cli.quantize import parse_bits
 from embpack.comparison.array import QUANTILES, Comparison
@@ -16,8 +15,9 @@ from embpack.comparison.front import find_front, name_variant
 from embpack.comparison.report import make_page
 from embpack.comparison.variants import make_variants
 from embpack.convert import plan_file
+from embpack.formats import open_checkpoint
+from embpack.formats.atomic import new_file
 from embpack.rules import Rules
-from embpack.sources import open_checkpoint
 from embpack.threads import get_num_threads, set_num_threads
 
 # Columns of a terminal that has room for all columns of the table.

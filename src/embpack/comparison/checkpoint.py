@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from embpack.chunks import chunk_rows
 from embpack.comparison.array import Comparison, Skipped, compare_rows
 from embpack.comparison.front import find_front
+from embpack.formats import SourceTensor
+from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.layouts import RowFormat
 from embpack.rows import spread_rows, widen
 from embpack.rules import Decision
-from embpack.sources import SourceTensor
-from embpack.sources.dtypes import ARRAY_DTYPES
 from embpack.variant import Variant
 
 # About the bytes of something are not more than so many times as many: room for what all rows share.

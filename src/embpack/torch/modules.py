@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embpack.formats.mapped import is_mapped
 from embpack.layouts import RowFormat
 from embpack.methods import DEFAULT_METHOD
 from embpack.packing import quantize
 from embpack.rows import ROW_DTYPES
-from embpack.sources.mapped import is_mapped
 from embpack.table import MODES, PackedTable, as_row
 from embpack.torch.ops import DTYPE_NAMES, as_table, wrong_dtype
 
