@@ -34,13 +34,12 @@ from embpack.comparison.report import make_page
 from embpack.comparison.report.labels import Box, place_beside, place_column, spread
 from embpack.comparison.report.svg import Scale
 from embpack.comparison.variants import make_variants
-from embpack.convert import plan_file
 from embpack.formats import open_checkpoint
 from embpack.layouts import BITS, PARAM_BYTES
 from embpack.methods import METHODS, Greedy
 from embpack.rotation import rotate
 from embpack.rows import spread_rows
-from embpack.rules import Rules
+from embpack.rules import Rules, decide_all
 from embpack.variant import Variant
 
 BF16 = ml_dtypes.bfloat16
@@ -73,7 +72,7 @@ def make_result(bytes_per_row=36.0, loss=0.1, table="emb", **values):
 def compare_file(src: Path, variants=None, most_rows=None, include=(), exclude=()) -> FileComparison:
     rules = Rules(tuple(include), tuple(exclude))
     with open_checkpoint(src) as checkpoint:
-        decisions = [decision for decision in plan_file(checkpoint, rules) if decision.row_format]
+        decisions = [decision for decision in decide_all(checkpoint, rules) if decision.row_format]
         tables = tuple(compare_table(decision, variants or make_variants(), most_rows) for decision in decisions)
     return FileComparison(src, tables, rules.include, rules.exclude, 2)
 

@@ -5,10 +5,11 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from glob import escape
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,12 @@ from embpack.formats import (
 )
 from embpack.formats.base import as_bytes
 from embpack.formats.dtypes import count_bytes, name_dtype
-from embpack.methods import DEFAULT_METHOD, Method, parse_method
-from embpack.packing import RowPacker, fit_method, fit_shared, list_shared
+from embpack.layouts import RowFormat
+from embpack.methods import DEFAULT_METHOD, Method, Packer, measure_loss
+from embpack.methods.base import Sums
 from embpack.rotation import rotate_chunks
 from embpack.rows import ROW_DTYPES, narrow
-from embpack.rules import Decision, Rules, plan
+from embpack.rules import Decision, Rules, decide_all
 from embpack.table import PackedTable
 from embpack.variant import Variant
 
@@ -99,100 +101,152 @@ class Report:
 
 
 @dataclass
-class _ShardWriter:
-    """Packs the tables of one shard while it is being written, and gathers what is known only then."""
+class _TableWriter:
+    """Packs one table while it is being written, and keeps what is known of it only then.
 
-    decisions: Sequence[Decision]
-    source_metadata: dict[str, str]
+    Attributes:
+        decision: to pack it.
+        max_loss: the largest normalized l2 loss that it may have.
+        progress: is told of packed rows.
+        beside: the arrays beside its rows, by name; there once it is fitted, before any row is written.
+        entry, report: there once its rows are written.
+    """
+
+    decision: Decision
     max_loss: float
     progress: Progress
-    entries: dict[str, TableEntry] = field(default_factory=dict)
-    reports: list[TableReport] = field(default_factory=list)
+    beside: dict[str, NDArray[Any]] = field(default_factory=dict)
+    entry: TableEntry | None = None
+    report: TableReport | None = None
 
-    def out_shard(self, file_name: str) -> OutShard:
-        tensors = [tensor for decision in self.decisions for tensor in self._out_tensors(decision)]
-        _check_names(tensors)
-        return OutShard(file_name, tuple(tensors), self._metadata, self._metadata_room())
-
-    def _out_tensors(self, decision: Decision) -> list[OutTensor]:
-        tensor, row_format = decision.tensor, decision.row_format
-        if row_format is None:
-            return [copy_tensor(tensor)]
-        beside: dict[str, NDArray[Any]] = {}  # filled in when the rows are packed, before they are written
-        rows = tensor.shape[0]
-        out = [
-            OutTensor(tensor.name, "U8", (rows, row_format.row_bytes), lambda: self._packed_chunks(decision, beside))
-        ]
-        for spec in row_format.form.beside(rows, decision.num_codebooks):
-            dtype, chunks = name_dtype(spec.dtype), partial(_read_beside, beside, spec.name)
+    def out_tensors(self) -> list[OutTensor]:
+        """Make the tensors that the output has of the table."""
+        tensor, row_format = self.decision.tensor, self._row_format
+        out = [OutTensor(tensor.name, "U8", (tensor.shape[0], row_format.row_bytes), self._pack)]
+        for spec in self.decision.beside:
+            dtype = name_dtype(spec.dtype)
             assert dtype is not None
-            out.append(OutTensor(tensor.name + spec.suffix, dtype, spec.known_shape, chunks))
+            out.append(OutTensor(tensor.name + spec.suffix, dtype, spec.known_shape, partial(self._read, spec.name)))
         return out
 
-    def _packed_chunks(self, decision: Decision, beside: dict[str, NDArray[Any]]) -> Iterator[NDArray[np.uint8]]:
-        assert decision.row_format is not None
+    @property
+    def longest_entry(self) -> TableEntry:
+        """An entry at least as long as the table's, with floats of as many digits as they can have."""
+        assert self.decision.variant is not None
+        spec = self.decision.variant.parsed_method.longest_spec
+        return self._make_entry(spec, -1.2345678901234567e-300, format_checksum(hashlib.sha256()))
+
+    @property
+    def _row_format(self) -> RowFormat:
+        assert self.decision.row_format is not None  # it is packed
+        return self.decision.row_format
+
+    def _pack(self) -> Iterator[NDArray[np.uint8]]:
+        assert self.decision.variant is not None
         started = time.perf_counter()
-        tensor, rotation = decision.tensor, decision.row_format.rotation
-        step = chunk_rows(tensor.shape[1])
-
-        def read() -> Iterator[NDArray[Any]]:
-            return rotate_chunks(tensor.read(step), rotation, tensor.name)
-
-        method = fit_method(decision.method, read, tensor.name)
-        shared = fit_shared(method, read, tensor.shape[0], decision.row_format, tensor.name)
-        arrays = zip(("clusters", "codebooks"), list_shared(shared, decision.row_format), strict=True)
-        beside |= {name: array for name, array in arrays if array is not None}
-        packer = RowPacker(method, decision.row_format, tensor.name, shared)
-        digest = hashlib.sha256()
-        room = np.empty((min(step, tensor.shape[0]), decision.row_format.row_bytes), np.uint8)
-        for rows in read():
-            packed = room[: len(rows)]
-            packer.pack(rows, packed)
+        tensor, row_format = self.decision.tensor, self._row_format
+        method, read = self.decision.variant.parsed_method, partial(_read_rows, tensor, row_format)
+        packer = method.fit(read, tensor.shape[0], row_format, tensor.name)
+        self.beside |= packer.beside()
+        digest, sums = hashlib.sha256(), []
+        for packed, own in iter_packed(packer, read()):
             digest.update(packed.data)
+            sums += own
             yield packed
-            self.progress(tensor.name, len(rows))
-        for array in beside.values():
+            self.progress(tensor.name, len(packed))
+        for array in self.beside.values():
             digest.update(as_bytes(array))
-        self._finish(decision, packer, format_checksum(digest), time.perf_counter() - started)
+        loss = measure_loss(sums)
+        _check_loss(tensor.name, loss, self.max_loss)
+        self.entry = self._make_entry(packer.spec, loss, format_checksum(digest))
+        self.report = self._make_report(self.entry, loss, time.perf_counter() - started)
 
-    def _finish(self, decision: Decision, packer: RowPacker, checksum: str, seconds: float) -> None:
-        name = decision.tensor.name
-        _check_loss(name, packer.loss, self.max_loss)
-        entry = _entry(decision, packer.method.spec, packer.loss, checksum)
-        self.entries[name] = entry
-        self.reports.append(
-            TableReport(
-                name,
-                entry.num_embeddings,
-                entry.embedding_dim,
-                entry.dtype,
-                entry.method,
-                decision.bytes_before,
-                decision.bytes_after,
-                packer.loss,
-                seconds,
-            )
+    def _read(self, name: str) -> Iterator[NDArray[Any]]:
+        yield self.beside[name]
+
+    def _make_entry(self, method: str, loss: float, checksum: str) -> TableEntry:
+        return TableEntry.make(
+            self._row_format,
+            num_embeddings=self.decision.tensor.shape[0],
+            dtype=self.decision.dtype,
+            method=method,
+            loss=loss,
+            checksum=checksum,
         )
 
+    def _make_report(self, entry: TableEntry, loss: float, seconds: float) -> TableReport:
+        return TableReport(
+            name=self.decision.tensor.name,
+            num_embeddings=entry.num_embeddings,
+            embedding_dim=entry.embedding_dim,
+            dtype=entry.dtype,
+            method=entry.method,
+            bytes_before=self.decision.bytes_before,
+            bytes_after=self.decision.bytes_after,
+            loss=loss,
+            seconds=seconds,
+        )
+
+
+def _read_rows(tensor: SourceTensor, row_format: RowFormat) -> Iterator[NDArray[Any]]:
+    """Read a table in chunks, as they are to be packed."""
+    return rotate_chunks(tensor.read(chunk_rows(row_format.embedding_dim)), row_format.rotation, tensor.name)
+
+
+def iter_packed(
+    packer: Packer, chunks: Iterable[NDArray[Any]], start: int = 0
+) -> Iterator[tuple[NDArray[np.uint8], list[Sums]]]:
+    """Pack a range of a table's rows.
+
+    Args:
+        packer: of the table.
+        chunks: the rows, as Packer.pack takes them.
+        start: number of their first row in the table.
+
+    Yields:
+        Packed rows, which the next ones overwrite, and what Packer.pack returns of them.
+    """
+    room = np.empty((0, packer.row_format.row_bytes), np.uint8)
+    for rows in chunks:
+        if len(rows) > len(room):
+            room = np.empty((len(rows), packer.row_format.row_bytes), np.uint8)
+        packed = room[: len(rows)]
+        yield packed, packer.pack(rows, packed, start)
+        start += len(rows)
+
+
+@dataclass(frozen=True)
+class _ShardWriter:
+    """Writes one shard.
+
+    Attributes:
+        tensors: what it has, in order: tables to pack, and tensors to copy.
+        source_metadata: of the shard that is read.
+    """
+
+    tensors: tuple[_TableWriter | SourceTensor, ...]
+    source_metadata: dict[str, str]
+
+    def out_shard(self, file_name: str) -> OutShard:
+        """Make what the output has of the shard."""
+        out: list[OutTensor] = []
+        for tensor in self.tensors:
+            out += tensor.out_tensors() if isinstance(tensor, _TableWriter) else [copy_tensor(tensor)]
+        _check_names(out)
+        room = len(json.dumps(self._make_metadata([table.longest_entry for table in self.tables])))
+        return OutShard(file_name, tuple(out), self._metadata, room)
+
+    @property
+    def tables(self) -> list[_TableWriter]:
+        """The tables, in order."""
+        return [tensor for tensor in self.tensors if isinstance(tensor, _TableWriter)]
+
     def _metadata(self) -> dict[str, str]:
-        return {**self.source_metadata, **make_metadata(self.entries)}
+        return self._make_metadata([table.entry for table in self.tables if table.entry is not None])
 
-    def _metadata_room(self) -> int:
-        """Bytes of metadata whose floats take as many digits as they can."""
-        longest = -1.2345678901234567e-300
-        checksum = format_checksum(hashlib.sha256())
-        entries = {}
-        for decision in self.decisions:
-            if decision.row_format is not None:
-                method = decision.method
-                bounds = {name: longest for name in ("xmin", "xmax") if hasattr(method, name)}
-                spec = replace(method, **bounds).spec
-                entries[decision.tensor.name] = _entry(decision, spec, longest, checksum)
-        return len(json.dumps({**self.source_metadata, **make_metadata(entries)}))
-
-
-def _read_beside(beside: Mapping[str, NDArray[Any]], name: str) -> Iterator[NDArray[Any]]:
-    yield beside[name]
+    def _make_metadata(self, entries: Sequence[TableEntry]) -> dict[str, str]:
+        names = [table.decision.tensor.name for table in self.tables]
+        return {**self.source_metadata, **make_metadata(dict(zip(names, entries, strict=True)))}
 
 
 def _check_names(tensors: Sequence[OutTensor]) -> None:
@@ -213,18 +267,6 @@ def _check_loss(name: str, loss: float, max_loss: float) -> None:
             "use a better method or more bits, leave it as it is with --exclude "
             f"{shlex.quote(escape(name))}, or raise the limit"
         )
-
-
-def _entry(decision: Decision, method: str, loss: float, checksum: str) -> TableEntry:
-    assert decision.row_format is not None
-    return TableEntry.make(
-        decision.row_format,
-        num_embeddings=decision.tensor.shape[0],
-        dtype=decision.dtype,
-        method=method,
-        loss=loss,
-        checksum=checksum,
-    )
 
 
 def copy_tensor(tensor: SourceTensor) -> OutTensor:
@@ -275,33 +317,43 @@ def quantize_file(
             loss is larger.
         OSError: dst cannot be written.
     """
-    src, dst = Path(src), Path(dst)
-    chosen = parse_method(method)
+    rules = Rules(tuple(include), tuple(exclude), Variant(method, bits, param_dtype, rotate), variants or {})
+    with open_checkpoint(src) as checkpoint:
+        decisions = decide_all(checkpoint, rules)
+        return pack_checkpoint(checkpoint, decisions, dst, max_loss=max_loss, progress=progress)
+
+
+def pack_checkpoint(
+    checkpoint: Checkpoint,
+    decisions: Sequence[Decision],
+    dst: str | Path,
+    *,
+    max_loss: float | None = None,
+    progress: Progress = lambda name, rows: None,
+) -> Report:
+    """Do what quantize_file does, for an open checkpoint and what was decided on its tensors (rules.decide_all)."""
+    dst, started = Path(dst), time.perf_counter()
     if max_loss is not None:
         check_max_loss(max_loss)
-    rules = Rules(tuple(include), tuple(exclude), bits, param_dtype, chosen, rotate, variants or {})
-    started = time.perf_counter()
-    with open_checkpoint(src) as checkpoint:
-        decisions = plan_file(checkpoint, rules)
-        _check_destination(src, dst, checkpoint)
-        writers, shards = [], []
-        at = 0
-        for shard in checkpoint.shards:
-            own = decisions[at : at + len(shard.tensors)]
-            at += len(own)
-            writer = _ShardWriter(own, shard.metadata, math.inf if max_loss is None else max_loss, progress)
-            writers.append(writer)
-            name = dst.name if checkpoint.index_name is None else shard.file_name
-            shards.append(writer.out_shard(name))
-        write_checkpoint(dst, shards, checkpoint.index_name)
-        return Report(
-            tables=tuple(report for writer in writers for report in writer.reports),
-            passed_through=tuple(d.tensor.name for d in decisions if d.row_format is None),
-            left_out=checkpoint.left_out,
-            file_bytes_before=_bytes_on_disk(checkpoint.path.parent, checkpoint.shards),
-            file_bytes_after=_bytes_on_disk(dst if checkpoint.index_name else dst.parent, shards),
-            seconds=time.perf_counter() - started,
-        )
+    if checkpoint.index_name is None and dst.suffix != ".safetensors":
+        raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors")
+    _check_place(checkpoint, dst)
+    limit, remaining = math.inf if max_loss is None else max_loss, iter(decisions)
+    writers, shards = [], []
+    for shard in checkpoint.shards:
+        own = islice(remaining, len(shard.tensors))
+        tensors = (_TableWriter(each, limit, progress) if each.variant else each.tensor for each in own)
+        writers.append(_ShardWriter(tuple(tensors), shard.metadata))
+        shards.append(writers[-1].out_shard(dst.name if checkpoint.index_name is None else shard.file_name))
+    write_checkpoint(dst, shards, checkpoint.index_name)
+    return Report(
+        tables=tuple(table.report for writer in writers for table in writer.tables if table.report is not None),
+        passed_through=tuple(each.tensor.name for each in decisions if each.variant is None),
+        left_out=checkpoint.left_out,
+        file_bytes_before=_bytes_on_disk(checkpoint.path.parent, checkpoint.shards),
+        file_bytes_after=_bytes_on_disk(dst if checkpoint.index_name else dst.parent, shards),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def check_max_loss(max_loss: float) -> None:
@@ -310,31 +362,12 @@ def check_max_loss(max_loss: float) -> None:
         raise ValueError(f"max_loss is {max_loss}; give a positive, finite number")
 
 
-def plan_file(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
-    """Decide what happens to each tensor of a checkpoint that is to be packed.
-
-    Raises:
-        ValueError: nothing would be packed, or it is packed already.
-    """
-    for shard in checkpoint.shards:
-        if METADATA_KEY in shard.metadata:
-            raise ValueError(f"{checkpoint.path}: is packed already; unpack it first with: embpack dequantize")
-    return plan(checkpoint, rules)
-
-
-def _check_destination(src: Path, dst: Path, checkpoint: Checkpoint) -> None:
-    if checkpoint.index_name is None and dst.suffix != ".safetensors":
-        raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors")
-    _check_place(src, dst, checkpoint)
-
-
-def _check_place(src: Path, dst: Path, checkpoint: Checkpoint) -> None:
+def _check_place(checkpoint: Checkpoint, dst: Path) -> None:
     if checkpoint.index_name is not None and dst.suffix.lower() in {*FORMATS, ".json"}:
-        raise ValueError(f"{dst}: {src} is sharded, so the destination is a folder; leave {dst.suffix} out")
-    sources = [src, src.parent] if src.suffix == ".json" else [src]
-    for source in sources:
-        if dst.exists() and source.samefile(dst):
-            raise ValueError(f"{dst}: the destination is the source; choose another name")
+        raise ValueError(f"{dst}: {checkpoint.path} is sharded, so the destination is a folder; leave {dst.suffix} out")
+    sources = [checkpoint.path] if checkpoint.index_name is None else [checkpoint.path, checkpoint.path.parent]
+    if dst.exists() and any(source.samefile(dst) for source in sources):
+        raise ValueError(f"{dst}: the destination is the source; choose another name")
 
 
 def _bytes_on_disk(folder: Path, shards: Sequence[Shard | OutShard]) -> int:
@@ -369,9 +402,9 @@ def dequantize_file(
         ValueError: dst is src, or its format cannot hold the tensors.
         OSError: dst cannot be written.
     """
-    src, dst = Path(src), Path(dst)
+    dst = Path(dst)
     with open_checkpoint(src) as checkpoint:
-        _check_place(src, dst, checkpoint)
+        _check_place(checkpoint, dst)
         shards, unpacked = [], []
         for shard in checkpoint.shards:
             path = checkpoint.path.parent / shard.file_name

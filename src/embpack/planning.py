@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.comparison.array import Comparison, compare_rows
-from embpack.comparison.checkpoint import ABOUT, compare_table
+from embpack.comparison.array import Comparison
+from embpack.comparison.checkpoint import ABOUT, TableComparison, compare_sample, compare_table
 from embpack.comparison.front import find_front
 from embpack.convert import check_max_loss
 from embpack.formats import open_checkpoint
 from embpack.layouts import LAYOUTS, ROTATIONS, RowFormat
-from embpack.methods import DEFAULT_METHOD, parse_method
+from embpack.methods import DEFAULT_METHOD
 from embpack.rows import as_rows, spread_rows, widen
-from embpack.rules import Decision, Rules
-from embpack.rules import plan as decide_on_tensors
+from embpack.rules import Decision, Rules, decide_all
 from embpack.variant import Variant
 
 # What tables are tried with if nobody says.
@@ -107,31 +106,40 @@ class Plan:
         ]
         share = self.num_bytes / self.float32_bytes
         lines.append(f"{self.num_bytes:,} bytes, {share:.2%} of float32; l2 loss {self.loss:.5f}")
-        layouts = dict.fromkeys(parse_method(table.variant.method).layout for table in self.tables)
+        layouts = dict.fromkeys(table.variant.parsed_method.layout for table in self.tables)
         lines += [f"{name}: {LAYOUTS[name].caution}" for name in layouts if LAYOUTS[name].caution]
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """A table, and the ways to pack it that no other beats, by rising bytes.
+    """A table that was measured, and the ways to pack it that no other beats, by rising bytes.
 
     Attributes:
         weight: how often one of its rows counts.
-        square_norm: sum of the squares of all of its values.
+        front: the ways.
     """
 
-    name: str
-    num_embeddings: int
-    embedding_dim: int
+    table: TableComparison
     weight: float
-    square_norm: float
     front: tuple[Comparison, ...]
+
+    @classmethod
+    def make(cls, table: TableComparison, access_counts: Mapping[str, float]) -> "_Measured":
+        """Choose among the ways; each row counts 1 where nobody has counted."""
+        weight = access_counts[table.name] / table.num_embeddings if table.name in access_counts else 1.0
+        smallest = min(table.results, key=lambda result: result.bytes_per_row)
+        return cls(table, weight, tuple(find_front(table.results) or [smallest]))
+
+    @property
+    def square_norm(self) -> float:
+        """Sum of the squares of all values of the table."""
+        return self.table.square_norm * self.table.num_embeddings / self.table.rows_measured
 
     @property
     def sizes(self) -> list[int]:
         """Bytes of the table in each of the ways."""
-        return [round(result.bytes_per_row * self.num_embeddings) for result in self.front]
+        return [round(result.bytes_per_row * self.table.num_embeddings) for result in self.front]
 
     @property
     def errors(self) -> list[float]:
@@ -178,20 +186,18 @@ def plan(
     _check_limits(*limits)
     if not isinstance(src, Mapping):
         with open_checkpoint(Path(src)) as checkpoint:
-            decisions = decide_on_tensors(checkpoint, Rules(tuple(include), tuple(exclude)))
-            return plan_tables(decisions, *limits, variants, access_counts, progress)
-    found = []
+            decisions = decide_all(checkpoint, Rules(tuple(include), tuple(exclude)))
+            return plan_decided(decisions, *limits, variants, access_counts, progress)
+    tables = []
     for name, weight in src.items():
         rows, dtype = as_rows(weight)
-        sample = rows[spread_rows(len(rows), min(len(rows), SAMPLE_ROWS))]
-        sample = widen(sample) if dtype == "bfloat16" else sample
-        results, _ = compare_rows(sample, variants, name, num_embeddings=len(rows), progress=progress)
-        square = float(np.einsum("ij,ij->", sample, sample, dtype=np.float64)) * len(rows) / len(sample)
-        found.append(_Measured(name, len(rows), rows.shape[1], 1.0, square, _list_options(results)))
-    return _plan(found, *limits, access_counts or {})
+        numbers = spread_rows(len(rows), min(len(rows), SAMPLE_ROWS))
+        sample = widen(rows[numbers]) if dtype == "bfloat16" else rows[numbers]
+        tables.append(compare_sample(sample, dtype, variants, name, numbers, len(rows), progress))
+    return _choose_variants(tables, *limits, access_counts or {})
 
 
-def plan_tables(
+def plan_decided(
     decisions: Sequence[Decision],
     max_bytes: int | str | None = None,
     max_loss: float | None = None,
@@ -201,15 +207,8 @@ def plan_tables(
 ) -> Plan:
     """Do what plan does, for those tensors of an open checkpoint that are tables."""
     _check_limits(max_bytes, max_loss)
-    found = []
-    for decision in decisions:
-        if decision.row_format is not None:
-            of = compare_table(decision, variants, SAMPLE_ROWS, progress)
-            square = of.square_norm * of.num_embeddings / of.rows_measured
-            found.append(
-                _Measured(of.name, of.num_embeddings, of.embedding_dim, 1.0, square, _list_options(of.results))
-            )
-    return _plan(found, max_bytes, max_loss, access_counts or {})
+    tables = [compare_table(each, variants, SAMPLE_ROWS, progress) for each in decisions if each.variant]
+    return _choose_variants(tables, max_bytes, max_loss, access_counts or {})
 
 
 def _check_limits(max_bytes: int | str | None, max_loss: float | None) -> None:
@@ -219,34 +218,25 @@ def _check_limits(max_bytes: int | str | None, max_loss: float | None) -> None:
         check_max_loss(max_loss)
 
 
-def _list_options(results: Sequence[Comparison]) -> tuple[Comparison, ...]:
-    return tuple(find_front(results) or [min(results, key=lambda result: result.bytes_per_row)])
-
-
-def _plan(
-    found: Sequence[_Measured],
+def _choose_variants(
+    tables: Sequence[TableComparison],
     max_bytes: int | str | None,
     max_loss: float | None,
     access_counts: Mapping[str, float],
 ) -> Plan:
-    unknown = set(access_counts) - {table.name for table in found}
+    unknown = set(access_counts) - {table.name for table in tables}
     if unknown:
-        names = ", ".join(table.name for table in found)
+        names = ", ".join(table.name for table in tables)
         raise ValueError(f"access_counts are of {sorted(unknown)[0]!r}, but the tables are {names}")
-    measured = [
-        replace(table, weight=access_counts[table.name] / table.num_embeddings)
-        if table.name in access_counts
-        else table
-        for table in found
-    ]
-    float32_bytes = sum(4 * table.num_embeddings * table.embedding_dim for table in measured)
-    square = sum(table.weight * table.square_norm for table in measured)
+    measured = [_Measured.make(table, access_counts) for table in tables]
+    float32_bytes = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
+    square = sum(each.weight * each.square_norm for each in measured)
     most_bytes = None if max_bytes is None else parse_size(max_bytes, float32_bytes)
     if max_bytes is None and max_loss is None:
-        chosen = [_choose_alone(table) for table in measured]
+        chosen = [_choose_alone(each) for each in measured]
     else:
         most_error = None if max_loss is None else max_loss**2 * square
-        options = [(table.sizes, table.errors) for table in measured]
+        options = [(each.sizes, each.errors) for each in measured]
         best = choose(options, most_bytes, most_error)
         if best is None:
             least = sum(min(sizes) for sizes, _ in options)
@@ -259,9 +249,9 @@ def _plan(
             limit = f"max_bytes is {most_bytes:,}" if max_loss is None else f"max_loss is {max_loss}"
             raise ValueError(f"{limit}, but {can}")
         chosen = best
-    total = sum(table.errors[i] for table, i in zip(measured, chosen, strict=True))
-    tables = tuple(_describe(table, i, total) for table, i in zip(measured, chosen, strict=True))
-    return Plan(tables, math.sqrt(total / square) if square else 0.0, float32_bytes)
+    total = sum(each.errors[i] for each, i in zip(measured, chosen, strict=True))
+    planned = tuple(_describe(each, i, total) for each, i in zip(measured, chosen, strict=True))
+    return Plan(planned, math.sqrt(total / square) if square else 0.0, float32_bytes)
 
 
 def parse_size(size: int | str, whole: int) -> int:
@@ -317,19 +307,21 @@ def choose(
     return chosen[::-1]
 
 
-def _choose_alone(table: _Measured) -> int:
+def _choose_alone(measured: _Measured) -> int:
     """The least loss in about the bytes of uniform rows at 4 bits; the fewest bytes if nothing is that small."""
+    table = measured.table
     most = ABOUT * RowFormat(table.embedding_dim).row_bytes * table.num_embeddings
-    return max((i for i, size in enumerate(table.sizes) if size <= most), default=0)
+    return max((i for i, size in enumerate(measured.sizes) if size <= most), default=0)
 
 
-def _describe(table: _Measured, chosen: int, total: float) -> PlannedTable:
-    result, size, error = table.front[chosen], table.sizes[chosen], table.errors[chosen]
+def _describe(measured: _Measured, chosen: int, total: float) -> PlannedTable:
+    table, sizes, errors = measured.table, measured.sizes, measured.errors
+    result, size, error = measured.front[chosen], sizes[chosen], errors[chosen]
     reason = f"{error / total:.0%} of the squared error" if total else "no error"
-    if chosen + 1 < len(table.front):
-        better = table.front[chosen + 1]
-        less = (error - table.errors[chosen + 1]) / total if total else 0.0
-        more = table.sizes[chosen + 1] - size
+    if chosen + 1 < len(measured.front):
+        better = measured.front[chosen + 1]
+        less = (error - errors[chosen + 1]) / total if total else 0.0
+        more = sizes[chosen + 1] - size
         reason += f"; {better.variant.name} at {better.bits} bits: {less:.0%} less for {more:,} bytes more"
     else:
         reason += "; nothing measured has less"

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from embpack.chunks import span_rows
 from embpack.comparison.variants import make_variants
 from embpack.methods import Method
-from embpack.packing import quantize
-from embpack.rows import as_rows, widen
+from embpack.packing import pack
+from embpack.rows import as_rows, explain_not_finite, widen
 from embpack.table import PackedTable
 from embpack.variant import Variant
 
@@ -145,11 +145,8 @@ def compare_rows(
 def _refuse_not_finite(rows: NDArray[Any], name: str, numbers: NDArray[np.int64]) -> None:
     finite = np.isfinite(rows)
     if not finite.all():
-        row, column = np.argwhere(~finite)[0]
-        raise ValueError(
-            f"{name}[{numbers[row]}, {column}] is {rows[row, column]}; NaN and infinity cannot be packed, replace "
-            "them first"
-        )
+        row = int(np.argwhere(~finite)[0, 0])
+        raise explain_not_finite(widen(rows[row]), name, int(numbers[row]))
 
 
 def _name_place(message: str, name: str, numbers: NDArray[np.int64]) -> str:
@@ -162,7 +159,7 @@ def _time(rows: NDArray[Any], variant: Variant) -> tuple[PackedTable, float]:
     times: list[float] = []
     while len(times) < _MOST_RUNS and sum(times) < _ENOUGH_SECONDS:
         started = time.perf_counter()
-        table = quantize(rows, variant.method, variant.bits, variant.param_dtype, rotate=variant.rotate)
+        table = pack(rows, variant)
         times.append(time.perf_counter() - started)
     return table, min(times)
 
@@ -185,7 +182,7 @@ def _describe(
     bytes_per_row = (table.nbytes - shared) / len(rows) + shared / num_embeddings
     return Comparison(
         table=name,
-        method=variant.method,
+        method=variant.spec,
         bits=variant.bits,
         param_dtype=table.row_format.param_dtype,
         rotate=variant.rotate,

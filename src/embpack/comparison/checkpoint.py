@@ -145,13 +145,40 @@ def compare_table(
     """
     tensor = decision.tensor
     numbers = spread_rows(tensor.shape[0], count_rows(decision, most_rows))
-    rows = _read_rows(tensor, numbers)
-    results, skipped = compare_rows(rows, variants, tensor.name, numbers, tensor.shape[0], progress)
+    return compare_sample(
+        _read_rows(tensor, numbers), decision.dtype, variants, tensor.name, numbers, tensor.shape[0], progress
+    )
+
+
+def compare_sample(
+    rows: NDArray[Any],
+    dtype: str,
+    variants: Sequence[Variant],
+    name: str,
+    numbers: NDArray[np.int64],
+    num_embeddings: int,
+    progress: Callable[[str, int], None],
+) -> TableComparison:
+    """Compare on a sample of a table's rows.
+
+    Args:
+        rows: float32 or float16 [n, embedding_dim].
+        dtype: what the weights are.
+        variants: how to pack them.
+        name: of the table.
+        numbers: int64 [n], of the rows in the table.
+        num_embeddings: rows of the table.
+        progress: called with the name and n for each variant that is done.
+
+    Raises:
+        ValueError: a value is NaN or infinite, or no variant can be done.
+    """
+    results, skipped = compare_rows(rows, variants, name, numbers, num_embeddings, progress)
     return TableComparison(
-        name=tensor.name,
-        num_embeddings=tensor.shape[0],
-        embedding_dim=tensor.shape[1],
-        dtype=decision.dtype,
+        name=name,
+        num_embeddings=num_embeddings,
+        embedding_dim=rows.shape[1],
+        dtype=dtype,
         rows_measured=len(rows),
         square_norm=float(np.einsum("ij,ij->", rows, rows, dtype=np.float64)),
         results=tuple(results),

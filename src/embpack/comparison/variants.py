@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
-from embpack.layouts import LAYOUTS, RowFormat
+from embpack.layouts import RowFormat
 from embpack.methods import DEFAULT_METHOD, METHODS, Method, parse_method
 from embpack.variant import Variant
 
@@ -38,15 +38,15 @@ def make_variants(
     dtypes, rotations = _as_list(param_dtype), _as_list(rotate)
     variants = []
     for number in (4,) if bits is None else bits if isinstance(bits, Sequence) else (bits,):
-        refused = [_find_refusal(name, number, dtype) for name in names for dtype in dtypes]
+        refused = [Variant(name, number, dtype).find_refusal() for name in names for dtype in dtypes]
         if refused and all(refused):
             raise ValueError(refused[0])
         own = product(names, [number], dtypes, rotations)
-        variants += [Variant(*way) for way in own if methods is not None or not _find_refusal(way[0], number, way[2])]
-    variants.sort(key=lambda variant: names.index(variant.method))
+        variants += [Variant(*way) for way in own if methods is not None or not Variant(*way[:3]).find_refusal()]
+    variants.sort(key=lambda variant: names.index(variant.spec))
     if methods is None and bits is None and rotate is None:
         variants += [Variant(each.method, each.bits, dtype, each.rotate) for each in _OTHERS for dtype in dtypes]
-        variants = [each for each in variants if not _find_refusal(each.method, each.bits, each.param_dtype)]
+        variants = [each for each in variants if not each.find_refusal()]
     if not variants:
         raise ValueError("there is nothing to compare; give at least one method, number of bits and param_dtype")
     for rotation in rotations:
@@ -56,18 +56,6 @@ def make_variants(
 
 def _as_list(values: Any) -> Sequence[Any]:
     return (values,) if values is None or isinstance(values, str) else values
-
-
-def _find_refusal(method: str, bits: float, param_dtype: str | None) -> str | None:
-    """Say why no row is packed so, None if rows are."""
-    layout = LAYOUTS[parse_method(method).layout]
-    try:
-        RowFormat(layout.least_dim, bits, param_dtype or layout.default_param_dtype(bits), layout.name)
-    except TypeError:
-        return f"bits is {bits}; choose 2, 4 or 8"
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _name(method: str | Method) -> str:

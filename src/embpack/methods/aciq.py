@@ -8,7 +8,7 @@ import numpy as np
 
 from embpack.arithmetic import F32
 from embpack.layouts import RowFormat
-from embpack.methods.base import UniformMethod
+from embpack.methods.uniform import UniformMethod
 from embpack.reference import Row
 
 # alpha / sigma of a Gaussian and alpha / E|X - E X| of a Laplacian, by bits: the minima of the mean squared error that

@@ -7,7 +7,7 @@ import numpy as np
 
 from embpack.arithmetic import F32
 from embpack.layouts import RowFormat
-from embpack.methods.base import UniformMethod
+from embpack.methods.uniform import UniformMethod
 from embpack.reference import Row, round_trip
 
 # Leaves 0.618^20, a fifteen-thousandth, of the interval.

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from embpack.arithmetic import F32
 from embpack.layouts import RowFormat
-from embpack.methods.base import CodebookMethod
+from embpack.methods.codebook import CodebookMethod
 from embpack.reference import Row
 
 F64 = np.float64

@@ -8,7 +8,8 @@ import numpy as np
 
 from embpack._native import SearchParams
 from embpack.layouts import RowFormat
-from embpack.methods.base import UniformMethod
+from embpack.methods.base import Chunks, Packer, bound_values
+from embpack.methods.uniform import UniformMethod, UniformPacker
 from embpack.reference import Row
 
 
@@ -41,6 +42,22 @@ class TableRange(UniformMethod):
     def needs_bounds(self) -> bool:
         """Whether the range has still to be found."""
         return math.isnan(self.xmin)
+
+    def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
+        """Find the range, unless it is given."""
+        if not self.needs_bounds:
+            return super().fit(chunks, num_embeddings, row_format, name)
+        xmin, xmax, seen = math.inf, -math.inf, 0
+        for rows in chunks():
+            smallest, largest = bound_values(rows, name, seen)
+            xmin, xmax, seen = min(xmin, smallest), max(xmax, largest), seen + len(rows)
+        return UniformPacker(TableRange(xmin, xmax), row_format, name)
+
+    @property
+    def longest_spec(self) -> str:
+        """With bounds of as many digits as floats have."""
+        longest = -1.2345678901234567e-300
+        return TableRange(longest, longest).spec
 
     def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
         """Return the range of the table."""
