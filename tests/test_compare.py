@@ -31,6 +31,7 @@ from embpack import reference
 from embpack.compare import QUANTILES, Comparison, Skipped, Variant, find_front, make_variants, name_variant
 from embpack.compare_file import FileComparison, TableComparison, compare_table, sum_tables
 from embpack.convert import plan_file
+from embpack.formats import open_checkpoint
 from embpack.layouts import BITS, PARAM_BYTES
 from embpack.methods import METHODS, Greedy
 from embpack.report import make_page
@@ -39,7 +40,6 @@ from embpack.report.svg import Scale
 from embpack.rotation import rotate
 from embpack.rows import spread_rows
 from embpack.rules import Rules
-from embpack.sources import open_checkpoint
 
 BF16 = ml_dtypes.bfloat16
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from embpack.formats import Checkpoint, Shard, SourceTensor
 from embpack.rules import Rules, plan, says_embedding
-from embpack.sources import Checkpoint, Shard, SourceTensor
 
 TABLES = [
     "embedding.weight",

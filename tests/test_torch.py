@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import embpack
-from embpack.sources.mapped import is_mapped
+from embpack.formats.mapped import is_mapped
 from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection
 
 ROWS, DIM = 40, 20

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.compare import Comparison, Skipped, Variant, compare_rows, find_front
+from embpack.formats import SourceTensor
+from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.layouts import RowFormat
 from embpack.quantize import chunk_rows
 from embpack.rows import spread_rows, widen
 from embpack.rules import Decision
-from embpack.sources import SourceTensor
-from embpack.sources.dtypes import ARRAY_DTYPES
 
 # About the bytes of something are not more than so many times as many: room for what all rows share.
 ABOUT = 1.01

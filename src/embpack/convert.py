@@ -27,17 +27,25 @@ from embpack.files import (
     read_entries,
     split_shard,
 )
+from embpack.formats import (
+    FORMATS,
+    Checkpoint,
+    OutShard,
+    OutTensor,
+    Shard,
+    SourceTensor,
+    open_checkpoint,
+    write_checkpoint,
+)
+from embpack.formats.base import as_bytes
+from embpack.formats.dtypes import count_bytes
 from embpack.layouts import RowFormat, cluster_dtype
 from embpack.methods import DEFAULT_METHOD, Method, parse_method
 from embpack.quantize import RowPacker, chunk_rows, fit_method, fit_shared, list_shared
 from embpack.rotation import rotate_chunks
 from embpack.rows import ROW_DTYPES, narrow
 from embpack.rules import Decision, Rules, plan
-from embpack.sources import Checkpoint, Shard, SourceTensor, open_checkpoint
-from embpack.sources.dtypes import count_bytes
 from embpack.table import PackedTable
-from embpack.targets import WRITERS, OutShard, OutTensor, write_checkpoint
-from embpack.targets.base import as_bytes
 
 # Told of rows as they are done: the table's name and how many more.
 Progress = Callable[[str, int], None]
@@ -332,7 +340,7 @@ def _check_destination(src: Path, dst: Path, checkpoint: Checkpoint) -> None:
 
 
 def _check_place(src: Path, dst: Path, checkpoint: Checkpoint) -> None:
-    if checkpoint.index_name is not None and dst.suffix.lower() in {*WRITERS, ".json"}:
+    if checkpoint.index_name is not None and dst.suffix.lower() in {*FORMATS, ".json"}:
         raise ValueError(f"{dst}: {src} is sharded, so the destination is a folder; leave {dst.suffix} out")
     sources = [src, src.parent] if src.suffix == ".json" else [src]
     for source in sources:

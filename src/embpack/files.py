@@ -12,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.errors import FormatError
+from embpack.formats import INDEX_SUFFIX, OutShard, OutTensor, Shard, SourceTensor, open_checkpoint, write_checkpoint
+from embpack.formats.base import as_bytes
+from embpack.formats.dtypes import name_dtype
 from embpack.layouts import ROTATIONS, RowFormat
 from embpack.rows import ROW_DTYPES
-from embpack.sources import Shard, SourceTensor, open_checkpoint
-from embpack.sources.dtypes import name_dtype
-from embpack.sources.safetensors import INDEX_SUFFIX
 from embpack.table import PackedTable
-from embpack.targets import OutShard, OutTensor, write_checkpoint
-from embpack.targets.base import as_bytes
 
 METADATA_KEY = "embpack"
 FORMAT_VERSION = 1

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from embpack.compare import Comparison, Variant, compare_rows, find_front
 from embpack.compare_file import ABOUT, compare_table
 from embpack.convert import check_max_loss
+from embpack.formats import open_checkpoint
 from embpack.layouts import ROTATIONS, RowFormat
 from embpack.methods import DEFAULT_METHOD, parse_method
 from embpack.rows import as_rows, spread_rows, widen
 from embpack.rules import Decision, Rules
 from embpack.rules import plan as decide_on_tensors
-from embpack.sources import open_checkpoint
 
 # What tables are tried with if nobody says.
 VARIANTS = tuple(

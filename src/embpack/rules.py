@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from embpack.compare import Variant
+from embpack.formats import Checkpoint, SourceTensor
+from embpack.formats.dtypes import count_bytes
 from embpack.layouts import RowFormat, cluster_dtype
 from embpack.methods import ClusteredMethod, Method, Optimal, parse_method
 from embpack.quantize import make_row_format
-from embpack.sources import Checkpoint, SourceTensor
-from embpack.sources.dtypes import count_bytes
 
 # The types that can be packed, by their safetensors names.
 PACKABLE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from embpack.atomic import new_file
 from embpack.cli import show
 from embpack.cli.quantize import parse_bits
 from embpack.compare import QUANTILES, Comparison, find_front, make_variants, name_variant
@@ -18,9 +17,10 @@ from embpack.compare_file import (
     count_rows,
 )
 from embpack.convert import plan_file
+from embpack.formats import open_checkpoint
+from embpack.formats.atomic import new_file
 from embpack.report import make_page
 from embpack.rules import Rules
-from embpack.sources import open_checkpoint
 from embpack.threads import get_num_threads, set_num_threads
 
 # Columns of a terminal that has room for all columns of the table.

@@ -12,11 +12,11 @@ from embpack.cli import show
 from embpack.compare import make_variants
 from embpack.compare_file import count_rows
 from embpack.convert import Report, check_max_loss, plan_file, quantize_file
+from embpack.formats import open_checkpoint
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
 from embpack.plan import SAMPLE_ROWS, VARIANTS, Plan, plan_tables
 from embpack.rules import Decision, Rules
-from embpack.sources import open_checkpoint
 from embpack.threads import set_num_threads
 
 

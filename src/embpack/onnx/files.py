@@ -12,8 +12,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from embpack.atomic import new_file
 from embpack.bags import MODES, check_weighted
+from embpack.formats.atomic import new_file
 from embpack.onnx.bags import build_bags
 from embpack.onnx.graph import OPSET, build_gather
 from embpack.table import PackedTable

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from embpack.bags import as_row, check_mode, check_weighted
+from embpack.formats.mapped import is_mapped
 from embpack.layouts import RowFormat, cluster_dtype
 from embpack.methods import DEFAULT_METHOD
 from embpack.quantize import quantize
 from embpack.rows import ROW_DTYPES
-from embpack.sources.mapped import is_mapped
 from embpack.table import PackedTable
 from embpack.torch.ops import as_table, check_dtype
 

@@ -1,0 +1,190 @@
+"""What is read and what is written, whatever the format: tensors in chunks, and the files they are in."""
+
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.formats.dtypes import ARRAY_DTYPES, count_bytes
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor that is read in chunks.
+
+    Attributes:
+        name: under which the checkpoint has it.
+        shape: of the whole tensor.
+        dtype: its safetensors name, such as "F32" or "BF16".
+        read: called with n, yields C-contiguous, aligned arrays of the machine's byte order, in order along
+            axis 0, of n entries each but the last; starts anew on each call. BF16 is uint16, 8-bit floats are
+            uint8; types smaller than a byte come as 1-D uint8, the tensor's bytes; a 0-d tensor is one 0-d
+            array. A chunk may be read-only. Raises FormatError where the file is damaged.
+        is_vectors: the format itself says that these are vectors: the array of an .npy file, a column of
+            fixed-size lists in a Parquet file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[int], Iterator[NDArray[Any]]]
+    is_vectors: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        return count_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a checkpoint.
+
+    Attributes:
+        file_name: "model-00001-of-00002.safetensors"; relative to the checkpoint's folder.
+        tensors: in the order in which they lie in the file.
+        metadata: of a safetensors header; elsewhere empty.
+    """
+
+    file_name: str
+    tensors: tuple[SourceTensor, ...]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint.
+
+    Attributes:
+        path: of the file, or of the index where it is in shards.
+        shards: its files; just one where it is not in shards.
+        index_name: "model.safetensors.index.json" where it is in shards.
+        left_out: notes on what is there but is no tensor that can be read, "column 'word' (string)".
+    """
+
+    path: Path
+    shards: tuple[Shard, ...]
+    index_name: str | None = None
+    left_out: tuple[str, ...] = ()
+
+
+def iter_slices(length: int, n: int) -> Iterator[slice]:
+    """Cut [0, length) into slices of n, but the last."""
+    for start in range(0, length, n):
+        yield slice(start, min(start + n, length))
+
+
+def rechunk(chunks: Iterable[NDArray[Any]], n: int) -> Iterator[NDArray[Any]]:
+    """Cut and join chunks along axis 0 so that they have n entries each, but the last.
+
+    A chunk that comes in may be overwritten by the next one: what is held back is copied.
+    """
+    held: list[NDArray[Any]] = []
+    count = 0
+    for chunk in chunks:
+        rest = chunk
+        while count + len(rest) >= n:
+            head, rest = rest[: n - count], rest[n - count :]
+            yield np.concatenate([*held, head]) if held else head
+            held, count = [], 0
+        if len(rest):
+            held.append(rest.copy())
+            count += len(rest)
+    if held:
+        yield np.concatenate(held)
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor to write.
+
+    Attributes:
+        name: under which readers find it.
+        dtype: its safetensors name, such as "F32" or "BF16".
+        shape: of the whole tensor.
+        chunks: called once; yields C-contiguous arrays that together, in order, are the tensor's values; of
+            the types of SourceTensor.read. A chunk may be overwritten by the next one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[NDArray[Any]]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        return count_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class OutShard:
+    """A file to write.
+
+    Attributes:
+        file_name: used where a checkpoint has several files; relative to its folder.
+        tensors: in the order in which they are to lie in the file.
+        metadata: called after all chunks have been written; goes into a safetensors header, other formats
+            have no place for it.
+        metadata_room: bytes of json.dumps(metadata()) at most.
+    """
+
+    file_name: str
+    tensors: tuple[OutTensor, ...]
+    metadata: Callable[[], dict[str, str]] = dict
+    metadata_room: int = 0
+
+
+def iter_checked(tensor: OutTensor) -> Iterator[NDArray[Any]]:
+    """Yield a tensor's chunks, and see to it that they are what was promised.
+
+    Raises:
+        ValueError: a chunk is of another type, or all of them are more or fewer bytes than the shape takes.
+    """
+    expected = ARRAY_DTYPES[tensor.dtype]
+    written = 0
+    for chunk in tensor.chunks():
+        if chunk.dtype != expected:
+            raise ValueError(
+                f"tensor {tensor.name!r}: a chunk is {chunk.dtype}, but {tensor.dtype} comes as {expected}"
+            )
+        written += chunk.nbytes
+        if written > tensor.nbytes:
+            break
+        yield np.ascontiguousarray(chunk)
+    if written != tensor.nbytes:
+        so_far = "at least " if written > tensor.nbytes else ""
+        raise ValueError(
+            f"tensor {tensor.name!r}: its chunks are {so_far}{written} bytes, but {tensor.dtype} of shape "
+            f"{list(tensor.shape)} takes {tensor.nbytes}"
+        )
+
+
+def iter_entries(tensor: OutTensor) -> Iterator[NDArray[Any]]:
+    """Yield checked chunks that are cut along axis 0: [n, *shape[1:]].
+
+    Raises:
+        ValueError: a chunk ends within an entry, and what iter_checked raises.
+    """
+    for chunk in iter_checked(tensor):
+        if chunk.ndim != len(tensor.shape) or chunk.shape[1:] != tensor.shape[1:]:
+            raise ValueError(
+                f"tensor {tensor.name!r}: a chunk has shape {list(chunk.shape)}, which is no part of "
+                f"{list(tensor.shape)} along axis 0"
+            )
+        yield chunk
+
+
+def as_bytes(chunk: NDArray[Any]) -> memoryview:
+    """View a C-contiguous array as its bytes, without a copy."""
+    return chunk.reshape(-1).view(np.uint8).data
+
+
+def refuse_dtypes(path: Path, shard: OutShard, allowed: Container[str], ways_out: str) -> None:
+    """Raise ValueError where a tensor's type has no place in a format; allowed: what has one."""
+    for tensor in shard.tensors:
+        if tensor.dtype not in allowed:
+            raise ValueError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which it cannot hold; {ways_out}")

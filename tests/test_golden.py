@@ -1,0 +1,59 @@
+"""What an earlier embpack packed: today reads the same values from it, and packs the same weights to the same bytes."""
+
+import json
+
+import numpy as np
+import pytest
+from golden.make import EXPECTED, INDICES, MANIFEST, PACKED, POOLED, digest_of_saved, pack, pool, read_tree
+from safetensors.torch import load_file
+
+import embpack
+
+GOLDEN = json.loads(MANIFEST.read_text())
+# How a file was packed; one that was written by hand says nothing of it.
+PACKED_BY_US = [name for name, entry in GOLDEN.items() if "method" in entry]
+
+
+def read_expected(name):
+    """The weights of each table of a golden file, as tensors, and what was read from it, as arrays."""
+    weights, values = {}, {}
+    for key, tensor in load_file(EXPECTED / f"{name}.safetensors").items():
+        table, _, what = key.rpartition("/")
+        if what == "weight":
+            weights[table] = tensor
+        else:
+            values.setdefault(table, {})[what] = tensor.numpy()
+    return weights, values
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_files_read_as_they_did(trellis_isa, name):
+    golden = GOLDEN[name]
+    _, expected = read_expected(name)
+    tables = embpack.load(PACKED / golden["file"], verify=True)
+    assert sorted(tables) == sorted(golden["tables"]) == sorted(expected)
+    for table_name, table in tables.items():
+        told = {"row_format": str(table.row_format), "spec": table.method, "dtype": table.dtype, "loss": table.loss}
+        assert told == golden["tables"][table_name]
+        values = expected[table_name]["values"]
+        assert table.dequantize().tobytes() == values.tobytes()
+        assert table[INDICES].tobytes() == values[INDICES].tobytes()
+        for how in POOLED:
+            assert pool(table, how).tobytes() == expected[table_name][how].tobytes(), how
+
+
+@pytest.mark.parametrize("name", PACKED_BY_US)
+def test_golden_weights_pack_to_the_same_bytes(isa, tmp_path, name):
+    golden = GOLDEN[name]
+    weights, _ = read_expected(name)
+    how = {key: golden[key] for key in ("method", "bits", "param_dtype")}
+    kept = embpack.load(PACKED / golden["file"])
+    tables = {table: embpack.quantize(weight, rotate=golden["rotation"], **how) for table, weight in weights.items()}
+    for table_name, table in tables.items():
+        for part in ("packed", "clusters", "codebooks"):
+            assert np.array_equal(getattr(table, part), getattr(kept[table_name], part)), part
+        told = {"row_format": str(table.row_format), "spec": table.method, "dtype": table.dtype, "loss": table.loss}
+        assert told == golden["tables"][table_name]
+    assert digest_of_saved(tmp_path, tables) == golden["saved"]
+    written = pack(tmp_path, weights, rotation=golden["rotation"], **how)
+    assert read_tree(written) == read_tree(PACKED / golden["file"])
