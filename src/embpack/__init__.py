@@ -2,13 +2,14 @@
 
 from embpack import _core  # noqa: F401  (first: it says how the core is loaded)
 from embpack.comparison.array import Comparison, compare
-from embpack.convert import Report, TableReport, dequantize_file, quantize_file
+from embpack.convert import Report, dequantize_file, quantize_file
 from embpack.errors import FormatError, MissingExtraError
 from embpack.files import load, save
 from embpack.group import TableGroup
 from embpack.methods import METHODS, Method, parse_method
 from embpack.packing import quantize
 from embpack.planning import Plan, PlannedTable, plan
+from embpack.shard_writer import TableReport
 from embpack.table import PackedTable
 from embpack.threads import get_num_threads, set_num_threads
 from embpack.variant import Variant

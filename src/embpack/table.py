@@ -25,7 +25,7 @@ class PackedTable:
         packed: uint8 [num_embeddings, row_bytes], C-contiguous: the bytes themselves, never copied.
         row_format: what a row's bytes mean, rotation included (see rotation).
         dtype: what the weights were: "float32", "float16" or "bfloat16".
-        method: name and parameters of the method that chose the ranges; "" where unknown.
+        method: name and parameters of the method that packed the rows; "" where unknown.
         loss: normalized l2 loss ||X - Q(X)|| / ||X||, measured when packed; None where unknown.
         clusters: the array by row that lies beside them, if the layout has one: uint8 or uint16 [num_embeddings], which
             codebook a row has, for the clustered layout only.
@@ -185,7 +185,7 @@ class PackedTable:
                 of n.
             offsets: int32 or int64 [B], non-decreasing from 0, at most L: where each bag starts in 1-D indices;
                 with include_last_offset [B + 1], the last one being where the last bag ends.
-            mode: "sum", "mean" or "max".
+            mode: "sum", "mean" or "max"; by default as in PyTorch "mean", where a TableGroup sums.
             per_sample_weights: float32, shaped like indices: what each row is multiplied by; only for "sum".
             include_last_offset: see offsets.
             padding_idx: rows of this index are left out, of a mean's count too; negative counts from the end.

@@ -21,9 +21,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from embpack.convert import Progress as OnRows
 from embpack.convert import Report
 from embpack.rules import MIN_ROWS, Decision
+from embpack.shard_writer import Progress as OnRows
 
 # Names of tensors and files are shown as they are: "[red]" and ":smile:" in them mean nothing.
 # Where no terminal sets a width, lines are long enough for the names of tensors.

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from embpack.convert import Progress, TableReport
 from embpack.methods import DEFAULT_METHOD
-from embpack.packing import quantize
+from embpack.packing import pack
 from embpack.rules import MIN_ROWS
+from embpack.shard_writer import Progress, TableReport
 from embpack.table import PackedTable
 from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported
+from embpack.variant import Variant
 
 Filter = Callable[[nn.Module, str], bool]
 COLUMNS = ("module", "rows", "dim", "before", "after", "ratio", "l2 loss")
@@ -107,13 +108,14 @@ def quantize_(
         check_supported(module, hangs[0].name)
     if tied == "refuse":
         _refuse_tied(model, places)
+    variant = Variant(method, bits, param_dtype, rotate)
     packed: dict[Any, PackedTable] = {}
     reports, swaps = [], []
     for module, hangs in modules:
         weight, start = module.weight.detach(), perf_counter()
         key = (address_of(module.weight), weight.shape)
         if key not in packed:
-            packed[key] = _pack(weight, hangs[0].name, method, bits=bits, param_dtype=param_dtype, rotate=rotate)
+            packed[key] = _pack(weight, hangs[0].name, variant)
         table = packed[key]
         reports.append(_report(hangs[0].name, weight, table, perf_counter() - start))
         progress(hangs[0].name, table.num_embeddings)
@@ -208,13 +210,13 @@ def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: 
     return None
 
 
-def _pack(weight: Tensor, name: str, method: str, **options: Any) -> PackedTable:
+def _pack(weight: Tensor, name: str, variant: Variant) -> PackedTable:
     if weight.is_meta:
         raise ValueError(
             f"{name} is on the meta device and has no values: load them first, or open a packed file by load_checkpoint"
         )
     try:
-        return quantize(weight, method, **options)
+        return pack(weight, variant)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
 

@@ -67,8 +67,8 @@ class _PackedRows(nn.Module):
             ("clusters", row_format.form.by_row(num_embeddings, num_codebooks)),
             ("codebooks", row_format.form.shared(num_codebooks)),
         ):
-            shape = None if spec is None else (spec.known_shape[0], spec.entry_bytes)
-            self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=torch.uint8))
+            shape = () if spec is None else (spec.known_shape[0], spec.entry_bytes)
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.uint8) if spec else None)
 
     @classmethod
     def from_float(cls, module: nn.Embedding | nn.EmbeddingBag, method: str = DEFAULT_METHOD, **options: Any) -> Self:
