@@ -38,7 +38,9 @@ class ArraySpec:
     @property
     def known_shape(self) -> tuple[int, ...]:
         """The shape, where it is known."""
-        return tuple(length for length in self.shape if length is not None)
+        known = tuple(length for length in self.shape if length is not None)
+        assert len(known) == len(self.shape)
+        return known
 
     @property
     def nbytes(self) -> int:
