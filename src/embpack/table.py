@@ -1,6 +1,5 @@
 """PackedTable: packed rows and how to read them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
+from embpack.bags import as_integers, as_row, as_weights, check_mode, check_weighted, count_bags, explain_offsets
 from embpack.errors import FormatError
 from embpack.layouts import BITS, CLUSTER_DTYPES, RowFormat, default_param_dtype
 from embpack.rows import ROW_DTYPES
 
-MODES = ("sum", "mean", "max")
-INTEGERS = (np.dtype(np.int32), np.dtype(np.int64))
 OUTPUT_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
@@ -242,11 +240,14 @@ class PackedTable:
 
         Source: torch.nn.functional.embedding_bag, its meaning and defaults.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+        check_mode(mode)
         array = as_integers(indices, "indices")
-        starts, num_bags = _read_bags(array, offsets, include_last_offset=include_last_offset)
-        weights = None if per_sample_weights is None else as_weights(per_sample_weights, array, (mode,))
+        starts = None if offsets is None else as_integers(offsets, "offsets")
+        num_bags = count_bags(array, starts, include_last_offset=include_last_offset)
+        weights = None
+        if per_sample_weights is not None:
+            check_weighted(mode)
+            weights = as_weights(per_sample_weights, array)
         padding = -1 if padding_idx is None else as_row(padding_idx, self.num_embeddings)
         out = np.empty((num_bags, self.embedding_dim), output_dtype(dtype))
         bag_size = array.shape[1] if starts is None else 0
@@ -315,31 +316,6 @@ class PackedTable:
         )
 
 
-def as_row(padding_idx: int, num_embeddings: int) -> int:
-    """The row that padding_idx names; negative counts from the end.
-
-    Raises:
-        ValueError: there is no such row.
-    """
-    if not -num_embeddings <= padding_idx < num_embeddings:
-        raise ValueError(f"padding_idx is {padding_idx}, but the table has {num_embeddings} rows")
-    return padding_idx % num_embeddings
-
-
-def as_integers(values: Any, what: str) -> NDArray[Any]:
-    """Make indices or offsets an array: int32 or int64 of any shape, contiguous.
-
-    Raises:
-        TypeError: they are of another type.
-    """
-    array = np.asarray(values)
-    if array.dtype not in INTEGERS:
-        if array.size or hasattr(values, "dtype"):
-            raise TypeError(f"{what} are {array.dtype}; they must be int32 or int64")
-        array = array.astype(np.int64)
-    return array if array.flags.c_contiguous and array.dtype.isnative else np.ascontiguousarray(array)
-
-
 def output_dtype(name: str) -> Any:
     """NumPy's type for values of a lookup.
 
@@ -349,56 +325,3 @@ def output_dtype(name: str) -> Any:
     if name not in OUTPUT_DTYPES:
         raise ValueError(f"dtype is {name!r}; choose one of {', '.join(OUTPUT_DTYPES)}")
     return OUTPUT_DTYPES[name]
-
-
-def _read_bags(indices: NDArray[Any], offsets: Any, *, include_last_offset: bool) -> tuple[NDArray[Any] | None, int]:
-    """Return the offsets, None for bags that are rows of the indices, and the number of bags."""
-    if indices.ndim == 2:
-        if offsets is not None:
-            raise ValueError("offsets are for 1-D indices; each row of 2-D indices is a bag by itself")
-        return None, len(indices)
-    if indices.ndim != 1:
-        raise ValueError(f"indices have {indices.ndim} dimensions; a bag takes 1-D with offsets, or 2-D")
-    if offsets is None:
-        raise ValueError("1-D indices need offsets: where each bag starts")
-    starts = as_integers(offsets, "offsets")
-    if starts.ndim != 1:
-        raise ValueError(f"offsets have {starts.ndim} dimensions; they must be 1-D")
-    if include_last_offset and starts.size == 0:
-        raise ValueError("offsets are empty; with include_last_offset they end with where the last bag ends")
-    return starts, len(starts) - include_last_offset
-
-
-def explain_offsets(offsets: NDArray[Any], num_indices: int) -> ValueError:
-    """Say what is wrong with offsets that the core has refused."""
-    if offsets[0] != 0:
-        return ValueError(f"offsets[0] is {offsets[0]}; the first bag must start at 0")
-    decreases = np.flatnonzero(offsets[1:] < offsets[:-1])
-    if decreases.size:
-        at = int(decreases[0])
-        return ValueError(
-            f"offsets[{at + 1}] is {offsets[at + 1]}, less than offsets[{at}], {offsets[at]}; offsets cannot decrease"
-        )
-    return ValueError(
-        f"offsets[{len(offsets) - 1}] is {offsets[-1]}, but there are {num_indices} indices; no offset may be larger"
-    )
-
-
-def as_weights(values: Any, indices: NDArray[Any], modes: Sequence[str]) -> NDArray[np.float32]:
-    """Make per_sample_weights an array: float32 [L], contiguous.
-
-    Raises:
-        TypeError: they are of another type.
-        ValueError: a mode is not "sum", or their shape is not that of indices.
-    """
-    others = [mode for mode in modes if mode != "sum"]
-    if others:
-        raise ValueError(f"per_sample_weights go with mode 'sum' only, not {others[0]!r}")
-    weights = np.asarray(values.detach() if hasattr(values, "detach") else values)
-    if weights.dtype != np.float32:
-        raise TypeError(f"per_sample_weights are {weights.dtype}; they must be float32")
-    if weights.shape != indices.shape:
-        raise ValueError(
-            f"per_sample_weights have shape {list(weights.shape)}, indices {list(indices.shape)}; they must agree"
-        )
-    return np.ascontiguousarray(weights).reshape(-1)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embpack.bags import check_end, check_weighted
 from embpack.methods import DEFAULT_METHOD
 from embpack.table import PackedTable
 from embpack.torch.collection_ops import TableUse, describe_tables
@@ -201,8 +202,8 @@ class PackedEmbeddingBagCollection(nn.Module):
         weights = features.weights() if self.is_weighted else None
         values, offsets = features.values(), features.offsets()
         # To compile, there must be no look at values.
-        if not torch.compiler.is_compiling() and offsets.numel() and offsets[-1] != values.numel():
-            raise ValueError(f"the features' lengths end at {offsets[-1]}, but there are {values.numel()} values")
+        if not torch.compiler.is_compiling() and offsets.numel():
+            check_end(int(offsets[-1]), values.numel())
         pooled = self._pool(where, (values, offsets), weights, include_last_offset=True)
         return KeyedTensor(self.embedding_names, self.embedding_dims, pooled)
 
@@ -238,8 +239,7 @@ class PackedEmbeddingBagCollection(nn.Module):
     def _check_modes(self) -> None:
         bags: Any = self.embedding_bags
         for name, bag in bags.items():
-            if bag.mode != "sum":
-                raise ValueError(f"weights go with mode 'sum' only, and table {name!r} has mode {bag.mode!r}")
+            check_weighted(bag.mode, f"table {name!r}")
 
     def extra_repr(self) -> str:
         """What print shows beside the tables."""

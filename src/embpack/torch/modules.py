@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embpack.bags import as_row, check_mode, check_weighted
 from embpack.formats.mapped import is_mapped
 from embpack.layouts import RowFormat, cluster_dtype
 from embpack.methods import DEFAULT_METHOD
 from embpack.quantize import quantize
 from embpack.rows import ROW_DTYPES
-from embpack.table import MODES, PackedTable, as_row
-from embpack.torch.ops import DTYPE_NAMES, as_table, wrong_dtype
+from embpack.table import PackedTable
+from embpack.torch.ops import as_table, check_dtype
 
 # What a float module can be that a packed one cannot.
 UNSUPPORTED = {
@@ -58,8 +59,7 @@ class _PackedRows(nn.Module):
         super().__init__()
         self.num_embeddings = num_embeddings
         self.dtype = dtype or torch.get_default_dtype()
-        if self.dtype not in (*DTYPE_NAMES, torch.float64):
-            raise wrong_dtype(self.dtype)
+        check_dtype(self.dtype)
         self.row_format = row_format
         self.rotate_back = rotate_back
         clusters = codebooks = None
@@ -294,8 +294,7 @@ class PackedEmbeddingBag(_PackedRows):
     ) -> None:
         row_format = RowFormat(embedding_dim, bits, param_dtype, layout, rotation)
         super().__init__(num_embeddings, row_format, num_codebooks, dtype, rotate_back=rotate_back)
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+        check_mode(mode)
         self.mode = mode
         self.include_last_offset = include_last_offset
         self.padding_idx = padding_idx
@@ -370,8 +369,7 @@ class PackedEmbeddingBag(_PackedRows):
         pool: Any = torch.ops.embpack.embedding_bag.default
         how: str | Tensor = self.mode
         if per_sample_weights is not None:
-            if self.mode != "sum":
-                raise ValueError(f"per_sample_weights go with mode 'sum' only, not {self.mode!r}")
+            check_weighted(self.mode)
             if per_sample_weights.dtype == self.dtype:
                 per_sample_weights = per_sample_weights.float()
             pool, how = torch.ops.embpack.embedding_bag.weighted, per_sample_weights

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from embpack import _native
+from embpack.bags import as_row, check_integers, check_mode, check_weights, count_bags
 from embpack.layouts import RowFormat
-from embpack.table import MODES, PackedTable, as_row
+from embpack.table import PackedTable
 
-INDEX_DTYPES = (torch.int64, torch.int32)
 # What the core calls the types of values; None is the default.
 DTYPE_NAMES = {None: "float32", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 TABLE = "Tensor packed, str row_format"
@@ -73,7 +73,8 @@ def _embedding(
     except (KeyError, ValueError):
         if dtype == torch.float64:
             return _embedding(packed, row_format, indices, clusters, codebooks).double()
-        _check_types((packed, row_format, clusters, codebooks), indices, None, dtype)
+        check_types(dtype, indices=indices)
+        as_table(packed, row_format, clusters, codebooks)
         if indices.is_contiguous():
             raise
         return _embedding(packed, row_format, indices.contiguous(), clusters, codebooks, dtype=dtype)
@@ -113,10 +114,10 @@ def _embedding_bag(
             DTYPE_NAMES[dtype],
         )
     except (KeyError, ValueError):
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}") from None
-        count_bags(indices, offsets, include_last_offset)
-        _check_types((packed, row_format, clusters, codebooks), indices, offsets, dtype)
+        check_mode(mode)
+        count_bags(indices, offsets, include_last_offset=include_last_offset)
+        check_types(dtype, indices=indices, offsets=offsets)
+        as_table(packed, row_format, clusters, codebooks)
         values, starts = _make_alike(indices, offsets)
         if values is indices and starts is offsets and dtype != torch.float64:
             raise
@@ -144,6 +145,7 @@ def _embedding_bag(
 def _weighted_embedding_bag(
     packed: Tensor, row_format: str, indices: Tensor, offsets: Tensor | None, weights: Tensor, *shared: Any, **how: Any
 ) -> Tensor:
+    refuse_forward_mode()
     check_weights(weights, indices)
     weights = weights.detach().contiguous()
     return _embedding_bag(packed, row_format, indices, offsets, "sum", *shared, weights=weights, **how)
@@ -158,55 +160,26 @@ def _make_alike(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor
     return indices.contiguous(), offsets.contiguous()
 
 
-def count_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> int:
-    """Number of bags of these arguments of nn.functional.embedding_bag.
-
-    Raises:
-        ValueError: they do not go together.
-    """
-    if offsets is not None and indices.dim() == 1 and offsets.dim() == 1:
-        if include_last_offset and offsets.shape[0] == 0:
-            raise ValueError("offsets are empty; with include_last_offset they end with where the last bag ends")
-        return offsets.shape[0] - include_last_offset
-    if indices.dim() == 2 and offsets is None:
-        return indices.shape[0]
-    if indices.dim() == 2:
-        raise ValueError("offsets are for 1-D indices; each row of 2-D indices is a bag by itself")
-    if indices.dim() != 1:
-        raise ValueError(f"indices have {indices.dim()} dimensions; a bag takes 1-D with offsets, or 2-D")
-    if offsets is None:
-        raise ValueError("1-D indices need offsets: where each bag starts")
-    raise ValueError(f"offsets have {offsets.dim()} dimensions; they must be 1-D")
-
-
-def check_weights(weights: Tensor, indices: Tensor) -> None:
-    """Raise TypeError or ValueError if weights do not go with indices, NotImplementedError in forward mode."""
-    # PyTorch calls operators without the derivatives that come in: they would be lost, silently.
+def refuse_forward_mode() -> None:
+    """Raise NotImplementedError in forward mode: PyTorch calls operators without the derivatives that come in."""
     if forward_ad._current_level >= 0:
         raise NotImplementedError(
             "forward-mode derivatives (torch.func.jvp, jacfwd) of a lookup with per_sample_weights; use backward()"
         )
-    if weights.dtype != torch.float32:
-        raise TypeError(f"per_sample_weights are {weights.dtype}; they must be torch.float32")
-    if weights.shape != indices.shape:
-        raise ValueError(
-            f"per_sample_weights have shape {list(weights.shape)}, indices {list(indices.shape)}; they must agree"
-        )
 
 
-def _check_types(table: tuple[Any, ...], indices: Tensor, offsets: Tensor | None, dtype: torch.dtype | None) -> None:
-    """Say it better than the core, which has refused the arguments."""
+def check_types(dtype: torch.dtype | None, **integers: Tensor | None) -> None:
+    """Say what is wrong with types better than the core, which has refused the arguments, if it is they."""
+    check_dtype(dtype)
+    for what, values in integers.items():
+        if values is not None:
+            check_integers(what, values)
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ValueError if operators do not return values of a type."""
     if dtype not in DTYPE_NAMES and dtype != torch.float64:
-        raise wrong_dtype(dtype)
-    for what, tensor in (("indices", indices), ("offsets", offsets)):
-        if tensor is not None and tensor.dtype not in INDEX_DTYPES:
-            raise TypeError(f"{what} are {tensor.dtype}; they must be torch.int32 or torch.int64")
-    as_table(*table)
-
-
-def wrong_dtype(dtype: torch.dtype | None) -> ValueError:
-    """The error for a dtype that operators do not return."""
-    return ValueError(f"dtype is {dtype}; choose torch.float32, float16, bfloat16 or float64")
+        raise ValueError(f"dtype is {dtype}; choose torch.float32, float16, bfloat16 or float64")
 
 
 _exchange_api: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
@@ -255,8 +228,9 @@ def _fake_bags(
     check_devices(packed, indices=indices, offsets=offsets)
     if isinstance(mode_or_weights, Tensor):
         check_devices(packed, per_sample_weights=mode_or_weights)
+        refuse_forward_mode()
         check_weights(mode_or_weights, indices)
-    num_bags = count_bags(indices, offsets, include_last_offset)
+    num_bags = count_bags(indices, offsets, include_last_offset=include_last_offset)
     return _make_fake(packed, (num_bags, RowFormat.parse(row_format).embedding_dim), dtype)
 
 
