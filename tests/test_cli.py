@@ -4,6 +4,7 @@ import importlib.metadata
 import itertools
 import json
 import re
+import sys
 
 import numpy as np
 import pytest

@@ -91,13 +91,13 @@ def test_what_lies_beside_is_known_beforehand(tmp_path, weight, method):
 def test_how_often_a_file_is_read(tmp_path, weight, method, times):
     reads = []
 
-    def read(step):
+    def iter_rows(start, stop, step):
         reads.append(step)
-        return (weight[start : start + step] for start in range(0, ROWS, step))
+        return (weight[at : min(at + step, stop)] for at in range(start, stop, step))
 
     path = tmp_path / "model.npy"
     path.touch()
-    tensor = SourceTensor("user_emb.weight", weight.shape, "F32", read)
+    tensor = SourceTensor("user_emb.weight", weight.shape, "F32", iter_rows)
     checkpoint = Checkpoint(path, (Shard(path.name, (tensor,)),))
     decisions = decide_all(checkpoint, Rules(variant=Variant(method)))
     pack_checkpoint(checkpoint, decisions, tmp_path / "packed.safetensors")

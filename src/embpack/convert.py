@@ -212,11 +212,11 @@ def _unpack(
 
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
-        arrays = [next(part.read(part.shape[0])) for part in beside]
+        arrays = [part.read() for part in beside]
         names = {spec.name: array for spec, array in zip(entry.beside, arrays, strict=True)}
         clusters, codebooks = names.get("clusters"), names.get("codebooks")
         done = 0
-        for packed in tensor.read(chunk_rows(entry.embedding_dim)):
+        for packed in tensor.chunks(chunk_rows(entry.embedding_dim)):
             digest.update(packed.data)
             own = None if clusters is None else clusters[done : done + len(packed)]
             table = PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks)

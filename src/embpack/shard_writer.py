@@ -148,7 +148,7 @@ class TableWriter:
 
 def _read_rows(tensor: SourceTensor, row_format: RowFormat) -> Iterator[NDArray[Any]]:
     """Read a table in chunks, as they are to be packed."""
-    return rotate_chunks(tensor.read(chunk_rows(row_format.embedding_dim)), row_format.rotation, tensor.name)
+    return rotate_chunks(tensor.chunks(chunk_rows(row_format.embedding_dim)), row_format.rotation, tensor.name)
 
 
 @dataclass(frozen=True)
@@ -210,4 +210,4 @@ def copy_tensor(tensor: SourceTensor) -> OutTensor:
     entries = tensor.shape[0] if tensor.shape else 1
     entry_bytes = max(1, count_bytes(tensor.dtype, tensor.shape) // max(1, entries))
     step = max(1, _COPY_BYTES // entry_bytes)
-    return OutTensor(tensor.name, tensor.dtype, tensor.shape, lambda: tensor.read(step))
+    return OutTensor(tensor.name, tensor.dtype, tensor.shape, lambda: tensor.chunks(step))
