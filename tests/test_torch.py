@@ -430,7 +430,6 @@ def test_packed_rows_go_to_pytorchs_operators_and_back(bits):
     torch.testing.assert_close(pooled, ours(indices, offsets), rtol=0, atol=3 * 30 * 30 * 4 * 2**-24)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of PyTorch, by PyTorch
 def test_models_compile_by_inductor():
     packed = PackedEmbeddingBag.from_table(make_table("kmeans-cls:K=3"), mode="mean", padding_idx=1)
     model = nn.Sequential(packed, nn.Linear(DIM, 3), nn.ReLU())
@@ -468,7 +467,6 @@ def test_indices_and_offsets_may_be_of_two_types(offsets_dtype):
     assert torch.equal(by_one, by_two)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch, by PyTorch
 @pytest.mark.parametrize("transform", [torch.func.jacfwd, lambda f: lambda w: torch.func.jvp(f, (w,), (w,))])
 def test_derivatives_in_forward_mode_are_refused(transform):
     indices, offsets = make_bags()
