@@ -1,5 +1,6 @@
 """The package as a whole: what importing it does, and that its lists agree."""
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -29,6 +30,22 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_importing_embpack_does_not_import(package):
     done = run_python(f"import sys, embpack; print({package!r} in sys.modules)")
     assert done.stdout == "False\n", done.stderr
+
+
+# What they change holds for all threads of a process.
+PROCESS_WIDE = {"catch_warnings", "simplefilter", "filterwarnings", "seterr", "setlocale", "umask", "chdir", "putenv"}
+
+
+def test_the_library_changes_nothing_process_wide():
+    """But the command line, whose process is its own."""
+    package = Path(embpack.__file__).parent
+    found = {
+        (str(path.relative_to(package)), node.func.attr)
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PROCESS_WIDE
+    }
+    assert found == {("cli/__init__.py", "filterwarnings")}
 
 
 def test_quantizing_and_looking_up_does_not_import_torch():

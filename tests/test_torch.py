@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -314,6 +316,23 @@ def test_a_mapped_table_stays_mapped(tmp_path):
     assert not module(torch.arange(ROWS)).isnan().any() and not mapped.packed.flags.writeable
     again = embpack.load(tmp_path / "tables.safetensors", verify=True)["rows"]
     np.testing.assert_array_equal(again.packed, table.packed)
+
+
+def test_a_mapped_table_is_taken_without_a_warning_and_kept(tmp_path):
+    """In a process of its own: PyTorch warns of read-only arrays only once."""
+    embpack.save(tmp_path / "tables.safetensors", {"rows": make_table()})
+    code = (
+        "import gc, os, sys, warnings, torch, embpack; from embpack.torch import PackedEmbedding; "
+        "warnings.simplefilter('error'); "
+        "module = PackedEmbedding.from_table(embpack.load(sys.argv[1])['rows']); "
+        "os.remove(sys.argv[1]); gc.collect(); "
+        f"print(module(torch.arange({ROWS})).sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "tables.safetensors"], capture_output=True, text=True, timeout=120
+    )
+    wanted = PackedEmbedding.from_table(make_table())(torch.arange(ROWS)).sum().item()
+    assert done.stdout == f"{wanted}\n", done.stderr
 
 
 def test_it_is_known_whose_memory_may_be_written_to(tmp_path):

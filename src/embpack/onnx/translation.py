@@ -1,6 +1,5 @@
 """PyTorch models as ONNX graphs: torch.onnx.export puts a placeholder for each lookup, and nodes replace those."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,11 +25,6 @@ _TENSOR_TYPES = ("uint8", "int32", "int64", "float", "float16", "bfloat16")
 _DTYPE_NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 # Smaller initializers, such as shapes, stay with the nodes: tools want to see them there.
 _SMALL_BYTES = 1024
-# What PyTorch's exporter warns of itself; the second: of one name for two dimensions, which says that they are equal.
-_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
-    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
-    (r"# The axis name: (.*) will not be used, since it shares .* with another axis: \1\.", UserWarning),
-)
 
 
 class Tables:
@@ -208,17 +202,14 @@ def translate_model(
 
 def _export(model: Any, args: tuple[Any, ...], calls: list[_Call], **options: Any) -> Any:
     """Have PyTorch export a model with placeholders, whose calls are added to a list."""
-    with warnings.catch_warnings():
-        for message, category in _WARNINGS:
-            warnings.filterwarnings("ignore", message, category)
-        program = torch.onnx.export(
-            model,
-            args,
-            verbose=False,
-            opset_version=OPSET,
-            custom_translation_table={operator: _make_translator(operator, calls) for operator in OPERATORS},
-            **options,
-        )
+    program = torch.onnx.export(
+        model,
+        args,
+        verbose=False,
+        opset_version=OPSET,
+        custom_translation_table={operator: _make_translator(operator, calls) for operator in OPERATORS},
+        **options,
+    )
     assert program is not None
     return program.model
 

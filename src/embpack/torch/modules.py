@@ -1,6 +1,5 @@
 """PackedEmbedding and PackedEmbeddingBag: nn.Embedding and nn.EmbeddingBag over packed rows."""
 
-import warnings
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -388,11 +387,11 @@ class PackedEmbeddingBag(_PackedRows):
 
 
 def _as_tensor(array: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    if not is_mapped(array):
-        return torch.from_numpy(array)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)
+    if is_mapped(array):
+        # PyTorch warns of an array that is not to be written to. What is written to this one's memory does no harm.
+        array = array.view()
+        array.flags.writeable = True
+    return torch.from_numpy(array)
 
 
 def check_tensors(**values: object) -> None:
