@@ -18,6 +18,7 @@ from embpack.onnx.graph import OPSET, TableGraph, add_gather
 from embpack.table import PackedTable
 from embpack.torch.collection_ops import Group, read_tables
 from embpack.torch.ops import as_table
+from embpack.torch.private import argument_names
 
 # Of placeholders; none is left in a model.
 _DOMAIN = "embpack"
@@ -216,7 +217,7 @@ def _export(model: Any, args: tuple[Any, ...], calls: list[_Call], **options: An
 
 def _make_translator(operator: Any, calls: list[_Call]) -> Callable[..., Any]:
     """Make the function that PyTorch's exporter calls with the arguments of an operator."""
-    names = [argument.name for argument in operator._schema.arguments]
+    names = argument_names(operator)
 
     def translate(*values: Any, **options: Any) -> Any:
         tensors: list[Any] = []

@@ -15,6 +15,7 @@ from embpack.quantize import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 from embpack.torch.ops import as_table, check_dtype
+from embpack.torch.private import CastModule, buffers_of
 
 # What a float module can be that a packed one cannot.
 UNSUPPORTED = {
@@ -28,7 +29,7 @@ UNSUPPORTED = {
 TENSORS = (Tensor, torch.fx.Proxy)
 
 
-class _PackedRows(nn.Module):
+class _PackedRows(CastModule):
     """A packed table as buffers, all uint8, so that .half() and .to(dtype) leave the rows alone.
 
     Attributes:
@@ -112,11 +113,6 @@ class _PackedRows(nn.Module):
             self.codebooks = _as_tensor(np.ascontiguousarray(table.codebooks).view(np.uint8))
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
-
     @property
     def embedding_dim(self) -> int:
         """Values a row."""
@@ -146,7 +142,7 @@ class _PackedRows(nn.Module):
 
     def _look_up(self, operator: Any, *lookup: Any, **options: Any) -> Tensor:
         """Call an operator with the table's tensors and what is looked up in it."""
-        buffers = self._buffers  # a third of a microsecond less each than nn.Module's attributes
+        buffers = buffers_of(self)
         if buffers["codebooks"] is not None:
             lookup = (*lookup, buffers["clusters"], buffers["codebooks"])
         if self.dtype != torch.float32:
@@ -221,13 +217,9 @@ class PackedEmbedding(_PackedRows):
 
     def to_float(self) -> nn.Embedding:
         """Return nn.Embedding with the rows as values of dtype."""
-        return nn.Embedding(
-            self.num_embeddings,
-            self.embedding_dim,
-            _weight=self._float_weight(),
-            _freeze=True,
-            padding_idx=self.padding_idx,
-        )
+        make: Any = nn.Embedding.from_pretrained  # which has no types
+        module: nn.Embedding = make(self._float_weight(), padding_idx=self.padding_idx)
+        return module
 
     def forward(self, input: Tensor) -> Tensor:
         """Look rows up.
@@ -335,15 +327,12 @@ class PackedEmbeddingBag(_PackedRows):
 
     def to_float(self) -> nn.EmbeddingBag:
         """Return nn.EmbeddingBag with the rows as values of dtype."""
-        module = nn.EmbeddingBag(
-            self.num_embeddings,
-            self.embedding_dim,
-            _weight=self._float_weight(),
+        return nn.EmbeddingBag.from_pretrained(
+            self._float_weight(),
             mode=self.mode,
             include_last_offset=self.include_last_offset,
             padding_idx=self.padding_idx,
         )
-        return module.requires_grad_(requires_grad=False)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pool bags of rows.
