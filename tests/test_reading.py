@@ -1,5 +1,6 @@
 """Other people's checkpoints: every format and type comes out bit for bit, damage is told in one message."""
 
+import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -25,9 +26,10 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from embpack.errors import FormatError, MissingExtraError
-from embpack.formats import FORMATS, INDEX_SUFFIX, open_checkpoint
+from embpack.formats import FORMATS, INDEX_SUFFIX, SourceTensor, open_checkpoint
 from embpack.formats.base import rechunk
 from embpack.formats.dtypes import ARRAY_DTYPES, NUMPY_DTYPES
+from embpack.formats.mapped import is_mapped
 
 NUMPY_TAGS = sorted(NUMPY_DTYPES)
 CHUNKS = [1, 2, 3, 7, 8, 1000]
@@ -47,24 +49,36 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
+def check_array(array):
+    assert array.flags.c_contiguous
+    assert array.flags.aligned
+    assert array.dtype.isnative
+
+
+def find_tensor(checkpoint, name):
+    [tensor] = [t for shard in checkpoint.shards for t in shard.tensors if t.name == name]
+    return tensor
+
+
 def read_all(path, name, n=3):
     """Read a tensor in chunks of n, and check what a chunk must be."""
     with open_checkpoint(path) as checkpoint:
-        [tensor] = [t for shard in checkpoint.shards for t in shard.tensors if t.name == name]
-        chunks = list(tensor.read(n))
+        tensor = find_tensor(checkpoint, name)
+        chunks = list(tensor.chunks(n))
         for chunk in chunks:
-            assert chunk.flags.c_contiguous
-            assert chunk.flags.aligned
-            assert chunk.dtype.isnative
+            check_array(chunk)
         if tensor.shape:
             assert [len(chunk) for chunk in chunks[:-1]] == [n] * (len(chunks) - 1)
             array = np.concatenate([np.empty((0, *tensor.shape[1:]), ARRAY_DTYPES[tensor.dtype]), *chunks])
         else:
             [array] = chunks
-        again = list(tensor.read(n))
+        again = list(tensor.chunks(n))
         assert all(same_bits(a, b) for a, b in zip(chunks, again, strict=True))
         assert array.shape == tensor.shape
         assert array.nbytes == tensor.nbytes
+        whole = tensor.read()
+        check_array(whole)
+        assert same_bits(whole, array)
         return np.array(array), tensor.dtype
 
 
@@ -88,11 +102,12 @@ def names(path):
 @pytest.mark.parametrize("key", sorted(FILES))
 def test_damaged_file(tmp_path, key):
     path, message = write_damaged(tmp_path, key)
-    with pytest.raises(FormatError, match=message) as caught, open_checkpoint(path) as checkpoint:
-        for tensor in checkpoint.shards[0].tensors:
-            list(tensor.read(3))
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
+    for read in (lambda tensor: list(tensor.chunks(3)), SourceTensor.read):
+        with pytest.raises(FormatError, match=message) as caught, open_checkpoint(path) as checkpoint:
+            for tensor in checkpoint.shards[0].tensors:
+                read(tensor)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("write", [write_evil_pickle, write_evil_array])
@@ -152,6 +167,225 @@ def test_rechunk(lengths, n):
     assert all(len(chunk) for chunk in found)
 
 
+# Ranges of rows
+
+ROWS, DIM = 20, 3
+TABLE = np.random.default_rng(0).standard_normal((ROWS, DIM), np.float32)
+
+
+def write_unaligned(path):
+    header = {"x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": f32_entry([ROWS, DIM], start=1)}
+    path.write_bytes(safetensors_bytes(header, b"x" + TABLE.tobytes()))
+
+
+def write_groups(path):
+    column = pa.FixedSizeListArray.from_arrays(pa.array(TABLE.reshape(-1)), DIM)
+    pq.write_table(pa.table({"a": column}), path, row_group_size=7)
+
+
+TENSOR = torch.from_numpy(TABLE)
+# A name of a file, and what writes TABLE into it under the name a; each goes its own way through a reader.
+SOURCES = {
+    "aligned.safetensors": lambda path: save_file({"a": TABLE}, path),
+    "unaligned.safetensors": write_unaligned,
+    "rows/a.npy": lambda path: np.save(path, TABLE),
+    "columns/a.npy": lambda path: np.save(path, np.asfortranarray(TABLE)),
+    "swapped/a.npy": lambda path: np.save(path, TABLE.astype(">f4")),
+    "stored.npz": lambda path: np.savez(path, a=TABLE),
+    "deflated.npz": lambda path: np.savez_compressed(path, a=TABLE),
+    "columns.npz": lambda path: np.savez_compressed(path, a=np.asfortranarray(TABLE)),
+    "mapped.pt": lambda path: torch.save({"a": TENSOR}, path),
+    "columns.pt": lambda path: torch.save({"a": TENSOR.t().contiguous().t()}, path),
+    "old.pt": lambda path: torch.save({"a": TENSOR}, path, _use_new_zipfile_serialization=False),
+    "groups.parquet": write_groups,
+}
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def source(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("ranges") / request.param
+    path.parent.mkdir(exist_ok=True)
+    SOURCES[request.param](path)
+    with open_checkpoint(path) as checkpoint:
+        yield find_tensor(checkpoint, "a")
+
+
+def check_range(tensor, start, stop, n):
+    expected = TABLE[start:stop]
+    rows = tensor.read(start, stop)
+    check_array(rows)
+    assert same_bits(rows, expected)
+    chunks = list(tensor.chunks(n, start, stop))
+    for chunk in chunks:
+        check_array(chunk)
+    assert [len(chunk) for chunk in chunks] == [min(n, len(expected) - at) for at in range(0, len(expected), n)]
+    assert same_bits(np.concatenate([TABLE[:0], *chunks]), expected)
+
+
+@pytest.mark.parametrize("n", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    # Row groups end at 7 and 14.
+    [(0, 0), (7, 7), (ROWS, ROWS), (0, 1), (ROWS - 1, ROWS), (0, 5), (7, 14), (6, 8), (3, 17), (13, ROWS), (0, ROWS)],
+)
+def test_range(source, start, stop, n):
+    check_range(source, start, stop, n)
+
+
+@given(st.integers(0, ROWS), st.integers(0, ROWS), st.integers(1, ROWS + 1))
+def test_any_range(source, one, other, n):
+    check_range(source, min(one, other), max(one, other), n)
+
+
+def test_range_without_an_end(source):
+    assert same_bits(source.read(4), TABLE[4:])
+    assert same_bits(np.concatenate(list(source.chunks(3, 4))), TABLE[4:])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (5, 4), (0, ROWS + 1), (ROWS + 1, ROWS + 1), (ROWS + 1, None)])
+def test_range_that_is_not_there(source, start, stop):
+    message = rf"tensor 'a' has no rows \[{start}, .*\), its shape is \[20, 3\]; give 0 <= start <= stop <= 20"
+    with pytest.raises(ValueError, match=message):
+        source.read(start, stop)
+    with pytest.raises(ValueError, match=message):
+        source.chunks(3, start, stop)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_chunks_of_no_rows(source, n):
+    with pytest.raises(ValueError, match=f"tensor 'a' is to be read {n} rows at a time; give a positive number"):
+        source.chunks(n)
+
+
+def write_one_value(folder, suffix, value):
+    path = folder / f"a{suffix}"
+    if suffix == ".safetensors":
+        save_file({"a": value}, path)
+    elif suffix == ".pt":
+        torch.save({"a": torch.from_numpy(value)}, path)
+    elif suffix == ".npy":
+        np.save(path, value)
+    else:
+        np.savez(path, a=value)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npy", ".npz"])
+def test_ranges_of_one_value(tmp_path, suffix):
+    value = np.array(2.5)
+    with open_checkpoint(write_one_value(tmp_path, suffix, value)) as checkpoint:
+        tensor = find_tensor(checkpoint, "a")
+        [chunk] = tensor.chunks(1)
+        for found in (chunk, tensor.read(), tensor.read(0, 1)):
+            assert same_bits(found, value)
+        assert same_bits(tensor.read(0, 0), np.empty(0))
+        assert list(tensor.chunks(1, 1)) == []
+        with pytest.raises(ValueError, match=r"no rows \[0, 2\), its shape is \[\]; give 0 <= start <= stop <= 1"):
+            tensor.read(0, 2)
+
+
+def test_ranges_of_rows_without_values(tmp_path):
+    save_file({"a": np.zeros((5, 0), np.float32)}, tmp_path / "a.safetensors")
+    with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        tensor = find_tensor(checkpoint, "a")
+        assert tensor.read(1, 4).shape == (3, 0)
+        assert [chunk.shape for chunk in tensor.chunks(2, 1, 4)] == [(2, 0), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("tag", "shape", "whole"), [("F4", (8, 4), 1), ("F4", (8, 3), 2), ("F6_E2M3", (8, 2), 2), ("F6_E3M2", (8, 1), 4)]
+)
+def test_ranges_of_types_smaller_than_a_byte(tmp_path, tag, shape, whole):
+    bits = (4 if tag == "F4" else 6) * shape[1]
+    payload = np.arange(8 * bits // 8, dtype=np.uint8)
+    header = {"a": {"dtype": tag, "shape": shape, "data_offsets": [0, len(payload)]}}
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, payload.tobytes()))
+    with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        tensor = find_tensor(checkpoint, "a")
+        for start, stop in itertools.combinations_with_replacement(range(9), 2):
+            if start < stop and (start % whole or stop % whole):
+                message = rf"tensor 'a' is {tag} .* rows \[{start}, {stop}\) begin or .*; give multiples of {whole}"
+                with pytest.raises(ValueError, match=message):
+                    tensor.read(start, stop)
+            else:
+                expected = payload[start * bits // 8 : stop * bits // 8]
+                assert same_bits(tensor.read(start, stop), expected)
+                assert b"".join(chunk.tobytes() for chunk in tensor.chunks(3, start, stop)) == expected.tobytes()
+
+
+def test_ranges_of_no_rows_smaller_than_a_byte(tmp_path):
+    header = {"a": {"dtype": "F4", "shape": [0, 4], "data_offsets": [0, 0]}}
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, b""))
+    with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        tensor = find_tensor(checkpoint, "a")
+        assert same_bits(tensor.read(), np.empty(0, np.uint8))
+        assert list(tensor.chunks(3)) == []
+
+
+def test_what_is_read_from_a_mapped_file_is_a_view_and_outlives_the_checkpoint(tmp_path):
+    save_file({"a": TABLE}, tmp_path / "a.safetensors")
+    with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        rows = find_tensor(checkpoint, "a").read(3, 9)
+    assert is_mapped(rows)
+    assert same_bits(rows, TABLE[3:9])
+
+
+def test_row_groups_outside_a_range_are_not_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    values = np.random.default_rng(0).normal(size=10_000)
+    pq.write_table(pa.table({"a": values}), path, row_group_size=5_000, use_dictionary=False)
+    raw = bytearray(path.read_bytes())
+    raw[4:1000] = b"\xff" * 996
+    path.write_bytes(raw)
+    with open_checkpoint(path) as checkpoint:
+        tensor = find_tensor(checkpoint, "a")
+        assert same_bits(tensor.read(5_000, 10_000), values[5_000:])
+        with pytest.raises(FormatError, match="not a Parquet file, or damaged"):
+            tensor.read(4_999, 10_000)
+
+
+def test_pages_after_a_range_are_not_decoded(tmp_path):
+    path = tmp_path / "a.parquet"
+    values = np.random.default_rng(0).normal(size=200_000)
+    pq.write_table(pa.table({"a": values}), path, use_dictionary=False, data_page_size=10_000)
+    raw = bytearray(path.read_bytes())
+    middle = len(raw) // 2
+    raw[middle : middle + 20_000] = b"\xff" * 20_000
+    path.write_bytes(raw)
+    with open_checkpoint(path) as checkpoint:
+        tensor = find_tensor(checkpoint, "a")
+        assert same_bits(tensor.read(10, 20), values[10:20])
+        assert same_bits(np.concatenate(list(tensor.chunks(3, 10, 20))), values[10:20])
+        with pytest.raises(FormatError, match="not a Parquet file, or damaged"):
+            tensor.read()
+
+
+def test_nulls_are_told_by_their_rows_in_the_file(tmp_path):
+    column = pa.array([[1, 2], None, [3, 4], [5, 6], [7, None], [8, 9]], pa.list_(pa.float32(), 2))
+    pq.write_table(pa.table({"a": column}), tmp_path / "a.parquet", row_group_size=4)
+    with open_checkpoint(tmp_path / "a.parquet") as checkpoint:
+        tensor = find_tensor(checkpoint, "a")
+        assert np.array_equal(tensor.read(2, 4), [[3, 4], [5, 6]])
+        with pytest.raises(ValueError, match="is null in row 1; drop"):
+            tensor.read(1, 3)
+        with pytest.raises(ValueError, match=r"is null at \[4, 1\]; drop"):
+            tensor.read(2)
+
+
+def test_deflated_rows_before_a_range_count_in_the_checksum(tmp_path):
+    path = tmp_path / "a.npz"
+    values = np.random.default_rng(0).normal(size=50_000)  # more than a stream looks ahead
+    np.savez_compressed(path, a=values)
+    with zipfile.ZipFile(path) as archive:
+        checksum = archive.getinfo("a.npy").CRC.to_bytes(4, "little")
+    path.write_bytes(path.read_bytes().replace(checksum, bytes(byte ^ 1 for byte in checksum)))
+    with open_checkpoint(path) as checkpoint:
+        tensor = find_tensor(checkpoint, "a")
+        assert same_bits(tensor.read(3, 9), values[3:9])
+        with pytest.raises(FormatError, match=r"a.npy: not a zip file that can be read, or damaged: Bad CRC-32"):
+            tensor.read(3)
+
+
 # safetensors
 
 
@@ -189,7 +423,7 @@ def test_types_smaller_than_a_byte_come_as_bytes(tmp_path, tag, bits, n):
     with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
         [tensor] = checkpoint.shards[0].tensors
         assert (tensor.dtype, tensor.shape, tensor.nbytes) == (tag, (8, 4), len(payload))
-        assert b"".join(chunk.tobytes() for chunk in tensor.read(n)) == payload
+        assert b"".join(chunk.tobytes() for chunk in tensor.chunks(n)) == payload
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 4), (3, 0), (1,), (5, 2, 3)])
@@ -222,19 +456,20 @@ def test_chunks_outlive_the_checkpoint(tmp_path):
     array = random_bits("F32", (100_000, 8))
     save_file({"a": array}, tmp_path / "a.safetensors")
     with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
-        chunks = list(checkpoint.shards[0].tensors[0].read(30_000))
+        chunks = list(checkpoint.shards[0].tensors[0].chunks(30_000))
     assert not chunks[0].flags.owndata
     assert same_bits(np.concatenate(chunks), array)
 
 
-def test_pages_are_released(tmp_path):
+@pytest.mark.parametrize("start", [0, 10])
+def test_pages_are_released(tmp_path, start):
     mebibytes = 64
     save_file({"a": np.ones((mebibytes, 1 << 18), np.float32)}, tmp_path / "a.safetensors")
 
     with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
         before = resident_kib()
         most = 0
-        for chunk in checkpoint.shards[0].tensors[0].read(4):
+        for chunk in checkpoint.shards[0].tensors[0].chunks(4, start):
             assert chunk.sum() == chunk.size
             most = max(most, resident_kib() - before)
     # A chunk is 4 MiB; the kernel maps up to 64 KiB around a fault.
@@ -377,7 +612,7 @@ def test_torch_maps_and_releases(tmp_path):
     with open_checkpoint(tmp_path / "a.pt") as checkpoint:
         before = resident_kib()
         for tensor in checkpoint.shards[0].tensors:
-            for start, chunk in enumerate(tensor.read(10_000)):
+            for start, chunk in enumerate(tensor.chunks(10_000)):
                 expected = tensors[tensor.name][start * 10_000 : (start + 1) * 10_000]
                 assert np.array_equal(chunk, expected.numpy())
             # Each is 15 MiB.
@@ -502,7 +737,7 @@ def test_npz_arrays_may_be_read_in_turns(tmp_path):
     a, b = random_bits("F32", (9, 2)), random_bits("I64", (9,))
     np.savez_compressed(tmp_path / "a.npz", a=a, b=b)
     with open_checkpoint(tmp_path / "a.npz") as checkpoint:
-        pairs = list(zip(*(tensor.read(2) for tensor in checkpoint.shards[0].tensors), strict=True))
+        pairs = list(zip(*(tensor.chunks(2) for tensor in checkpoint.shards[0].tensors), strict=True))
     assert same_bits(np.concatenate([pair[0] for pair in pairs]), a)
     assert same_bits(np.concatenate([pair[1] for pair in pairs]), b)
 

@@ -57,7 +57,7 @@ def test_names_that_do_not(name):
 
 
 def make_tensor(name, shape=(100, 64), dtype="F32", **kwargs):
-    return SourceTensor(name, shape, dtype, lambda n: iter(()), **kwargs)
+    return SourceTensor(name, shape, dtype, lambda start, stop, n: iter(()), **kwargs)
 
 
 def make_checkpoint(*tensors):

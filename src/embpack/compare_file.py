@@ -161,7 +161,7 @@ def _read_rows(tensor: SourceTensor, numbers: NDArray[np.int64]) -> NDArray[Any]
     """Read chosen rows, in rising order, as float32 or float16."""
     step = chunk_rows(tensor.shape[1])
     rows = np.empty((len(numbers), tensor.shape[1]), ARRAY_DTYPES[tensor.dtype])
-    for i, chunk in enumerate(tensor.read(step)):
+    for i, chunk in enumerate(tensor.chunks(step)):
         begin, end = np.searchsorted(numbers, (i * step, i * step + len(chunk)))
         rows[begin:end] = chunk[numbers[begin:end] - i * step]
     return widen(rows) if tensor.dtype == "BF16" else rows

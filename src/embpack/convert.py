@@ -141,7 +141,7 @@ class _ShardWriter:
         step = chunk_rows(tensor.shape[1])
 
         def read() -> Iterator[NDArray[Any]]:
-            return rotate_chunks(tensor.read(step), rotation, tensor.name)
+            return rotate_chunks(tensor.chunks(step), rotation, tensor.name)
 
         method = fit_method(decision.method, read, tensor.name)
         shared = fit_shared(method, read, tensor.shape[0], decision.row_format, tensor.name)
@@ -243,7 +243,7 @@ def copy_tensor(tensor: SourceTensor) -> OutTensor:
     entries = tensor.shape[0] if tensor.shape else 1
     entry_bytes = max(1, count_bytes(tensor.dtype, tensor.shape) // max(1, entries))
     step = max(1, _COPY_BYTES // entry_bytes)
-    return OutTensor(tensor.name, tensor.dtype, tensor.shape, lambda: tensor.read(step))
+    return OutTensor(tensor.name, tensor.dtype, tensor.shape, lambda: tensor.chunks(step))
 
 
 def quantize_file(
@@ -411,11 +411,11 @@ def _unpack(
 
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
-        arrays = [next(part.read(part.shape[0])) for part in beside]
+        arrays = [part.read() for part in beside]
         shared = dict(zip(entry.suffixes, arrays, strict=True))
         clusters, codebooks = shared.get(CLUSTER_SUFFIX), shared.get(CODEBOOK_SUFFIX)
         done = 0
-        for packed in tensor.read(chunk_rows(entry.embedding_dim)):
+        for packed in tensor.chunks(chunk_rows(entry.embedding_dim)):
             digest.update(packed.data)
             own = None if clusters is None else clusters[done : done + len(packed)]
             table = PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks)

@@ -270,8 +270,8 @@ def open_packed(path: str | Path) -> list[PackedFile]:
 def _map_shard(path: Path, shard: Shard) -> PackedFile:
     entries = read_entries(path, shard)
     parts, others = split_shard(shard, entries)
-    # One chunk of all rows is a view of the mapped file, and keeps it mapped.
-    arrays = {name: [next(tensor.read(tensor.shape[0])) for tensor in own] for name, own in parts.items()}
+    # A tensor that is read whole is a view of the mapped file, and keeps it mapped.
+    arrays = {name: [tensor.read() for tensor in own] for name, own in parts.items()}
     return PackedFile(path, entries, arrays, tuple(tensor.name for tensor in others))
 
 

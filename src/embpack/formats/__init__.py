@@ -1,7 +1,6 @@
 """Checkpoints as others have them: read a few rows at a time, written whole or not at all, in bounded memory."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO
 
 from embpack.errors import FormatError, MissingExtraError
 from embpack.formats.atomic import new_file
-from embpack.formats.base import Checkpoint, OutShard, OutTensor, Shard, SourceTensor
+from embpack.formats.base import Checkpoint, OutShard, OutTensor, Shard, SourceTensor, find_repeated
 from embpack.formats.sharded import INDEX_SUFFIX, find_index, open_sharded, write_sharded
 
 __all__ = [
@@ -142,7 +141,9 @@ def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], i
             chunks are not what their tensor promised.
     """
     path = Path(path)
-    _refuse_twice(path, [tensor.name for shard in shards for tensor in shard.tensors])
+    repeated = find_repeated(tensor.name for shard in shards for tensor in shard.tensors)
+    if repeated is not None:
+        raise ValueError(f"{path}: there is more than one tensor named {repeated!r}; rename all but one")
     if index_name is not None:
         write_sharded(path, shards, index_name)
         return
@@ -153,9 +154,3 @@ def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], i
         raise ValueError(f"{path}: one file is to be written, but there are {len(shards)} shards; give an index_name")
     with new_file(path) as file:
         file_format.write(file, path, shards[0])
-
-
-def _refuse_twice(path: Path, names: list[str]) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"{path}: there is more than one tensor named {twice[0]!r}; rename all but one")

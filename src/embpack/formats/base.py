@@ -1,5 +1,6 @@
 """What is read and what is written, whatever the format: tensors in chunks, and the files they are in."""
 
+import math
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,21 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.formats.dtypes import ARRAY_DTYPES, count_bytes
+from embpack.errors import FormatError
+from embpack.formats.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor that is read in chunks.
+    """A tensor of which any range of rows can be read; rows are entries of axis 0, a 0-d tensor is one row.
+
+    What is read is C-contiguous, aligned, of the machine's byte order, and may be read-only. BF16 is uint16, 8-bit
+    floats are uint8. Types smaller than a byte come as 1-D uint8, the tensor's bytes, and their ranges must begin
+    and end at whole bytes.
 
     Attributes:
         name: under which the checkpoint has it.
         shape: of the whole tensor.
         dtype: its safetensors name, such as "F32" or "BF16".
-        read: called with n, yields C-contiguous, aligned arrays of the machine's byte order, in order along
-            axis 0, of n entries each but the last; starts anew on each call. BF16 is uint16, 8-bit floats are
-            uint8; types smaller than a byte come as 1-D uint8, the tensor's bytes; a 0-d tensor is one 0-d
-            array. A chunk may be read-only. Raises FormatError where the file is damaged.
+        iter_rows: what a format provides, and read and chunks are made of: called with start < stop and n, yields
+            rows [start, stop), n at a time but the last; a 0-d tensor as one 0-d array.
         is_vectors: the format itself says that these are vectors: the array of an .npy file, a column of
             fixed-size lists in a Parquet file.
     """
@@ -30,13 +34,56 @@ class SourceTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[int], Iterator[NDArray[Any]]]
+    iter_rows: Callable[[int, int, int], Iterator[NDArray[Any]]]
     is_vectors: bool = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of all values."""
         return count_bytes(self.dtype, self.shape)
+
+    def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Read rows [start, stop), or all from start on, as one array: a view of a mapped file where that can be.
+
+        Raises:
+            FormatError: the file is damaged.
+            ValueError: there are no such rows.
+        """
+        start, stop = self._check_range(start, stop)
+        if start == stop or not self.nbytes:
+            shape = (0,) if self.dtype in PACKED_DTYPES else (stop - start, *self.shape[1:])
+            return np.empty(shape, ARRAY_DTYPES[self.dtype])
+        [rows] = self.iter_rows(start, stop, stop - start)
+        return rows
+
+    def chunks(self, n: int, start: int = 0, stop: int | None = None) -> Iterator[NDArray[Any]]:
+        """Yield rows [start, stop), or all from start on, in order: n at a time but the last, in bounded memory.
+
+        Raises:
+            FormatError: when it comes to where the file is damaged.
+            ValueError: there are no such rows, or n is not positive.
+        """
+        start, stop = self._check_range(start, stop)
+        if n < 1:
+            raise ValueError(f"tensor {self.name!r} is to be read {n} rows at a time; give a positive number")
+        return self.iter_rows(start, stop, n) if start < stop else iter(())
+
+    def _check_range(self, start: int, stop: int | None) -> tuple[int, int]:
+        length = self.shape[0] if self.shape else 1
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise ValueError(
+                f"tensor {self.name!r} has no rows [{start}, {stop}), its shape is {list(self.shape)}; give "
+                f"0 <= start <= stop <= {length}"
+            )
+        if self.dtype in PACKED_DTYPES and start < stop:
+            whole = length // math.gcd(length, self.nbytes)
+            if start % whole or stop % whole:
+                raise ValueError(
+                    f"tensor {self.name!r} is {self.dtype} of shape {list(self.shape)}, and rows [{start}, {stop}) "
+                    f"begin or end within a byte; give multiples of {whole}"
+                )
+        return start, stop
 
 
 @dataclass(frozen=True)
@@ -71,10 +118,27 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()
 
 
-def iter_slices(length: int, n: int) -> Iterator[slice]:
-    """Cut [0, length) into slices of n, but the last."""
-    for start in range(0, length, n):
-        yield slice(start, min(start + n, length))
+def find_repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that was there before; None if all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def refuse_repeated(path: Path, names: Iterable[str]) -> None:
+    """Raise FormatError if a file has a name more than once."""
+    repeated = find_repeated(names)
+    if repeated is not None:
+        raise FormatError(f"{path}: {repeated!r} is there twice, and which one is meant cannot be told")
+
+
+def iter_slices(start: int, stop: int, n: int) -> Iterator[slice]:
+    """Cut [start, stop) into slices of n, but the last."""
+    for first in range(start, stop, n):
+        yield slice(first, min(first + n, stop))
 
 
 def rechunk(chunks: Iterable[NDArray[Any]], n: int) -> Iterator[NDArray[Any]]:
@@ -106,7 +170,7 @@ class OutTensor:
         dtype: its safetensors name, such as "F32" or "BF16".
         shape: of the whole tensor.
         chunks: called once; yields C-contiguous arrays that together, in order, are the tensor's values; of
-            the types of SourceTensor.read. A chunk may be overwritten by the next one.
+            the types of SourceTensor. A chunk may be overwritten by the next one.
     """
 
     name: str

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,25 @@ def is_mapped(array: NDArray[Any]) -> bool:
     return isinstance(base, _PrivateMap)
 
 
-def iter_mapped(
-    file: FileMap, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], n: int
-) -> Iterator[NDArray[Any]]:
-    """Yield a C-ordered array, n entries of axis 0 at a time; copied only where it is unaligned."""
-    array = file.view(offset, shape, dtype)
-    if not shape:
-        yield np.require(array, requirements="A")
-        return
-    for rows in iter_slices(len(array), n):
-        yield np.require(array[rows], requirements="A")
+@dataclass(frozen=True)
+class MappedArray:
+    """A C-ordered array that lies, perhaps unaligned, in a mapped file."""
+
+    file: FileMap
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
+        """Yield rows [start, stop), n at a time, and let go of their pages; copied only where they are unaligned."""
+        array = self.file.view(self.offset, self.shape, self.dtype)
+        if not self.shape:
+            yield np.require(array, requirements="A")
+            return
         row_bytes = array.strides[0] if array.size else 0
-        file.release(offset + rows.start * row_bytes, offset + rows.stop * row_bytes)
+        for rows in iter_slices(start, stop, n):
+            yield np.require(array[rows], requirements="A")
+            self.file.release(self.offset + rows.start * row_bytes, self.offset + rows.stop * row_bytes)
 
 
 def find_mappings(path: Path) -> list[range]:

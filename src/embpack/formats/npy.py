@@ -1,9 +1,9 @@
 """Arrays that NumPy saves: .npy, and .npz, whose members are .npy files."""
 
+import io
 import math
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +26,10 @@ from embpack.formats.base import (
     iter_checked,
     iter_slices,
     refuse_dtypes,
+    refuse_repeated,
 )
 from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
-from embpack.formats.mapped import FileMap, iter_mapped
+from embpack.formats.mapped import FileMap, MappedArray
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 _WAYS_OUT = "write .safetensors or .pt"
@@ -81,30 +82,24 @@ def open_npz(path: Path) -> Iterator[Checkpoint]:
     with _explain_damage(str(path)), zipfile.ZipFile(path) as archive:
         pass
     with zipfile.ZipFile(path) as archive:
-        found = [_open_member(path, archive, member) for member in archive.infolist()]
-        _refuse_twice(path, archive.namelist())
+        found = [_open_member(path, archive, info) for info in archive.infolist()]
+        refuse_repeated(path, archive.namelist())
         tensors = tuple(item for item in found if isinstance(item, SourceTensor))
         left_out = tuple(item for item in found if isinstance(item, str))
         yield Checkpoint(path, (Shard(path.name, tensors),), left_out=left_out)
 
 
-def _refuse_twice(path: Path, names: list[str]) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise FormatError(f"{path}: {twice[0]!r} is there twice, and which one is meant cannot be told")
-
-
-def _open_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> SourceTensor | str:
+def _open_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> SourceTensor | str:
     """Return an array, or a note on why it is left out."""
-    if not member.filename.endswith(".npy"):
-        return f"member {member.filename!r} (not an array)"
-    where, name = f"{path}: {member.filename}", member.filename.removesuffix(".npy")
-    with _explain_damage(where), archive.open(member) as stream:
+    if not info.filename.endswith(".npy"):
+        return f"member {info.filename!r} (not an array)"
+    where, name = f"{path}: {info.filename}", info.filename.removesuffix(".npy")
+    with _explain_damage(where), archive.open(info) as stream:
         header = _read_header(stream, where)
-    _check_size(where, header, member.file_size)
+    _check_size(where, header, info.file_size)
     if header.tag is None:
         return f"array {name!r} ({_describe(header.dtype)})"
-    return SourceTensor(name, header.shape, header.tag, partial(_iter_member, where, archive, member, header))
+    return SourceTensor(name, header.shape, header.tag, _Member(where, archive, info, header).iter_rows)
 
 
 def _describe(dtype: np.dtype[Any]) -> str:
@@ -142,13 +137,13 @@ def _as_native(array: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(array, array.dtype.newbyteorder("="), order="C")
 
 
-def _iter_npy(mapped: FileMap, header: _Header, n: int) -> Iterator[NDArray[Any]]:
+def _iter_npy(mapped: FileMap, header: _Header, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
     if not header.is_fortran:
-        for chunk in iter_mapped(mapped, header.bytes_before, header.shape, header.dtype, n):
-            yield _as_native(chunk)
+        array = MappedArray(mapped, header.bytes_before, header.shape, header.dtype)
+        yield from map(_as_native, array.iter_rows(start, stop, n))
         return
     columns = mapped.view(header.bytes_before, header.shape[::-1], header.dtype).T
-    for rows in iter_slices(len(columns), n):
+    for rows in iter_slices(start, stop, n):
         yield np.require(_as_native(columns[rows]), requirements="A")
         mapped.release(0, header.bytes_before + header.payload)
 
@@ -164,28 +159,44 @@ def _explain_damage(where: str) -> Iterator[None]:
         raise FormatError(f"{where}: not a zip file that can be read, or damaged: {error}") from error
 
 
-def _iter_member(
-    where: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, header: _Header, n: int
-) -> Iterator[NDArray[Any]]:
-    with _explain_damage(where), archive.open(member) as stream:
-        stream.read(header.bytes_before)  # seek would put an end to the checksum
-        if not header.shape or header.is_fortran:
-            whole = np.frombuffer(_read_exactly(stream, header.payload, where), header.dtype)
-            array = whole.reshape(header.shape, order="F")
-            pieces = [array[rows] for rows in iter_slices(len(array), n)] if header.shape else [array]
-            yield from map(_as_native, pieces)
-        else:
-            yield from map(_as_native, _iter_stream(stream, header, n, where))
-        # At its end the stream checks the sum of all bytes.
-        stream.read(1)
+@dataclass(frozen=True)
+class _Member:
+    """An array of an .npz file; where: what errors call it."""
 
+    where: str
+    archive: zipfile.ZipFile
+    info: zipfile.ZipInfo
+    header: _Header
 
-def _iter_stream(stream: IO[bytes], header: _Header, n: int, where: str) -> Iterator[NDArray[Any]]:
-    row_bytes = math.prod(header.shape[1:]) * header.dtype.itemsize
-    for rows in iter_slices(header.shape[0], n):
-        count = rows.stop - rows.start
-        raw = _read_exactly(stream, count * row_bytes, where)
-        yield np.frombuffer(raw, header.dtype).reshape(count, *header.shape[1:])
+    def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
+        """Yield rows from a stream, which compares the checksum if it is read from its start to its end."""
+        with _explain_damage(self.where), self.archive.open(self.info) as stream:
+            stream.read(self.header.bytes_before)
+            is_whole = self.header.is_fortran or not self.header.shape
+            read = self._iter_whole if is_whole else self._iter_stream
+            yield from map(_as_native, read(stream, start, stop, n))
+            # At its end the stream checks the sum of all bytes.
+            stream.read(1)
+
+    def _iter_whole(self, stream: IO[bytes], start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
+        whole = np.frombuffer(_read_exactly(stream, self.header.payload, self.where), self.header.dtype)
+        array = whole.reshape(self.header.shape, order="F")
+        if not array.shape:
+            yield array
+            return
+        for rows in iter_slices(start, stop, n):
+            yield array[rows]
+
+    def _iter_stream(self, stream: IO[bytes], start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
+        row_shape = self.header.shape[1:]
+        row_bytes = math.prod(row_shape) * self.header.dtype.itemsize
+        if start:
+            # Jumps where nothing is compressed, and gives up the checksum; else decompresses what lies before.
+            stream.seek(start * row_bytes, io.SEEK_CUR)
+        for rows in iter_slices(start, stop, n):
+            count = rows.stop - rows.start
+            raw = _read_exactly(stream, count * row_bytes, self.where)
+            yield np.frombuffer(raw, self.header.dtype).reshape(count, *row_shape)
 
 
 def _read_exactly(stream: IO[bytes], size: int, where: str) -> bytes:

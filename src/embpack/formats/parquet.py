@@ -1,8 +1,9 @@
 """Parquet files, whose columns are tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from embpack.formats.base import (
     OutTensor,
     Shard,
     SourceTensor,
+    find_repeated,
     iter_entries,
     rechunk,
     refuse_dtypes,
@@ -44,7 +46,8 @@ VECTOR_DTYPES = ("F16", "F32", "F64")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Without a small buffer, or with pre_buffer, Arrow reads columns of row groups whole.
 _BUFFER_BYTES = 1 << 20
-_SCAN_ROWS = 1 << 16
+# Rows that are only looked over, or passed by, come in batches of about this many values.
+_BATCH_VALUES = 1 << 16
 _GROUP_BYTES = 1 << 24
 
 
@@ -58,9 +61,10 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
     tensors, left_out = [], []
     with _open_file(path) as file:
         schema, num_rows = file.schema_arrow, file.metadata.num_rows
+        repeated = find_repeated(schema.names)
+        if repeated is not None:
+            raise FormatError(f"{path}: column {repeated!r} is there twice; rename one")
         for field in schema:
-            if schema.names.count(field.name) > 1:
-                raise FormatError(f"{path}: column {field.name!r} is there twice; rename one")
             reason = _why_left_out(path, file, field)
             if reason:
                 left_out.append(f"column {field.name!r} ({reason})")
@@ -100,46 +104,68 @@ def _has_nulls(path: Path, file: pq.ParquetFile, name: str) -> bool:
     statistics = [column.statistics for column in columns if column.path_in_schema == name]
     if all(known is not None and known.has_null_count for known in statistics):
         return any(known.null_count for known in statistics)
-    return any(column.null_count for column in _iter_column(path, name, _SCAN_ROWS))
+    return any(column.null_count for column in _Column(path, name).iter_arrow(0, file.metadata.num_rows, 1))
 
 
 def _make_tensor(path: Path, field: pa.Field, num_rows: int) -> SourceTensor:
     if pa.types.is_fixed_size_list(field.type):
-        shape = (num_rows, field.type.list_size)
-        read = partial(_iter_vectors, path, field.name, field.type.list_size)
-        return SourceTensor(field.name, shape, _NAMES[field.type.value_type], read, is_vectors=True)
-    return SourceTensor(field.name, (num_rows,), _NAMES[field.type], partial(_iter_numbers, path, field.name))
+        dim = field.type.list_size
+        iter_rows = _Column(path, field.name, dim).iter_rows
+        return SourceTensor(field.name, (num_rows, dim), _NAMES[field.type.value_type], iter_rows, is_vectors=True)
+    return SourceTensor(field.name, (num_rows,), _NAMES[field.type], _Column(path, field.name).iter_rows)
 
 
-def _iter_column(path: Path, name: str, n: int) -> Iterator[pa.Array]:
-    """Yield a column's Arrow arrays, of n rows at most."""
-    with _open_file(path) as file:
-        for batch in file.iter_batches(n, columns=[name], use_threads=False):
-            # A name with a dot in it may bring others along.
-            yield batch.column(batch.schema.get_field_index(name))
+@dataclass(frozen=True)
+class _Column:
+    """A column of a file; list_size: of its vectors, None where it is numbers."""
+
+    path: Path
+    name: str
+    list_size: int | None = None
+
+    def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
+        """Yield rows [start, stop), n at a time; row groups without any of them are not read."""
+        columns = self.iter_arrow(start, stop, n)
+        if self.list_size is None:
+            return rechunk((column.to_numpy(zero_copy_only=False) for column in columns), n)
+        return rechunk(self._iter_vectors(columns, start, self.list_size), n)
+
+    def iter_arrow(self, start: int, stop: int, n: int) -> Iterator[pa.Array]:
+        """Yield rows [start, stop) as Arrow arrays, of n rows at most unless these are few values."""
+        with _open_file(self.path) as file:
+            at, groups = _find_groups(file.metadata, start, stop)
+            batch_rows = max(n, _BATCH_VALUES // (self.list_size or 1))
+            for batch in file.iter_batches(batch_rows, groups, columns=[self.name], use_threads=False):
+                # A name with a dot in it may bring others along.
+                column = batch.column(batch.schema.get_field_index(self.name))
+                first, last = max(start - at, 0), min(stop - at, len(column))
+                at += len(column)
+                if first < last:
+                    yield column.slice(first, last - first)
+                if at >= stop:
+                    return
+
+    def _iter_vectors(self, columns: Iterable[pa.Array], row: int, dim: int) -> Iterator[NDArray[Any]]:
+        """Yield vectors, row being the first one's."""
+        where = f"{self.path}: column {self.name!r}"
+        for column in columns:
+            if column.null_count:
+                at = row + column.is_null().index(True).as_py()
+                raise ValueError(f"{where} is null in row {at}; drop such rows or fill them")
+            values = column.flatten()
+            if values.null_count:
+                at, element = divmod(values.is_null().index(True).as_py(), dim)
+                raise ValueError(f"{where} is null at [{row + at}, {element}]; drop such rows or fill them")
+            yield values.to_numpy().reshape(len(column), dim)
+            row += len(column)
 
 
-def _iter_numbers(path: Path, name: str, n: int) -> Iterator[NDArray[Any]]:
-    arrays = (column.to_numpy(zero_copy_only=False) for column in _iter_column(path, name, n))
-    return rechunk(arrays, n)
-
-
-def _iter_vectors(path: Path, name: str, list_size: int, n: int) -> Iterator[NDArray[Any]]:
-    return rechunk(_iter_vector_batches(path, name, list_size, n), n)
-
-
-def _iter_vector_batches(path: Path, name: str, list_size: int, n: int) -> Iterator[NDArray[Any]]:
-    row = 0
-    for column in _iter_column(path, name, n):
-        if column.null_count:
-            at = row + column.is_null().index(True).as_py()
-            raise ValueError(f"{path}: column {name!r} is null in row {at}; drop such rows or fill them")
-        values = column.flatten()
-        if values.null_count:
-            at, element = divmod(values.is_null().index(True).as_py(), list_size)
-            raise ValueError(f"{path}: column {name!r} is null at [{row + at}, {element}]; drop such rows or fill them")
-        yield values.to_numpy().reshape(len(column), list_size)
-        row += len(column)
+def _find_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[int, list[int]]:
+    """Return the row groups that hold rows [start, stop), and the row that the first of them begins with."""
+    lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    ends = list(accumulate(lengths))
+    groups = [group for group, end in enumerate(ends) if start < end and end - lengths[group] < stop]
+    return ends[groups[0]] - lengths[groups[0]] if groups else 0, groups
 
 
 def write_parquet(file: BinaryIO, path: Path, shard: OutShard) -> None:

@@ -1,7 +1,6 @@
 """Safetensors files: mapped where they are read, written as a stream."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from embpack.errors import FormatError
-from embpack.formats.base import Checkpoint, OutShard, Shard, SourceTensor, as_bytes, iter_checked
+from embpack.formats.base import Checkpoint, OutShard, Shard, SourceTensor, as_bytes, iter_checked, refuse_repeated
 from embpack.formats.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes
-from embpack.formats.mapped import FileMap, iter_mapped
+from embpack.formats.mapped import FileMap, MappedArray
 
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
@@ -58,15 +57,16 @@ def _make_tensor(path: Path, mapped: FileMap, data_start: int, name: str, entry:
     if dtype not in ARRAY_DTYPES:
         raise FormatError(f"{path}: tensor {name!r} is {dtype}, which this embpack does not know; update it")
     if dtype in PACKED_DTYPES:
-        return SourceTensor(name, shape, dtype, partial(_iter_packed, mapped, start, shape, dtype))
-    return SourceTensor(name, shape, dtype, partial(iter_mapped, mapped, start, shape, ARRAY_DTYPES[dtype]))
+        data = MappedArray(mapped, start, (count_bytes(dtype, shape),), ARRAY_DTYPES[dtype])
+        return SourceTensor(name, shape, dtype, partial(_iter_packed, data, shape[0] if shape else 1))
+    return SourceTensor(name, shape, dtype, MappedArray(mapped, start, shape, ARRAY_DTYPES[dtype]).iter_rows)
 
 
-def _iter_packed(mapped: FileMap, start: int, shape: tuple[int, ...], dtype: str, n: int) -> Iterator[NDArray[Any]]:
-    """Yield the bytes of a type smaller than a byte, about n entries of axis 0 at a time."""
-    num_bytes = count_bytes(dtype, shape)
-    step = max(1, n * num_bytes // max(1, *shape[:1]))
-    return iter_mapped(mapped, start, (num_bytes,), ARRAY_DTYPES[dtype], step)
+def _iter_packed(data: MappedArray, num_rows: int, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
+    """Yield the bytes of rows [start, stop) of a type smaller than a byte, about n rows at a time."""
+    [num_bytes] = data.shape
+    step = max(1, n * num_bytes // num_rows)
+    return data.iter_rows(start * num_bytes // num_rows, stop * num_bytes // num_rows, step)
 
 
 def _diagnose(path: Path, cause: SafetensorError) -> str:
@@ -104,8 +104,13 @@ def parse_object(path: Path, text: bytes) -> dict[str, Any]:
     Raises:
         FormatError: it is not.
     """
+
+    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        refuse_repeated(path, [name for name, _ in pairs])
+        return dict(pairs)
+
     try:
-        parsed = json.loads(text, object_pairs_hook=partial(_refuse_twice, path))
+        parsed = json.loads(text, object_pairs_hook=make_object)
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
@@ -113,14 +118,6 @@ def parse_object(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise FormatError(f"{path}: holds a JSON {type(parsed).__name__}, not an object")
     return parsed
-
-
-def _refuse_twice(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise FormatError(f"{path}: {twice!r} is there twice, and which one is meant cannot be told")
-    return unique
 
 
 def write_safetensors(file: BinaryIO, path: Path, shard: OutShard) -> None:

@@ -143,11 +143,11 @@ def _make_tensor(name: str, tensor: torch.Tensor, mappings: list[range]) -> Sour
     return SourceTensor(name, tuple(tensor.shape), _NAMES[tensor.dtype], read)
 
 
-def _iter_tensor(tensor: torch.Tensor, n: int, *, is_mapped: bool) -> Iterator[NDArray[Any]]:
+def _iter_tensor(tensor: torch.Tensor, start: int, stop: int, n: int, *, is_mapped: bool) -> Iterator[NDArray[Any]]:
     if tensor.ndim == 0:
         yield _as_array(tensor)
         return
-    for rows in iter_slices(len(tensor), n):
+    for rows in iter_slices(start, stop, n):
         chunk = tensor[rows]
         yield _as_array(chunk)
         if is_mapped:
