@@ -375,7 +375,6 @@ def pool_in_child(queue, group, indices, offsets):
     queue.put(group.embedding_bag(indices, offsets))
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork\\(\\):DeprecationWarning")
 def test_a_group_works_after_fork_and_from_several_threads(rng, restore_threads, tables):
     embpack.set_num_threads(2)
     group = embpack.TableGroup(tables)

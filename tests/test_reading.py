@@ -98,6 +98,7 @@ def names(path):
         return [tensor.name for shard in checkpoint.shards for tensor in shard.tensors]
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("key", sorted(FILES))
 def test_damaged_file(tmp_path, key):
     path, message = write_damaged(tmp_path, key)
@@ -632,7 +633,7 @@ def test_torch_state_dict_in_a_checkpoint(tmp_path, key):
     assert notes(tmp_path / "a.pt") == ("entry 'epoch' (int)", "entry 'optimizer' (dict)")
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:Sparse CSR")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:Sparse CSR", "ignore:TypedStorage")
 def test_torch_leaves_out_what_is_no_plain_tensor(tmp_path):
     state = {
         "a": torch.zeros(2),
@@ -655,6 +656,16 @@ def test_torch_leaves_out_what_is_no_plain_tensor(tmp_path):
         "entry 'meta' (tensor on the meta device, without values)",
         "entry 'complex' (tensor of complex128)",
     )
+
+
+def test_what_pytorch_warns_of_is_for_those_who_program(tmp_path, embpack_command):
+    torch.save({"embedding.weight": torch.rand(20, 4)}, tmp_path / "a.pt", pickle_protocol=3)
+    with pytest.warns(UserWarning, match="Detected pickle protocol 3"):
+        assert names(tmp_path / "a.pt") == ["embedding.weight"]
+    with pytest.raises(UserWarning, match="Detected pickle protocol 3"):  # an error here, and no damage of the file
+        names(tmp_path / "a.pt")
+    code, _, err = embpack_command("quantize", tmp_path / "a.pt", tmp_path / "b.safetensors")
+    assert (code, err) == (0, "")
 
 
 # NumPy

@@ -45,7 +45,6 @@ def test_python_runs_and_prints_what_its_comments_say(tmp_path, monkeypatch, cap
 RUN_PAGES = {"rotation.md": [], "pytorch.md": ["torch"], "bridges.md": ["torchrec", "onnxruntime", "onnxscript"]}
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.parametrize("page", RUN_PAGES)
 def test_python_of_other_pages_does_so_too(tmp_path, monkeypatch, capsys, page):
     for package in RUN_PAGES[page]:

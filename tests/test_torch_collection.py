@@ -174,7 +174,6 @@ def test_operators_pass_opcheck():
     check(operators.embedding_bag_collection_by_weights.default, (*sums, indices, offsets[:-1], gradient))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of PyTorch, by PyTorch
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_it_compiles_in_one_graph(backend):
     collection = PackedEmbeddingBagCollection(make_bags(), FEATURES)
@@ -320,7 +319,6 @@ def test_it_returns_float32_as_torchrec_does(dtype):
     assert collection.to_float().embedding_bags["user"].weight.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch, by PyTorch
 def test_derivatives_in_forward_mode_are_refused():
     indices, offsets = make_input()
     collection = PackedEmbeddingBagCollection(make_bags(), FEATURES, include_last_offset=True)

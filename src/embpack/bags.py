@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 MODES = ("sum", "mean", "max")
 INTEGERS = ("int32", "int64")
+_NATIVE_INTEGERS = frozenset(map(np.dtype, INTEGERS))
 
 
 class Array(Protocol):
@@ -56,12 +57,11 @@ def as_integers(values: Any, what: str) -> NDArray[Any]:
         TypeError: they are of another type.
     """
     array = np.asarray(values)
-    if name_of(array.dtype) not in INTEGERS:
-        if array.size or hasattr(values, "dtype"):
-            raise wrong_type(what, array, *INTEGERS)
+    if array.dtype in _NATIVE_INTEGERS:
+        return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    if not array.size and not hasattr(values, "dtype"):
         array = array.astype(np.int64)  # an empty list, which NumPy takes for floats
-    if array.flags.c_contiguous and array.dtype.isnative:
-        return array
+    check_integers(what, array)
     return np.asarray(array, array.dtype.newbyteorder("="), order="C")
 
 

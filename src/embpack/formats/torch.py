@@ -2,7 +2,6 @@
 
 import pickle
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -82,11 +81,8 @@ def _load(path: Path) -> object:
     with path.open("rb") as file:
         is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
     try:
-        # Warnings there are about pickle protocols and deprecated storages: nothing that the user can act on.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (OSError, MemoryError):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (OSError, MemoryError, Warning):  # warnings of PyTorch's are errors to those who want it so
         raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))

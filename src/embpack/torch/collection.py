@@ -11,6 +11,7 @@ from embpack.methods import DEFAULT_METHOD
 from embpack.table import PackedTable
 from embpack.torch.collection_ops import TableUse, describe_tables
 from embpack.torch.modules import PackedEmbeddingBag, check_tensors
+from embpack.torch.private import buffers_of
 
 
 class PackedEmbeddingBagCollection(nn.Module):
@@ -67,7 +68,7 @@ class PackedEmbeddingBagCollection(nn.Module):
 
     def _list_uses(self) -> list[tuple[Any, ...]]:
         """What calls depend on and may have been set, or be another bag's, since the last one."""
-        bags: Any = self.embedding_bags._modules.values()
+        bags: Any = self.embedding_bags.values()
         return [bag._use for bag in bags]
 
     def _set_lookups(self) -> None:
@@ -229,7 +230,7 @@ class PackedEmbeddingBagCollection(nn.Module):
         return pooled
 
     def _tensors(self) -> tuple[list[Any], ...]:
-        of_bags = [bag._buffers for bag in self.embedding_bags._modules.values() if bag is not None]
+        of_bags: list[Any] = [buffers_of(bag) for bag in self.embedding_bags.values()]
         return (
             [buffers["packed"] for buffers in of_bags],
             [buffers["clusters"] for buffers in of_bags if buffers["clusters"] is not None],

@@ -15,6 +15,7 @@ from embpack.shard_writer import Progress, TableReport
 from embpack.table import PackedTable
 from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported
+from embpack.torch.private import has_hooks
 from embpack.variant import Variant
 
 Filter = Callable[[nn.Module, str], bool]
@@ -166,10 +167,11 @@ def swap_collections(model: nn.Module) -> None:
 
 def walk_children(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
     """All modules below a model, once for each place where they hang."""
-    for parent_name, parent in model.named_modules(remove_duplicate=False):
-        for child, module in parent._modules.items():  # named_children leaves out what hangs twice
-            if module is not None:
-                yield module, Place(parent, child, f"{parent_name}.{child}" if parent_name else child)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        if name:
+            yield module, Place(modules[parent], child, name)
 
 
 def _find(model: nn.Module, filter: Filter | None) -> tuple[dict[Any, list[Place]], list[tuple[str, str]]]:
@@ -188,13 +190,16 @@ def _find(model: nn.Module, filter: Filter | None) -> tuple[dict[Any, list[Place
 
 def find_additions(module: nn.Module) -> str | None:
     """What somebody has added to an nn.Embedding or nn.EmbeddingBag, and a packed module would lose."""
-    # As PyTorch names them: _forward_hooks, _backward_pre_hooks, _state_dict_hooks, and so on.
-    if any(value for name, value in vars(module).items() if name.startswith("_") and name.endswith("_hooks")):
+    if has_hooks(module):
         return "hooks"
     if "forward" in vars(module):
         return "a forward of its own"
-    owned = [*module._parameters, *module._buffers, *module._modules]
-    return next((name for name in owned if name != "weight"), None)
+    owned = [
+        *module.named_parameters(recurse=False, remove_duplicate=False),
+        *module.named_buffers(recurse=False, remove_duplicate=False),
+        *module.named_children(),
+    ]
+    return next((name for name, _ in owned if name != "weight"), None)
 
 
 def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: Filter | None) -> str | None:

@@ -1,6 +1,5 @@
 """PackedEmbedding and PackedEmbeddingBag: nn.Embedding and nn.EmbeddingBag over packed rows."""
 
-import warnings
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -16,6 +15,7 @@ from embpack.packing import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 from embpack.torch.ops import as_table, check_dtype
+from embpack.torch.private import CastModule, buffers_of
 
 # What a float module can be that a packed one cannot.
 UNSUPPORTED = {
@@ -29,7 +29,7 @@ UNSUPPORTED = {
 TENSORS = (Tensor, torch.fx.Proxy)
 
 
-class _PackedRows(nn.Module):
+class _PackedRows(CastModule):
     """A packed table as buffers, all uint8, so that .half() and .to(dtype) leave the rows alone.
 
     Attributes:
@@ -110,11 +110,6 @@ class _PackedRows(nn.Module):
             self.codebooks = _as_tensor(np.ascontiguousarray(table.codebooks).view(np.uint8))
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
-
     @property
     def embedding_dim(self) -> int:
         """Values a row."""
@@ -144,7 +139,7 @@ class _PackedRows(nn.Module):
 
     def _look_up(self, operator: Any, *lookup: Any, **options: Any) -> Tensor:
         """Call an operator with the table's tensors and what is looked up in it."""
-        buffers = self._buffers  # a third of a microsecond less each than nn.Module's attributes
+        buffers = buffers_of(self)
         if buffers["codebooks"] is not None:
             lookup = (*lookup, buffers["clusters"], buffers["codebooks"])
         if self.dtype != torch.float32:
@@ -219,13 +214,9 @@ class PackedEmbedding(_PackedRows):
 
     def to_float(self) -> nn.Embedding:
         """Return nn.Embedding with the rows as values of dtype."""
-        return nn.Embedding(
-            self.num_embeddings,
-            self.embedding_dim,
-            _weight=self._float_weight(),
-            _freeze=True,
-            padding_idx=self.padding_idx,
-        )
+        make: Any = nn.Embedding.from_pretrained  # which has no types
+        module: nn.Embedding = make(self._float_weight(), padding_idx=self.padding_idx)
+        return module
 
     def forward(self, input: Tensor) -> Tensor:
         """Look rows up.
@@ -333,15 +324,12 @@ class PackedEmbeddingBag(_PackedRows):
 
     def to_float(self) -> nn.EmbeddingBag:
         """Return nn.EmbeddingBag with the rows as values of dtype."""
-        module = nn.EmbeddingBag(
-            self.num_embeddings,
-            self.embedding_dim,
-            _weight=self._float_weight(),
+        return nn.EmbeddingBag.from_pretrained(
+            self._float_weight(),
             mode=self.mode,
             include_last_offset=self.include_last_offset,
             padding_idx=self.padding_idx,
         )
-        return module.requires_grad_(requires_grad=False)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pool bags of rows.
@@ -385,11 +373,11 @@ class PackedEmbeddingBag(_PackedRows):
 
 
 def _as_tensor(array: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    if not is_mapped(array):
-        return torch.from_numpy(array)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)
+    if is_mapped(array):
+        # PyTorch warns of an array that is not to be written to. What is written to this one's memory does no harm.
+        array = array.view()
+        array.flags.writeable = True
+    return torch.from_numpy(array)
 
 
 def check_tensors(**values: object) -> None:

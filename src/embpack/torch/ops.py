@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from embpack import _native
 from embpack.bags import as_row, check_integers, check_mode, check_weights, count_bags
 from embpack.layouts import RowFormat
 from embpack.table import PackedTable
+from embpack.torch.private import EXCHANGE_API, in_forward_mode
 
 # What the core calls the types of values; None is the default.
 DTYPE_NAMES = {None: "float32", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -32,7 +32,7 @@ LAST = f"bool include_last_offset=False, int? padding_idx=None, {DTYPE}"
 _gather_tensors: Any = _native.gather_tensors
 _pool_tensors: Any = _native.pool_tensors
 
-_make_library: Any = torch.library.Library
+_make_library: Any = torch.library.Library  # which has no types
 library = _make_library("embpack", "DEF")
 library.define(f"embedding({TABLE}, Tensor indices, {SHARED}, *, {DTYPE}) -> Tensor")
 library.define(f"embedding_bag({TABLE}, Tensor indices, Tensor? offsets, str mode, {SHARED}, *, {LAST}) -> Tensor")
@@ -162,7 +162,7 @@ def _make_alike(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor
 
 def refuse_forward_mode() -> None:
     """Raise NotImplementedError in forward mode: PyTorch calls operators without the derivatives that come in."""
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         raise NotImplementedError(
             "forward-mode derivatives (torch.func.jvp, jacfwd) of a lookup with per_sample_weights; use backward()"
         )
@@ -182,10 +182,7 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype is {dtype}; choose torch.float32, float16, bfloat16 or float64")
 
 
-_exchange_api: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-if _exchange_api is None:
-    raise ImportError(f"embpack.torch needs PyTorch 2.13 or later; this is {torch.__version__}")
-_native.use_exchange_api(_exchange_api, _embedding, _embedding_bag)
+_native.use_exchange_api(EXCHANGE_API, _embedding, _embedding_bag)
 library.impl("embedding", _native.embedding, "CPU")
 library.impl("embedding_bag", _native.embedding_bag, "CPU")
 library.impl("embedding_bag.weighted", _weighted_embedding_bag, "CPU")
