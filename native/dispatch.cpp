@@ -1,67 +1,85 @@
 #include "dispatch.h"
 
 #include <atomic>
+#include <stdexcept>
 
 namespace embpack {
 
-#ifdef EMBPACK_X86
-namespace avx512 {
-extern const Kernels kernels;
-}
+// What units/*.cpp define for an instruction set.
+#define EMBPACK_DECLARE(isa)              \
+    namespace isa {                       \
+    extern const PackingKernels packing;  \
+    extern const Lookups lookups;         \
+    extern const Lookups trellis_lookups; \
+    }
+#ifdef EMBPACK_HAS_avx512_gfni
 namespace avx512_gfni {
-extern const Lookups lookups;
-}
-namespace avx2 {
-extern const Kernels kernels;
+extern const Lookups trellis_lookups;
 }
 #endif
-namespace portable {
-extern const Kernels kernels;
-}
+#ifdef EMBPACK_HAS_avx512
+EMBPACK_DECLARE(avx512)
+#endif
+#ifdef EMBPACK_HAS_avx2
+EMBPACK_DECLARE(avx2)
+#endif
+#ifdef EMBPACK_HAS_portable
+EMBPACK_DECLARE(portable)
+#endif
 
 namespace {
 
 struct Isa {
-    const Kernels* kernels;
+    Kernels kernels;
     bool (*runs_here)();
 };
 
-#ifdef EMBPACK_X86
+Kernels combine(const char* name, const PackingKernels& packing, const Lookups& lookups,
+                const Lookups& trellis_lookups) {
+    Kernels kernels{packing, name, {lookups, lookups, lookups, lookups}};
+    kernels.lookups[static_cast<size_t>(Layout::trellis)] = trellis_lookups;
+    return kernels;
+}
+#define EMBPACK_KERNELS(isa) combine(#isa, isa::packing, isa::lookups, isa::trellis_lookups)
+
+#ifdef EMBPACK_HAS_avx512
 bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
 }
-
-const Kernels with_gfni = [] {
-    Kernels kernels = avx512::kernels;
-    kernels.isa = "avx512_gfni";
-    kernels.gather_rows = avx512_gfni::lookups.gather_rows;
-    kernels.pool_bags = avx512_gfni::lookups.pool_bags;
-    return kernels;
-}();
 #endif
 
-// Best first.
-const Isa isas[] = {
-#ifdef EMBPACK_X86
-    {&with_gfni,
-     [] {
-         return has_avx512() && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi") &&
-                __builtin_cpu_supports("avx512vbmi2");
-     }},
-    {&avx512::kernels, has_avx512},
-    {&avx2::kernels,
-     [] {
-         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     }},
+// Those that were compiled, best first.
+const std::vector<Isa>& isas() {
+    static const std::vector<Isa> all = {
+#ifdef EMBPACK_HAS_avx512_gfni
+        {combine("avx512_gfni", avx512::packing, avx512::lookups, avx512_gfni::trellis_lookups),
+         [] {
+             return has_avx512() && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi") &&
+                    __builtin_cpu_supports("avx512vbmi2");
+         }},
 #endif
-    {&portable::kernels, [] { return true; }},
-};
+#ifdef EMBPACK_HAS_avx512
+        {EMBPACK_KERNELS(avx512), has_avx512},
+#endif
+#ifdef EMBPACK_HAS_avx2
+        {EMBPACK_KERNELS(avx2),
+         [] {
+             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+         }},
+#endif
+#ifdef EMBPACK_HAS_portable
+        {EMBPACK_KERNELS(portable), [] { return true; }},
+#endif
+    };
+    return all;
+}
 
 const Kernels* best() {
-    for (const Isa& isa : isas)
-        if (isa.runs_here()) return isa.kernels;
-    return &portable::kernels;
+    for (const Isa& isa : isas())
+        if (isa.runs_here()) return &isa.kernels;
+    throw std::runtime_error("embpack was built without an instruction set that this CPU runs; build it with portable "
+                             "among EMBPACK_ISAS");
 }
 
 std::atomic<const Kernels*>& in_use() {
@@ -75,15 +93,15 @@ const Kernels& kernels() { return *in_use().load(std::memory_order_relaxed); }
 
 std::vector<std::string_view> available_isas() {
     std::vector<std::string_view> names;
-    for (const Isa& isa : isas)
-        if (isa.runs_here()) names.emplace_back(isa.kernels->isa);
+    for (const Isa& isa : isas())
+        if (isa.runs_here()) names.emplace_back(isa.kernels.isa);
     return names;
 }
 
 bool use_isa(std::string_view name) {
-    for (const Isa& isa : isas) {
-        if (isa.kernels->isa != name || !isa.runs_here()) continue;
-        in_use().store(isa.kernels, std::memory_order_relaxed);
+    for (const Isa& isa : isas()) {
+        if (isa.kernels.isa != name || !isa.runs_here()) continue;
+        in_use().store(&isa.kernels, std::memory_order_relaxed);
         return true;
     }
     return false;

@@ -90,6 +90,7 @@ struct Codebooks {
 // What follows a row's codes: scale and bias, the row's codebook, or nothing: the codebook is chosen by the row's
 // cluster number. A trellis-coded row is another kind (trellis_rows.h); its bytes do not follow from a grid.
 enum class Layout : uint8_t { uniform, codebook, clustered, trellis };
+inline constexpr size_t num_layouts = 4;
 
 // Bytes of a row's codes, of a codebook, and of a row.
 inline constexpr size_t code_bytes(size_t embedding_dim, Grid grid) {
@@ -122,6 +123,9 @@ struct PackedRows {
 inline size_t cluster_of(const PackedRows& rows, size_t row) {
     const uint8_t* number = rows.clusters + row * rows.cluster_bytes;
     return rows.cluster_bytes == 1 ? number[0] : static_cast<size_t>(number[0] | number[1] << 8);
+}
+inline bool has_codebook(const PackedRows& rows, size_t row) {
+    return rows.layout != Layout::clustered || cluster_of(rows, row) < rows.num_codebooks;
 }
 
 // Trellis-coded rows, as src/embpack/trellis.py specifies them.
@@ -212,19 +216,18 @@ struct LookupFault {
 using GatherRowsFn = void (*)(const PackedRows&, const Integers& indices, bool prefetches, size_t first, size_t end,
                               const Output&, LookupFault&) noexcept;
 
-// Rows first .. end of the output: the pooled rows of those bags; zeros for a bag without rows.
+// Rows first .. end of the output: the sums or means of those bags; zeros for a bag without rows.
 using PoolBagsFn = void (*)(const PackedRows&, const Bags&, size_t first, size_t end, const Output&,
                             LookupFault&) noexcept;
 
-// What an instruction set has that adds nothing else to another.
+// Lookups of rows of one or more layouts.
 struct Lookups {
     GatherRowsFn gather_rows;
     PoolBagsFn pool_bags;
 };
 
-struct Kernels {
-    const char* isa;
-
+// What packs rows of all layouts, and rotates them.
+struct PackingKernels {
     // out[i] = float32(values[i]) for float16 or bfloat16 values.
     void (*widen_values)(const uint16_t* values, size_t count, ValueType type, float* out) noexcept;
 
@@ -259,15 +262,23 @@ struct Kernels {
     void (*encode_trellis)(const RowBlock&, const TrellisTable&, float* scratch, uint8_t* packed,
                            SquaredSums&) noexcept;
 
-    GatherRowsFn gather_rows;
-    PoolBagsFn pool_bags;
-
     // Rotates rows of float32 values, contiguous, in place, and back.
     void (*rotate_rows)(float* rows, size_t num_rows, size_t embedding_dim) noexcept;
     void (*rotate_rows_back)(float* rows, size_t num_rows, size_t embedding_dim) noexcept;
 
+    // Of each column the largest of `so_far` and of contiguous rows of float32 values; NaN is not larger than anything.
+    void (*keep_largest)(const float* rows, size_t num_rows, size_t embedding_dim, float* so_far) noexcept;
+
     // Brings contiguous rows of float32 values to the output, rounded to its type.
     void (*write_rows)(const float* rows, size_t num_rows, size_t embedding_dim, const Output&) noexcept;
+};
+
+// All that an instruction set has.
+struct Kernels : PackingKernels {
+    const char* isa;
+    Lookups lookups[num_layouts];
+
+    const Lookups& lookups_of(const PackedRows& rows) const { return lookups[static_cast<size_t>(rows.layout)]; }
 };
 
 }  // namespace embpack

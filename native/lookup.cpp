@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "dispatch.h"
 #include "threads.h"
@@ -83,50 +84,49 @@ void rotate_back(const PackedRows& rows, size_t first, size_t end, const Output&
     }
 }
 
-// Columns of a bag's rows that are the largest, or zeros.
-struct Largest {
-    std::vector<float> values;
-    bool is_empty = true;
-
-    void start() {
-        std::fill(values.begin(), values.end(), 0.0f);
-        is_empty = true;
+// Moves rows that are padding out of the way, and returns how many are left.
+size_t leave_padding_out(const Bags& bags, size_t first, size_t end, size_t d, float* rows) {
+    if (bags.padding_index == no_padding) return end - first;
+    size_t kept = 0;
+    for (size_t i = first; i < end; i++) {
+        if (bags.indices[i] == bags.padding_index) continue;
+        std::copy_n(rows + (i - first) * d, d, rows + kept * d);
+        kept++;
     }
-    void add(const float* row) {
-        for (size_t j = 0; j < values.size(); j++) values[j] = is_empty || values[j] < row[j] ? row[j] : values[j];
-        is_empty = false;
-    }
-};
+    return kept;
+}
 
-// The largest values of bags are those of rows that are rotated back before.
+// The largest values of bags: seldom asked for, so made of rows that are looked up (and rotated back) before.
 void pool_largest(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
                   LookupFault& fault) {
     const Kernels& k = kernels();
+    const auto gather_rows = k.lookups_of(rows).gather_rows;
     const size_t d = rows.embedding_dim, at_a_time = std::max<size_t>(1, rotated_at_a_time / d);
-    std::vector<float> values(at_a_time * d);
-    Largest largest{std::vector<float>(d)};
+    std::vector<float> values(at_a_time * d), largest(d);
     for (size_t bag = first; bag < end; bag++) {
-        largest.start();
+        std::fill(largest.begin(), largest.end(), -std::numeric_limits<float>::infinity());
+        bool is_empty = true;
         const size_t last = bags.start(bag + 1);
         for (size_t i = bags.start(bag), stop; i < last; i = stop) {
             stop = std::min(last, i + at_a_time);
-            k.gather_rows(rows, bags.indices, bags.prefetches, i, stop, output_at(values.data(), d, i), fault);
+            gather_rows(rows, bags.indices, bags.prefetches, i, stop, output_at(values.data(), d, i), fault);
             if (fault.kind != LookupFault::none) return;
-            k.rotate_rows_back(values.data(), stop - i, d);
-            for (size_t at = i; at < stop; at++)
-                if (bags.padding_index == no_padding || bags.indices[at] != bags.padding_index)
-                    largest.add(values.data() + (at - i) * d);
+            const size_t kept = leave_padding_out(bags, i, stop, d, values.data());
+            if (rows.is_rotated) k.rotate_rows_back(values.data(), kept, d);
+            k.keep_largest(values.data(), kept, d, largest.data());
+            is_empty = is_empty && kept == 0;
         }
-        k.write_rows(largest.values.data(), 1, d, {out.values + bag * out.row_bytes, out.row_bytes, out.type});
+        if (is_empty) std::fill(largest.begin(), largest.end(), 0.0f);
+        k.write_rows(largest.data(), 1, d, {out.values + bag * out.row_bytes, out.row_bytes, out.type});
     }
 }
 
 void pool_piece(const Lookup& lookup, size_t first, size_t end, LookupFault& fault) {
     const PackedRows& rows = lookup.rows;
     const Bags& bags = lookup.bags;
-    const auto pool_bags = kernels().pool_bags;
-    if (!rows.is_rotated) return pool_bags(rows, bags, first, end, lookup.out, fault);
+    const auto pool_bags = kernels().lookups_of(rows).pool_bags;
     if (bags.pooling == Pooling::max) return pool_largest(rows, bags, first, end, lookup.out, fault);
+    if (!rows.is_rotated) return pool_bags(rows, bags, first, end, lookup.out, fault);
     rotate_back(rows, first, end, lookup.out, fault,
                 [&](size_t from, size_t stop, const Output& to, LookupFault& found) {
                     pool_bags(rows, bags, from, stop, to, found);
@@ -136,7 +136,7 @@ void pool_piece(const Lookup& lookup, size_t first, size_t end, LookupFault& fau
 }  // namespace
 
 LookupFault gather(const PackedRows& rows, const Integers& indices, const Output& out) {
-    const Kernels& k = kernels();
+    const auto gather_rows = kernels().lookups_of(rows).gather_rows;
     const size_t count = indices.values ? indices.count : rows.num_rows;
     const int threads = threads_for(count * rows.embedding_dim);
     const bool prefetches = table_bytes(rows) > second_level_bytes();
@@ -145,7 +145,7 @@ LookupFault gather(const PackedRows& rows, const Integers& indices, const Output
     for_each_piece(pieces, threads, [&](size_t piece) {
         const size_t first = piece * rows_at_a_time, end = std::min(count, first + rows_at_a_time);
         const auto look_up = [&](size_t from, size_t stop, const Output& to, LookupFault& found) {
-            k.gather_rows(rows, indices, prefetches, from, stop, to, found);
+            gather_rows(rows, indices, prefetches, from, stop, to, found);
         };
         LookupFault found;
         if (rows.is_rotated)

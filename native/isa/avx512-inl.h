@@ -1,5 +1,15 @@
-// Vectors of AVX-512 (F, BW, DQ, VL: Skylake-X and later, Zen 4 and later): sixteen lanes are one register. No include
-// guard: each file that includes it once has them in its own anonymous namespace.
+// Vectors of AVX-512 (F, BW, DQ, VL: Skylake-X and later, Zen 4 and later): sixteen lanes are one register.
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../kernels.h"
+
+namespace embpack::EMBPACK_ISA {
+namespace {
 
 using F32x16 = __m512;
 using I32x16 = __m512i;
@@ -121,6 +131,7 @@ inline void store_codes(uint8_t* p, I32x16 codes) {
 
 // Sixteen codes of 2 * bits bytes, one in the low bits of each lane; above a code there may be others. At 4 bits, lanes
 // 2i and 2i + 1 have codes i and 8 + i: so loading both halves to all lanes needs no permutation, only a load.
+using SpreadCodes = I32x16;
 template <int bits>
 struct Spread {
     I32x16 shifts = bits == 4 ? _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28)
@@ -235,27 +246,5 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
     }
 }
 
-// Positions of a block's bits. What is packed goes to them in ascending order.
-struct BitPositions {
-    uint64_t mask;
-
-    BitPositions() = default;
-    explicit BitPositions(uint64_t positions) : mask(positions) {}
-    uint64_t operator()(uint64_t bits) const { return _pdep_u64(bits, mask); }
-};
-
-// The levels of trellis-coded columns, in memory.
-struct LevelsInMemory {
-    const AllTrellisLevels& levels;
-    size_t num_narrow;
-
-    explicit LevelsInMemory(const AllTrellisLevels& levels) : levels(levels), num_narrow(levels.num_narrow) {}
-
-    // Numbers are the lowest bytes of lanes.
-    F32x16 of_numbers(__m512i numbers, uint16_t wide_lanes) const {
-        const __m512i number = _mm512_and_si512(numbers, _mm512_set1_epi32(0xff));
-        const __m512i first_wide = _mm512_set1_epi32(static_cast<int>(num_narrow));
-        const __m512i at = _mm512_mask_add_epi32(number, wide_lanes, number, first_wide);
-        return _mm512_i32gather_ps(at, levels.values, 4);
-    }
-};
+}  // namespace
+}  // namespace embpack::EMBPACK_ISA

@@ -2,6 +2,13 @@
 
 // Not the standard library's: an instruction set's file must not have templates that another's has, too.
 inline constexpr size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+inline constexpr size_t within(size_t x, size_t least, size_t most) { return smaller(x < least ? least : x, most); }
+// The largest power of two that is not above x; 0 for 0.
+inline constexpr size_t largest_power_within(size_t x) {
+    size_t power = x > 0;
+    while (power <= x / 2 && power > 0) power *= 2;
+    return power;
+}
 
 // Calls use(0) .. use(n - 1), written out: GCC keeps the vectors of an array in registers only if no variable is ever
 // its index.
@@ -13,9 +20,5 @@ template <size_t n, class Use>
     }
 }
 
-// Positions that a lane of a trellis-coded block has: of a part of a block fewer may be enough.
-inline constexpr size_t slots_of(size_t num_columns) {
-    size_t slots = least_slots;
-    while (num_columns > trellis_lanes * slots && slots < trellis_vectors) slots *= 2;
-    return slots;
-}
+template <class T>
+struct Type {};

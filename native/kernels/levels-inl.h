@@ -15,7 +15,7 @@ struct LevelTable {
     F32x16 levels;
 
     LevelTable open() const { return *this; }
-    F32x16 operator()(I32x16 codes) const { return look_up(levels, codes); }
+    [[gnu::always_inline]] F32x16 operator()(const SpreadCodes& codes) const { return look_up(levels, codes); }
 };
 
 template <int bits>
@@ -26,7 +26,7 @@ template <int bits, bool f16_params>
 struct GridLevels {
     F32x16 scale, bias;
 
-    F32x16 operator()(I32x16 codes) const { return fma(scale, to_float(only_code<bits>(codes)), bias); }
+    F32x16 operator()(const SpreadCodes& codes) const { return fma(scale, to_float(only_code<bits>(codes)), bias); }
 };
 template <int bits, bool f16_params>
 struct KeptGrid {
@@ -83,9 +83,9 @@ struct LongCodebook {
     bool f16_params;
 
     LongCodebook open() const { return *this; }
-    F32x16 operator()(I32x16 codes) const {
+    F32x16 operator()(const SpreadCodes& codes) const {
         uint8_t bytes[16];
-        store_codes<8>(bytes, codes);
+        store_codes<8>(bytes, only_code<8>(codes));
         uint16_t halves[16];
         float wide[16];
         for (size_t i = 0; i < 16; i++) {
@@ -97,10 +97,6 @@ struct LongCodebook {
         return f16_params ? load_f16(halves) : load(wide);
     }
 };
-
-inline bool has_codebook(const PackedRows& rows, uint64_t index) {
-    return rows.layout != Layout::clustered || cluster_of(rows, index) < rows.num_codebooks;
-}
 
 // Levels are those of the codebook after the codes, or of that of the row's cluster.
 template <int bits>
@@ -138,15 +134,12 @@ struct CodebookReader {
     }
 };
 
-template <class T>
-struct Type {};
-
 // Calls use(Type<reader>()) with the reader for those rows.
 template <int bits, class Use>
-inline void with_levels(const PackedRows& rows, Use use) {
+inline auto with_levels(const PackedRows& rows, Use use) {
     if (rows.layout != Layout::uniform) return use(Type<CodebookReader<bits>>());
     if (rows.grid.f16_params) return use(Type<GridReader<bits, true>>());
-    use(Type<GridReader<bits, false>>());
+    return use(Type<GridReader<bits, false>>());
 }
 
 // The codes of the last columns, fewer than sixteen, without reading past the row.
@@ -163,7 +156,7 @@ struct SpreadLast {
         fits_eight = bits < 8 && rows.row_bytes >= 8;
     }
 
-    I32x16 operator()(const uint8_t* from) const {
+    SpreadCodes operator()(const uint8_t* from) const {
         uint8_t codes[16] = {};
         if (fits_eight) {   // One load is quicker than a loop.
             uint64_t word;

@@ -122,6 +122,16 @@ void rotate_rows_back(float* rows, size_t num_rows, size_t d) noexcept {
     }
 }
 
+// Columns of `rows` that are larger than those of `so_far` take their place.
+void keep_largest(const float* rows, size_t num_rows, size_t d, float* so_far) noexcept {
+    for (size_t j = 0; j < d; j += 16) {
+        const size_t n = smaller(d - j, 16);
+        F32x16 largest = load_columns(so_far + j, n);
+        for (const float* row = rows; row < rows + num_rows * d; row += d) largest = max(load_columns(row + j, n), largest);
+        store_columns(so_far + j, largest, n);
+    }
+}
+
 void write_rows(const float* rows, size_t num_rows, size_t d, const Output& out) noexcept {
     uint8_t* to = out.values;
     for (const float* row = rows; row < rows + num_rows * d; row += d, to += out.row_bytes)

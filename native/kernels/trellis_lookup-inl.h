@@ -87,13 +87,13 @@ struct TrellisColumns {
 };
 
 // All that rows have in common, found once for a lookup.
-struct TrellisLookup {
+struct TrellisCommon {
     TrellisShape shape;
     AllTrellisLevels levels;
     WideVectors wide;
     TrellisColumns columns[trellis_most_dim / trellis_block];
 
-    explicit TrellisLookup(const PackedRows& rows)
+    explicit TrellisCommon(const PackedRows& rows)
         : shape(rows.embedding_dim, rows.row_bytes), levels(rows.codebooks, shape) {
         for (size_t j = 0; j < rows.embedding_dim; j += trellis_block) {
             TrellisColumns& of = columns[j / trellis_block];
@@ -102,6 +102,14 @@ struct TrellisLookup {
             if (of.wide_vectors != wide.count) wide.are_alike = false;
         }
     }
+};
+
+struct TrellisReader : RowReader {
+    const TrellisCommon common;
+
+    TrellisReader(const PackedRows& rows, const Bags& bags, size_t first, size_t end, bool are_read_once,
+                  LookupFault& fault)
+        : RowReader(rows, bags, first, end, are_read_once, fault), common(rows) {}
 };
 
 // Word k, of two bytes for each slot.
@@ -136,10 +144,10 @@ inline F32x16 read_trellis_scale(const uint8_t* scales, uint8_t number) {
 }
 
 template <class Levels, bool is_full, size_t vectors>
-inline void store_trellis_block(const RowReader& reader, const TrellisColumns& of, const Levels& levels, size_t first,
+inline void store_trellis_block(const TrellisReader& reader, const TrellisColumns& of, const Levels& levels, size_t first,
                                 size_t stop, size_t j, const Output& out) {
     const PackedRows rows = reader.rows;
-    const uint8_t* const scales = rows.codebooks + sizeof(float) * reader.trellis->shape.first_scale();
+    const uint8_t* const scales = rows.codebooks + sizeof(float) * reader.common.shape.first_scale();
     const size_t row_bytes = rows.row_bytes, num_columns = smaller(rows.embedding_dim - j, trellis_block);
     const LevelsOfBlock<slots_of(trellis_lanes * vectors)> levels_of_block(of);
     const bool prefetches = reader.bags.prefetches && j == 0;
@@ -164,17 +172,17 @@ inline void store_trellis_block(const RowReader& reader, const TrellisColumns& o
 }
 
 template <class Levels>
-inline void store_trellis_rows(RowReader& reader, size_t first, const Output& out) {
+inline void store_trellis_rows(TrellisReader& reader, size_t first, const Output& out) {
     const PackedRows rows = reader.rows;
-    const TrellisLookup& lookup = *reader.trellis;
-    const Levels levels(lookup.levels);
+    const TrellisCommon& common = reader.common;
+    const Levels levels(common.levels);
     for (size_t stop; first < reader.end; first = stop) {
         stop = reader.end_of_window(first, reader.end);
         reader.open(first, stop, 0);
         for (size_t i = first; i < stop; i++)
             if (reader.indices[i - first] >= rows.num_rows) [[unlikely]] return reader.note_fault(i);
         for (size_t j = 0; j < rows.embedding_dim; j += trellis_block) {
-            const TrellisColumns& of = lookup.columns[j / trellis_block];
+            const TrellisColumns& of = common.columns[j / trellis_block];
             const size_t num_columns = rows.embedding_dim - j;
             if (num_columns >= trellis_block)
                 store_trellis_block<Levels, true, trellis_vectors>(reader, of, levels, first, stop, j, out);
@@ -190,13 +198,13 @@ inline void store_trellis_rows(RowReader& reader, size_t first, const Output& ou
 
 // pool_tile, for rows of this layout. The job's first code is its first column.
 template <class Join, class Levels, size_t vectors, bool is_full>
-[[gnu::noinline]] bool pool_trellis_tile(const RowReader& reader, TileJob job) {
+[[gnu::noinline]] bool pool_trellis_tile(const TrellisReader& reader, TileJob job) {
     constexpr size_t blocks = (vectors + trellis_vectors - 1) / trellis_vectors;
     constexpr size_t vectors_of_block = smaller(vectors, trellis_vectors);
-    const TrellisColumns* const columns = reader.trellis->columns + job.first_code / trellis_block;
+    const TrellisColumns* const columns = reader.common.columns + job.first_code / trellis_block;
     PackedRows rows = reader.rows;
     rows.row_bytes = known_columns<Levels>(*columns).row_bytes;   // a constant, where it is known
-    const Levels levels(reader.trellis->levels);
+    const Levels levels(reader.common.levels);
     const auto find_numbers = [&](const uint8_t* row, size_t k) __attribute__((always_inline)) {
         return find_trellis_numbers<is_full, vectors_of_block>(row, known_columns<Levels>(columns[k]), levels);
     };
@@ -204,14 +212,13 @@ template <class Join, class Levels, size_t vectors, bool is_full>
         F32x16 scale;
         decltype(find_numbers(nullptr, 0)) numbers[blocks];
     };
-    const uint8_t* scales = rows.codebooks + sizeof(float) * reader.trellis->shape.first_scale();
+    const uint8_t* scales = rows.codebooks + sizeof(float) * reader.common.shape.first_scale();
     asm("" : "+r"(scales));   // Or GCC adds both up for each row.
     const size_t row_bytes = rows.row_bytes;
     const uint64_t* const indices = reader.indices;
     const size_t* const starts = reader.starts;
     const size_t last = starts[job.end_bag];
-    // Those of the first rows have been prefetched.
-    const bool prefetches = reader.bags.prefetches && job.first_code == 0 && reader.num_indices > reader.rows_ahead;
+    const bool prefetches = prefetches_rows(reader, job);
     const uint64_t* const indices_ahead = prefetches ? indices + reader.rows_ahead : indices;
     const size_t last_ahead = prefetches ? reader.num_indices - reader.rows_ahead - 1 : 0;
     const auto read = [&](size_t i, Row& row) __attribute__((always_inline)) {
@@ -275,8 +282,18 @@ template <class Join, class Levels, size_t vectors, bool is_full>
     return true;
 }
 
+// The first tile of so many columns: whole blocks, or a block that is not full.
+inline TileShape first_trellis_tile(size_t num_columns) {
+    const size_t most_blocks = most_trellis_sums / trellis_vectors;
+    const size_t blocks = smaller(largest_power_within(num_columns / trellis_block), most_blocks);
+    if (blocks > 0) return {blocks * trellis_vectors, 0};
+    return {num_columns / trellis_lanes, num_columns % trellis_lanes};
+}
+
+inline size_t first_trellis_code(const PackedRows&, size_t column) { return column; }
+
 template <class Join, class Levels, size_t vectors = most_trellis_sums>
-PoolTileFn find_pool_trellis_tile(TileShape tile, bool prefetches) {
+Tiles<TrellisReader>::PoolFn find_pool_trellis_tile(TileShape tile, bool prefetches) {
     if constexpr (known_dim<Levels> > 0) {
         return pool_trellis_tile<Join, Levels, known_dim<Levels> / trellis_lanes, true>;
     } else {
@@ -293,32 +310,31 @@ PoolTileFn find_pool_trellis_tile(TileShape tile, bool prefetches) {
     }
 }
 
-template <class Join>
-inline void pool_trellis_bags_by(RowReader& reader, size_t first, size_t end, const Output& out) {
-    // Code that is made for rows of which more is known is worth it where all that is done is to add.
-    constexpr bool for_known = std::is_same_v<Join, AddLevels>;
-    with_trellis_levels<for_known>(reader.trellis->shape, reader.trellis->wide, [&]<class Levels>() {
-        Pooler(reader, out, find_pool_trellis_tile<Join, Levels>, Join::start.values).pool(first, end);
-    });
+template <class Join, class Levels>
+inline constexpr Tiles<TrellisReader> trellis_tiles_of{first_trellis_tile, first_trellis_code,
+                                                       find_pool_trellis_tile<Join, Levels>};
+
+// Levels of which more is known have code of their own where all that is done is to add.
+inline Tiles<TrellisReader> find_trellis_tiles(const TrellisReader& reader) {
+    Tiles<TrellisReader> tiles;
+    if (reader.bags.per_sample_weights ||
+        !with_known_levels(reader.common.shape, reader.common.wide,
+                           [&]<class Levels>() { tiles = trellis_tiles_of<AddLevels, Levels>; }))
+        with_trellis_levels(reader.common.shape,
+                            [&]<class Levels>() { tiles = trellis_tiles_of<AddWeightedLevels, Levels>; });
+    return tiles;
 }
 
 void gather_trellis_rows(const PackedRows& rows, const Integers& indices, bool prefetches, size_t first, size_t end,
                          const Output& out, LookupFault& fault) noexcept {
     const Bags bags{.indices = indices, .prefetches = prefetches};
-    RowReader reader(rows, bags, first, end, true, fault);
-    const TrellisLookup lookup(rows);
-    reader.trellis = &lookup;
-    with_trellis_levels<false>(lookup.shape, lookup.wide,
-                               [&]<class Levels>() { store_trellis_rows<Levels>(reader, first, out); });
+    TrellisReader reader(rows, bags, first, end, true, fault);
+    with_trellis_levels(reader.common.shape, [&]<class Levels>() { store_trellis_rows<Levels>(reader, first, out); });
 }
 
 void pool_trellis_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
                        LookupFault& fault) noexcept {
     const bool are_read_once = first_trellis_tile(rows.embedding_dim).num_columns() == rows.embedding_dim;
-    RowReader reader(rows, bags, bags.start(first), bags.start(end), are_read_once, fault);
-    const TrellisLookup lookup(rows);
-    reader.trellis = &lookup;
-    if (reader.bags.pooling == Pooling::max) return pool_trellis_bags_by<KeepLargestLevels>(reader, first, end, out);
-    if (reader.bags.per_sample_weights) return pool_trellis_bags_by<AddWeightedLevels>(reader, first, end, out);
-    pool_trellis_bags_by<AddLevels>(reader, first, end, out);
+    TrellisReader reader(rows, bags, bags.start(first), bags.start(end), are_read_once, fault);
+    Pooler(reader, out, find_trellis_tiles(reader)).pool(first, end);
 }

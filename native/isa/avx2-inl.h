@@ -7,9 +7,8 @@
 #include <type_traits>
 
 #include "../kernels.h"
-#include "../trellis_rows.h"
 
-namespace embpack::avx2 {
+namespace embpack::EMBPACK_ISA {
 namespace {
 
 struct F32x16 {
@@ -23,13 +22,10 @@ struct F64x16 {
     __m256d quarter[4];
 };
 
-constexpr const char* isa_name = "avx2";
 constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = false;   // two permutations, a shift and a blend
 constexpr size_t most_sums = 4;   // vectors of sums that stay in registers
-constexpr size_t most_trellis_sums = 4;
 constexpr size_t rows_early = 3;    // rows whose levels are read before they are added
-constexpr size_t trellis_rows_early = 0, most_means_kept = 0;
 constexpr size_t starts_at_once = 1;   // ranges that sums are made for in one pass
 constexpr size_t vectors_of_words = 4;   // that levels_of_words makes together
 
@@ -188,6 +184,7 @@ inline void store_codes(uint8_t* p, I32x16 codes) {
 
 // Sixteen codes of 2 * bits bytes, one in the low bits of each lane; above a code there may be others. At 4 bits a byte
 // goes to a lane of each half: `low` has the even codes, `high` the odd ones.
+using SpreadCodes = I32x16;
 template <int bits>
 struct Spread {
     I32x16 operator()(const uint8_t* p) const {
@@ -383,174 +380,5 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
         for (size_t j = 0; j < 16; j += 8) transpose_8x8(rows + i * stride + j, stride, out + j * lanes + i);
 }
 
-// A block has a byte for each position, in two registers.
-struct TrellisBytes {
-    __m256i half[2];
-
-    static TrellisBytes load(const uint8_t* p) {
-        const __m256i* const halves = reinterpret_cast<const __m256i*>(p);
-        return {_mm256_load_si256(halves), _mm256_load_si256(halves + 1)};
-    }
-    static TrellisBytes splat(size_t value) {
-        const __m256i byte = _mm256_set1_epi8(static_cast<char>(value));
-        return {byte, byte};
-    }
-    template <class Fn>
-    [[gnu::always_inline]] static TrellisBytes each(const Fn& fn) {
-        return {fn(0), fn(1)};
-    }
-};
-
-// Positions of a block's bits, what is packed in ascending order: for each which byte has its bit, and which it is.
-struct BitPositions {
-    alignas(32) uint8_t byte[64], bit[64], inside[64];
-
-    BitPositions() = default;
-    explicit BitPositions(uint64_t positions) {
-        size_t number = 0;
-        for (size_t p = 0; p < 64; p++) {
-            const bool is_inside = positions >> p & 1;
-            byte[p] = static_cast<uint8_t>(is_inside ? number / 8 : 0x80);
-            bit[p] = static_cast<uint8_t>(1u << number % 8);
-            inside[p] = is_inside ? 0xff : 0;
-            number += is_inside;
-        }
-    }
-};
-
-constexpr size_t least_slots = 4;
-
-// For each position of a block the number of its level.
-template <size_t slots>
-struct TrellisNumbers {
-    TrellisBytes bytes = TrellisBytes::splat(0), byte, bit;
-
-    TrellisNumbers() = default;
-    // Of a block whose bits are where these positions say.
-    [[gnu::always_inline]] explicit TrellisNumbers(const BitPositions& present)
-        : byte(TrellisBytes::load(present.byte)), bit(TrellisBytes::load(present.bit)) {}
-
-    // Adds `weight` where bits are set.
-    template <bool is_full>
-    [[gnu::always_inline]] void add(const BitPositions&, uint64_t bits, size_t weight) {
-        add_at(byte, bit, bits, weight);
-    }
-    [[gnu::always_inline]] void add_at(const TrellisBytes& byte, const TrellisBytes& bit, uint64_t bits,
-                                       size_t weight) {
-        const __m256i all_bits = _mm256_set1_epi64x(static_cast<int64_t>(bits));
-        const __m256i added = _mm256_set1_epi8(static_cast<char>(weight));
-        bytes = TrellisBytes::each([&](size_t h) __attribute__((always_inline)) {
-            const __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(all_bits, byte.half[h]), bit.half[h]);
-            const __m256i is_set = _mm256_cmpeq_epi8(own, bit.half[h]);
-            return _mm256_or_si256(bytes.half[h], _mm256_and_si256(is_set, added));
-        });
-    }
-    [[gnu::always_inline]] void add_top_bits(const BitPositions& is_wide, uint64_t bits, size_t weight) {
-        add_at(TrellisBytes::load(is_wide.byte), TrellisBytes::load(is_wide.bit), bits, weight);
-    }
-};
-
-// The levels of trellis-coded columns.
-struct WrittenLevels {
-    static constexpr size_t most_planes = 6;
-    const AllTrellisLevels& levels;
-    size_t num_narrow;
-
-    explicit WrittenLevels(const AllTrellisLevels& levels) : levels(levels), num_narrow(levels.num_narrow) {}
-
-    static size_t weight(size_t k) { return size_t{1} << k; }
-
-    template <bool is_full, class Numbers, class Columns, class Read>
-    void finish(Numbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
-        if (of.wide_vectors > 0) numbers.add_top_bits(of.is_wide, of.top_bits(row), num_narrow);
-    }
-    template <class Numbers, class Columns>
-    F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
-        const TrellisBytes inside = TrellisBytes::load(of.is_wide.inside);
-        const int shift = 8 * static_cast<int>(v);
-        const auto look_up_eight = [&](size_t h) {
-            const __m256i number = _mm256_srli_epi32(numbers.bytes.half[h], shift);
-            const __m256i is_wide = _mm256_srai_epi32(_mm256_slli_epi32(inside.half[h], 24 - shift), 31);
-            const __m256i first = _mm256_and_si256(is_wide, _mm256_set1_epi32(static_cast<int>(num_narrow)));
-            const __m256i at = _mm256_add_epi32(_mm256_and_si256(number, _mm256_set1_epi32(0xff)), first);
-            return _mm256_i32gather_ps(levels.values, at, 4);
-        };
-        return {look_up_eight(0), look_up_eight(1)};
-    }
-};
-
-// At most 16 levels of narrow codes and 32 of wide ones above 0, by permutations; those below have the sign in the
-// byte's highest bit, and are counted from the middle, too.
-struct FewLevels {
-    static constexpr size_t most_planes = 3;
-    alignas(32) float narrow[16] = {}, wide[32] = {};
-    size_t narrow_top, num_narrow;
-
-    explicit FewLevels(const AllTrellisLevels& all) : narrow_top(all.num_narrow / 2), num_narrow(all.num_narrow) {
-        std::memcpy(narrow, all.values + narrow_top, sizeof(float) * narrow_top);
-        std::memcpy(wide, all.values + num_narrow + all.num_wide / 2, sizeof(float) * all.num_wide / 2);
-    }
-
-    static size_t weight(size_t k) { return size_t{1} << k; }
-
-    template <bool is_full, class Numbers, class Columns, class Read>
-    [[gnu::always_inline]] void finish(Numbers& numbers, const Columns& of, const uint8_t* row,
-                                       const Read&) const {
-        if (of.wide_vectors > 0) numbers.add_top_bits(of.is_wide, of.top_bits(row), num_narrow);
-        const TrellisBytes inside = TrellisBytes::load(of.is_wide.inside);
-        const __m256i lowest = _mm256_set1_epi8(static_cast<char>(narrow_top));
-        numbers.bytes = TrellisBytes::each([&](size_t h) {
-            const __m256i number = numbers.bytes.half[h];
-            const __m256i top = _mm256_add_epi8(lowest, _mm256_and_si256(inside.half[h], lowest));
-            const __m256i is_below = _mm256_cmpeq_epi8(_mm256_and_si256(number, top), _mm256_setzero_si256());
-            // From n below the middle to 0x80 and middle - 1 - n; from n above it to n - middle.
-            const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
-            const __m256i flipped = _mm256_or_si256(_mm256_add_epi8(top, top), sign);
-            const __m256i change = _mm256_and_si256(is_below, _mm256_sub_epi8(flipped, _mm256_set1_epi8(1)));
-            return _mm256_xor_si256(_mm256_xor_si256(number, top), change);
-        });
-    }
-    template <class Numbers, class Columns>
-    [[gnu::always_inline]] F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
-        const int shift = 8 * static_cast<int>(v);
-        const auto look_up_eight = [&](size_t h) __attribute__((always_inline)) {
-            const __m256i bytes = numbers.bytes.half[h], number = _mm256_srli_epi32(bytes, shift);
-            const auto bit_to_sign = [&](int bit) {
-                return _mm256_castsi256_ps(_mm256_slli_epi32(bytes, 31 - bit - shift));
-            };
-            const auto of_eight = [&](const float* table) {
-                return _mm256_permutevar8x32_ps(_mm256_load_ps(table), number);
-            };
-            const auto of_sixteen = [&](const float* table) {
-                return _mm256_blendv_ps(of_eight(table), of_eight(table + 8), bit_to_sign(3));
-            };
-            __m256 magnitude = of_sixteen(narrow);
-            if (v < of.wide_vectors) {
-                const __m256 of_wide = _mm256_blendv_ps(of_sixteen(wide), of_sixteen(wide + 16), bit_to_sign(4));
-                const __m256i inside = _mm256_load_si256(reinterpret_cast<const __m256i*>(of.is_wide.inside) + h);
-                magnitude = _mm256_blendv_ps(magnitude, of_wide,
-                                             _mm256_castsi256_ps(_mm256_slli_epi32(inside, 24 - shift)));
-            }
-            return _mm256_xor_ps(magnitude, _mm256_and_ps(bit_to_sign(7), _mm256_set1_ps(-0.0f)));
-        };
-        return {look_up_eight(0), look_up_eight(1)};
-    }
-};
-
-using SomeLevels = WrittenLevels;
-
-// What looks the levels up of narrow codes of so many bits, and of wide ones.
-template <bool, class Use>
-inline void with_trellis_levels(const TrellisShape& shape, WideVectors, Use use) {
-    if (shape.narrow_bits <= 4) return use.template operator()<FewLevels>();
-    use.template operator()<WrittenLevels>();
-}
-
-#include "../kernels/all-inl.h"
-
 }  // namespace
-
-extern const Kernels kernels;
-const Kernels kernels = make_kernels();
-
-}  // namespace embpack::avx2
+}  // namespace embpack::EMBPACK_ISA

@@ -1,26 +1,15 @@
-// AVX-512 (F, BW, DQ, VL: Skylake-X and later, Zen 4 and later).
-#include <immintrin.h>
+// Trellis-coded rows with AVX-512: a word of bits is a mask.
+#include "avx512_bits-inl.h"
 
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-
-#include "../kernels.h"
-#include "../trellis_rows.h"
-
-namespace embpack::avx512 {
+namespace embpack::EMBPACK_ISA {
 namespace {
 
-constexpr const char* isa_name = "avx512";
+constexpr size_t least_slots = 2, most_trellis_sums = 16, trellis_rows_early = 0, most_means_kept = 0;
 
-constexpr size_t most_trellis_sums = 16, trellis_rows_early = 0, most_means_kept = 0;
-
-#include "avx512-inl.h"
+#include "../kernels/trellis_slots-inl.h"
 
 // For each position of a block the number of its level, in a byte; where a lane has two positions, in both bytes of a
 // word, for masks of 32 bits take half the time of masks of 64.
-constexpr size_t least_slots = 2;
 template <size_t slots>
 struct TrellisNumbers {
     static constexpr unsigned slot_bits = 32 / slots;
@@ -206,18 +195,22 @@ private:
 };
 
 // What looks the levels up of narrow codes of so many bits, and of wide ones.
-template <bool, class Use>
-inline void with_trellis_levels(const TrellisShape& shape, WideVectors, Use use) {
+template <class Use>
+inline void with_trellis_levels(const TrellisShape& shape, Use use) {
     if (shape.narrow_bits <= 4) return use.template operator()<FewLevels>();
     if (shape.narrow_bits == 5) return use.template operator()<SomeLevels>();
     use.template operator()<WrittenLevels>();
 }
 
-#include "../kernels/all-inl.h"
+// Calls use<Levels>() where sums without weights have code of their own: about 4 bits a value, as most tables have.
+template <class Use>
+inline bool with_known_levels(const TrellisShape& shape, WideVectors, Use use) {
+    if (shape.narrow_bits > 4) return false;
+    use.template operator()<FewLevels>();
+    return true;
+}
+
+#include "../kernels/trellis_numbers-inl.h"
 
 }  // namespace
-
-extern const Kernels kernels;
-const Kernels kernels = make_kernels();
-
-}  // namespace embpack::avx512
+}  // namespace embpack::EMBPACK_ISA

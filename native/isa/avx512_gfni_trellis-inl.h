@@ -1,29 +1,13 @@
-// AVX-512 with bit matrices, permutations of bytes and shifts of two words at once (GFNI, VBMI, VBMI2: Ice Lake and
-// later, Zen 4 and later). Lookups of trellis-coded rows are what gains from these; all other kernels are those of
-// AVX-512.
-#include <immintrin.h>
+// Trellis-coded rows with bit matrices, permutations of bytes and shifts of two words at once (GFNI, VBMI, VBMI2: Ice
+// Lake and later, Zen 4 and later). All other kernels of such a CPU are those of AVX-512.
+#include "avx512_bits-inl.h"
 
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-
-#include "../kernels.h"
-#include "../trellis_rows.h"
-
-namespace embpack {
-
-namespace avx512 {
-extern const Kernels kernels;
-}
-
-namespace avx512_gfni {
+namespace embpack::EMBPACK_ISA {
 namespace {
 
 constexpr size_t least_slots = 1, most_trellis_sums = 8, trellis_rows_early = 2, most_means_kept = 4;
 
-#include "avx512-inl.h"
-#include "../kernels/basics-inl.h"
+#include "../kernels/trellis_slots-inl.h"
 
 // For each position of a block the number of its level, in a byte. A word has in its lower byte that of a value, and
 // in the upper one, of a full block, that of another: lane i's first word is of vectors 1 and 3, its second word of
@@ -384,44 +368,32 @@ private:
 };
 
 // What looks the levels up of narrow codes of so many bits, and of wide ones.
-template <bool for_known, class Use>
-inline void with_trellis_levels(const TrellisShape& shape, WideVectors wide, Use use) {
-    if constexpr (for_known) {
-        const auto is = [&](const TrellisShape& known) {
-            return shape.embedding_dim == known.embedding_dim && shape.narrow_bits == known.narrow_bits &&
-                   shape.num_wide == known.num_wide;
-        };
-        if (is(OnlyBlock<16>::shape)) return use.template operator()<SomeLevels<OnlyBlock<16>>>();
-        if (is(OnlyBlock<32>::shape)) return use.template operator()<FewLevels<OnlyBlock<32>>>();
-        if (is(OnlyBlock<64>::shape)) return use.template operator()<FewLevels<OnlyBlock<64>>>();
-        if (shape.narrow_bits == 4 && wide.are_alike && wide.count > 0 && wide.count <= 2)   // d >= 128 at 4 bits
-            return use.template operator()<FewLevels<WideFirst>>();
-    }
+template <class Use>
+inline void with_trellis_levels(const TrellisShape& shape, Use use) {
     if (shape.narrow_bits <= 4) return use.template operator()<FewLevels<Nothing>>();
     if (shape.narrow_bits == 5) return use.template operator()<SomeLevels<Nothing>>();
     use.template operator()<WrittenLevels>();
 }
 
-#include "../kernels/levels-inl.h"
-#include "../kernels/lookup-inl.h"
-#include "../kernels/trellis_lookup-inl.h"
-
-void gather_rows(const PackedRows& rows, const Integers& indices, bool prefetches, size_t first, size_t end,
-                 const Output& out, LookupFault& fault) noexcept {
-    const auto gather = rows.layout == Layout::trellis ? gather_trellis_rows : avx512::kernels.gather_rows;
-    gather(rows, indices, prefetches, first, end, out, fault);
-}
-
-void pool_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
-               LookupFault& fault) noexcept {
-    const auto pool = rows.layout == Layout::trellis ? pool_trellis_bags : avx512::kernels.pool_bags;
-    pool(rows, bags, first, end, out, fault);
+// Calls use<Levels>() where sums without weights have code of their own: rows in the bytes of 4 bits.
+template <class Use>
+inline bool with_known_levels(const TrellisShape& shape, WideVectors wide, Use use) {
+    const auto is = [&](const TrellisShape& known) {
+        return shape.embedding_dim == known.embedding_dim && shape.narrow_bits == known.narrow_bits &&
+               shape.num_wide == known.num_wide;
+    };
+    if (is(OnlyBlock<16>::shape))
+        use.template operator()<SomeLevels<OnlyBlock<16>>>();
+    else if (is(OnlyBlock<32>::shape))
+        use.template operator()<FewLevels<OnlyBlock<32>>>();
+    else if (is(OnlyBlock<64>::shape))
+        use.template operator()<FewLevels<OnlyBlock<64>>>();
+    else if (shape.narrow_bits == 4 && wide.are_alike && wide.count > 0 && wide.count <= 2)   // d >= 128
+        use.template operator()<FewLevels<WideFirst>>();
+    else
+        return false;
+    return true;
 }
 
 }  // namespace
-
-extern const Lookups lookups;
-const Lookups lookups = {gather_rows, pool_bags};
-
-}  // namespace avx512_gfni
-}  // namespace embpack
+}  // namespace embpack::EMBPACK_ISA
