@@ -21,7 +21,7 @@ class ArraySpec:
         name: of the attribute of a PackedTable that has it: "clusters" or "codebooks".
         suffix: what a file adds to the table's name for it.
         dtypes: types that it may have; just one where the number of codebooks is known.
-        shape: None stands for a number of codebooks that is not known.
+        shape: None, in the first place, stands for a number of codebooks that is not known.
     """
 
     name: str
@@ -59,6 +59,14 @@ class ArraySpec:
             and len(shape) == len(self.shape)
             and all(wanted in (None, found) for wanted, found in zip(self.shape, shape, strict=True))
         )
+
+    def view_bytes(self, entries: NDArray[np.uint8]) -> NDArray[Any]:
+        """View bytes [n, bytes of an entry] as the array that they are of; as they are if they cannot be."""
+        lengths = [length or 0 for length in self.shape[1:]]
+        for dtype in self.dtypes:
+            if entries.shape[1:] == (math.prod(lengths) * dtype.itemsize,):
+                return entries.view(dtype).reshape(len(entries), *lengths)
+        return entries
 
     def describe_shape(self) -> str:
         """Write the shape for a message: "[num_codebooks, 16]"."""

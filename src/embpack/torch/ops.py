@@ -10,7 +10,6 @@ the CPU.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,10 +51,11 @@ def as_table(
         ValueError: they are not a table's (see PackedTable).
     """
     parsed = RowFormat.parse(row_format)
-    numbers = None if clusters is None else clusters.numpy()
-    if numbers is not None:
-        numbers = numbers[:, 0] if numbers.shape[1] == 1 else numbers.view("<u2")[:, 0]
-    values = None if codebooks is None else codebooks.numpy().view(np.dtype(parsed.param_dtype))
+    by_row, shared = parsed.form.by_row(len(packed)), parsed.form.shared()
+    numbers, values = (
+        None if tensor is None else tensor.numpy() if spec is None else spec.view_bytes(tensor.numpy())
+        for spec, tensor in ((by_row, clusters), (shared, codebooks))
+    )
     return PackedTable(packed.numpy(), parsed, clusters=numbers, codebooks=values)
 
 
