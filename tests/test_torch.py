@@ -412,6 +412,20 @@ def test_other_mistakes_are_named():
         torch.ops.embpack.embedding_bag(*arguments_of(BAG, ONE, empty, "sum"), include_last_offset=True)
 
 
+def test_what_lies_beside_the_rows_must_be_the_layouts():
+    module = PackedEmbedding.from_table(make_table("kmeans-cls:K=3"))
+    look_up, row_format = torch.ops.embpack.embedding, str(module.row_format)
+    assert torch.equal(look_up(module.packed, row_format, ONE, module.clusters, module.codebooks), module(ONE))
+    with pytest.raises(ValueError, match=r"codebooks are uint8 of shape \[3, 31\]; .*float16 \[num_codebooks, 16\]"):
+        look_up(module.packed, row_format, ONE, module.clusters, module.codebooks[:, 1:].contiguous())
+    with pytest.raises(ValueError, match=r"clusters are uint8 of shape \[40, 3\]; they must be uint8 or uint16 \[40\]"):
+        look_up(module.packed, row_format, ONE, module.clusters.repeat(1, 3), module.codebooks)
+    with pytest.raises(ValueError, match="the clustered layout needs clusters and codebooks"):
+        look_up(module.packed, row_format, ONE, None, module.codebooks)
+    with pytest.raises(ValueError, match="clusters and codebooks go with the clustered layout, not with 'uniform'"):
+        look_up(BAG.packed, str(BAG.row_format), ONE, module.clusters, module.codebooks)
+
+
 def test_damaged_clusters_are_named():
     module = PackedEmbedding.from_table(make_table("kmeans-cls:K=3"))
     module.clusters[7] = 200

@@ -554,9 +554,9 @@ def test_features_that_do_not_go_together_are_named():
 
 
 def test_input_and_tables_of_other_types_are_named():
-    with pytest.raises(TypeError, match="input is list; it must be a tensor"):
+    with pytest.raises(TypeError, match="input is a list; it must be a tensor"):
         COLLECTION([1, 2, 3])
-    with pytest.raises(TypeError, match="table 'a' is a EmbeddingBag; it must be a PackedEmbeddingBag"):
+    with pytest.raises(TypeError, match="table 'a' is an EmbeddingBag; it must be a PackedEmbeddingBag"):
         PackedEmbeddingBagCollection({"a": nn.EmbeddingBag(3, 4)})
     with pytest.raises(TypeError, match=r"feature_names\['user'\] is 'who'; it must be a list of names: \['who'\]"):
         PackedEmbeddingBagCollection(make_bags(), FEATURES | {"user": "who"})

@@ -60,14 +60,6 @@ class ArraySpec:
             and all(wanted in (None, found) for wanted, found in zip(self.shape, shape, strict=True))
         )
 
-    def view_bytes(self, entries: NDArray[np.uint8]) -> NDArray[Any]:
-        """View bytes [n, bytes of an entry] as the array that they are of; as they are if they cannot be."""
-        lengths = [length or 0 for length in self.shape[1:]]
-        for dtype in self.dtypes:
-            if entries.shape[1:] == (math.prod(lengths) * dtype.itemsize,):
-                return entries.view(dtype).reshape(len(entries), *lengths)
-        return entries
-
     def describe_shape(self) -> str:
         """Write the shape for a message: "[num_codebooks, 16]"."""
         return f"[{', '.join('num_codebooks' if length is None else str(length) for length in self.shape)}]"

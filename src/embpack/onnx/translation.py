@@ -80,13 +80,13 @@ def _find(tables: Tables, arguments: Arguments) -> tuple[TableGraph, PackedTable
     return tables.find(arguments["packed"], arguments["row_format"], *shared)
 
 
-def _look_up(tables: Tables, arguments: Arguments, output: str) -> None:
+def _translate_embedding(tables: Tables, arguments: Arguments, output: str) -> None:
     """Replace embpack::embedding."""
     graph, table = _find(tables, arguments)
     add_gather(graph, table, arguments["indices"], output, _dtype(arguments))
 
 
-def _pool(tables: Tables, arguments: Arguments, output: str) -> None:
+def _translate_bags(tables: Tables, arguments: Arguments, output: str) -> None:
     """Replace embpack::embedding_bag and embpack::embedding_bag.weighted."""
     graph, table = _find(tables, arguments)
     bags = Bags(
@@ -101,7 +101,7 @@ def _pool(tables: Tables, arguments: Arguments, output: str) -> None:
     add_bags(graph, table, bags, output)
 
 
-def _pool_collection(tables: Tables, arguments: Arguments, output: str) -> None:
+def _translate_collection(tables: Tables, arguments: Arguments, output: str) -> None:
     """Replace embpack::embedding_bag_collection and embpack::embedding_bag_collection.weighted."""
     group = Group(*(arguments[name] for name in Group._fields))
     dtype, include_last = _dtype(arguments), arguments.get("include_last_offset", False)
@@ -127,11 +127,11 @@ def _dtype(arguments: Arguments) -> str:
 
 # What replaces a lookup, given its operator's arguments by name; tensors are names of values, lists of them lists.
 OPERATORS: dict[Any, Callable[[Tables, Arguments, str], None]] = {
-    torch.ops.embpack.embedding.default: _look_up,
-    torch.ops.embpack.embedding_bag.default: _pool,
-    torch.ops.embpack.embedding_bag.weighted: _pool,
-    torch.ops.embpack.embedding_bag_collection.default: _pool_collection,
-    torch.ops.embpack.embedding_bag_collection.weighted: _pool_collection,
+    torch.ops.embpack.embedding.default: _translate_embedding,
+    torch.ops.embpack.embedding_bag.default: _translate_bags,
+    torch.ops.embpack.embedding_bag.weighted: _translate_bags,
+    torch.ops.embpack.embedding_bag_collection.default: _translate_collection,
+    torch.ops.embpack.embedding_bag_collection.weighted: _translate_collection,
 }
 
 

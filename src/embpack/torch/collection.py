@@ -10,7 +10,7 @@ from embpack.bags import check_end, check_weighted
 from embpack.methods import DEFAULT_METHOD
 from embpack.table import PackedTable
 from embpack.torch.collection_ops import TableUse, describe_tables
-from embpack.torch.modules import PackedEmbeddingBag, check_tensors
+from embpack.torch.modules import PackedEmbeddingBag, check_tensors, kind_of
 from embpack.torch.private import buffers_of
 
 
@@ -57,7 +57,7 @@ class PackedEmbeddingBagCollection(nn.Module):
             raise ValueError(f"the tables are {tables}, but feature_names are of {', '.join(names) or 'none'}")
         for name, bag in embedding_bags.items():
             if not isinstance(bag, PackedEmbeddingBag):
-                raise TypeError(f"table {name!r} is a {type(bag).__name__}; it must be a PackedEmbeddingBag")
+                raise TypeError(f"table {name!r} is {kind_of(bag)}; it must be a PackedEmbeddingBag")
         self.embedding_bags = nn.ModuleDict(embedding_bags)
         self.feature_names = {name: tuple(names[name]) for name in embedding_bags}
         self.is_weighted = is_weighted
@@ -187,10 +187,10 @@ class PackedEmbeddingBagCollection(nn.Module):
         try:
             from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor  # type: ignore[import-untyped]
         except ImportError:
-            raise TypeError(f"input is {type(features).__name__}; it must be a tensor") from None
+            raise TypeError(f"input is {kind_of(features)}; it must be a tensor") from None
 
         if not isinstance(features, KeyedJaggedTensor):
-            raise TypeError(f"input is {type(features).__name__}; it must be a tensor or a KeyedJaggedTensor")
+            raise TypeError(f"input is {kind_of(features)}; it must be a tensor or a KeyedJaggedTensor")
         if features.variable_stride_per_key() or features.inverse_indices_or_none() is not None:
             raise ValueError("features have different numbers of bags (variable stride); give each key as many")
         positions = {key: position for position, key in enumerate(features.keys())}

@@ -25,6 +25,7 @@ from embpack.torch.ops import (
     check_devices,
     check_types,
     library,
+    make_fake,
     refuse_forward_mode,
 )
 
@@ -99,20 +100,20 @@ class Group(NamedTuple):
         """What embpack.torch.ops.as_table takes, of each table."""
         clusters, codebooks = iter(self.clusters), iter(self.codebooks)
         for packed, row_format in zip(self.packed, read_tables(self.tables).row_formats, strict=True):
-            form = row_format.form
-            numbers = next(clusters) if form.by_row(len(packed)) else None
-            yield packed, str(row_format), numbers, next(codebooks) if form.shared() else None
+            beside = [spec.name for spec in row_format.form.beside(0)]
+            numbers = next(clusters) if "clusters" in beside else None
+            yield packed, str(row_format), numbers, next(codebooks) if "codebooks" in beside else None
 
     def check(self) -> None:
         """Raise ValueError if the tables are not as described, or the lookups not theirs."""
         uses, row_formats, table_of, *_ = read_tables(self.tables)
-        clustered = sum(row_format.form.by_row(0) is not None for row_format in row_formats)
-        sharing = sum(row_format.form.shared() is not None for row_format in row_formats)
+        beside = [spec.name for row_format in row_formats for spec in row_format.form.beside(0)]
         counts = (len(self.packed), len(self.clusters), len(self.codebooks), len(self.feature_of))
-        if counts != (len(uses), clustered, sharing, len(table_of)):
+        described = (len(uses), beside.count("clusters"), beside.count("codebooks"), len(table_of))
+        if counts != described:
             raise ValueError(
                 f"there are {counts[0]} packed, {counts[1]} clusters, {counts[2]} codebooks, {counts[3]} feature_of; "
-                f"tables describe {len(uses)}, {clustered}, {sharing} and {len(table_of)}"
+                f"tables describe {', '.join(map(str, described[:3]))} and {described[3]}"
             )
         for use, arguments in zip(uses, self.table_arguments(), strict=True):
             table = as_table(*arguments)
@@ -233,8 +234,7 @@ def _fake_pooled(*arguments: Any, include_last_offset: bool = False, dtype: torc
     group, (indices, offsets, *weights) = Group(*arguments[:NUM_ARGUMENTS]), arguments[NUM_ARGUMENTS:]
     check_devices(group.packed[0], indices=indices, offsets=offsets, per_sample_weights=next(iter(weights), None))
     batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset=include_last_offset)
-    width = read_tables(group.tables).width
-    return torch.empty((batch, width), dtype=dtype or torch.float32, device=indices.device)
+    return make_fake(indices, (batch, read_tables(group.tables).width), dtype)
 
 
 def _fake_weighted(*arguments: Any, **options: Any) -> Tensor:

@@ -55,6 +55,10 @@ class Place:
     child: str
     name: str
 
+    def hang(self, module: nn.Module) -> None:
+        """Put a module there."""
+        setattr(self.parent, self.child, module)
+
 
 def quantize_(
     model: nn.Module,
@@ -123,7 +127,7 @@ def quantize_(
         swaps.append((hangs, PACKED[type(module)].like(module, table).train(module.training)))
     for hangs, new in swaps:
         for place in hangs:
-            setattr(place.parent, place.child, new)
+            place.hang(new)
     swap_collections(model)
     return ModelReport(tuple(reports), tuple(left_alone))
 
@@ -162,7 +166,7 @@ def swap_collections(model: nn.Module) -> None:
             if module not in swaps:
                 packed = PackedEmbeddingBagCollection.like(collection, collection.embedding_bags)
                 swaps[module] = packed.train(module.training)
-            setattr(place.parent, place.child, swaps[module])
+            place.hang(swaps[module])
 
 
 def walk_children(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:

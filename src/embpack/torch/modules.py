@@ -1,10 +1,12 @@
 """PackedEmbedding and PackedEmbeddingBag: nn.Embedding and nn.EmbeddingBag over packed rows."""
 
+import math
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embpack.bags import as_row, check_mode, check_weighted
@@ -29,14 +31,15 @@ UNSUPPORTED = {
 TENSORS = (Tensor, torch.fx.Proxy)
 
 
-class _PackedRows(CastModule):
+class _PackedModule(CastModule):
     """A packed table as buffers, all uint8, so that .half() and .to(dtype) leave the rows alone.
 
     Attributes:
         dtype: of the values that it returns, as nn.Embedding's are its weight's; .half() and .to(dtype) change it.
         packed: uint8 [num_embeddings, row_bytes].
-        clusters: uint8 [num_embeddings, 1 or 2], little-endian numbers; None but in the clustered layout.
-        codebooks: uint8 [num_codebooks, bytes of a codebook]; None but in the clustered and trellis layouts.
+        clusters: uint8 [num_embeddings, bytes of an entry], the array by row that lies beside the rows, little-endian;
+            None if the layout has none.
+        codebooks: uint8 [num_codebooks, bytes of a codebook], the array that rows share; None if the layout has none.
     """
 
     # Those of the float module that it has, too, and that module.
@@ -63,12 +66,11 @@ class _PackedRows(CastModule):
         self.row_format = row_format
         self.rotate_back = rotate_back
         self.register_buffer("packed", torch.zeros((num_embeddings, row_format.row_bytes), dtype=torch.uint8))
-        for name, spec in (
-            ("clusters", row_format.form.by_row(num_embeddings, num_codebooks)),
-            ("codebooks", row_format.form.shared(num_codebooks)),
-        ):
-            shape = () if spec is None else (spec.known_shape[0], spec.entry_bytes)
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.uint8) if spec else None)
+        beside = {spec.name: spec for spec in row_format.form.beside(num_embeddings, num_codebooks)}
+        for name in ("clusters", "codebooks"):
+            spec = beside.get(name)
+            zeros = None if spec is None else torch.zeros((spec.known_shape[0], spec.entry_bytes), dtype=torch.uint8)
+            self.register_buffer(name, zeros)
 
     @classmethod
     def from_float(cls, module: nn.Embedding | nn.EmbeddingBag, method: str = DEFAULT_METHOD, **options: Any) -> Self:
@@ -84,7 +86,7 @@ class _PackedRows(CastModule):
             ValueError: the module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq).
         """
         if not isinstance(module, cls.float_class):
-            raise TypeError(f"{cls.__name__}.from_float takes an nn.{cls.float_class.__name__}, not {_kind(module)}")
+            raise TypeError(f"{cls.__name__}.from_float takes an nn.{cls.float_class.__name__}, not {kind_of(module)}")
         check_supported(module, "the module")
         return cls.like(module, quantize(module.weight.detach(), method, **options))
 
@@ -96,18 +98,17 @@ class _PackedRows(CastModule):
     @classmethod
     def _make(cls, table: PackedTable, **options: Any) -> Self:
         if not isinstance(table, PackedTable):
-            raise TypeError(f"{cls.__name__}.from_table takes an embpack.PackedTable, not {_kind(table)}")
+            raise TypeError(f"{cls.__name__}.from_table takes an embpack.PackedTable, not {kind_of(table)}")
         make: Any = cls
         with torch.device("meta"):  # no memory for rows that are there already
             module: Self = make(*table.shape, **_format(table), dtype=getattr(torch, table.dtype), **options)
         return module._adopt(table)
 
     def _adopt(self, table: PackedTable) -> Self:
-        self.packed = _as_tensor(table.packed)
-        if table.clusters is not None:
-            self.clusters = _as_tensor(table.clusters.reshape(-1, 1).view(np.uint8))
-        if table.codebooks is not None:
-            self.codebooks = _as_tensor(np.ascontiguousarray(table.codebooks).view(np.uint8))
+        for name in ("packed", "clusters", "codebooks"):
+            array = getattr(table, name)
+            if array is not None:
+                setattr(self, name, _as_tensor(array))
         return self
 
     @property
@@ -140,8 +141,9 @@ class _PackedRows(CastModule):
     def _look_up(self, operator: Any, *lookup: Any, **options: Any) -> Tensor:
         """Call an operator with the table's tensors and what is looked up in it."""
         buffers = buffers_of(self)
-        if buffers["codebooks"] is not None:
-            lookup = (*lookup, buffers["clusters"], buffers["codebooks"])
+        clusters, codebooks = buffers["clusters"], buffers["codebooks"]
+        if clusters is not None or codebooks is not None:
+            lookup = (*lookup, clusters, codebooks)
         if self.dtype != torch.float32:
             options["dtype"] = self.dtype
         found: Tensor = operator(buffers["packed"], self._row_format_text, *lookup, **options)
@@ -158,7 +160,7 @@ class _PackedRows(CastModule):
         )
 
 
-class PackedEmbedding(_PackedRows):
+class PackedEmbedding(_PackedModule):
     """nn.Embedding over packed rows.
 
     Args:
@@ -239,7 +241,7 @@ class PackedEmbedding(_PackedRows):
         return self._describe() + ("" if self.padding_idx is None else f", padding_idx={self.padding_idx}")
 
 
-class PackedEmbeddingBag(_PackedRows):
+class PackedEmbeddingBag(_PackedModule):
     """nn.EmbeddingBag over packed rows.
 
     Args:
@@ -372,22 +374,25 @@ class PackedEmbeddingBag(_PackedRows):
         return f"{self._describe()}, mode={self.mode!r}{last}{padding}"
 
 
-def _as_tensor(array: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    if is_mapped(array):
+def _as_tensor(array: NDArray[Any]) -> Tensor:
+    """Make rows, or what lies beside them, a tensor of the same memory: uint8 [entries, bytes of one]."""
+    entries = np.ascontiguousarray(array).reshape(len(array), math.prod(array.shape[1:])).view(np.uint8)
+    if is_mapped(entries):
         # PyTorch warns of an array that is not to be written to. What is written to this one's memory does no harm.
-        array = array.view()
-        array.flags.writeable = True
-    return torch.from_numpy(array)
+        entries = entries.view()
+        entries.flags.writeable = True
+    return torch.from_numpy(entries)
 
 
 def check_tensors(**values: object) -> None:
     """Raise TypeError if an argument is given and no tensor, nor stands for one; input must be given."""
     for name, value in values.items():
         if not isinstance(value, TENSORS) and (value is not None or name == "input"):
-            raise TypeError(f"{name} is {_kind(value)}; it must be a tensor")
+            raise TypeError(f"{name} is {kind_of(value)}; it must be a tensor")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Name the type of a value, with an article."""
     kind = type(value).__name__
     return f"an {kind}" if kind[0] in "aeiouAEIOU" else f"a {kind}"
 

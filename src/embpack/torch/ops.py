@@ -1,21 +1,22 @@
 """The operators embpack::embedding, embpack::embedding_bag and embpack::embedding_bag.weighted.
 
-A table is its tensors: packed uint8 [num_embeddings, row_bytes] and, in the clustered layout, clusters uint8
-[num_embeddings, 1 or 2] (little-endian numbers) and codebooks uint8 [num_codebooks, bytes of a codebook], in the
-trellis layout codebooks alone, one; and what the bytes mean, str(embpack.layouts.RowFormat): "uniform:64:4:float16" are
-layout, embedding_dim, bits and param_dtype, and with ":hadamard" after them values are rotated back. They are one text,
-and what most tables lack comes last, because each argument takes PyTorch a sixth of a microsecond. All tensors are on
-the CPU.
+A table is its tensors: packed uint8 [num_embeddings, row_bytes] and, where the layout has something beside the rows,
+clusters uint8 [num_embeddings, bytes of an entry] (little-endian) and codebooks uint8 [num_codebooks, bytes of a
+codebook]; and what the bytes mean, str(embpack.layouts.RowFormat): "uniform:64:4:float16" are layout, embedding_dim,
+bits and param_dtype, and with ":hadamard" after them values are rotated back. They are one text, and what most tables
+lack comes last, because each argument takes PyTorch a sixth of a microsecond. All tensors are on the CPU.
 """
 
+import math
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from embpack import _native
 from embpack.bags import as_row, check_integers, check_mode, check_weights, count_bags
-from embpack.layouts import RowFormat
+from embpack.layouts import ArraySpec, RowFormat
 from embpack.table import PackedTable
 from embpack.torch.private import EXCHANGE_API, in_forward_mode
 
@@ -52,11 +53,23 @@ def as_table(
     """
     parsed = RowFormat.parse(row_format)
     by_row, shared = parsed.form.by_row(len(packed)), parsed.form.shared()
-    numbers, values = (
-        None if tensor is None else tensor.numpy() if spec is None else spec.view_bytes(tensor.numpy())
-        for spec, tensor in ((by_row, clusters), (shared, codebooks))
+    return PackedTable(
+        packed.numpy(), parsed, clusters=_as_array(clusters, by_row), codebooks=_as_array(codebooks, shared)
     )
-    return PackedTable(packed.numpy(), parsed, clusters=numbers, codebooks=values)
+
+
+def _as_array(entries: Tensor | None, spec: ArraySpec | None) -> NDArray[Any] | None:
+    """View a tensor of what lies beside rows as the array that it should be; as it is if it cannot be that."""
+    if entries is None:
+        return None
+    array = entries.numpy()
+    if spec is None:
+        return array
+    of_entry: tuple[Any, ...] = spec.shape[1:]
+    for dtype in spec.dtypes:
+        if array.shape[1:] == (math.prod(of_entry) * dtype.itemsize,):
+            return array.view(dtype).reshape(len(array), *of_entry)
+    return array
 
 
 def _embedding(
@@ -198,17 +211,16 @@ def check_devices(table: Tensor, **arguments: Tensor | None) -> None:
             raise ValueError(f"the table is on {table.device}, {name} on {tensor.device}; both must be on the CPU")
 
 
-def _make_fake(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-    return torch.empty(
-        shape, dtype=dtype or torch.float32, device=packed.device
-    )  # None is PyTorch's default type there
+def make_fake(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    """Make what stands for values: on the device of a tensor, float32 unless said otherwise."""
+    return torch.empty(shape, dtype=dtype or torch.float32, device=like.device)  # None is PyTorch's default type there
 
 
 def _fake_embedding(
     packed: Tensor, row_format: str, indices: Tensor, *shared: Any, dtype: torch.dtype | None = None
 ) -> Tensor:
     check_devices(packed, indices=indices)
-    return _make_fake(packed, (*indices.shape, RowFormat.parse(row_format).embedding_dim), dtype)
+    return make_fake(packed, (*indices.shape, RowFormat.parse(row_format).embedding_dim), dtype)
 
 
 def _fake_bags(
@@ -228,7 +240,7 @@ def _fake_bags(
         refuse_forward_mode()
         check_weights(mode_or_weights, indices)
     num_bags = count_bags(indices, offsets, include_last_offset=include_last_offset)
-    return _make_fake(packed, (num_bags, RowFormat.parse(row_format).embedding_dim), dtype)
+    return make_fake(packed, (num_bags, RowFormat.parse(row_format).embedding_dim), dtype)
 
 
 torch.library.register_fake("embpack::embedding", _fake_embedding, lib=library)
