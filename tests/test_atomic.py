@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from embpack.atomic import new_file, new_folder
+from embpack.formats.atomic import new_file, new_folder
 
 WRITE_LOTS = "with new_file(path) as file:\n    for _ in range(64): file.write(bytes(1 << 16))"
 WRITE_LOTS_IN_FOLDER = (
@@ -30,7 +30,7 @@ def temporaries(folder: Path) -> list[Path]:
 def script(body: str, path: Path) -> list[str]:
     lines = [
         "from pathlib import Path",
-        "from embpack.atomic import new_file, new_folder",
+        "from embpack.formats.atomic import new_file, new_folder",
         f"path = Path({str(path)!r})",
         "try:",
         *(f"    {line}" for line in body.splitlines()),
@@ -198,7 +198,7 @@ def test_unwritable_parent(tmp_path, new):
     folder.mkdir()
     # Root may write anywhere; be nobody for a moment. That user must get as far as the folder.
     as_root = os.geteuid() == 0
-    for parent in [folder, *folder.parents[:3]]:
+    for parent in [folder, *folder.parents[:4]]:
         if as_root:
             parent.chmod(parent.stat().st_mode | 0o055)
     folder.chmod(0o555)

@@ -4,6 +4,7 @@ import importlib.metadata
 import itertools
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from checkpoints import (
 )
 
 import embpack
+from embpack import formats
 from embpack.cli import show
 from embpack.methods import METHODS
 
@@ -68,6 +70,20 @@ def test_a_success_exits_0_and_keeps_stderr_empty(tmp_path, model):
     assert done.stderr == ""
     assert "user_emb.weight" in done.stdout
     assert set(embpack.load(tmp_path / "p.safetensors", verify=True)) == set(make_arrays().tables)
+
+
+@pytest.mark.parametrize("options", [(), ("--auto",)])
+def test_a_checkpoint_is_opened_once(tmp_path, monkeypatch, embpack_command, model, options):
+    opened = []
+
+    def open_once(path):
+        opened.append(path)
+        return formats.open_checkpoint(path)
+
+    for module in ("cli.quantize", "convert", "planning"):  # the function quantize hides its module
+        monkeypatch.setattr(sys.modules[f"embpack.{module}"], "open_checkpoint", open_once)
+    code, _, _ = embpack_command("quantize", model, tmp_path / "p.safetensors", *options)
+    assert code == 0 and opened == [model]
 
 
 def test_a_failure_exits_1_with_one_line_on_stderr(tmp_path):

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import re
 import shlex
-import sys
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,18 +28,20 @@ from hypothesis import strategies as st
 
 import embpack
 from embpack import reference
-from embpack.compare import QUANTILES, Comparison, Skipped, Variant, find_front, make_variants, name_variant
-from embpack.compare_file import FileComparison, TableComparison, compare_table, sum_tables
-from embpack.convert import plan_file
+from embpack.comparison.array import QUANTILES, Comparison, Skipped
+from embpack.comparison.checkpoint import FileComparison, TableComparison, compare_table, sum_tables
+from embpack.comparison.front import find_front, name_variant
+from embpack.comparison.report import make_page
+from embpack.comparison.report.labels import Box, place_beside, place_column, spread
+from embpack.comparison.report.svg import Scale
+from embpack.comparison.variants import make_variants
+from embpack.formats import open_checkpoint
 from embpack.layouts import BITS, PARAM_BYTES
 from embpack.methods import METHODS, Greedy
-from embpack.report import make_page
-from embpack.report.labels import Box, place_beside, place_column, spread
-from embpack.report.svg import Scale
 from embpack.rotation import rotate
 from embpack.rows import spread_rows
-from embpack.rules import Rules
-from embpack.sources import open_checkpoint
+from embpack.rules import Rules, decide_all
+from embpack.variant import Variant
 
 BF16 = ml_dtypes.bfloat16
 
@@ -72,7 +73,7 @@ def make_result(bytes_per_row=36.0, loss=0.1, table="emb", **values):
 def compare_file(src: Path, variants=None, most_rows=None, include=(), exclude=()) -> FileComparison:
     rules = Rules(tuple(include), tuple(exclude))
     with open_checkpoint(src) as checkpoint:
-        decisions = [decision for decision in plan_file(checkpoint, rules) if decision.row_format]
+        decisions = [decision for decision in decide_all(checkpoint, rules) if decision.row_format]
         tables = tuple(compare_table(decision, variants or make_variants(), most_rows) for decision in decisions)
     return FileComparison(src, tables, rules.include, rules.exclude, 2)
 
@@ -190,8 +191,7 @@ def test_losses_of_single_rows_are_those_of_the_reference():
 def test_rows_are_measured_in_parts_as_in_one(monkeypatch):
     weight = make_weight()
     whole = embpack.compare(weight, ["asym"])[0]
-    # The function embpack.compare hides its module.
-    monkeypatch.setattr(sys.modules["embpack.compare"], "span_rows", lambda embedding_dim: 7)
+    monkeypatch.setattr("embpack.comparison.array.span_rows", lambda embedding_dim: 7)
     parts = embpack.compare(weight, ["asym"])[0]
     assert (parts.worst_row, parts.row_losses) == (whole.worst_row, whole.row_losses)
 
@@ -360,7 +360,7 @@ def compare_sample(most_rows):
     [write_safetensors, write_shards, write_torch, write_npy, write_npz, write_compressed_npz, write_parquet],
 )
 def test_a_sample_is_compared_like_an_array(tmp_path, monkeypatch, write, most_rows):
-    monkeypatch.setattr("embpack.compare_file.chunk_rows", lambda embedding_dim: 32)
+    monkeypatch.setattr("embpack.comparison.checkpoint.chunk_rows", lambda embedding_dim: 32)
     weight, rows, expected = compare_sample(most_rows)
     src = write(tmp_path, Arrays({"user_emb": weight}))
     (table,) = compare_file(src, most_rows=most_rows).tables

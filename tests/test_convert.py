@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from checkpoints import (
 from safetensors.torch import load_file
 
 import embpack
-from embpack import FormatError
+from embpack import FormatError, chunks
 from embpack.layouts import BITS, PARAM_BYTES
 from embpack.methods import METHODS
 
@@ -52,9 +51,8 @@ def small_chunks(monkeypatch):
 
 
 def make_chunks_small(monkeypatch):
-    # The function embpack.quantize hides its module.
-    monkeypatch.setattr(sys.modules["embpack.quantize"], "SPAN_VALUES", 32 * 24)
-    monkeypatch.setattr(sys.modules["embpack.quantize"], "SPANS_OF_A_FILE", 2)
+    monkeypatch.setattr("embpack.chunks.SPAN_VALUES", 32 * 24)
+    monkeypatch.setattr("embpack.chunks.SPANS_OF_A_FILE", 2)
 
 
 def make_weight(dtype=np.float32, rows=ROWS, dim=24, seed=0):
@@ -299,7 +297,7 @@ def test_chunks_make_the_bytes_of_the_whole(tmp_path, monkeypatch, write, rows):
 
 def test_a_table_of_several_chunks_of_real_size(tmp_path):
     weight = make_weight(np.float16, rows=70_000, dim=128)
-    assert len(weight) > 2 * sys.modules["embpack.quantize"].chunk_rows(128)
+    assert len(weight) > 2 * chunks.chunk_rows(128)
     src = write_npy(tmp_path, Arrays({"vectors": weight}))
     embpack.quantize_file(src, tmp_path / "p.safetensors", method="asym")
     expected = embpack.quantize(weight, "asym")
@@ -699,9 +697,9 @@ def test_an_interruption_leaves_nothing(tmp_path, small_chunks, error, unpacking
 
 
 KILLED = """
-import os, signal, sys, embpack
-sys.modules["embpack.quantize"].SPAN_VALUES = 64 * 64
-sys.modules["embpack.quantize"].SPANS_OF_A_FILE = 1
+import os, signal, sys, embpack.chunks
+embpack.chunks.SPAN_VALUES = 64 * 64
+embpack.chunks.SPANS_OF_A_FILE = 1
 told = []
 def kill(name, rows):
     told.append(rows)

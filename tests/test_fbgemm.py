@@ -12,7 +12,7 @@ import torch
 from hard_rows import hard_table
 
 import embpack
-from embpack.reference import unpack_codes
+from embpack.layouts.codes import unpack_codes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what FBGEMM says while it is imported is not ours

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 import embpack
 from embpack import _native, reference
 from embpack.layouts import RowFormat
-from embpack.methods import CodebookMethod, Method, Optimal, Table, parse_method
+from embpack.methods import CodebookMethod, Method, Optimal, TableRange, parse_method
 from embpack.methods.optimal import EFFORTS
 
 BITS = [2, 4, 8]
@@ -56,8 +56,8 @@ def expected(spec: str, embedding_dim: int, bits: int, param_dtype: str) -> Expe
     """What the reference makes of the hard rows; slow, so once for all instruction sets."""
     rows = hard_table(embedding_dim, bits, param_dtype)
     method = parse_method(spec)
-    if isinstance(method, Table) and method.needs_bounds:
-        method = Table(float(rows.min()), float(rows.max()))
+    if isinstance(method, TableRange) and method.needs_bounds:
+        method = TableRange(float(rows.min()), float(rows.max()))
     row_format = RowFormat(embedding_dim, bits, param_dtype, method.layout)
     quantize = reference.quantize_by_codebooks if isinstance(method, CodebookMethod) else reference.quantize
     packed = quantize(rows, method, row_format)

@@ -296,9 +296,14 @@ GROUP_ERRORS = {
     "lengths": (
         ValueError,
         {"indices": [1], "lengths": [1, 0]},
-        "there are 2 lengths; 3 features take a multiple of 3",
+        "there are 2 bags; 3 features take a multiple of 3",
     ),
-    "offsets": (ValueError, {"indices": [1], "offsets": [0, 1, 1]}, "there are 3 offsets; 3 features take a multiple"),
+    "offsets": (
+        ValueError,
+        {"indices": [1], "offsets": [0, 1, 1]},
+        "there are 2 bags, the last of 3 offsets being an end; 3 features take a multiple of 3",
+    ),
+    "no offsets": (ValueError, {"indices": [], "offsets": []}, "offsets are empty; with include_last_offset they end"),
     "sum": (ValueError, {"indices": [1, 2], "lengths": [1, 0, 0]}, "the last bag ends at 1, but there are 2 indices"),
     "sign": (ValueError, {"indices": [1], "lengths": [2, -1, 0]}, "lengths must be 1-D and not negative"),
     "order": (ValueError, {"indices": [1], "offsets": [0, 1, 0, 1]}, "offsets[2] is 0, less than offsets[1], 1"),
@@ -311,6 +316,13 @@ GROUP_ERRORS = {
         "per_sample_weights have shape [2], indices [1]",
     ),
 }
+
+
+def test_a_group_says_which_feature_takes_no_weights(tables):
+    group = embpack.TableGroup(tables, modes=["sum", "mean", "max"])
+    weights = np.ones(1, np.float32)
+    with pytest.raises(ValueError, match="per_sample_weights go with mode 'sum' only, and feature 1 has mode 'mean'"):
+        group.embedding_bag([1], lengths=[1, 0, 0], per_sample_weights=weights)
 
 
 @pytest.mark.parametrize("what", GROUP_ERRORS)
@@ -363,7 +375,6 @@ def pool_in_child(queue, group, indices, offsets):
     queue.put(group.embedding_bag(indices, offsets))
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork\\(\\):DeprecationWarning")
 def test_a_group_works_after_fork_and_from_several_threads(rng, restore_threads, tables):
     embpack.set_num_threads(2)
     group = embpack.TableGroup(tables)

@@ -19,7 +19,7 @@ from embpack.methods import (
     HistApprx,
     HistBrute,
     Sym,
-    Table,
+    TableRange,
     parse_method,
 )
 
@@ -52,7 +52,7 @@ def row_losses(rows, method, bits=4, param_dtype=None):
         ("greedy-paper", GreedyPaper(b=200, r=0.16)),
         ("greedy:b=1000,r=0.5", Greedy(b=1000, r=0.5)),
         ("greedy:r=0.25", Greedy(r=0.25)),
-        ("table:xmin=-1,xmax=2.5", Table(-1.0, 2.5)),
+        ("table:xmin=-1,xmax=2.5", TableRange(-1.0, 2.5)),
         ("greedy-opt", GreedyOpt(b=1000, r=0.5)),
         ("gss", Gss()),
         ("aciq", Aciq()),
@@ -66,7 +66,7 @@ def test_parse_method(spec, method):
 
 
 @pytest.mark.parametrize(
-    "method", [Asym(), Greedy(b=31, r=0.1), GreedyPaper(), GreedyOpt(), Table(-0.1, 1e-7), HistBrute(b=7)]
+    "method", [Asym(), Greedy(b=31, r=0.1), GreedyPaper(), GreedyOpt(), TableRange(-0.1, 1e-7), HistBrute(b=7)]
 )
 def test_spec_reads_back_as_the_same_method(method):
     assert parse_method(method.spec) == method
@@ -236,6 +236,6 @@ def test_row_bytes(bits, code_bytes, param_dtype):
 
 
 def test_needs_bounds_only_without_a_range():
-    assert Table().needs_bounds
-    assert not Table(0, 1).needs_bounds
-    assert math.isnan(Table().xmin)
+    assert TableRange().needs_bounds
+    assert not TableRange(0, 1).needs_bounds
+    assert math.isnan(TableRange().xmin)

@@ -6,9 +6,9 @@ import pytest
 from hard_rows import hard_rows
 
 import embpack
-from embpack import reference
 from embpack.errors import MissingExtraError
 from embpack.layouts import PARAM_BYTES, RowFormat
+from embpack.layouts.codes import pack_codes
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -39,7 +39,7 @@ def hard_table(layout, bits, param_dtype, embedding_dim):
 def make_table(scale, bias, codes, bits, param_dtype):
     """Lays out uniform rows by hand: scale and bias [N], codes [N, d]."""
     params = np.stack([scale, bias], axis=1).astype("<f2" if param_dtype == "float16" else "<f4")
-    packed = np.concatenate([reference.pack_codes(codes, bits), params.view(np.uint8)], axis=1)
+    packed = np.concatenate([pack_codes(codes, bits), params.view(np.uint8)], axis=1)
     return embpack.PackedTable(packed, RowFormat(codes.shape[1], bits, param_dtype))
 
 

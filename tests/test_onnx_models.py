@@ -19,6 +19,9 @@ from torch import nn  # noqa: E402
 from embpack.onnx import OPSET, export_model, files  # noqa: E402
 from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, quantize_  # noqa: E402
 
+# PyTorch's exporter says so where two dimensions have one name, to say that they are equal.
+pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
+
 METHODS = {"uniform": "greedy", "codebook": "kmeans-lloyd", "clustered": "kmeans-cls:K=4"}
 MODES = ("sum", "mean", "max")
 FORMATS = [(layout, bits, dtype) for layout in METHODS for bits in (2, 4, 8) for dtype in PARAM_BYTES]

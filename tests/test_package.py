@@ -1,14 +1,19 @@
 """The package as a whole: what importing it does, and that its lists agree."""
 
+import ast
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import embpack
 from embpack import _native
+
+ROOT = Path(__file__).parent.parent
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -27,6 +32,22 @@ def test_importing_embpack_does_not_import(package):
     assert done.stdout == "False\n", done.stderr
 
 
+# What they change holds for all threads of a process.
+PROCESS_WIDE = {"catch_warnings", "simplefilter", "filterwarnings", "seterr", "setlocale", "umask", "chdir", "putenv"}
+
+
+def test_the_library_changes_nothing_process_wide():
+    """But the command line, whose process is its own."""
+    package = Path(embpack.__file__).parent
+    found = {
+        (str(path.relative_to(package)), node.func.attr)
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PROCESS_WIDE
+    }
+    assert found == {("cli/__init__.py", "filterwarnings")}
+
+
 def test_quantizing_and_looking_up_does_not_import_torch():
     code = (
         "import sys, numpy, embpack; "
@@ -35,6 +56,30 @@ def test_quantizing_and_looking_up_does_not_import_torch():
     )
     done = run_python(code)
     assert done.stdout == "False\n", done.stderr
+
+
+WARNING_TESTS = """
+import warnings
+import pytest
+
+@pytest.mark.parametrize("module", ["embpack", "embpack.torch.ops", "benchmarks.loss", "torch.nn", "numpy"])
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning, PendingDeprecationWarning, UserWarning])
+def test(category, module):
+    exec("warnings.warn('old', category)", {"__name__": module, "warnings": warnings, "category": category})
+"""
+
+
+def test_warnings_are_errors_but_for_what_others_deprecate(tmp_path):
+    (tmp_path / "test_warnings.py").write_text(WARNING_TESTS)
+    arguments = ("-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-q", tmp_path)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    failed = re.findall(r"^FAILED .*::test\[(\w+)-(\S+)\]", done.stdout, re.MULTILINE)
+    assert sorted(failed) == sorted(
+        (category, module)
+        for category in ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning", "UserWarning")
+        for module in ("embpack", "embpack.torch.ops", "benchmarks.loss", "torch.nn", "numpy")
+        if category == "UserWarning" or module not in ("torch.nn", "numpy")
+    ), done.stdout
 
 
 def test_the_isa_fixture_is_what_runs(isa):

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import embpack
-from embpack.plan import choose, parse_size
+from embpack.planning import choose, parse_size
 
 
 def make_options(rng, num_tables, num_options):

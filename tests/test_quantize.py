@@ -1,13 +1,12 @@
 """quantize: what it makes of input that is no table."""
 
-import sys
-
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
 import embpack
+from embpack import chunks
 from embpack.layouts import RowFormat
 
 NOT_FINITE = [np.nan, np.inf, -np.inf]
@@ -16,11 +15,9 @@ NOT_FINITE = [np.nan, np.inf, -np.inf]
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of two spans of 32 rows at embedding_dim 20, so that small tables have several."""
-    # The function embpack.quantize hides its module.
-    module = sys.modules["embpack.quantize"]
-    monkeypatch.setattr(module, "SPAN_VALUES", 32 * 20)
-    monkeypatch.setattr(module, "SPANS_OF_AN_ARRAY", 2)
-    assert module.span_rows(20) == 32
+    monkeypatch.setattr(chunks, "SPAN_VALUES", 32 * 20)
+    monkeypatch.setattr(chunks, "SPANS_OF_AN_ARRAY", 2)
+    assert chunks.span_rows(20) == 32
 
 
 def message_of(error, weight, *args, **kwargs) -> str:
@@ -55,7 +52,7 @@ def test_a_half_that_is_not_finite_is_named(isa, small_chunks, dtype, value):
 def test_a_value_in_a_later_chunk_of_real_size_is_named():
     # Not contiguous, so that each chunk is copied and chunks are those of files.
     weight = np.ones((520, 1 << 14), np.float32)[:, ::2]
-    assert sys.modules["embpack.quantize"].chunk_rows(1 << 13) == 512
+    assert chunks.chunk_rows(1 << 13) == 512
     weight[519, 1000] = np.nan
     assert message_of(ValueError, weight, "asym").startswith("weight[519, 1000] is nan; ")
 
@@ -192,12 +189,11 @@ def test_chunks_change_nothing(rng, small_chunks, monkeypatch, method):
 
 
 def test_spans_have_whole_blocks_and_chunks_whole_spans():
-    module = sys.modules["embpack.quantize"]
     for embedding_dim in (1, 3, 64, 1000, 1 << 22, 1 << 23):
-        span = module.span_rows(embedding_dim)
+        span = chunks.span_rows(embedding_dim)
         assert span % 32 == 0
         assert span > 0
-        assert module.chunk_rows(embedding_dim) % span == 0
+        assert chunks.chunk_rows(embedding_dim) % span == 0
 
 
 def test_a_parameter_that_requires_grad_packs(rng):

@@ -45,7 +45,6 @@ def test_python_runs_and_prints_what_its_comments_say(tmp_path, monkeypatch, cap
 RUN_PAGES = {"rotation.md": [], "pytorch.md": ["torch"], "bridges.md": ["torchrec", "onnxruntime", "onnxscript"]}
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.parametrize("page", RUN_PAGES)
 def test_python_of_other_pages_does_so_too(tmp_path, monkeypatch, capsys, page):
     for package in RUN_PAGES[page]:
@@ -93,7 +92,8 @@ def test_ci_finds_the_whole_block(name):
 
 def test_the_blocks_install_and_test():
     assert ".venv/bin/pip install ." in ci_block("install").splitlines()
-    assert ".venv/bin/python -m pytest" in ci_block("test").splitlines()
+    assert ".venv/bin/pip install 'embpack[test]'" in ci_block("test").splitlines()
+    assert ".venv/bin/python -m pytest -n auto --dist worksteal" in ci_block("test").splitlines()
 
 
 # Arithmetic

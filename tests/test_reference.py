@@ -8,9 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from embpack import reference
+from embpack.arithmetic import F32, fma
 from embpack.layouts import RowFormat
-from embpack.methods import Asym, GreedyPaper, Sym, Table
-from embpack.reference import F32
+from embpack.layouts.codes import pack_codes, unpack_codes
+from embpack.methods import Asym, GreedyPaper, Sym, TableRange
 
 # Rows and what they pack to: codes, then scale and bias. Worked out by hand, and read off PyTorch 2.13 and
 # FBGEMM 1.8; 0x3c00 is 1 and 0x0000 is 0 in float16, 0x3f800000 is 1 in float32.
@@ -64,7 +65,7 @@ def test_sym_packs_by_hand():
 
 
 def test_table_clips_by_hand():
-    packed = reference.quantize(np.array([[-3, 0, 7, 99]], F32), Table(0, 15), RowFormat(4))
+    packed = reference.quantize(np.array([[-3, 0, 7, 99]], F32), TableRange(0, 15), RowFormat(4))
     assert packed.tobytes().hex() == "00f7003c0000"
 
 
@@ -92,9 +93,9 @@ def test_unpack_codes_undoes_pack_codes(data):
     embedding_dim = data.draw(st.integers(1, 40))
     row = st.lists(st.integers(0, 2**bits - 1), min_size=embedding_dim, max_size=embedding_dim)
     codes = np.array(data.draw(st.lists(row, min_size=1, max_size=3)), np.uint8)
-    packed = reference.pack_codes(codes, bits)
+    packed = pack_codes(codes, bits)
     assert packed.shape == (len(codes), RowFormat(embedding_dim, bits).code_bytes)
-    np.testing.assert_array_equal(reference.unpack_codes(packed, embedding_dim, bits), codes)
+    np.testing.assert_array_equal(unpack_codes(packed, embedding_dim, bits), codes)
     # As one little-endian number, a row is the sum of its codes, code j worth 2^(j * bits); padding adds nothing.
     for row_bytes, row_codes in zip(packed, codes, strict=True):
         total = sum(int(code) << (j * bits) for j, code in enumerate(row_codes))
@@ -132,7 +133,7 @@ finite = st.floats(-(2.0**60), 2.0**60, width=32)
 @example(-1.0, 1.0, 1.0)
 def test_fma_rounds_once(a, b, c):
     a, b, c = F32(a), F32(b), F32(c)
-    assert reference.fma(a, b, c) == exact_fma(a, b, c)
+    assert fma(a, b, c) == exact_fma(a, b, c)
 
 
 def test_fma_escapes_double_rounding():
@@ -140,7 +141,7 @@ def test_fma_escapes_double_rounding():
     a, b, c = F32(2**12 + 1), F32(2**12 + 1), F32(2.0**-40)
     rounded_twice = F32(np.float64(a) * np.float64(b) + np.float64(c))
     assert rounded_twice != exact_fma(a, b, c)
-    assert reference.fma(a, b, c) == exact_fma(a, b, c)
+    assert fma(a, b, c) == exact_fma(a, b, c)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from embpack.rules import Rules, plan, says_embedding
-from embpack.sources import Checkpoint, Shard, SourceTensor
+from embpack.formats import Checkpoint, Shard, SourceTensor
+from embpack.rules import Rules, decide_all, says_embedding
+from embpack.variant import Variant
 
 TABLES = [
     "embedding.weight",
@@ -57,7 +58,7 @@ def test_names_that_do_not(name):
 
 
 def make_tensor(name, shape=(100, 64), dtype="F32", **kwargs):
-    return SourceTensor(name, shape, dtype, lambda n: iter(()), **kwargs)
+    return SourceTensor(name, shape, dtype, lambda start, stop, n: iter(()), **kwargs)
 
 
 def make_checkpoint(*tensors):
@@ -118,29 +119,29 @@ def test_vectors_need_no_name():
 
 def test_plan_keeps_every_tensor_in_order():
     checkpoint = make_checkpoint(make_tensor("linear.weight"), make_tensor("emb.weight"))
-    assert [d.tensor.name for d in plan(checkpoint, Rules())] == ["linear.weight", "emb.weight"]
+    assert [d.tensor.name for d in decide_all(checkpoint, Rules())] == ["linear.weight", "emb.weight"]
 
 
 def test_nothing_to_pack_names_the_candidates():
     checkpoint = make_checkpoint(make_tensor("linear.weight"), make_tensor("bias", (3,)))
     with pytest.raises(ValueError, match=r"nothing to pack among 2 tensors; its 2-D tensors are linear\.weight"):
-        plan(checkpoint, Rules())
+        decide_all(checkpoint, Rules())
     with pytest.raises(ValueError, match="it has no 2-D tensor"):
-        plan(make_checkpoint(make_tensor("bias", (3,))), Rules())
+        decide_all(make_checkpoint(make_tensor("bias", (3,))), Rules())
 
 
 def test_an_include_that_packs_nothing_is_an_error():
     checkpoint = make_checkpoint(make_tensor("emb.weight"), make_tensor("ids", (9,), "I64"))
     with pytest.raises(ValueError, match=r"include 'user\*' matches no tensor"):
-        plan(checkpoint, Rules(include=("user*",)))
+        decide_all(checkpoint, Rules(include=("user*",)))
     with pytest.raises(ValueError, match=r"include 'ids' only matches ids \(1-D, a table is 2-D\)"):
-        plan(checkpoint, Rules(include=("ids",)))
+        decide_all(checkpoint, Rules(include=("ids",)))
 
 
 def test_bits_and_parameters_reach_the_rows():
-    decision = decide(make_tensor("emb.weight"), bits=8)
+    decision = decide(make_tensor("emb.weight"), variant=Variant(bits=8))
     assert decision.row_format is not None
     assert decision.row_format.row_bytes == 64 + 8
-    decision = decide(make_tensor("emb.weight"), bits=2, param_dtype="float32")
+    decision = decide(make_tensor("emb.weight"), variant=Variant(bits=2, param_dtype="float32"))
     assert decision.row_format is not None
     assert decision.row_format.row_bytes == 16 + 8

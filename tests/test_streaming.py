@@ -21,7 +21,7 @@ MEASURE = """
 import json, sys, threading
 from pathlib import Path
 import numpy, embpack
-import embpack.sources.numpy, embpack.targets.numpy
+import embpack.formats.npy, embpack.formats.safetensors
 
 def sample():
     status = Path("/proc/self/status").read_text()

@@ -135,6 +135,17 @@ def test_indices_of_another_type_are_refused(table, indices, name):
     assert message_of(TypeError, table.__getitem__, indices) == f"indices are {name}; they must be int32 or int64"
 
 
+@pytest.mark.parametrize("dtype", [">i4", ">i8", "<i4", "<i8"])
+def test_indices_offsets_and_weights_of_any_byte_order(table, rows, dtype):
+    indices = np.array([[3, 0], [11, 3]], dtype)
+    np.testing.assert_array_equal(table[indices], rows[indices.astype(np.int64)])
+    assert table[indices[0, 0]].shape == (D,)
+    weights = np.array([1, 2, -3, 4], dtype.replace("i8", "f4").replace("i4", "f4"))
+    found = table.embedding_bag(indices.reshape(-1), np.array([0, 3], dtype), "sum", weights)
+    wanted = table.embedding_bag([3, 0, 11, 3], [0, 3], "sum", weights.astype(np.float32))
+    np.testing.assert_array_equal(found, wanted)
+
+
 # Adopting bytes.
 
 
@@ -369,7 +380,7 @@ BAG_ERRORS = {
     "1-D without offsets": (
         ValueError,
         {"offsets": None},
-        "1-D indices need offsets: where each bag starts",
+        "1-D indices need offsets: where each bag starts; 2-D ones have a bag a row",
     ),
     "2-D offsets": (
         ValueError,

@@ -17,9 +17,6 @@ import embpack
 # Enough values for every thread to get some.
 ROWS, EMBEDDING_DIM = 6000, 40
 
-# Python 3.12 and later warn that forking a process with threads may deadlock: that ours do not is tested here.
-forks = pytest.mark.filterwarnings("ignore:.*use of fork\\(\\):DeprecationWarning")
-
 
 def make_rows() -> np.ndarray:
     return np.random.default_rng(5).standard_normal((ROWS, EMBEDDING_DIM), np.float32)
@@ -87,7 +84,6 @@ def everything_and_threads_started() -> tuple[str, int]:
     return everything(), number_of_threads() - before
 
 
-@forks
 def test_a_forked_child_and_its_parent_use_threads(restore_threads, wanted):
     embpack.set_num_threads(3)
     assert everything() == wanted
@@ -96,7 +92,6 @@ def test_a_forked_child_and_its_parent_use_threads(restore_threads, wanted):
     assert in_forked_child(everything_and_threads_started) == (wanted, 2)
 
 
-@forks
 def test_the_child_of_a_child_uses_threads(restore_threads, wanted):
     embpack.set_num_threads(2)
     assert everything() == wanted
@@ -107,7 +102,6 @@ def test_the_child_of_a_child_uses_threads(restore_threads, wanted):
     assert in_forked_child(child) == (wanted, wanted)
 
 
-@forks
 def test_a_fork_from_another_python_thread_works(restore_threads, wanted):
     embpack.set_num_threads(2)
     assert everything() == wanted
@@ -118,7 +112,6 @@ def test_a_fork_from_another_python_thread_works(restore_threads, wanted):
     assert everything() == wanted
 
 
-@forks
 def test_a_fork_while_another_thread_quantizes_works(restore_threads, wanted):
     embpack.set_num_threads(2)
     stop, digests = threading.Event(), []

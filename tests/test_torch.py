@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import embpack
-from embpack.sources.mapped import is_mapped
+from embpack.formats.mapped import is_mapped
 from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection
 
 ROWS, DIM = 40, 20
@@ -316,6 +318,23 @@ def test_a_mapped_table_stays_mapped(tmp_path):
     np.testing.assert_array_equal(again.packed, table.packed)
 
 
+def test_a_mapped_table_is_taken_without_a_warning_and_kept(tmp_path):
+    """In a process of its own: PyTorch warns of read-only arrays only once."""
+    embpack.save(tmp_path / "tables.safetensors", {"rows": make_table()})
+    code = (
+        "import gc, os, sys, warnings, torch, embpack; from embpack.torch import PackedEmbedding; "
+        "warnings.simplefilter('error'); "
+        "module = PackedEmbedding.from_table(embpack.load(sys.argv[1])['rows']); "
+        "os.remove(sys.argv[1]); gc.collect(); "
+        f"print(module(torch.arange({ROWS})).sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "tables.safetensors"], capture_output=True, text=True, timeout=120
+    )
+    wanted = PackedEmbedding.from_table(make_table())(torch.arange(ROWS)).sum().item()
+    assert done.stdout == f"{wanted}\n", done.stderr
+
+
 def test_it_is_known_whose_memory_may_be_written_to(tmp_path):
     """PyTorch warns of other read-only arrays, rightly: once in a process."""
     table = make_table()
@@ -393,6 +412,20 @@ def test_other_mistakes_are_named():
         torch.ops.embpack.embedding_bag(*arguments_of(BAG, ONE, empty, "sum"), include_last_offset=True)
 
 
+def test_what_lies_beside_the_rows_must_be_the_layouts():
+    module = PackedEmbedding.from_table(make_table("kmeans-cls:K=3"))
+    look_up, row_format = torch.ops.embpack.embedding, str(module.row_format)
+    assert torch.equal(look_up(module.packed, row_format, ONE, module.clusters, module.codebooks), module(ONE))
+    with pytest.raises(ValueError, match=r"codebooks are uint8 of shape \[3, 31\]; .*float16 \[num_codebooks, 16\]"):
+        look_up(module.packed, row_format, ONE, module.clusters, module.codebooks[:, 1:].contiguous())
+    with pytest.raises(ValueError, match=r"clusters are uint8 of shape \[40, 3\]; they must be uint8 or uint16 \[40\]"):
+        look_up(module.packed, row_format, ONE, module.clusters.repeat(1, 3), module.codebooks)
+    with pytest.raises(ValueError, match="the clustered layout needs clusters and codebooks"):
+        look_up(module.packed, row_format, ONE, None, module.codebooks)
+    with pytest.raises(ValueError, match="clusters and codebooks go with the clustered layout, not with 'uniform'"):
+        look_up(BAG.packed, str(BAG.row_format), ONE, module.clusters, module.codebooks)
+
+
 def test_damaged_clusters_are_named():
     module = PackedEmbedding.from_table(make_table("kmeans-cls:K=3"))
     module.clusters[7] = 200
@@ -430,7 +463,6 @@ def test_packed_rows_go_to_pytorchs_operators_and_back(bits):
     torch.testing.assert_close(pooled, ours(indices, offsets), rtol=0, atol=3 * 30 * 30 * 4 * 2**-24)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of PyTorch, by PyTorch
 def test_models_compile_by_inductor():
     packed = PackedEmbeddingBag.from_table(make_table("kmeans-cls:K=3"), mode="mean", padding_idx=1)
     model = nn.Sequential(packed, nn.Linear(DIM, 3), nn.ReLU())
@@ -468,7 +500,6 @@ def test_indices_and_offsets_may_be_of_two_types(offsets_dtype):
     assert torch.equal(by_one, by_two)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch, by PyTorch
 @pytest.mark.parametrize("transform", [torch.func.jacfwd, lambda f: lambda w: torch.func.jvp(f, (w,), (w,))])
 def test_derivatives_in_forward_mode_are_refused(transform):
     indices, offsets = make_bags()

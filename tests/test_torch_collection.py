@@ -174,7 +174,6 @@ def test_operators_pass_opcheck():
     check(operators.embedding_bag_collection_by_weights.default, (*sums, indices, offsets[:-1], gradient))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of PyTorch, by PyTorch
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_it_compiles_in_one_graph(backend):
     collection = PackedEmbeddingBagCollection(make_bags(), FEATURES)
@@ -282,7 +281,7 @@ def test_of_a_key_that_is_there_twice_the_last_counts():
 def test_lengths_that_end_before_the_values_are_refused():
     jagged = pytest.importorskip("torchrec.sparse.jagged_tensor")
     collection = PackedEmbeddingBagCollection({"a": PackedEmbeddingBag(20, 4)})
-    for lengths, error in (([1, 2], "lengths end at 3, but there are 4 values"), ([2, 3], "end at 5, but there are 4")):
+    for lengths, error in (([1, 2], "bag ends at 3, but there are 4 indices"), ([2, 3], "ends at 5, but there are 4")):
         features = jagged.KeyedJaggedTensor(["a"], torch.arange(4), lengths=torch.tensor(lengths))
         with pytest.raises(ValueError, match=error):
             collection(features)
@@ -320,7 +319,6 @@ def test_it_returns_float32_as_torchrec_does(dtype):
     assert collection.to_float().embedding_bags["user"].weight.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch, by PyTorch
 def test_derivatives_in_forward_mode_are_refused():
     indices, offsets = make_input()
     collection = PackedEmbeddingBagCollection(make_bags(), FEATURES, include_last_offset=True)
@@ -470,6 +468,7 @@ def test_torchrec_is_not_asked_for():
 
 COLLECTION = PackedEmbeddingBagCollection(make_bags(), FEATURES)
 STARTS = torch.arange(len(KEYS))
+ONE = torch.tensor([0])
 
 
 @pytest.mark.parametrize(
@@ -483,11 +482,11 @@ STARTS = torch.arange(len(KEYS))
         (ValueError, "1-D indices need offsets", (torch.arange(5),)),
         (
             ValueError,
-            "indices are 2-D and offsets 1-D; both must be 1-D",
+            "offsets are for 1-D indices; each row of 2-D indices is a bag by itself",
             (torch.zeros((5, 1), dtype=torch.int64), STARTS),
         ),
         (ValueError, "there are 4 bags; 5 features take a multiple of 5", (torch.arange(5), STARTS[:4])),
-        (ValueError, "there are 3 rows of indices; 5 features take", (torch.zeros((3, 1), dtype=torch.int64),)),
+        (ValueError, "there are 3 bags; 5 features take a multiple of 5", (torch.zeros((3, 1), dtype=torch.int64),)),
         (ValueError, r"offsets\[0\] is 1; the first bag must start at 0", (torch.arange(9), STARTS + 1)),
         (ValueError, r"offsets\[2\] is 0, less than offsets\[1\], 1", (torch.arange(5), torch.tensor([0, 1, 0, 1, 2]))),
         (ValueError, "there are 3 indices; no offset may be larger", (torch.arange(3), STARTS)),
@@ -555,9 +554,9 @@ def test_features_that_do_not_go_together_are_named():
 
 
 def test_input_and_tables_of_other_types_are_named():
-    with pytest.raises(TypeError, match="input is list; it must be a tensor"):
+    with pytest.raises(TypeError, match="input is a list; it must be a tensor"):
         COLLECTION([1, 2, 3])
-    with pytest.raises(TypeError, match="table 'a' is a EmbeddingBag; it must be a PackedEmbeddingBag"):
+    with pytest.raises(TypeError, match="table 'a' is an EmbeddingBag; it must be a PackedEmbeddingBag"):
         PackedEmbeddingBagCollection({"a": nn.EmbeddingBag(3, 4)})
     with pytest.raises(TypeError, match=r"feature_names\['user'\] is 'who'; it must be a list of names: \['who'\]"):
         PackedEmbeddingBagCollection(make_bags(), FEATURES | {"user": "who"})
@@ -597,6 +596,9 @@ def test_wrong_arguments_of_the_operator_are_named():
         pool(packed[::-1], clusters, codebooks, text, feature_of, num_features, *bags)
     with pytest.raises(ValueError, match=r"dtype is torch\.int8; choose torch\.float32, float16, bfloat16 or float64"):
         pool(packed, clusters, codebooks, text, feature_of, num_features, *bags, dtype=torch.int8)
+    means = describe_tables([TableUse("uniform:4:4:float16", "mean", -1, 1)])
+    with pytest.raises(ValueError, match="per_sample_weights go with mode 'sum' only, and table 0 has mode 'mean'"):
+        pool.weighted([torch.zeros((3, 6), dtype=torch.uint8)], [], [], means, [0], 1, ONE, ONE, torch.ones(1))
     found = pool(packed, clusters, codebooks, text, feature_of, num_features, *bags, dtype=torch.float64)
     assert torch.equal(found, COLLECTION(*bags).double())
     assert len(read_tables(text).table_of) == len(feature_of)

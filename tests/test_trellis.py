@@ -7,17 +7,18 @@ import pytest
 from test_trellis_kernels import encode_quickly
 
 import embpack
-from embpack import trellis
-from embpack.trellis import TrellisFormat, TrellisParameters
+from embpack.layouts import trellis
+from embpack.layouts.trellis import TrellisFormat, TrellisParameters
+from embpack.methods import trellis_search
 
 
-def fit(rows, row_bytes, sample=None, encode=trellis.encode):
+def fit(rows, row_bytes, sample=None, encode=trellis_search.encode):
     """Parameters for rows, from a sample of them, as a table's are found."""
     form = TrellisFormat(rows.shape[1], row_bytes)
     mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
     largest = np.abs(rows - mean).max(axis=1)
     bounds = float(largest[largest > 0].min(initial=np.inf)), float(largest.max())
-    return form, trellis.fit(rows if sample is None else sample, form, bounds, mean, encode)
+    return form, trellis_search.fit(rows if sample is None else sample, form, bounds, mean, encode)
 
 
 def find_steps(form):
@@ -61,7 +62,7 @@ FORMATS = [(4, 3), (4, 6), (5, 4), (16, 12), (17, 13), (33, 21), (64, 36), (64, 
 def test_rows_are_read_as_the_page_says(rng, embedding_dim, row_bytes):
     rows = rng.standard_normal((20, embedding_dim), dtype=np.float32) + 1
     form, parameters = fit(rows, row_bytes, encode=encode_quickly)
-    packed = trellis.encode(rows, form, parameters)
+    packed = trellis_search.encode(rows, form, parameters)
     assert packed.shape == (20, row_bytes)
     read = [read_row(row, form, parameters) for row in packed[:5]]
     # A product of two float32 is exact in float64, and its sum with a third is rounded twice, seldom otherwise.
@@ -77,7 +78,7 @@ def test_the_best_path_is_found(rng, row_bytes):
     y = rows / np.float32(2.5)
     starts = rng.random((20, trellis.NUM_STATES)) < 0.2
     starts[:, 7] = True
-    cost, _ = trellis._walk(y, starts, form, parameters)
+    cost, _ = trellis_search._walk(y, starts, form, parameters)
     best = np.full(len(y), np.inf)
     for start, *bits in product(range(trellis.NUM_STATES), *((0, 1) for _ in range(7))):
         subsets = trellis.find_subsets(np.array([bits], np.uint8), np.array([8 * start], np.uint8))[0]
@@ -93,18 +94,18 @@ def test_of_all_scales_and_states_the_best_is_found(rng):
     """By the error of the decoded rows, which must be that of the best number of 256, each of them walked by itself."""
     rows = rng.standard_normal((12, 16), dtype=np.float32)
     form, fitted = fit(rows, 9)
-    scales = trellis.make_scales(np.abs(rows - fitted.mean).max(axis=1), (0.5, 5.0), 16)
+    scales = trellis_search.make_scales(np.abs(rows - fitted.mean).max(axis=1), (0.5, 5.0), 16)
     parameters = TrellisParameters(fitted.narrow, fitted.wide, scales, fitted.mean)
     assert len(parameters.grid) == 16
     x = (rows - parameters.mean)[:, form.columns]
-    tried = trellis._find_tries(np.abs(x).max(axis=1), parameters.grid)
+    tried = trellis_search._find_tries(np.abs(x).max(axis=1), parameters.grid)
     best = np.full(len(x), np.inf)
     for number in range(1, 256):
         is_tried = (parameters.grid[tried] == scales[number]).any(axis=1)
         starts = np.tile(np.arange(trellis.NUM_STATES) == number >> 3, (len(x), 1))
-        cost, _ = trellis._walk(x / scales[number], starts, form, parameters)
+        cost, _ = trellis_search._walk(x / scales[number], starts, form, parameters)
         best = np.where(is_tried, np.minimum(best, scales[number] ** 2 * cost.min(axis=1)), best)
-    found = trellis.decode(trellis.encode(rows, form, parameters), form, parameters)
+    found = trellis.decode(trellis_search.encode(rows, form, parameters), form, parameters)
     np.testing.assert_allclose(np.square(found - rows).sum(axis=1), best, rtol=1e-4)
 
 
@@ -139,13 +140,13 @@ def test_rows_that_are_hard(rng):
     rows[40:50] += rng.standard_normal((10, 32)).astype(np.float32) * np.float32(1e-3)
     rows[50:] += rng.standard_normal((10, 32)).astype(np.float32)
     form, parameters = fit(rows, 20)
-    found = trellis.decode(trellis.encode(rows, form, parameters), form, parameters)
+    found = trellis.decode(trellis_search.encode(rows, form, parameters), form, parameters)
     assert np.isfinite(found).all()
     errors, largest = np.linalg.norm(found - rows, axis=1), np.abs(rows - parameters.mean).max(axis=1)
     assert (errors <= 0.5 * largest * np.sqrt(32)).all()
     zeros = np.zeros((20, 32), np.float32)
     form, parameters = fit(zeros, 20)
-    packed = trellis.encode(zeros, form, parameters)
+    packed = trellis_search.encode(zeros, form, parameters)
     assert not packed.any() and not trellis.decode(packed, form, parameters).any()
 
 
@@ -160,11 +161,11 @@ def test_formats():
         TrellisFormat(64, 16)
 
 
-@pytest.mark.parametrize("count", trellis.GRID_SIZES)
+@pytest.mark.parametrize("count", trellis_search.GRID_SIZES)
 def test_scales(rng, count):
     """They reach from the smallest row to the largest, lie where rows do, and each stands for its share of states."""
     largest = rng.uniform(1.0, 2.0, 500).astype(np.float32)
-    scales = trellis.make_scales(largest, (0.25, 8.0), count)
+    scales = trellis_search.make_scales(largest, (0.25, 8.0), count)
     zeros, ones = np.zeros(8, np.float32), np.ones(16, np.float32)
     parameters = TrellisParameters(zeros, ones, scales, zeros[:4])
     grid = parameters.grid
@@ -181,13 +182,13 @@ def test_scales(rng, count):
 
 
 def test_scales_of_rows_that_are_far_apart():
-    scales = trellis.make_scales(np.ones(4, np.float32), (1e-30, 1.0), 128)
+    scales = trellis_search.make_scales(np.ones(4, np.float32), (1e-30, 1.0), 128)
     assert scales[scales > 0].min() == pytest.approx(scales.max() * 2**-16, rel=1e-6)
 
 
 def test_which_scales_are_tried():
     grid = np.arange(1, 101, dtype=np.float32)
-    tried = trellis._find_tries(np.array([10, 100, 1e9, 0, 0.1], np.float32), grid)
+    tried = trellis_search._find_tries(np.array([10, 100, 1e9, 0, 0.1], np.float32), grid)
     assert grid[tried[0]].tolist() == [8, 9, 10, 11, 12, 13, 13, 13, 13, 13, 13, 13]
     assert grid[tried[1]].tolist() == [80, 81, 83, 85, 87, 89, 90, 92, 94, 96, 98, 100]
     assert (grid[tried[2]] == 100).all() and (grid[tried[3:]] == 1).all()

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from embpack import _native, trellis
-from embpack.layouts import LEAST_SHARED_BITS, MOST_SHARED_BITS
-from embpack.trellis import TrellisFormat, TrellisParameters
+from embpack import _native
+from embpack.layouts import trellis
+from embpack.layouts.trellis import LEAST_BITS, MOST_BITS, TrellisFormat, TrellisParameters
+from embpack.methods import trellis_search
 
 F32 = np.float32
 
@@ -22,7 +23,7 @@ def encode_quickly(rows, row_format, parameters):
 
 
 def row_sizes(d):
-    least, most = -(-LEAST_SHARED_BITS * d // 8) + 1, -(-MOST_SHARED_BITS * d // 8) + 1
+    least, most = -(-LEAST_BITS * d // 8) + 1, -(-MOST_BITS * d // 8) + 1
     return sorted({least, d // 2 + 4, (least + d // 2 + 4) // 2, (d // 2 + 4 + most) // 2, most, most + 3} - {0, 1})
 
 
@@ -50,14 +51,14 @@ def fit(rows, row_format, mean):
     largest = np.abs(rows - mean).max(axis=1)
     bounds = float(largest[largest > 0].min()), float(largest.max())
     # Any levels will do, so long as they look like a table's.
-    return trellis.fit(rows[:24], row_format, bounds, mean, encode_quickly)
+    return trellis_search.fit(rows[:24], row_format, bounds, mean, encode_quickly)
 
 
 def check(rows, row_format, parameters, wanted=None):
     values = rows if rows.dtype != np.uint16 else (rows.astype(np.uint32) << 16).view(F32)
     values = values.astype(F32)
     if wanted is None:
-        wanted = trellis.encode(values, row_format, parameters)
+        wanted = trellis_search.encode(values, row_format, parameters)
     packed, (fault, _, sums) = encode(rows, wanted.shape, parameters)
     np.testing.assert_array_equal(packed, wanted)
     assert fault == 0
@@ -91,7 +92,7 @@ def wanted(fitted):
 
     def find(d, row_bytes):
         if (d, row_bytes) not in known:
-            known[d, row_bytes] = trellis.encode(*fitted(d, row_bytes))
+            known[d, row_bytes] = trellis_search.encode(*fitted(d, row_bytes))
         return known[d, row_bytes]
 
     return find

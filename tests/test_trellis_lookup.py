@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import embpack
-from embpack import trellis
-from embpack.layouts import RowFormat
+from embpack.layouts import RowFormat, trellis
+from embpack.methods import trellis_search
 from tests.test_lookup import as_bfloat16, check_lookups, make_table, pool_in_order
 
 DIMS = (4, 5, 16, 17, 31, 32, 33, 64, 100, 128, 130, 384)
@@ -24,11 +24,11 @@ def make_random(rng, embedding_dim, bits, num_embeddings=40):
 
 
 def make_scales(largest, count):
-    return trellis.make_scales(largest, (float(largest.min()), float(largest.max())), count)
+    return trellis_search.make_scales(largest, (float(largest.min()), float(largest.max())), count)
 
 
 def make_parameters(rng, row_format):
-    form = row_format.trellis
+    form = row_format.form.trellis
     halves = (form.round_levels(np.sort(np.abs(rng.standard_normal(n // 2)))) for n in form.num_levels)
     narrow, wide = (np.concatenate([-half[::-1], half]) for half in halves)
     mean = rng.standard_normal(row_format.embedding_dim).astype(np.float32)
@@ -41,15 +41,15 @@ def make_encoded(rng, embedding_dim, bits, num_embeddings=40):
     row_format = RowFormat(embedding_dim, bits, "float32", "trellis")
     mean = rows.mean(axis=0)
     scales = make_scales(np.abs(rows - mean).max(axis=1), 16)
-    form = row_format.trellis
+    form = row_format.form.trellis
     narrow, wide = (form.round_levels(np.linspace(-1, 1, count)) for count in form.num_levels)
     parameters = trellis.TrellisParameters(narrow, wide, scales, mean)
-    packed = trellis.encode(rows, row_format.trellis, parameters)
+    packed = trellis_search.encode(rows, row_format.form.trellis, parameters)
     return rows, embpack.PackedTable(packed, row_format, codebooks=parameters.join())
 
 
 def decode(table):
-    form = table.row_format.trellis
+    form = table.row_format.form.trellis
     return trellis.decode(table.packed, form, trellis.TrellisParameters.split(table.codebooks, form))
 
 
@@ -237,7 +237,7 @@ def test_levels_that_are_not_bfloat16_are_refused(tmp_path, rng, bits, at):
 
 def test_levels_of_more_bits_are_any(rng):
     table = make_random(rng, 16, 6)
-    assert (table.codebooks.view(np.uint32)[0, : sum(table.row_format.trellis.num_levels) // 2] & 0xFFFF).any()
+    assert (table.codebooks.view(np.uint32)[0, : sum(table.row_format.form.trellis.num_levels) // 2] & 0xFFFF).any()
 
 
 def test_the_core_refuses_a_codebook_that_is_too_short(rng):
@@ -285,7 +285,7 @@ def test_files_without_the_codebook_are_refused(tmp_path, rng):
         metadata, packed = file.metadata(), file.get_tensor("a")
         assert set(file.keys()) == {"a", "a.codebook"}
     safetensors.save_file({"a": packed}, path, metadata)
-    with pytest.raises(embpack.FormatError, match="its codebook must be F32"):
+    with pytest.raises(embpack.FormatError, match="its codebooks must be F32"):
         embpack.load(path)
 
 

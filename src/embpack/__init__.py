@@ -1,16 +1,18 @@
 """Pack trained embedding tables to 4 bits a value, and look rows up straight from the packed bytes."""
 
 from embpack import _core  # noqa: F401  (first: it says how the core is loaded)
-from embpack.compare import Comparison, Variant, compare
-from embpack.convert import Report, TableReport, dequantize_file, quantize_file
+from embpack.comparison.array import Comparison, compare
+from embpack.convert import Report, dequantize_file, quantize_file
 from embpack.errors import FormatError, MissingExtraError
 from embpack.files import load, save
 from embpack.group import TableGroup
 from embpack.methods import METHODS, Method, parse_method
-from embpack.plan import Plan, PlannedTable, plan
-from embpack.quantize import quantize
+from embpack.packing import quantize
+from embpack.planning import Plan, PlannedTable, plan
+from embpack.shard_writer import TableReport
 from embpack.table import PackedTable
 from embpack.threads import get_num_threads, set_num_threads
+from embpack.variant import Variant
 
 __version__ = "0.1.0"
 

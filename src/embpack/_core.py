@@ -16,6 +16,7 @@ def _load() -> None:
     policies = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     chosen_by_user = any(policy in os.environ for policy in policies)
     if not chosen_by_user:
+        # There is no other way to tell libgomp, and it is told only while the core is loaded.
         os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
     try:
         from embpack import _native

@@ -146,7 +146,7 @@ def check_table(table: PackedTable, name: str, reader: str) -> None:
             "or give the rotated rows themselves, table.as_packed, and multiply what comes out by "
             f"embpack.rotation.matrix({table.embedding_dim}).T"
         )
-    if table.layout != "uniform":
+    if not table.row_format.form.has_scale_and_bias:
         raise ValueError(
             f"{name} has rows of the {table.layout} layout, but {reader} reads uniform ones only; pack its weights "
             "with such a method, 'greedy' or 'asym'"

@@ -12,19 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.errors import FormatError
-from embpack.layouts import ROTATIONS, RowFormat
+from embpack.formats import INDEX_SUFFIX, OutShard, OutTensor, Shard, SourceTensor, open_checkpoint, write_checkpoint
+from embpack.formats.base import as_bytes
+from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
+from embpack.layouts import ROTATIONS, ArraySpec, RowFormat
 from embpack.rows import ROW_DTYPES
-from embpack.sources import Shard, SourceTensor, open_checkpoint
-from embpack.sources.dtypes import name_dtype
-from embpack.sources.safetensors import INDEX_SUFFIX
 from embpack.table import PackedTable
-from embpack.targets import OutShard, OutTensor, write_checkpoint
-from embpack.targets.base import as_bytes
 
 METADATA_KEY = "embpack"
 FORMAT_VERSION = 1
-# What lies beside the clustered table NAME: NAME.cluster and NAME.codebook.
-CLUSTER_SUFFIX, CODEBOOK_SUFFIX = ".cluster", ".codebook"
 
 
 @dataclass(frozen=True)
@@ -57,11 +53,9 @@ class TableEntry:
         return RowFormat(self.embedding_dim, self.bits, self.param_dtype, self.layout, self.rotation)
 
     @property
-    def suffixes(self) -> tuple[str, ...]:
-        """What is added to the table's name for the tensors beside it."""
-        if self.row_format.has_shared_values:
-            return (CODEBOOK_SUFFIX,)
-        return (CLUSTER_SUFFIX, CODEBOOK_SUFFIX) if self.row_format.is_clustered else ()
+    def beside(self) -> tuple[ArraySpec, ...]:
+        """What the tensors beside the table's are."""
+        return self.row_format.form.beside(self.num_embeddings)
 
     @classmethod
     def make(
@@ -174,30 +168,16 @@ def _read_entry(where: str, raw: Any, name: str, tensors: Mapping[str, tuple[str
     if tensors[name] != ("U8", promised):
         dtype, shape = tensors[name]
         raise FormatError(f"{where}: the metadata promises U8 {list(promised)}, the file has {dtype} {list(shape)}")
-    if entry.row_format.is_clustered:
-        _check_beside(where, entry, tensors.get(name + CLUSTER_SUFFIX), tensors.get(name + CODEBOOK_SUFFIX))
-    _check_shared_values(where, entry, tensors.get(name + CODEBOOK_SUFFIX))
+    for spec in entry.beside:
+        _check_beside(where, spec, tensors.get(name + spec.suffix))
     return entry
 
 
-def _check_shared_values(where: str, entry: TableEntry, codebook: Any) -> None:
-    """Check type and shape of what all rows share, if they do."""
-    if not entry.row_format.has_shared_values:
-        return
-    shape = (1, entry.row_format.num_levels)
-    if codebook != ("F32", shape):
-        raise FormatError(f"{where}: its codebook must be F32 {list(shape)}, the file has {codebook}")
-
-
-def _check_beside(where: str, entry: TableEntry, cluster: Any, codebook: Any) -> None:
-    """Check type and shape of the tensors beside clustered rows."""
-    row_format = entry.row_format
-    if cluster not in (("U8", (entry.num_embeddings,)), ("U16", (entry.num_embeddings,))):
-        raise FormatError(f"{where}: its clusters must be U8 or U16 [{entry.num_embeddings}], the file has {cluster}")
-    dtype = "F16" if row_format.has_f16_params else "F32"
-    levels = row_format.num_levels
-    if codebook is None or codebook[0] != dtype or codebook[1][1:] != (levels,) or codebook[1][0] == 0:
-        raise FormatError(f"{where}: its codebooks must be {dtype} [num_codebooks, {levels}], the file has {codebook}")
+def _check_beside(where: str, spec: ArraySpec, found: tuple[str, tuple[int, ...]] | None) -> None:
+    """Check type and shape of a tensor beside the rows."""
+    if found is None or not spec.admits(NUMPY_DTYPES.get(found[0]), found[1]) or 0 in found[1]:
+        dtypes = " or ".join(str(name_dtype(dtype)) for dtype in spec.dtypes)
+        raise FormatError(f"{where}: its {spec.name} must be {dtypes} {spec.describe_shape()}, the file has {found}")
 
 
 @dataclass(frozen=True)
@@ -218,10 +198,10 @@ class PackedFile:
     def table(self, name: str) -> PackedTable:
         """Return a table whose bytes stay in the file."""
         entry = self.entries[name]
-        parts = dict(zip(("", *entry.suffixes), self.arrays[name], strict=True))
-        clusters, codebooks = parts.get(CLUSTER_SUFFIX), parts.get(CODEBOOK_SUFFIX)
+        packed, *arrays = self.arrays[name]
+        beside = {spec.name: array for spec, array in zip(entry.beside, arrays, strict=True)}
         try:
-            return PackedTable(parts[""], entry.row_format, entry.dtype, entry.method, entry.loss, clusters, codebooks)
+            return PackedTable(packed, entry.row_format, entry.dtype, entry.method, entry.loss, **beside)
         except ValueError as error:
             raise FormatError(f"{self.path}: table {name!r}: {error}") from None
 
@@ -272,8 +252,8 @@ def open_packed(path: str | Path) -> list[PackedFile]:
 def _map_shard(path: Path, shard: Shard) -> PackedFile:
     entries = read_entries(path, shard)
     parts, others = split_shard(shard, entries)
-    # One chunk of all rows is a view of the mapped file, and keeps it mapped.
-    arrays = {name: [next(tensor.read(tensor.shape[0])) for tensor in own] for name, own in parts.items()}
+    # A tensor that is read whole is a view of the mapped file, and keeps it mapped.
+    arrays = {name: [tensor.read() for tensor in own] for name, own in parts.items()}
     return PackedFile(path, entries, arrays, tuple(tensor.name for tensor in others))
 
 
@@ -282,7 +262,10 @@ def split_shard(
 ) -> tuple[dict[str, list[SourceTensor]], list[SourceTensor]]:
     """Tell the tensors of each table, its packed rows first, from all others."""
     tensors = {tensor.name: tensor for tensor in shard.tensors}
-    parts = {name: [tensors.pop(name + suffix) for suffix in ("", *entry.suffixes)] for name, entry in entries.items()}
+    parts = {
+        name: [tensors.pop(name + suffix) for suffix in ("", *(spec.suffix for spec in entry.beside))]
+        for name, entry in entries.items()
+    }
     return parts, list(tensors.values())
 
 
@@ -340,7 +323,7 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
             dtype=table.dtype,
             method=table.method,
             loss=table.loss,
-            checksum=format_checksum(_digest(_arrays_of(table))),
+            checksum=format_checksum(_digest([table.packed, *table.beside])),
         )
         for name, table in tables.items()
     }
@@ -356,15 +339,9 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
     write_checkpoint(path, [OutShard(path.name, tuple(tensors), lambda: metadata, room)])
 
 
-def _arrays_of(table: PackedTable) -> list[NDArray[Any]]:
-    """Arrays of a table as a file has them, its packed rows first."""
-    return [part for part in (table.packed, table.clusters, table.codebooks) if part is not None]
-
-
 def _out_tensors(name: str, table: PackedTable) -> Iterable[OutTensor]:
-    for suffix, array in (("", table.packed), (CLUSTER_SUFFIX, table.clusters), (CODEBOOK_SUFFIX, table.codebooks)):
-        if array is None:
-            continue
+    suffixes = (spec.suffix for spec in table.row_format.form.beside(table.num_embeddings))
+    for suffix, array in zip(("", *suffixes), (table.packed, *table.beside), strict=True):
         dtype = name_dtype(array.dtype)
         assert dtype is not None
         yield OutTensor(name + suffix, dtype, array.shape, partial(iter, [array]))

@@ -7,7 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
-from embpack.table import MODES, PackedTable, as_integers, as_weights, explain_offsets, output_dtype
+from embpack.bags import (
+    as_integers,
+    as_weights,
+    check_end,
+    check_mode,
+    check_weighted,
+    count_bags_of_features,
+    explain_offsets,
+    sum_lengths,
+)
+from embpack.table import PackedTable, output_dtype
 
 
 class TableGroup:
@@ -16,7 +26,8 @@ class TableGroup:
     Attributes:
         tables: each of any layout, bits and embedding_dim.
         table_of: for each feature, the number of the table that it reads.
-        modes: for each feature, "sum", "mean" or "max".
+        modes: for each feature, "sum", "mean" or "max"; by default "sum", as in FBGEMM, where a table's embedding_bag
+            has PyTorch's "mean".
 
     Raises:
         ValueError: there is no feature, a feature reads no table of the group, or a mode is unknown.
@@ -50,8 +61,7 @@ class TableGroup:
         if len(self.modes) != len(self.table_of):
             raise ValueError(f"there are {len(self.modes)} modes for {len(self.table_of)} features; give one for each")
         for feature, mode in enumerate(self.modes):
-            if mode not in MODES:
-                raise ValueError(f"modes[{feature}] is {mode!r}; choose one of {', '.join(MODES)}")
+            check_mode(mode, f"modes[{feature}]")
 
     @property
     def embedding_dims(self) -> tuple[int, ...]:
@@ -93,34 +103,31 @@ class TableGroup:
         array = as_integers(indices, "indices")
         if array.ndim != 1:
             raise ValueError(f"indices have {array.ndim} dimensions; they must be 1-D, feature after feature")
-        starts = self._read_offsets(array, offsets, lengths)
-        weights = None if per_sample_weights is None else as_weights(per_sample_weights, array, self.modes)
-        batch = (len(starts) - 1) // len(self.table_of)
+        starts, batch = self._read_bags(array, offsets, lengths)
+        weights = None
+        if per_sample_weights is not None:
+            for feature, mode in enumerate(self.modes):
+                check_weighted(mode, f"feature {feature}")
+            weights = as_weights(per_sample_weights, array)
         out = np.empty((batch, self._width), output_dtype(dtype))
         feature, fault = self._native.pool(array, starts, weights, out)
         if fault != -1:
             raise self._explain(feature, fault, array, starts)
         return out
 
-    def _read_offsets(self, indices: NDArray[Any], offsets: Any, lengths: Any) -> NDArray[Any]:
+    def _read_bags(self, indices: NDArray[Any], offsets: Any, lengths: Any) -> tuple[NDArray[Any], int]:
+        """Return where each bag starts and the last one ends, and how many bags each feature has."""
         if (offsets is None) == (lengths is None):
             raise ValueError("give either offsets or lengths")
-        if lengths is not None:
-            counts = as_integers(lengths, "lengths")
-            if counts.ndim != 1 or (counts < 0).any():
-                raise ValueError("lengths must be 1-D and not negative: how many indices each bag has")
-            starts = np.zeros(len(counts) + 1, np.int64)
-            np.cumsum(counts, out=starts[1:])
-        else:
+        if lengths is None:
             starts = as_integers(offsets, "offsets")
-        features = len(self.table_of)
-        if starts.ndim != 1 or not len(starts) or (len(starts) - 1) % features:
-            what, extra = ("lengths", "") if offsets is None else ("offsets", ", and one entry more")
-            given = len(starts) - 1 if offsets is None else starts.size
-            raise ValueError(f"there are {given} {what}; {features} features take a multiple of {features}{extra}")
-        if starts[-1] != len(indices):
-            raise ValueError(f"the last bag ends at {starts[-1]}, but there are {len(indices)} indices")
-        return starts
+            batch = count_bags_of_features(len(self.table_of), indices, starts, include_last_offset=True)
+        else:
+            counts = as_integers(lengths, "lengths")
+            starts = sum_lengths(counts)
+            batch = count_bags_of_features(len(self.table_of), indices, counts, include_last_offset=False)
+        check_end(starts[-1], len(indices))
+        return starts, batch
 
     def _explain(self, feature: int, fault: int, indices: NDArray[Any], starts: NDArray[Any]) -> Exception:
         if fault == _native.bad_offsets:

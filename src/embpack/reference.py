@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from embpack.arithmetic import F32, fma
 from embpack.layouts import RowFormat
+from embpack.layouts.codes import Codes, pack_codes
 
-F32 = np.float32
 Row = NDArray[np.float32]
-Codes = NDArray[np.uint8]
 
 
 class CodebookSearch(Protocol):
@@ -87,23 +87,6 @@ def decode(codes: NDArray[Any], scale: np.float32, bias: np.float32) -> Row:
     return fma(scale, codes.astype(F32), bias)
 
 
-def fma(a: Any, b: Any, c: Any) -> Row:
-    """Fused multiply-add in float32: a * b + c, rounded once, for finite operands.
-
-    The product of two float32 is exact in float64. Their float64 sum with c is made to round to odd (Boldo and
-    Melquiond 2008), after which rounding it to float32 is the only rounding that counts.
-    """
-    with np.errstate(all="ignore"):
-        product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
-        addend = np.asarray(c, np.float64)
-        total = np.asarray(product + addend)
-        of_addend = total - product
-        error = (product - (total - of_addend)) + (addend - of_addend)
-        even = (total.view(np.int64) & 1) == 0
-        toward_error = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
-        return np.where((error != 0) & even, toward_error, total).astype(F32)
-
-
 def round_trip(x: Row, xmin: np.float32, xmax: np.float32, row_format: RowFormat) -> Row:
     """Q(X, xmin, xmax) of the paper: what a row comes back as, float32 [d]."""
     grid = make_grid(xmin, xmax, row_format)
@@ -115,24 +98,6 @@ def normalized_l2_loss(x: NDArray[Any], x_hat: NDArray[Any]) -> float:
     error = float(np.linalg.norm(x.astype(np.float64).ravel() - x_hat.astype(np.float64).ravel()))
     norm = float(np.linalg.norm(x.astype(np.float64).ravel()))
     return error / norm if norm else 0.0
-
-
-def pack_codes(codes: Codes, bits: int) -> NDArray[np.uint8]:
-    """Pack codes [..., d] into bytes [..., ceil(d * bits / 8)], the first code in the lowest bits."""
-    per_byte = 8 // bits
-    padding = -codes.shape[-1] % per_byte
-    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
-    groups = padded.reshape(*codes.shape[:-1], -1, per_byte)
-    shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(bits)
-    packed: NDArray[np.uint8] = np.bitwise_or.reduce(groups << shifts, axis=-1)
-    return packed
-
-
-def unpack_codes(packed: NDArray[np.uint8], embedding_dim: int, bits: int) -> Codes:
-    """Undo pack_codes: bytes [..., code_bytes] to codes [..., embedding_dim]."""
-    shifts = np.arange(8 // bits, dtype=np.uint8) * np.uint8(bits)
-    codes = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
-    return codes.reshape(*packed.shape[:-1], -1)[..., :embedding_dim]
 
 
 def pack_row(x: Row, xmin: np.float32, xmax: np.float32, row_format: RowFormat) -> NDArray[np.uint8]:
@@ -159,7 +124,8 @@ def pack_codebook_row(x: Row, levels: Row, row_format: RowFormat) -> NDArray[np.
     """Pack one row by a codebook, float32 [2^bits]: codes, then the codebook where the layout stores it in the row."""
     stored = store_levels(levels, row_format)
     codes = pack_codes(nearest_codes(x, stored.astype(F32)), row_format.bits)
-    return codes if row_format.is_clustered else np.concatenate([codes, stored.view(np.uint8)])
+    has_room = row_format.row_bytes > row_format.code_bytes
+    return np.concatenate([codes, stored.view(np.uint8)]) if has_room else codes
 
 
 def quantize_by_codebooks(weight: NDArray[Any], method: CodebookSearch, row_format: RowFormat) -> NDArray[np.uint8]:
@@ -185,19 +151,10 @@ def dequantize(
     Args:
         packed: the rows.
         row_format: what they are.
-        clusters: of clustered rows: which codebook a row has, [N].
-        codebooks: of clustered rows: [num_codebooks, 2^bits] of the parameter type.
+        clusters: the array by row that lies beside them, if the layout has one.
+        codebooks: the array that they share, if the layout has one.
     """
-    codes = unpack_codes(packed[:, : row_format.code_bytes], row_format.embedding_dim, row_format.bits)
-    if clusters is not None and codebooks is not None:
-        levels = np.take_along_axis(codebooks[clusters].astype(F32), codes.astype(np.int64), axis=1)
-        return rotate_back(levels) if row_format.rotation else levels
-    param_type = "<f2" if row_format.has_f16_params else "<f4"
-    params = np.ascontiguousarray(packed[:, row_format.code_bytes :]).view(param_type).astype(F32)
-    if row_format.layout == "codebook":
-        levels = np.take_along_axis(params, codes.astype(np.int64), axis=1)
-    else:
-        levels = fma(codes.astype(F32), params[:, :1], params[:, 1:])
+    levels = row_format.form.decode(packed, clusters, codebooks)
     return rotate_back(levels) if row_format.rotation else levels
 
 

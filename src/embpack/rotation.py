@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
-from embpack.rows import widen
+from embpack.rows import explain_not_finite, widen
 
 
 def rotate(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -78,20 +78,17 @@ def rotate_chunks(chunks: Iterable[NDArray[Any]], rotation: str | None, name: st
         rotated = rotate(rows)
         wrong = np.flatnonzero(~np.isfinite(rotated).all(axis=1))
         if len(wrong):
-            raise _explain(widen(rows[wrong[0]]), f"{name}[{start + wrong[0]}")
+            raise _explain(widen(rows[wrong[0]]), name, start + int(wrong[0]))
         yield rotated
         start += len(rows)
 
 
-def _explain(row: NDArray[np.float32], where: str) -> ValueError:
-    columns = np.flatnonzero(~np.isfinite(row))
-    if len(columns):
-        return ValueError(
-            f"{where}, {columns[0]}] is {row[columns[0]]}; NaN and infinity cannot be packed, replace them first"
-        )
+def _explain(row: NDArray[np.float32], name: str, number: int) -> ValueError:
+    if not np.isfinite(row).all():
+        return explain_not_finite(row, name, number)
     return ValueError(
-        f"{where}] has values from {row.min():.6g} to {row.max():.6g}, which become infinite when they are rotated; "
-        "rescale the table, or leave rotate out"
+        f"{name}[{number}] has values from {row.min():.6g} to {row.max():.6g}, which become infinite when they are "
+        "rotated; rescale the table, or leave rotate out"
     )
 
 

@@ -77,3 +77,11 @@ def narrow(rows: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 def spread_rows(num_embeddings: int, count: int) -> NDArray[np.int64]:
     """Choose rows evenly: the middle one of each of `count` equal parts, int64 [count]."""
     return (2 * np.arange(count, dtype=np.int64) + 1) * num_embeddings // (2 * count)
+
+
+def explain_not_finite(row: NDArray[np.float32], name: str, number: int) -> ValueError:
+    """Make the error of a row, float32 [embedding_dim], of a table that has NaN or infinity."""
+    column = int(np.flatnonzero(~np.isfinite(row))[0])
+    return ValueError(
+        f"{name}[{number}, {column}] is {row[column]}; NaN and infinity cannot be packed, replace them first"
+    )

@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 
-from embpack.compare import Variant
-from embpack.layouts import RowFormat, cluster_dtype
-from embpack.methods import ClusteredMethod, Method, Optimal, parse_method
-from embpack.quantize import make_row_format
-from embpack.sources import Checkpoint, SourceTensor
-from embpack.sources.dtypes import count_bytes
+from embpack.files import METADATA_KEY
+from embpack.formats import Checkpoint, SourceTensor
+from embpack.formats.dtypes import count_bytes
+from embpack.layouts import ArraySpec, RowFormat
+from embpack.variant import Variant
 
 # The types that can be packed, by their safetensors names.
 PACKABLE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -72,17 +72,27 @@ class Decision:
     """What happens to a tensor, and why.
 
     Attributes:
-        row_format: of its packed rows; None if it is passed through as it is.
+        variant: how it is packed; None if it is passed through as it is.
         reason: for the user to read.
-        num_codebooks: beside clustered rows; 1 where all rows share values, 0 for other layouts.
-        method: what packs its rows.
     """
 
     tensor: SourceTensor
-    row_format: RowFormat | None
+    variant: Variant | None
     reason: str
-    num_codebooks: int = 0
-    method: Method = field(default_factory=Optimal)
+
+    @cached_property
+    def row_format(self) -> RowFormat | None:
+        """What its packed rows are; None if it is passed through."""
+        return None if self.variant is None else self.variant.make_row_format(self.tensor.shape[1])
+
+    @property
+    def beside(self) -> tuple[ArraySpec, ...]:
+        """What will lie beside its packed rows."""
+        if self.variant is None or self.row_format is None:
+            return ()
+        rows = self.tensor.shape[0]
+        num_codebooks = self.variant.parsed_method.num_codebooks(rows, self.row_format)
+        return self.row_format.form.beside(rows, num_codebooks)
 
     @property
     def dtype(self) -> str:
@@ -96,35 +106,26 @@ class Decision:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the tensor in the output, clusters and codebooks included."""
+        """Bytes of the tensor in the output, and of what lies beside it."""
         if self.row_format is None:
             return self.bytes_before
-        row_bytes = self.row_format.row_bytes
-        if self.row_format.is_clustered:
-            row_bytes += cluster_dtype(self.num_codebooks).itemsize
-        return self.tensor.shape[0] * row_bytes + self.num_codebooks * self.row_format.codebook_bytes
+        return self.tensor.shape[0] * self.row_format.row_bytes + sum(spec.nbytes for spec in self.beside)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How tables are chosen and what their rows become.
+    """How tables are chosen and packed.
 
     Attributes:
         include: globs of names to pack whatever they say.
         exclude: globs of names never to pack.
-        bits: a code.
-        param_dtype: of scale and bias or of codebooks; None is the default for these bits and the method's layout.
-        method: what packs them.
-        rotation: what rows are multiplied by before; None or "hadamard".
-        variants: bits, param_dtype, method and rotation of tables that have their own, by name.
+        variant: how tables are packed.
+        variants: the same of tables that have their own way, by name.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    bits: float = 4
-    param_dtype: str | None = None
-    method: Method = field(default_factory=Optimal)
-    rotation: str | None = None
+    variant: Variant = field(default_factory=Variant)
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
     def decide(self, tensor: SourceTensor) -> Decision:
@@ -140,36 +141,32 @@ class Rules:
             return Decision(tensor, None, f"{tensor.dtype}, not float32, float16 or bfloat16")
         if not (included or tensor.is_vectors or says_embedding(tensor.name)):
             return Decision(tensor, None, "name does not say embedding")
-        bits, param_dtype, method, rotation = self.bits, self.param_dtype, self.method, self.rotation
-        if tensor.name in self.variants:
-            own = self.variants[tensor.name]
-            bits, param_dtype, method, rotation = own.bits, own.param_dtype, parse_method(own.method), own.rotate
-        row_format = make_row_format(tensor.shape[1], bits, param_dtype, method.layout, rotation)
+        variant = self.variants.get(tensor.name, self.variant)
+        after = variant.make_row_format(tensor.shape[1]).row_bytes
         if tensor.shape[0] < MIN_ROWS and not (included or tensor.is_vectors):
             return Decision(tensor, None, f"fewer than {MIN_ROWS} rows: much used, and little to save")
         before = count_bytes(tensor.dtype, tensor.shape[1:])
-        if row_format.row_bytes >= before and not included:
-            return Decision(tensor, None, f"a packed row is not smaller: {row_format.row_bytes} of {before} bytes")
-        rows = tensor.shape[0]
-        codebooks = int(row_format.has_shared_values)
-        if isinstance(method, ClusteredMethod):
-            codebooks = method.num_codebooks(rows, row_format)
+        if after >= before and not included:
+            return Decision(tensor, None, f"a packed row is not smaller: {after} of {before} bytes")
         reason = "format holds vectors" if tensor.is_vectors else "name says embedding"
-        return Decision(tensor, row_format, "included" if included else reason, codebooks, method)
+        return Decision(tensor, variant, "included" if included else reason)
 
 
 def _match(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def plan(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
-    """Decide on every tensor of a checkpoint, in file order.
+def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
+    """Decide on every tensor of a checkpoint that is to be packed, in file order.
 
     Raises:
-        ValueError: a glob of ``include`` matches nothing that can be packed, or there is no table at all.
+        ValueError: it is packed already, a glob of ``include`` matches nothing that can be packed, or there is no table
+            at all.
     """
+    if any(METADATA_KEY in shard.metadata for shard in checkpoint.shards):
+        raise ValueError(f"{checkpoint.path}: is packed already; unpack it first with: embpack dequantize")
     decisions = [rules.decide(tensor) for shard in checkpoint.shards for tensor in shard.tensors]
-    packed = [decision.tensor.name for decision in decisions if decision.row_format]
+    packed = [decision.tensor.name for decision in decisions if decision.variant]
     for glob in rules.include:
         if not _match_any(glob, packed):
             named = [f"{d.tensor.name} ({d.reason})" for d in decisions if fnmatchcase(d.tensor.name, glob)]

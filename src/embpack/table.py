@@ -1,6 +1,5 @@
 """PackedTable: packed rows and how to read them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
+from embpack.bags import as_integers, as_row, as_weights, check_mode, check_weighted, count_bags, explain_offsets
 from embpack.errors import FormatError
-from embpack.layouts import BITS, CLUSTER_DTYPES, RowFormat, default_param_dtype
+from embpack.layouts import RowFormat
+from embpack.layouts.uniform import UniformLayout
 from embpack.rows import ROW_DTYPES
 
-MODES = ("sum", "mean", "max")
-INTEGERS = (np.dtype(np.int32), np.dtype(np.int64))
 OUTPUT_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
@@ -26,11 +25,13 @@ class PackedTable:
         packed: uint8 [num_embeddings, row_bytes], C-contiguous: the bytes themselves, never copied.
         row_format: what a row's bytes mean, rotation included (see rotation).
         dtype: what the weights were: "float32", "float16" or "bfloat16".
-        method: name and parameters of the method that chose the ranges; "" where unknown.
+        method: name and parameters of the method that packed the rows; "" where unknown.
         loss: normalized l2 loss ||X - Q(X)|| / ||X||, measured when packed; None where unknown.
-        clusters: uint8 or uint16 [num_embeddings], which codebook a row has; for the clustered layout only.
-        codebooks: [num_codebooks, 2^bits] of the parameter type, for the clustered layout; float32 [1, n], what all
-            rows share (embpack.trellis.TrellisParameters.join), for the trellis layout; None for others.
+        clusters: the array by row that lies beside them, if the layout has one: uint8 or uint16 [num_embeddings], which
+            codebook a row has, for the clustered layout only.
+        codebooks: the array that they share, if the layout has one: [num_codebooks, 2^bits] of the parameter type, for
+            the clustered layout; float32 [1, n] (embpack.layouts.trellis.TrellisParameters.join), for the trellis
+            layout; None for others.
 
     Raises:
         ValueError: packed, clusters or codebooks are not what row_format says, or there is no such dtype.
@@ -59,51 +60,7 @@ class PackedTable:
                 f"packed has {packed.shape[1]} bytes a row, but embedding_dim {self.embedding_dim} at {self.bits} "
                 f"bits with {self.row_format.param_dtype} parameters takes {expected}"
             )
-        self._check_clusters()
-
-    def _check_clusters(self) -> None:
-        clusters, codebooks, row_format = self.clusters, self.codebooks, self.row_format
-        if row_format.has_shared_values:
-            self._check_shared_values()
-            return
-        if not row_format.is_clustered:
-            if clusters is not None or codebooks is not None:
-                raise ValueError(f"clusters and codebooks go with the clustered layout, not with {self.layout!r}")
-            return
-        if clusters is None or codebooks is None:
-            raise ValueError("the clustered layout needs clusters and codebooks")
-        if clusters.dtype not in CLUSTER_DTYPES.values() or clusters.shape != (self.num_embeddings,):
-            raise ValueError(
-                f"clusters are {clusters.dtype} of shape {list(clusters.shape)}; they must be uint8 or uint16 "
-                f"[{self.num_embeddings}]"
-            )
-        if codebooks.dtype != row_format.param_dtype or codebooks.shape[1:] != (row_format.num_levels,):
-            raise ValueError(
-                f"codebooks are {codebooks.dtype} of shape {list(codebooks.shape)}; they must be "
-                f"{row_format.param_dtype} [num_codebooks, {row_format.num_levels}]"
-            )
-
-        if not len(codebooks) and self.num_embeddings:
-            raise ValueError(f"there are no codebooks for {self.num_embeddings} rows")
-
-    def _check_shared_values(self) -> None:
-        if self.clusters is not None:
-            raise ValueError(f"clusters go with the clustered layout, not with {self.layout!r}")
-        if self.codebooks is None:
-            raise ValueError(f"the {self.layout} layout needs codebooks: the values that all rows share")
-        expected = (1, self.row_format.num_levels)
-        if self.codebooks.dtype != self.row_format.param_dtype or self.codebooks.shape != expected:
-            raise ValueError(
-                f"codebooks are {self.codebooks.dtype} of shape {list(self.codebooks.shape)}; for embedding_dim "
-                f"{self.embedding_dim} at {self.bits} bits they must be {self.row_format.param_dtype} {list(expected)}"
-            )
-        trellis = self.row_format.trellis
-        lower = self.codebooks[0, : sum(trellis.num_levels) // 2].view(np.uint32) & 0xFFFF
-        if trellis.has_short_levels and lower.any():
-            raise ValueError(
-                f"level {int(lower.argmax())} of the codebook is not a bfloat16 value, as those of codes of "
-                f"{trellis.narrow_bits} bits are; it is damaged, or from an earlier embpack: pack the table again"
-            )
+        self.row_format.form.check_beside(self.num_embeddings, self.clusters, self.codebooks)
 
     @classmethod
     def from_packed(
@@ -121,7 +78,7 @@ class PackedTable:
         Raises:
             ValueError: the bytes a row do not fit.
         """
-        row_format = RowFormat(embedding_dim, bits, param_dtype or default_param_dtype(bits))
+        row_format = RowFormat(embedding_dim, bits, param_dtype or UniformLayout.default_param_dtype(bits))
         return cls(np.asarray(packed), row_format)
 
     @property
@@ -162,7 +119,12 @@ class PackedTable:
     @property
     def nbytes(self) -> int:
         """Bytes of all packed rows, and of the clusters and codebooks beside them."""
-        return sum(part.nbytes for part in (self.packed, self.clusters, self.codebooks) if part is not None)
+        return sum(array.nbytes for array in (self.packed, *self.beside))
+
+    @property
+    def beside(self) -> list[NDArray[Any]]:
+        """The arrays that lie beside the rows, in the order in which a file and its checksum have them."""
+        return [array for array in (self.clusters, self.codebooks) if array is not None]
 
     def __len__(self) -> int:
         return self.num_embeddings
@@ -223,7 +185,7 @@ class PackedTable:
                 of n.
             offsets: int32 or int64 [B], non-decreasing from 0, at most L: where each bag starts in 1-D indices;
                 with include_last_offset [B + 1], the last one being where the last bag ends.
-            mode: "sum", "mean" or "max".
+            mode: "sum", "mean" or "max"; by default as in PyTorch "mean", where a TableGroup sums.
             per_sample_weights: float32, shaped like indices: what each row is multiplied by; only for "sum".
             include_last_offset: see offsets.
             padding_idx: rows of this index are left out, of a mean's count too; negative counts from the end.
@@ -242,11 +204,14 @@ class PackedTable:
 
         Source: torch.nn.functional.embedding_bag, its meaning and defaults.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+        check_mode(mode)
         array = as_integers(indices, "indices")
-        starts, num_bags = _read_bags(array, offsets, include_last_offset=include_last_offset)
-        weights = None if per_sample_weights is None else as_weights(per_sample_weights, array, (mode,))
+        starts = None if offsets is None else as_integers(offsets, "offsets")
+        num_bags = count_bags(array, starts, include_last_offset=include_last_offset)
+        weights = None
+        if per_sample_weights is not None:
+            check_weighted(mode)
+            weights = as_weights(per_sample_weights, array)
         padding = -1 if padding_idx is None else as_row(padding_idx, self.num_embeddings)
         out = np.empty((num_bags, self.embedding_dim), output_dtype(dtype))
         bag_size = array.shape[1] if starts is None else 0
@@ -263,12 +228,10 @@ class PackedTable:
         has_f16_params = self.row_format.has_f16_params
         codebooks = None if self.codebooks is None else np.ascontiguousarray(self.codebooks).view(np.uint8)
         clusters = None if self.clusters is None else np.ascontiguousarray(self.clusters)
-        # What rows with shared values are follows from their bytes.
-        bits = max(BITS) if self.row_format.has_shared_values else int(self.bits)
         return _native.PackedRows(
             self.packed,
             self.embedding_dim,
-            bits,
+            self.row_format.form.kernel_bits,
             has_f16_params,
             self.layout,
             clusters,
@@ -315,31 +278,6 @@ class PackedTable:
         )
 
 
-def as_row(padding_idx: int, num_embeddings: int) -> int:
-    """The row that padding_idx names; negative counts from the end.
-
-    Raises:
-        ValueError: there is no such row.
-    """
-    if not -num_embeddings <= padding_idx < num_embeddings:
-        raise ValueError(f"padding_idx is {padding_idx}, but the table has {num_embeddings} rows")
-    return padding_idx % num_embeddings
-
-
-def as_integers(values: Any, what: str) -> NDArray[Any]:
-    """Make indices or offsets an array: int32 or int64 of any shape, contiguous.
-
-    Raises:
-        TypeError: they are of another type.
-    """
-    array = np.asarray(values)
-    if array.dtype not in INTEGERS:
-        if array.size or hasattr(values, "dtype"):
-            raise TypeError(f"{what} are {array.dtype}; they must be int32 or int64")
-        array = array.astype(np.int64)
-    return array if array.flags.c_contiguous and array.dtype.isnative else np.ascontiguousarray(array)
-
-
 def output_dtype(name: str) -> Any:
     """NumPy's type for values of a lookup.
 
@@ -349,56 +287,3 @@ def output_dtype(name: str) -> Any:
     if name not in OUTPUT_DTYPES:
         raise ValueError(f"dtype is {name!r}; choose one of {', '.join(OUTPUT_DTYPES)}")
     return OUTPUT_DTYPES[name]
-
-
-def _read_bags(indices: NDArray[Any], offsets: Any, *, include_last_offset: bool) -> tuple[NDArray[Any] | None, int]:
-    """Return the offsets, None for bags that are rows of the indices, and the number of bags."""
-    if indices.ndim == 2:
-        if offsets is not None:
-            raise ValueError("offsets are for 1-D indices; each row of 2-D indices is a bag by itself")
-        return None, len(indices)
-    if indices.ndim != 1:
-        raise ValueError(f"indices have {indices.ndim} dimensions; a bag takes 1-D with offsets, or 2-D")
-    if offsets is None:
-        raise ValueError("1-D indices need offsets: where each bag starts")
-    starts = as_integers(offsets, "offsets")
-    if starts.ndim != 1:
-        raise ValueError(f"offsets have {starts.ndim} dimensions; they must be 1-D")
-    if include_last_offset and starts.size == 0:
-        raise ValueError("offsets are empty; with include_last_offset they end with where the last bag ends")
-    return starts, len(starts) - include_last_offset
-
-
-def explain_offsets(offsets: NDArray[Any], num_indices: int) -> ValueError:
-    """Say what is wrong with offsets that the core has refused."""
-    if offsets[0] != 0:
-        return ValueError(f"offsets[0] is {offsets[0]}; the first bag must start at 0")
-    decreases = np.flatnonzero(offsets[1:] < offsets[:-1])
-    if decreases.size:
-        at = int(decreases[0])
-        return ValueError(
-            f"offsets[{at + 1}] is {offsets[at + 1]}, less than offsets[{at}], {offsets[at]}; offsets cannot decrease"
-        )
-    return ValueError(
-        f"offsets[{len(offsets) - 1}] is {offsets[-1]}, but there are {num_indices} indices; no offset may be larger"
-    )
-
-
-def as_weights(values: Any, indices: NDArray[Any], modes: Sequence[str]) -> NDArray[np.float32]:
-    """Make per_sample_weights an array: float32 [L], contiguous.
-
-    Raises:
-        TypeError: they are of another type.
-        ValueError: a mode is not "sum", or their shape is not that of indices.
-    """
-    others = [mode for mode in modes if mode != "sum"]
-    if others:
-        raise ValueError(f"per_sample_weights go with mode 'sum' only, not {others[0]!r}")
-    weights = np.asarray(values.detach() if hasattr(values, "detach") else values)
-    if weights.dtype != np.float32:
-        raise TypeError(f"per_sample_weights are {weights.dtype}; they must be float32")
-    if weights.shape != indices.shape:
-        raise ValueError(
-            f"per_sample_weights have shape {list(weights.shape)}, indices {list(indices.shape)}; they must agree"
-        )
-    return np.ascontiguousarray(weights).reshape(-1)

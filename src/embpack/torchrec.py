@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from embpack.errors import MissingExtraError
+from embpack.layouts import LAYOUTS
 from embpack.methods import DEFAULT_METHOD, Method, parse_method
-from embpack.quantize import quantize as quantize_table
+from embpack.packing import quantize as quantize_table
 from embpack.table import PackedTable
 
 try:
@@ -75,7 +76,7 @@ def quantize(
     Source: torchrec.quant.embedding_modules.EmbeddingBagCollection.from_float, which takes minimum and maximum.
     """
     chosen = parse_method(method)
-    if chosen.layout != "uniform":
+    if not LAYOUTS[chosen.layout].has_scale_and_bias:
         raise ValueError(
             f"method {chosen.name!r} makes rows of the {chosen.layout} layout, but TorchRec reads uniform ones only; "
             "choose 'greedy' or another method of uniform rows"

@@ -1,6 +1,7 @@
 """The command line: parses and prints; everything else is the library's."""
 
 import sys
+import warnings
 
 import typer
 from rich.markup import escape
@@ -44,6 +45,9 @@ def _options(
 
 def main() -> None:
     """Run the command line. Exit code 2 for wrong usage, 1 for a failure, which is one line on stderr."""
+    if not sys.warnoptions:
+        # Of pickle protocols and storages in checkpoints: nothing that somebody who packs one can act on.
+        warnings.filterwarnings("ignore", module="torch")
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:

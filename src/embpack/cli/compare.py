@@ -7,21 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from embpack.atomic import new_file
 from embpack.cli import show
-from embpack.cli.quantize import parse_bits
-from embpack.compare import QUANTILES, Comparison, find_front, make_variants, name_variant
-from embpack.compare_file import (
-    FileComparison,
-    Total,
-    compare_table,
-    count_rows,
-)
-from embpack.convert import plan_file
-from embpack.report import make_page
-from embpack.rules import Rules
-from embpack.sources import open_checkpoint
+from embpack.comparison.array import QUANTILES, Comparison
+from embpack.comparison.checkpoint import FileComparison, Total, compare_table, count_rows
+from embpack.comparison.front import find_front, name_variant
+from embpack.comparison.report import make_page
+from embpack.comparison.variants import make_variants
+from embpack.formats import open_checkpoint
+from embpack.formats.atomic import new_file
+from embpack.rules import Rules, decide_all
 from embpack.threads import get_num_threads, set_num_threads
+from embpack.variant import parse_bits
 
 # Columns of a terminal that has room for all columns of the table.
 _WIDE = 105
@@ -158,7 +154,7 @@ def compare(
     most_rows = _parse_rows(rows)
     rules = Rules(tuple(include or ()), tuple(exclude or ()))
     with open_checkpoint(src) as checkpoint:
-        decisions = [decision for decision in plan_file(checkpoint, rules) if decision.row_format]
+        decisions = [decision for decision in decide_all(checkpoint, rules) if decision.variant]
         totals = {d.tensor.name: count_rows(d, most_rows) * len(variants) for d in decisions}
         with show.row_progress(totals, shown=not as_json) as progress:
             tables = [compare_table(decision, variants, most_rows, progress) for decision in decisions]

@@ -3,21 +3,22 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from embpack.cli import show
-from embpack.compare import make_variants
-from embpack.compare_file import count_rows
-from embpack.convert import Report, check_max_loss, plan_file, quantize_file
+from embpack.comparison.checkpoint import count_rows
+from embpack.convert import Report, check_max_loss, pack_checkpoint
+from embpack.formats import open_checkpoint
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
-from embpack.plan import SAMPLE_ROWS, VARIANTS, Plan, plan_tables
-from embpack.rules import Decision, Rules
-from embpack.sources import open_checkpoint
+from embpack.planning import SAMPLE_ROWS, VARIANTS, Plan, plan_decided
+from embpack.rules import Decision, Rules, decide_all
 from embpack.threads import set_num_threads
+from embpack.variant import Variant, parse_bits
 
 
 def _check_method(spec: str) -> str:
@@ -26,19 +27,6 @@ def _check_method(spec: str) -> str:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return spec
-
-
-def parse_bits(text: str) -> float:
-    """Read a number of bits: int, or float where it has a fraction.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        bits = float(text)
-    except ValueError:
-        raise ValueError(f"bits is {text!r}; give a number") from None
-    return int(bits) if bits.is_integer() else bits
 
 
 def _read_bits(text: str) -> float:
@@ -172,37 +160,24 @@ def quantize(
     _check_together(method, bits, rotate, auto, max_bytes, access_counts)
     if threads is not None:
         set_num_threads(threads)
-    globs = tuple(include or ()), tuple(exclude or ())
-    found = None
+    rules = Rules(tuple(include or ()), tuple(exclude or ()), Variant(method, bits, param_dtype, rotate))
     with open_checkpoint(src) as checkpoint:
+        decisions, plan = decide_all(checkpoint, rules), None
         if auto:
-            found = _plan(plan_file(checkpoint, Rules(*globs)), max_bytes, max_loss, access_counts, quiet=as_json)
-        rules = Rules(*globs, bits, param_dtype, parse_method(method), rotate, found.variants if found else {})
-        decisions = plan_file(checkpoint, rules)
-        left_out = checkpoint.left_out
-    if not as_json:
-        show.print_plan(str(src), decisions, left_out)
-    elif dry_run:
-        show.print_json({"plan": [_plan_json(decision) for decision in decisions], "left_out": left_out})
-    if found is not None and not as_json:
-        show.output.print(f"\n{found}\n", soft_wrap=True, highlight=False)
-    if dst is None or dry_run:
-        return
-    totals = {d.tensor.name: d.tensor.shape[0] for d in decisions if d.row_format}
-    with show.row_progress(totals, shown=not as_json) as progress:
-        report = quantize_file(
-            src,
-            dst,
-            method=method,
-            bits=bits,
-            param_dtype=param_dtype,
-            include=rules.include,
-            exclude=rules.exclude,
-            max_loss=None if auto else max_loss,
-            rotate=rotate,
-            variants=rules.variants,
-            progress=progress,
-        )
+            plan = _plan_tables(decisions, max_bytes, max_loss, access_counts, quiet=as_json)
+            decisions = decide_all(checkpoint, replace(rules, variants=plan.variants))
+        if not as_json:
+            show.print_decisions(str(src), decisions, checkpoint.left_out)
+        elif dry_run:
+            show.print_json({"plan": list(map(_decision_json, decisions)), "left_out": checkpoint.left_out})
+        if plan is not None and not as_json:
+            show.output.print(f"\n{plan}\n", soft_wrap=True, highlight=False)
+        if dst is None or dry_run:
+            return
+        totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
+        limit = None if auto else max_loss
+        with show.row_progress(totals, shown=not as_json) as progress:
+            report = pack_checkpoint(checkpoint, decisions, dst, max_loss=limit, progress=progress)
     if as_json:
         show.print_json(_report_json(report))
     else:
@@ -219,13 +194,12 @@ def _check_together(
         raise typer.BadParameter(
             "goes with --auto", param_hint="--access-counts" if max_bytes is None else "--max-bytes"
         )
-    try:
-        make_variants([method], bits)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--bits") from None
+    refusal = Variant(method, bits).find_refusal()
+    if refusal is not None:
+        raise typer.BadParameter(refusal, param_hint="--bits")
 
 
-def _plan(
+def _plan_tables(
     decisions: Sequence[Decision],
     max_bytes: str | None,
     max_loss: float | None,
@@ -234,9 +208,9 @@ def _plan(
     quiet: bool,
 ) -> Plan:
     counts = None if access_counts is None else _read_counts(access_counts)
-    rows = {d.tensor.name: len(VARIANTS) * count_rows(d, SAMPLE_ROWS) for d in decisions if d.row_format}
+    rows = {d.tensor.name: len(VARIANTS) * count_rows(d, SAMPLE_ROWS) for d in decisions if d.variant}
     with show.row_progress(rows, shown=not quiet) as progress:
-        return plan_tables(decisions, max_bytes, max_loss, access_counts=counts, progress=progress)
+        return plan_decided(decisions, max_bytes, max_loss, access_counts=counts, progress=progress)
 
 
 def _read_counts(path: Path) -> dict[str, float]:
@@ -256,15 +230,16 @@ def _read_counts(path: Path) -> dict[str, float]:
     return counts
 
 
-def _plan_json(decision: Decision) -> dict[str, Any]:
+def _decision_json(decision: Decision) -> dict[str, Any]:
+    variant, row_format = decision.variant, decision.row_format
     return {
         "name": decision.tensor.name,
         "shape": decision.tensor.shape,
         "dtype": decision.tensor.dtype,
-        "pack": decision.row_format is not None,
+        "pack": variant is not None,
         "reason": decision.reason,
-        "method": decision.method.spec if decision.row_format else None,
-        "bits": decision.row_format.bits if decision.row_format else None,
+        "method": None if variant is None else variant.parsed_method.spec,
+        "bits": None if row_format is None else row_format.bits,
         "bytes_before": decision.bytes_before,
         "bytes_after": decision.bytes_after,
     }

@@ -21,9 +21,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from embpack.convert import Progress as OnRows
 from embpack.convert import Report
 from embpack.rules import MIN_ROWS, Decision
+from embpack.shard_writer import Progress as OnRows
 
 # Names of tensors and files are shown as they are: "[red]" and ":smile:" in them mean nothing.
 # Where no terminal sets a width, lines are long enough for the names of tensors.
@@ -100,11 +100,11 @@ def row_progress(totals: dict[str, int], *, shown: bool) -> Iterator[OnRows]:
         yield advance
 
 
-def print_plan(path: str, decisions: Sequence[Decision], left_out: Sequence[str]) -> None:
+def print_decisions(path: str, decisions: Sequence[Decision], left_out: Sequence[str]) -> None:
     """Print which tensors are packed and which are not, and why."""
     table = start_table(f"Plan for {path}", ["to pack", "shape", "type", "why"], text_columns=4)
     for decision in decisions:
-        if decision.row_format:
+        if decision.variant:
             table.add_row(decision.tensor.name, _shape(decision), decision.dtype, decision.reason)
     output.print(table)
     for reason, names in _group_copied(decisions).items():
@@ -124,7 +124,7 @@ def _group_copied(decisions: Sequence[Decision]) -> dict[str, list[str]]:
     """Names of the tensors that are not packed, by the reason."""
     groups: dict[str, list[str]] = {}
     for decision in decisions:
-        if decision.row_format is None:
+        if decision.variant is None:
             groups.setdefault(decision.reason, []).append(decision.tensor.name)
     return groups
 

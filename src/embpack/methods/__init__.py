@@ -4,7 +4,8 @@ from dataclasses import fields
 
 from embpack.methods.aciq import Aciq
 from embpack.methods.asym import Asym
-from embpack.methods.base import ClusteredMethod, Clusters, CodebookMethod, Method, UniformMethod
+from embpack.methods.base import Method, Packer, measure_loss
+from embpack.methods.codebook import CodebookMethod
 from embpack.methods.greedy import Greedy, GreedyOpt, GreedyPaper
 from embpack.methods.gss import Gss
 from embpack.methods.hist_apprx import HistApprx
@@ -13,13 +14,14 @@ from embpack.methods.kmeans import KMeans, KMeansLloyd
 from embpack.methods.kmeans_cls import KMeansCls
 from embpack.methods.optimal import Optimal
 from embpack.methods.sym import Sym
-from embpack.methods.table import Table
+from embpack.methods.table_range import TableRange
 from embpack.methods.trellis import Trellis
+from embpack.methods.uniform import UniformMethod
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(Asym, Sym, Table, Greedy, GreedyPaper, GreedyOpt, Optimal, Gss, Aciq, HistApprx, HistBrute),
+        *(Asym, Sym, TableRange, Greedy, GreedyPaper, GreedyOpt, Optimal, Gss, Aciq, HistApprx, HistBrute),
         *(KMeans, KMeansLloyd, KMeansCls, Trellis),
     )
 }
@@ -67,8 +69,6 @@ __all__ = [
     "METHODS",
     "Aciq",
     "Asym",
-    "ClusteredMethod",
-    "Clusters",
     "CodebookMethod",
     "Greedy",
     "GreedyOpt",
@@ -81,9 +81,11 @@ __all__ = [
     "KMeansLloyd",
     "Method",
     "Optimal",
+    "Packer",
     "Sym",
-    "Table",
+    "TableRange",
     "Trellis",
     "UniformMethod",
+    "measure_loss",
     "parse_method",
 ]

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from embpack.arithmetic import F32
 from embpack.layouts import RowFormat
-from embpack.methods.base import UniformMethod
-from embpack.reference import F32, Row
+from embpack.methods.uniform import UniformMethod
+from embpack.reference import Row
 
 # alpha / sigma of a Gaussian and alpha / E|X - E X| of a Laplacian, by bits: the minima of the mean squared error that
 # clipping at alpha makes, plus that of rounding, (2 alpha)^2 / (12 * 4^bits).

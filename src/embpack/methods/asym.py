@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from embpack.layouts import RowFormat
-from embpack.methods.base import UniformMethod
+from embpack.methods.uniform import UniformMethod
 from embpack.reference import Row
 
 

@@ -1,5 +1,6 @@
-"""What a method is."""
+"""What a method is, and what it becomes once it knows a table."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -8,9 +9,106 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack._native import SearchParams
+from embpack import _native
 from embpack.layouts import RowFormat
-from embpack.reference import Row
+from embpack.rows import explain_not_finite, widen
+
+# All rows of a table, as they are to be packed, each time that it is called.
+Chunks = Callable[[], Iterable[NDArray[Any]]]
+# Sums of squared errors and of squares of the values of a span.
+Sums = tuple[float, float]
+# What the core says of a row that it cannot pack; anything else but 0 is an overflow.
+_NOT_FINITE = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Packer(ABC):
+    """A method that knows what it must of a table, and packs its rows.
+
+    It keeps nothing of what it packs: rows may come in any order, and from several threads or processes.
+
+    Attributes:
+        method: with the parameters that were found.
+        row_format: of the packed rows.
+        name: of the table, for messages.
+
+    Class attributes:
+        params: what of a row may be too large for its type.
+    """
+
+    params: ClassVar[str] = "codebook"
+
+    method: "Method"
+    row_format: RowFormat
+    name: str
+
+    @property
+    def spec(self) -> str:
+        """Name and parameters of the method."""
+        return self.method.spec
+
+    def beside(self) -> dict[str, NDArray[Any]]:
+        """The arrays that lie beside the rows, by the names that a PackedTable has for them."""
+        return {}
+
+    def weigh_errors(self, weights: Any, num_embeddings: int) -> "Packer":
+        """Make a packer that counts squared errors by weights (see embpack.quantize).
+
+        Raises:
+            ValueError: they are not as they must be, or the method takes none.
+        """
+        raise ValueError(f"method {self.method.name!r} has no error_weights; choose 'optimal'")
+
+    def pack(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int = 0) -> list[Sums]:
+        """Pack rows of the table: a number of whole spans, or the last ones.
+
+        Args:
+            rows: float32, float16 or (bfloat16 as) uint16 [n, embedding_dim], rotated already.
+            packed: uint8 [n, row_bytes], C-contiguous; filled.
+            start: number of the first row in the table.
+
+        Returns:
+            What measure_loss takes, of each span.
+
+        Raises:
+            ValueError: a value is NaN or infinite, or a scale, bias or codebook overflows; row and column are named.
+        """
+        fault, row, sums = self._encode(np.ascontiguousarray(rows), packed, start)
+        if fault == _NOT_FINITE:
+            raise explain_not_finite(widen(rows[row]), self.name, start + row)
+        if fault:
+            raise self._explain_overflow(widen(rows[row]), start + row)
+        return sums
+
+    @abstractmethod
+    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int) -> tuple[int, int, list[Sums]]:
+        """Call the core: (fault, faulty row, sums)."""
+
+    def _explain_overflow(self, row: NDArray[np.float32], number: int) -> ValueError:
+        where = f"{self.name}[{number}] has values from {row.min():.6g} to {row.max():.6g}"
+        if self.row_format.has_f16_params:
+            return ValueError(
+                f"{where}: its {self.params} overflows float16 (largest: 65504); use param_dtype='float32'"
+            )
+        return ValueError(f"{where}: its scale overflows float32; rescale the table")
+
+
+def measure_loss(sums: Iterable[Sums]) -> float:
+    """Normalized l2 loss ||X - Q(X)|| / ||X|| of the rows that sums are of, their squares weighted; 0 for zeros."""
+    square_error, square = (math.fsum(column) for column in zip(*sums, strict=True))
+    return math.sqrt(square_error / square) if square else 0.0
+
+
+def bound_values(rows: NDArray[Any], name: str, start: int) -> tuple[float, float]:
+    """Find the smallest and the largest value of rows, the first of which is row `start` of the table.
+
+    Raises:
+        ValueError: a value is NaN or infinite; row and column are named.
+    """
+    fault, row, smallest, largest = _native.bound(np.ascontiguousarray(rows))
+    if fault:
+        raise explain_not_finite(widen(rows[row]), name, start + row)
+    return smallest, largest
 
 
 @dataclass(frozen=True)
@@ -27,80 +125,31 @@ class Method(ABC):
     layout: ClassVar[str]
     summary: ClassVar[str]
 
+    @abstractmethod
+    def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
+        """Find out what it must know of a table before any row of it is packed.
+
+        Args:
+            chunks: yields all rows, rotated already, each time that it is called.
+            num_embeddings: how many there are.
+            row_format: of the packed rows.
+            name: of the table, for messages.
+
+        Raises:
+            ValueError: a value that was looked at is NaN, infinite or too large.
+        """
+
+    def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """How many codebooks lie beside the rows of a table of so many: never more than it has rows."""
+        return 0
+
     @property
     def spec(self) -> str:
         """Name and parameters, as parse_method reads them."""
         settings = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
         return f"{self.name}:{settings}" if settings else self.name
 
-
-@dataclass(frozen=True)
-class UniformMethod(Method):
-    """Chooses the clipping range of each row.
-
-    Class attributes:
-        kernel: the native search that does the same as ``search``.
-        takes_error_weights: whether ``search`` takes a third argument, weights of the squared errors, float32 [d].
-    """
-
-    layout: ClassVar[str] = "uniform"
-    kernel: ClassVar[str]
-    takes_error_weights: ClassVar[bool] = False
-
-    @abstractmethod
-    def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
-        """Return the clipping range (xmin, xmax) of the row ``x``, float32 [d]: the specification."""
-
-    def search_params(self) -> SearchParams:
-        """The parameters, as the native search takes them."""
-        return SearchParams()
-
-
-@dataclass(frozen=True)
-class CodebookMethod(Method):
-    """Chooses a codebook for each row.
-
-    Class attributes:
-        kernel: the native search that does the same as ``search``.
-    """
-
-    layout: ClassVar[str] = "codebook"
-    kernel: ClassVar[str]
-
-    @abstractmethod
-    def search(self, x: Row, row_format: RowFormat) -> Row:
-        """Return the codebook of the row ``x``, float32 [d]: float32 [2^bits], ascending: the specification."""
-
-
-@dataclass(frozen=True, eq=False)
-class Clusters:
-    """Codebooks that rows share.
-
-    Attributes:
-        of_row: uint8 or uint16 [num_embeddings]: which codebook a row has.
-        levels: float32 [num_codebooks, 2^bits], each codebook ascending.
-    """
-
-    of_row: NDArray[Any]
-    levels: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class ClusteredMethod(Method):
-    """Chooses codebooks that rows share, from the whole table."""
-
-    layout: ClassVar[str] = "clustered"
-
-    @abstractmethod
-    def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
-        """How many codebooks a table of so many rows gets: never more than it has rows."""
-
-    @abstractmethod
-    def fit(self, chunks: Callable[[], Iterable[NDArray[Any]]], num_embeddings: int, row_format: RowFormat) -> Clusters:
-        """Cluster the rows of a table and find the codebooks.
-
-        Args:
-            chunks: yields all rows, each time that it is called; all finite.
-            num_embeddings: how many there are.
-            row_format: of the packed rows.
-        """
+    @property
+    def longest_spec(self) -> str:
+        """Text at least as long as the spec of any packer that it becomes."""
+        return self.spec

@@ -6,9 +6,10 @@ from typing import ClassVar
 import numpy as np
 
 from embpack._native import SearchParams
+from embpack.arithmetic import F32
 from embpack.layouts import RowFormat
-from embpack.methods.base import UniformMethod
-from embpack.reference import F32, Row, round_trip
+from embpack.methods.uniform import UniformMethod
+from embpack.reference import Row, round_trip
 
 # After r has stopped the paper's search, Greedy goes on while the best range is among the last PATIENCE ones.
 PATIENCE = 4

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from embpack.arithmetic import F32
 from embpack.layouts import RowFormat
-from embpack.methods.base import UniformMethod
-from embpack.reference import F32, Row, round_trip
+from embpack.methods.uniform import UniformMethod
+from embpack.reference import Row, round_trip
 
 # Leaves 0.618^20, a fifteen-thousandth, of the interval.
 STEPS = 20

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from embpack import _native
 from embpack._native import SearchParams
+from embpack.arithmetic import F32
 from embpack.layouts import RowFormat
-from embpack.methods.base import UniformMethod
-from embpack.reference import F32, Row
+from embpack.methods.uniform import UniformMethod
+from embpack.reference import Row
 
 Float64s = NDArray[np.float64]
 

@@ -6,9 +6,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from embpack.arithmetic import F32
 from embpack.layouts import RowFormat
-from embpack.methods.base import CodebookMethod
-from embpack.reference import F32, Row
+from embpack.methods.codebook import CodebookMethod
+from embpack.reference import Row
 
 F64 = np.float64
 Values = NDArray[np.float64]

@@ -1,6 +1,6 @@
 """KMEANS-CLS: codebooks that similar rows share (Guan et al. 2019, section 3.2)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,10 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
-from embpack.layouts import CLUSTER_DTYPES, PARAM_BYTES, RowFormat, cluster_dtype
-from embpack.methods.base import ClusteredMethod, Clusters
+from embpack.arithmetic import F32
+from embpack.chunks import span_rows
+from embpack.layouts import PARAM_BYTES, RowFormat
+from embpack.layouts.clustered import CLUSTER_DTYPES, cluster_dtype
+from embpack.methods.base import Chunks, Method, Packer, Sums, bound_values
 from embpack.methods.kmeans import SortedRow, iterate_lloyd
-from embpack.reference import F32
+from embpack.reference import store_levels
 from embpack.rows import widen
 
 Rows = NDArray[np.float32]
@@ -31,9 +34,10 @@ def choose_num_codebooks(num_embeddings: int, row_format: RowFormat) -> int:
 
     With 16-bit numbers a row has 2 bytes less to give to codebooks than with 8-bit ones, which allow 256 of them.
     """
-    params = 2 * PARAM_BYTES[row_format.param_dtype]
+    param_bytes = PARAM_BYTES[row_format.param_dtype]
+    params, codebook_bytes = 2 * param_bytes, row_format.num_levels * param_bytes
     counts = [
-        min(most, num_embeddings * (params - dtype.itemsize) // row_format.codebook_bytes)
+        min(most, num_embeddings * (params - dtype.itemsize) // codebook_bytes)
         for most, dtype in CLUSTER_DTYPES.items()
     ]
     return max(1, *counts)
@@ -168,7 +172,7 @@ def fit_codebooks_reference(rows: Rows, numbers: Numbers, num_codebooks: int, bi
 
 
 @dataclass(frozen=True)
-class KMeansCls(ClusteredMethod):
+class KMeansCls(Method):
     """Similar rows in clusters, and one codebook for each cluster.
 
     Rows are clustered by k-means (tier 1), then all values of a cluster's rows (tier 2). Both are trained on at most
@@ -182,6 +186,7 @@ class KMeansCls(ClusteredMethod):
     """
 
     name: ClassVar[str] = "kmeans-cls"
+    layout: ClassVar[str] = "clustered"
     summary: ClassVar[str] = "codebooks that similar rows share, at the bytes of uniform rows; to compare"
 
     K: int = 0
@@ -195,27 +200,48 @@ class KMeansCls(ClusteredMethod):
         """K, or as many as take the bytes of scale and bias."""
         return min(num_embeddings, self.K or choose_num_codebooks(num_embeddings, row_format))
 
-    def fit(self, chunks: Callable[[], Iterable[NDArray[Any]]], num_embeddings: int, row_format: RowFormat) -> Clusters:
+    def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
         """Train on a sample, then cluster all rows."""
         num_codebooks = self.num_codebooks(num_embeddings, row_format)
-        sample = self._read_sample(chunks, num_embeddings, row_format.embedding_dim, num_codebooks)
+        sample = _read_sample(chunks, num_embeddings, row_format.embedding_dim, num_codebooks, name)
         clusters = RowClusters.train(sample, num_codebooks)
         numbers = clusters.assign(sample)
         levels = fit_codebooks(sample, numbers, num_codebooks, row_format.bits)
         if len(sample) < num_embeddings:
             numbers = np.concatenate([clusters.assign(widen(rows)) for rows in chunks()])
-        return Clusters(numbers.astype(cluster_dtype(num_codebooks)), levels)
+        return ClusterPacker(self, row_format, name, numbers.astype(cluster_dtype(num_codebooks)), levels)
 
-    @staticmethod
-    def _read_sample(
-        chunks: Callable[[], Iterable[NDArray[Any]]], num_embeddings: int, embedding_dim: int, num_codebooks: int
-    ) -> Rows:
-        """Read evenly spread rows, at least one for each codebook; float32."""
-        wanted = min(num_embeddings, max(num_codebooks, MOST_TRAINED_VALUES // embedding_dim))
-        positions = np.arange(wanted) * num_embeddings // wanted
-        sample, seen = np.empty((wanted, embedding_dim), F32), 0
-        for rows in chunks():
-            first, end = np.searchsorted(positions, [seen, seen + len(rows)])
-            sample[first:end] = widen(rows[positions[first:end] - seen])
-            seen += len(rows)
-        return sample
+
+@dataclass(frozen=True, eq=False)
+class ClusterPacker(Packer):
+    """Packs rows by the codebooks of their clusters.
+
+    Attributes:
+        of_row: uint8 or uint16 [num_embeddings]: which codebook a row has.
+        levels: float32 [num_codebooks, 2^bits], each codebook ascending.
+    """
+
+    of_row: NDArray[Any]
+    levels: NDArray[np.float32]
+
+    def beside(self) -> dict[str, NDArray[Any]]:
+        """Cluster numbers and codebooks."""
+        return {"clusters": self.of_row, "codebooks": store_levels(self.levels, self.row_format)}
+
+    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int) -> tuple[int, int, list[Sums]]:
+        form, of_row = self.row_format.form, self.of_row[start : start + len(rows)].astype(np.uint32)
+        how = (form.bits, self.row_format.has_f16_params, span_rows(form.embedding_dim))
+        return _native.quantize_with_clusters(rows, of_row, self.levels, *how, packed)
+
+
+def _read_sample(chunks: Chunks, num_embeddings: int, embedding_dim: int, num_codebooks: int, name: str) -> Rows:
+    """Read evenly spread rows, at least one for each codebook; float32. All values are looked at."""
+    wanted = min(num_embeddings, max(num_codebooks, MOST_TRAINED_VALUES // embedding_dim))
+    positions = np.arange(wanted) * num_embeddings // wanted
+    sample, seen = np.empty((wanted, embedding_dim), F32), 0
+    for rows in chunks():
+        bound_values(rows, name, seen)  # refuses NaN and infinity
+        first, end = np.searchsorted(positions, [seen, seen + len(rows)])
+        sample[first:end] = widen(rows[positions[first:end] - seen])
+        seen += len(rows)
+    return sample

@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack._native import SearchParams
+from embpack.arithmetic import F32
 from embpack.layouts import RowFormat
-from embpack.methods.base import UniformMethod
 from embpack.methods.greedy import Greedy, surely_less
-from embpack.reference import F32, Row, make_grid, round_trip, store_param
+from embpack.methods.uniform import UniformMethod
+from embpack.reference import Row, make_grid, round_trip, store_param
 
 # Scales to start from, in hundredths of the full range's: all of them, and more for rows of few values, which may be
 # best on a grid of which they leave levels unused.

@@ -1,6 +1,5 @@
 """TRELLIS: one codebook for the table, and for each row the best path through a trellis."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,11 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
+from embpack.arithmetic import F32
+from embpack.chunks import span_rows
 from embpack.layouts import RowFormat
-from embpack.methods.base import Method
-from embpack.reference import F32
+from embpack.layouts.trellis import TrellisFormat, TrellisParameters
+from embpack.methods.base import Chunks, Method, Packer, Sums, bound_values
+from embpack.methods.trellis_search import SAMPLE_ROWS, fit
 from embpack.rows import spread_rows, widen
-from embpack.trellis import SAMPLE_ROWS, TrellisFormat, TrellisParameters, fit
 
 # Squared errors of larger values would overflow, of smaller ones vanish.
 LARGEST = 1e18
@@ -20,7 +21,7 @@ LARGEST = 1e18
 
 @dataclass(frozen=True)
 class Trellis(Method):
-    """Rows that share a codebook, scales and a mean, and are coded as embpack.trellis specifies.
+    """Rows that share a codebook, scales and a mean, and are coded as embpack.layouts.trellis specifies.
 
     Source: docs/trellis.md.
     """
@@ -29,40 +30,66 @@ class Trellis(Method):
     layout: ClassVar[str] = "trellis"
     summary: ClassVar[str] = "the errors of kmeans at the bytes of uniform rows, which embpack alone reads"
 
-    def fit(
-        self, chunks: Callable[[], Iterable[NDArray[Any]]], num_embeddings: int, row_format: RowFormat
-    ) -> TrellisParameters:
-        """Find what the rows of a table share.
+    def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """One, of the whole table."""
+        return 1
 
-        Args:
-            chunks: yields all rows, each time that it is called; all finite.
-            num_embeddings: how many there are.
-            row_format: of the packed rows.
+    def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
+        """Find what the rows share, in two passes: the second needs the mean, which the first finds."""
+        mean, sample = _read_sample(chunks, num_embeddings, row_format.embedding_dim, name)
+        bounds = _bound_rows(chunks, mean)
+        if bounds[1] > LARGEST:
+            raise ValueError(f"a value is {bounds[1]:.3g} from its column's mean; 'trellis' takes at most {LARGEST:g}")
+        trellis = TrellisFormat(row_format.embedding_dim, row_format.row_bytes)
+        return TrellisPacker(self, row_format, name, fit(sample, trellis, bounds, mean, _encode))
 
-        Raises:
-            ValueError: a value is too large.
-        """
-        total = np.zeros(row_format.embedding_dim)
-        for rows in chunks():
-            total += widen(rows).sum(axis=0, dtype=np.float64)
-        mean = (total / num_embeddings).astype(F32)
-        numbers = spread_rows(num_embeddings, min(num_embeddings, SAMPLE_ROWS))
-        sample, smallest, largest, seen = [], np.inf, 0.0, 0
-        for rows in chunks():
-            values = widen(rows)
-            of_rows = np.abs(values - mean).max(axis=1)
-            smallest = float(of_rows[of_rows > 0].min(initial=smallest))
-            largest = max(largest, float(of_rows.max()))
-            begin, end = np.searchsorted(numbers, (seen, seen + len(rows)))
-            sample.append(values[numbers[begin:end] - seen])
-            seen += len(rows)
-        if largest > LARGEST:
-            raise ValueError(f"a value is {largest:.3g} from its column's mean; 'trellis' takes at most {LARGEST:g}")
-        return fit(np.concatenate(sample), row_format.trellis, (smallest, largest), mean, _encode)
+
+@dataclass(frozen=True, eq=False)
+class TrellisPacker(Packer):
+    """Packs rows by what all of them share."""
+
+    shared: TrellisParameters
+
+    def beside(self) -> dict[str, NDArray[Any]]:
+        """Levels, scales and mean."""
+        return {"codebooks": self.shared.join()}
+
+    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int) -> tuple[int, int, list[Sums]]:
+        return _call_kernel(rows, self.shared, span_rows(self.row_format.embedding_dim), packed)
+
+
+def _read_sample(
+    chunks: Chunks, num_embeddings: int, embedding_dim: int, name: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Find the mean [embedding_dim], and read rows, evenly spread, [at most SAMPLE_ROWS, embedding_dim]."""
+    numbers = spread_rows(num_embeddings, min(num_embeddings, SAMPLE_ROWS))
+    total, sample, seen = np.zeros(embedding_dim), [], 0
+    for rows in chunks():
+        bound_values(rows, name, seen)  # refuses NaN and infinity
+        total += widen(rows).sum(axis=0, dtype=np.float64)
+        begin, end = np.searchsorted(numbers, (seen, seen + len(rows)))
+        sample.append(widen(rows[numbers[begin:end] - seen]))
+        seen += len(rows)
+    return (total / num_embeddings).astype(F32), np.concatenate(sample)
+
+
+def _bound_rows(chunks: Chunks, mean: NDArray[np.float32]) -> tuple[float, float]:
+    """Find the least of the rows' largest distances from the mean that is not 0, and the largest."""
+    smallest, largest = np.inf, 0.0
+    for rows in chunks():
+        of_rows = np.abs(widen(rows) - mean).max(axis=1)
+        smallest = float(of_rows[of_rows > 0].min(initial=smallest))
+        largest = max(largest, float(of_rows.max()))
+    return smallest, largest
 
 
 def _encode(rows: NDArray[np.float32], trellis: TrellisFormat, parameters: TrellisParameters) -> NDArray[np.uint8]:
     packed = np.empty((len(rows), trellis.row_bytes), np.uint8)
-    own = (parameters.narrow, parameters.wide, parameters.scales, parameters.mean)
-    _native.encode_trellis(np.ascontiguousarray(rows), *own, _native.block_rows, packed)
+    _call_kernel(np.ascontiguousarray(rows), parameters, _native.block_rows, packed)
     return packed
+
+
+def _call_kernel(
+    rows: NDArray[Any], shared: TrellisParameters, span: int, packed: NDArray[np.uint8]
+) -> tuple[int, int, list[Sums]]:
+    return _native.encode_trellis(rows, shared.narrow, shared.wide, shared.scales, shared.mean, span, packed)

@@ -1,13 +1,13 @@
 """Nodes of ONNX's standard operators that pool bags of packed rows."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
+from embpack.bags import as_row, check_mode, check_weighted
 from embpack.onnx.graph import TableGraph, add_rotation, add_rows
-from embpack.table import MODES, PackedTable, as_row, output_dtype
+from embpack.table import PackedTable, output_dtype
 
 _EMPTY_BAG = {"sum": 0.0, "mean": 0.0, "max": -np.inf}
 _TO_THE_END = np.iinfo(np.int64).max
@@ -68,7 +68,9 @@ def build_bags(
 
 def add_bags(graph: TableGraph, table: PackedTable, bags: Bags, output: str) -> None:
     """Add build_bags' nodes to a graph of the same table."""
-    check_mode(bags.mode, has_weights=bags.weights is not None)
+    check_mode(bags.mode)
+    if bags.weights is not None:
+        check_weighted(bags.mode)
     output_dtype(bags.dtype)
     indices, offsets, weights = add_flat(graph, bags)
     rows = add_rows(graph, table, indices)
@@ -92,18 +94,6 @@ def add_bags(graph: TableGraph, table: PackedTable, bags: Bags, output: str) -> 
     else:
         counts = _add_counts(graph, bags, offsets, numbers)
     _add_result(graph, bags, (pooled, counts), output)
-
-
-def check_mode(mode: Any, *, has_weights: bool) -> None:
-    """Refuse a mode that there is not, and weights where they have no meaning.
-
-    Raises:
-        ValueError: as said.
-    """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}, or None for single rows")
-    if has_weights and mode != "sum":
-        raise ValueError(f"per_sample_weights go with mode 'sum' only, not {mode!r}")
 
 
 def add_flat(graph: TableGraph, bags: Bags) -> tuple[str, str, str | None]:

@@ -12,8 +12,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from embpack.atomic import new_file
-from embpack.onnx.bags import build_bags, check_mode
+from embpack.bags import MODES, check_weighted
+from embpack.formats.atomic import new_file
+from embpack.onnx.bags import build_bags
 from embpack.onnx.graph import OPSET, build_gather
 from embpack.table import PackedTable
 
@@ -104,13 +105,12 @@ def _check_inputs(mode: Any, per_sample_weights: Any, indices_ndim: int) -> None
             f"per_sample_weights is {type(per_sample_weights).__name__}; it is True or False, and the weights "
             "themselves an input of the model"
         )
-    if mode is not None:
-        check_mode(mode, has_weights=per_sample_weights)
-        if indices_ndim != 1:
-            raise ValueError(f"indices_ndim is {indices_ndim}, but with mode {mode!r} indices are 1-D, with offsets")
-        return
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}, or None for single rows")
     if per_sample_weights:
-        raise ValueError("per_sample_weights go with mode 'sum' only, not None")
+        check_weighted(mode)
+    if mode is not None and indices_ndim != 1:
+        raise ValueError(f"indices_ndim is {indices_ndim}, but with mode {mode!r} indices are 1-D, with offsets")
     if indices_ndim < 0:
         raise ValueError(f"indices_ndim is {indices_ndim}; it must be 0 or more")
 

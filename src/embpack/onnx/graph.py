@@ -100,19 +100,38 @@ def add_gather(graph: TableGraph, table: PackedTable, indices: str, output: str,
 
 def add_rows(graph: TableGraph, table: PackedTable, indices: str) -> str:
     """Look rows up as they were packed: indices [L] to float32 [L, d]."""
-    if table.row_format.has_shared_values:
+    add = _ADD_ROWS.get(table.layout)
+    if add is None:
         raise ValueError(
             f"rows of the {table.layout} layout have no ONNX operators; pack the weights with a method of another"
         )
+    return add(graph, table, indices)
+
+
+def _add_uniform_rows(graph: TableGraph, table: PackedTable, indices: str) -> str:
     codes = _add_codes(graph, table, indices)
-    if table.layout == "uniform":
-        return _add_levels(graph, table, codes, _add_gather(graph, "params", _params(table), indices))
-    if table.layout == "codebook":
-        codebooks = _add_gather(graph, "codebooks", _params(table), indices)
-    else:
-        assert table.clusters is not None and table.codebooks is not None
-        clusters = _add_gather(graph, "clusters", table.clusters, indices)
-        codebooks = _add_gather(graph, "codebooks", table.codebooks, graph.add("Cast", clusters, to=TensorProto.INT64))
+    return _add_levels(graph, table, codes, _add_gather(graph, "params", _params(table), indices))
+
+
+def _add_codebook_rows(graph: TableGraph, table: PackedTable, indices: str) -> str:
+    codes = _add_codes(graph, table, indices)
+    return _add_choice(graph, codes, _add_gather(graph, "codebooks", _params(table), indices))
+
+
+def _add_clustered_rows(graph: TableGraph, table: PackedTable, indices: str) -> str:
+    assert table.clusters is not None and table.codebooks is not None
+    codes = _add_codes(graph, table, indices)
+    clusters = _add_gather(graph, "clusters", table.clusters, indices)
+    numbers = graph.add("Cast", clusters, to=TensorProto.INT64)
+    return _add_choice(graph, codes, _add_gather(graph, "codebooks", table.codebooks, numbers))
+
+
+# By layout.
+_ADD_ROWS = {"uniform": _add_uniform_rows, "codebook": _add_codebook_rows, "clustered": _add_clustered_rows}
+
+
+def _add_choice(graph: TableGraph, codes: str, codebooks: str) -> str:
+    """Choose from codebooks [L, 2^bits] by codes [L, d]: float32 [L, d]."""
     numbers = graph.add("Cast", codes, to=TensorProto.INT32)
     values = graph.add("GatherElements", codebooks, numbers, axis=1, name="levels")
     return graph.add("Cast", values, to=TensorProto.FLOAT)

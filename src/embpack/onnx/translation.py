@@ -1,6 +1,5 @@
 """PyTorch models as ONNX graphs: torch.onnx.export puts a placeholder for each lookup, and nodes replace those."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from embpack.onnx.graph import OPSET, TableGraph, add_gather
 from embpack.table import PackedTable
 from embpack.torch.collection_ops import Group, read_tables
 from embpack.torch.ops import as_table
+from embpack.torch.private import argument_names
 
 # Of placeholders; none is left in a model.
 _DOMAIN = "embpack"
@@ -26,11 +26,6 @@ _TENSOR_TYPES = ("uint8", "int32", "int64", "float", "float16", "bfloat16")
 _DTYPE_NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 # Smaller initializers, such as shapes, stay with the nodes: tools want to see them there.
 _SMALL_BYTES = 1024
-# What PyTorch's exporter warns of itself; the second: of one name for two dimensions, which says that they are equal.
-_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
-    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
-    (r"# The axis name: (.*) will not be used, since it shares .* with another axis: \1\.", UserWarning),
-)
 
 
 class Tables:
@@ -85,13 +80,13 @@ def _find(tables: Tables, arguments: Arguments) -> tuple[TableGraph, PackedTable
     return tables.find(arguments["packed"], arguments["row_format"], *shared)
 
 
-def _look_up(tables: Tables, arguments: Arguments, output: str) -> None:
+def _translate_embedding(tables: Tables, arguments: Arguments, output: str) -> None:
     """Replace embpack::embedding."""
     graph, table = _find(tables, arguments)
     add_gather(graph, table, arguments["indices"], output, _dtype(arguments))
 
 
-def _pool(tables: Tables, arguments: Arguments, output: str) -> None:
+def _translate_bags(tables: Tables, arguments: Arguments, output: str) -> None:
     """Replace embpack::embedding_bag and embpack::embedding_bag.weighted."""
     graph, table = _find(tables, arguments)
     bags = Bags(
@@ -106,7 +101,7 @@ def _pool(tables: Tables, arguments: Arguments, output: str) -> None:
     add_bags(graph, table, bags, output)
 
 
-def _pool_collection(tables: Tables, arguments: Arguments, output: str) -> None:
+def _translate_collection(tables: Tables, arguments: Arguments, output: str) -> None:
     """Replace embpack::embedding_bag_collection and embpack::embedding_bag_collection.weighted."""
     group = Group(*(arguments[name] for name in Group._fields))
     dtype, include_last = _dtype(arguments), arguments.get("include_last_offset", False)
@@ -132,11 +127,11 @@ def _dtype(arguments: Arguments) -> str:
 
 # What replaces a lookup, given its operator's arguments by name; tensors are names of values, lists of them lists.
 OPERATORS: dict[Any, Callable[[Tables, Arguments, str], None]] = {
-    torch.ops.embpack.embedding.default: _look_up,
-    torch.ops.embpack.embedding_bag.default: _pool,
-    torch.ops.embpack.embedding_bag.weighted: _pool,
-    torch.ops.embpack.embedding_bag_collection.default: _pool_collection,
-    torch.ops.embpack.embedding_bag_collection.weighted: _pool_collection,
+    torch.ops.embpack.embedding.default: _translate_embedding,
+    torch.ops.embpack.embedding_bag.default: _translate_bags,
+    torch.ops.embpack.embedding_bag.weighted: _translate_bags,
+    torch.ops.embpack.embedding_bag_collection.default: _translate_collection,
+    torch.ops.embpack.embedding_bag_collection.weighted: _translate_collection,
 }
 
 
@@ -208,24 +203,21 @@ def translate_model(
 
 def _export(model: Any, args: tuple[Any, ...], calls: list[_Call], **options: Any) -> Any:
     """Have PyTorch export a model with placeholders, whose calls are added to a list."""
-    with warnings.catch_warnings():
-        for message, category in _WARNINGS:
-            warnings.filterwarnings("ignore", message, category)
-        program = torch.onnx.export(
-            model,
-            args,
-            verbose=False,
-            opset_version=OPSET,
-            custom_translation_table={operator: _make_translator(operator, calls) for operator in OPERATORS},
-            **options,
-        )
+    program = torch.onnx.export(
+        model,
+        args,
+        verbose=False,
+        opset_version=OPSET,
+        custom_translation_table={operator: _make_translator(operator, calls) for operator in OPERATORS},
+        **options,
+    )
     assert program is not None
     return program.model
 
 
 def _make_translator(operator: Any, calls: list[_Call]) -> Callable[..., Any]:
     """Make the function that PyTorch's exporter calls with the arguments of an operator."""
-    names = [argument.name for argument in operator._schema.arguments]
+    names = argument_names(operator)
 
     def translate(*values: Any, **options: Any) -> Any:
         tensors: list[Any] = []

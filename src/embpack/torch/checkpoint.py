@@ -145,7 +145,7 @@ def _swap(model: nn.Module, tables: Mapping[str, PackedTable], shared: list[list
     if nobodys:
         raise ValueError(_explain_nobodys(nobodys, children))
     for place, module in swaps:
-        setattr(place.parent, place.child, module)
+        place.hang(module)
     swap_collections(model)
     return tuple(f"{place.name}." for place, _ in swaps)
 

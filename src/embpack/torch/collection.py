@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embpack.bags import check_end, check_weighted
 from embpack.methods import DEFAULT_METHOD
 from embpack.table import PackedTable
 from embpack.torch.collection_ops import TableUse, describe_tables
-from embpack.torch.modules import PackedEmbeddingBag, check_tensors
+from embpack.torch.modules import PackedEmbeddingBag, check_tensors, kind_of
+from embpack.torch.private import buffers_of
 
 
 class PackedEmbeddingBagCollection(nn.Module):
@@ -55,7 +57,7 @@ class PackedEmbeddingBagCollection(nn.Module):
             raise ValueError(f"the tables are {tables}, but feature_names are of {', '.join(names) or 'none'}")
         for name, bag in embedding_bags.items():
             if not isinstance(bag, PackedEmbeddingBag):
-                raise TypeError(f"table {name!r} is a {type(bag).__name__}; it must be a PackedEmbeddingBag")
+                raise TypeError(f"table {name!r} is {kind_of(bag)}; it must be a PackedEmbeddingBag")
         self.embedding_bags = nn.ModuleDict(embedding_bags)
         self.feature_names = {name: tuple(names[name]) for name in embedding_bags}
         self.is_weighted = is_weighted
@@ -66,7 +68,7 @@ class PackedEmbeddingBagCollection(nn.Module):
 
     def _list_uses(self) -> list[tuple[Any, ...]]:
         """What calls depend on and may have been set, or be another bag's, since the last one."""
-        bags: Any = self.embedding_bags._modules.values()
+        bags: Any = self.embedding_bags.values()
         return [bag._use for bag in bags]
 
     def _set_lookups(self) -> None:
@@ -185,10 +187,10 @@ class PackedEmbeddingBagCollection(nn.Module):
         try:
             from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor  # type: ignore[import-untyped]
         except ImportError:
-            raise TypeError(f"input is {type(features).__name__}; it must be a tensor") from None
+            raise TypeError(f"input is {kind_of(features)}; it must be a tensor") from None
 
         if not isinstance(features, KeyedJaggedTensor):
-            raise TypeError(f"input is {type(features).__name__}; it must be a tensor or a KeyedJaggedTensor")
+            raise TypeError(f"input is {kind_of(features)}; it must be a tensor or a KeyedJaggedTensor")
         if features.variable_stride_per_key() or features.inverse_indices_or_none() is not None:
             raise ValueError("features have different numbers of bags (variable stride); give each key as many")
         positions = {key: position for position, key in enumerate(features.keys())}
@@ -201,8 +203,8 @@ class PackedEmbeddingBagCollection(nn.Module):
         weights = features.weights() if self.is_weighted else None
         values, offsets = features.values(), features.offsets()
         # To compile, there must be no look at values.
-        if not torch.compiler.is_compiling() and offsets.numel() and offsets[-1] != values.numel():
-            raise ValueError(f"the features' lengths end at {offsets[-1]}, but there are {values.numel()} values")
+        if not torch.compiler.is_compiling() and offsets.numel():
+            check_end(int(offsets[-1]), values.numel())
         pooled = self._pool(where, (values, offsets), weights, include_last_offset=True)
         return KeyedTensor(self.embedding_names, self.embedding_dims, pooled)
 
@@ -228,7 +230,7 @@ class PackedEmbeddingBagCollection(nn.Module):
         return pooled
 
     def _tensors(self) -> tuple[list[Any], ...]:
-        of_bags = [bag._buffers for bag in self.embedding_bags._modules.values() if bag is not None]
+        of_bags: list[Any] = [buffers_of(bag) for bag in self.embedding_bags.values()]
         return (
             [buffers["packed"] for buffers in of_bags],
             [buffers["clusters"] for buffers in of_bags if buffers["clusters"] is not None],
@@ -238,8 +240,7 @@ class PackedEmbeddingBagCollection(nn.Module):
     def _check_modes(self) -> None:
         bags: Any = self.embedding_bags
         for name, bag in bags.items():
-            if bag.mode != "sum":
-                raise ValueError(f"weights go with mode 'sum' only, and table {name!r} has mode {bag.mode!r}")
+            check_weighted(bag.mode, f"table {name!r}")
 
     def extra_repr(self) -> str:
         """What print shows beside the tables."""

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from embpack import _native
+from embpack.bags import as_row, check_mode, check_weighted, check_weights, count_bags_of_features, explain_offsets
 from embpack.layouts import RowFormat
-from embpack.table import MODES, as_row, explain_offsets
 from embpack.torch.ops import (
     DTYPE,
     DTYPE_NAMES,
-    INDEX_DTYPES,
     as_table,
     check_devices,
-    check_weights,
+    check_types,
     library,
-    wrong_dtype,
+    make_fake,
+    refuse_forward_mode,
 )
 
 TABLES = "Tensor[] packed, Tensor[] clusters, Tensor[] codebooks, str tables, int[] feature_of, int num_features"
@@ -100,54 +100,29 @@ class Group(NamedTuple):
         """What embpack.torch.ops.as_table takes, of each table."""
         clusters, codebooks = iter(self.clusters), iter(self.codebooks)
         for packed, row_format in zip(self.packed, read_tables(self.tables).row_formats, strict=True):
-            numbers = next(clusters) if row_format.is_clustered else None
-            yield packed, str(row_format), numbers, next(codebooks) if row_format.has_codebooks_beside else None
+            beside = [spec.name for spec in row_format.form.beside(0)]
+            numbers = next(clusters) if "clusters" in beside else None
+            yield packed, str(row_format), numbers, next(codebooks) if "codebooks" in beside else None
 
     def check(self) -> None:
         """Raise ValueError if the tables are not as described, or the lookups not theirs."""
         uses, row_formats, table_of, *_ = read_tables(self.tables)
-        clustered = sum(row_format.is_clustered for row_format in row_formats)
-        sharing = sum(row_format.has_codebooks_beside for row_format in row_formats)
+        beside = [spec.name for row_format in row_formats for spec in row_format.form.beside(0)]
         counts = (len(self.packed), len(self.clusters), len(self.codebooks), len(self.feature_of))
-        if counts != (len(uses), clustered, sharing, len(table_of)):
+        described = (len(uses), beside.count("clusters"), beside.count("codebooks"), len(table_of))
+        if counts != described:
             raise ValueError(
                 f"there are {counts[0]} packed, {counts[1]} clusters, {counts[2]} codebooks, {counts[3]} feature_of; "
-                f"tables describe {len(uses)}, {clustered}, {sharing} and {len(table_of)}"
+                f"tables describe {', '.join(map(str, described[:3]))} and {described[3]}"
             )
         for use, arguments in zip(uses, self.table_arguments(), strict=True):
             table = as_table(*arguments)
-            if use.mode not in MODES:
-                raise ValueError(f"mode is {use.mode!r}; choose one of {', '.join(MODES)}")
+            check_mode(use.mode)
             if use.padding_index != -1:
                 as_row(use.padding_index, table.num_embeddings)
         for feature in self.feature_of:
             if not 0 <= feature < self.num_features:
                 raise ValueError(f"a lookup is of feature {feature}, but there are {self.num_features}")
-
-
-def count_bags_of_features(
-    num_features: int, indices: Tensor, offsets: Tensor | None, include_last_offset: bool
-) -> int:
-    """How many bags each feature has.
-
-    Raises:
-        ValueError: indices and offsets do not go together, or features have different numbers of bags.
-    """
-    if offsets is None:
-        if indices.dim() != 2:
-            raise ValueError(
-                f"{indices.dim()}-D indices need offsets: where each bag starts; 2-D ones have a bag a row"
-            )
-        num_bags, what = indices.shape[0], "rows of indices"
-    else:
-        if indices.dim() != 1 or offsets.dim() != 1:
-            raise ValueError(f"indices are {indices.dim()}-D and offsets {offsets.dim()}-D; both must be 1-D")
-        if include_last_offset and offsets.shape[0] == 0:
-            raise ValueError("offsets are empty; with include_last_offset they end with where the last bag ends")
-        num_bags, what = offsets.shape[0] - include_last_offset, "bags"
-    if num_features < 1 or num_bags % num_features:
-        raise ValueError(f"there are {num_bags} {what}; {num_features} features take a multiple of {num_features}")
-    return num_bags // num_features
 
 
 def _pool_collection(*arguments: Any, include_last_offset: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -159,6 +134,7 @@ def _pool_weighted_collection(
     *arguments: Any, include_last_offset: bool = False, dtype: torch.dtype | None = None
 ) -> Tensor:
     *group, indices, offsets, weights = arguments
+    refuse_forward_mode()
     check_weights(weights, indices)
     return _pool(Group(*group), (indices, offsets), weights.detach(), include_last_offset, dtype)
 
@@ -172,7 +148,7 @@ def _pool(
 ) -> Tensor:
     indices, offsets = bags
     if offsets is None:
-        count_bags_of_features(group.num_features, indices, None, include_last_offset)
+        count_bags_of_features(group.num_features, indices, None, include_last_offset=include_last_offset)
         offsets, include_last_offset = _find_starts(indices), False
         indices = indices.reshape(-1)
     values, starts = indices.contiguous(), offsets.contiguous()
@@ -186,7 +162,7 @@ def _pool(
     except (KeyError, TypeError, ValueError):
         if dtype == torch.float64:
             return _pool(group, bags, weights, include_last_offset, None).double()
-        _check(group, indices, offsets, include_last_offset, dtype)
+        _check(group, (indices, offsets), weights is not None, include_last_offset, dtype)
         raise
     if isinstance(found, tuple):
         raise _explain(group, found, values, starts)
@@ -201,16 +177,15 @@ def _find_starts(indices: Tensor) -> Tensor:
 
 
 def _check(
-    group: Group, indices: Tensor, offsets: Tensor, include_last_offset: bool, dtype: torch.dtype | None
+    group: Group, bags: tuple[Tensor, Tensor], has_weights: bool, include_last_offset: bool, dtype: torch.dtype | None
 ) -> None:
     """Say it better than the core, which has refused the arguments."""
-    if dtype not in DTYPE_NAMES and dtype != torch.float64:
-        raise wrong_dtype(dtype)
-    for what, tensor in (("indices", indices), ("offsets", offsets)):
-        if tensor.dtype not in INDEX_DTYPES:
-            raise TypeError(f"{what} are {tensor.dtype}; they must be torch.int32 or torch.int64")
+    indices, offsets = bags
+    check_types(dtype, indices=indices, offsets=offsets)
     group.check()
-    count_bags_of_features(group.num_features, indices, offsets, include_last_offset)
+    for table, use in enumerate(read_tables(group.tables).uses if has_weights else ()):
+        check_weighted(use.mode, f"table {table}")
+    count_bags_of_features(group.num_features, indices, offsets, include_last_offset=include_last_offset)
 
 
 def _explain(group: Group, found: tuple[int, int], indices: Tensor, offsets: Tensor) -> Exception:
@@ -228,7 +203,7 @@ def _differentiate_by_weights(*arguments: Any, include_last_offset: bool = False
     group = Group(*of_group)
     uses, row_formats, table_of, *_ = read_tables(group.tables)
     tables = list(group.table_arguments())
-    batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset)
+    batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset=include_last_offset)
     values = indices.reshape(-1)
     edges = _find_starts(indices) if offsets is None else offsets
     if offsets is None or not include_last_offset:
@@ -258,13 +233,13 @@ NUM_ARGUMENTS = len(Group._fields)
 def _fake_pooled(*arguments: Any, include_last_offset: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     group, (indices, offsets, *weights) = Group(*arguments[:NUM_ARGUMENTS]), arguments[NUM_ARGUMENTS:]
     check_devices(group.packed[0], indices=indices, offsets=offsets, per_sample_weights=next(iter(weights), None))
-    batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset)
-    width = read_tables(group.tables).width
-    return torch.empty((batch, width), dtype=dtype or torch.float32, device=indices.device)
+    batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset=include_last_offset)
+    return make_fake(indices, (batch, read_tables(group.tables).width), dtype)
 
 
 def _fake_weighted(*arguments: Any, **options: Any) -> Tensor:
     indices, _, weights = arguments[NUM_ARGUMENTS:]
+    refuse_forward_mode()
     check_weights(weights, indices)
     return _fake_pooled(*arguments, **options)
 

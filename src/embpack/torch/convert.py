@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from embpack.convert import Progress, TableReport
 from embpack.methods import DEFAULT_METHOD
-from embpack.quantize import quantize
+from embpack.packing import pack
 from embpack.rules import MIN_ROWS
+from embpack.shard_writer import Progress, TableReport
 from embpack.table import PackedTable
 from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported
+from embpack.torch.private import has_hooks
+from embpack.variant import Variant
 
 Filter = Callable[[nn.Module, str], bool]
 COLUMNS = ("module", "rows", "dim", "before", "after", "ratio", "l2 loss")
@@ -52,6 +54,10 @@ class Place:
     parent: nn.Module
     child: str
     name: str
+
+    def hang(self, module: nn.Module) -> None:
+        """Put a module there."""
+        setattr(self.parent, self.child, module)
 
 
 def quantize_(
@@ -107,20 +113,21 @@ def quantize_(
         check_supported(module, hangs[0].name)
     if tied == "refuse":
         _refuse_tied(model, places)
+    variant = Variant(method, bits, param_dtype, rotate)
     packed: dict[Any, PackedTable] = {}
     reports, swaps = [], []
     for module, hangs in modules:
         weight, start = module.weight.detach(), perf_counter()
         key = (address_of(module.weight), weight.shape)
         if key not in packed:
-            packed[key] = _pack(weight, hangs[0].name, method, bits=bits, param_dtype=param_dtype, rotate=rotate)
+            packed[key] = _pack(weight, hangs[0].name, variant)
         table = packed[key]
         reports.append(_report(hangs[0].name, weight, table, perf_counter() - start))
         progress(hangs[0].name, table.num_embeddings)
         swaps.append((hangs, PACKED[type(module)].like(module, table).train(module.training)))
     for hangs, new in swaps:
         for place in hangs:
-            setattr(place.parent, place.child, new)
+            place.hang(new)
     swap_collections(model)
     return ModelReport(tuple(reports), tuple(left_alone))
 
@@ -159,15 +166,16 @@ def swap_collections(model: nn.Module) -> None:
             if module not in swaps:
                 packed = PackedEmbeddingBagCollection.like(collection, collection.embedding_bags)
                 swaps[module] = packed.train(module.training)
-            setattr(place.parent, place.child, swaps[module])
+            place.hang(swaps[module])
 
 
 def walk_children(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
     """All modules below a model, once for each place where they hang."""
-    for parent_name, parent in model.named_modules(remove_duplicate=False):
-        for child, module in parent._modules.items():  # named_children leaves out what hangs twice
-            if module is not None:
-                yield module, Place(parent, child, f"{parent_name}.{child}" if parent_name else child)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        if name:
+            yield module, Place(modules[parent], child, name)
 
 
 def _find(model: nn.Module, filter: Filter | None) -> tuple[dict[Any, list[Place]], list[tuple[str, str]]]:
@@ -186,13 +194,16 @@ def _find(model: nn.Module, filter: Filter | None) -> tuple[dict[Any, list[Place
 
 def find_additions(module: nn.Module) -> str | None:
     """What somebody has added to an nn.Embedding or nn.EmbeddingBag, and a packed module would lose."""
-    # As PyTorch names them: _forward_hooks, _backward_pre_hooks, _state_dict_hooks, and so on.
-    if any(value for name, value in vars(module).items() if name.startswith("_") and name.endswith("_hooks")):
+    if has_hooks(module):
         return "hooks"
     if "forward" in vars(module):
         return "a forward of its own"
-    owned = [*module._parameters, *module._buffers, *module._modules]
-    return next((name for name in owned if name != "weight"), None)
+    owned = [
+        *module.named_parameters(recurse=False, remove_duplicate=False),
+        *module.named_buffers(recurse=False, remove_duplicate=False),
+        *module.named_children(),
+    ]
+    return next((name for name, _ in owned if name != "weight"), None)
 
 
 def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: Filter | None) -> str | None:
@@ -208,13 +219,13 @@ def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: 
     return None
 
 
-def _pack(weight: Tensor, name: str, method: str, **options: Any) -> PackedTable:
+def _pack(weight: Tensor, name: str, variant: Variant) -> PackedTable:
     if weight.is_meta:
         raise ValueError(
             f"{name} is on the meta device and has no values: load them first, or open a packed file by load_checkpoint"
         )
     try:
-        return quantize(weight, method, **options)
+        return pack(weight, variant)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
 

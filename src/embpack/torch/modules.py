@@ -1,20 +1,23 @@
 """PackedEmbedding and PackedEmbeddingBag: nn.Embedding and nn.EmbeddingBag over packed rows."""
 
-import warnings
+import math
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from embpack.layouts import RowFormat, cluster_dtype
+from embpack.bags import as_row, check_mode, check_weighted
+from embpack.formats.mapped import is_mapped
+from embpack.layouts import RowFormat
 from embpack.methods import DEFAULT_METHOD
-from embpack.quantize import quantize
+from embpack.packing import quantize
 from embpack.rows import ROW_DTYPES
-from embpack.sources.mapped import is_mapped
-from embpack.table import MODES, PackedTable, as_row
-from embpack.torch.ops import DTYPE_NAMES, as_table, wrong_dtype
+from embpack.table import PackedTable
+from embpack.torch.ops import as_table, check_dtype
+from embpack.torch.private import CastModule, buffers_of
 
 # What a float module can be that a packed one cannot.
 UNSUPPORTED = {
@@ -28,14 +31,15 @@ UNSUPPORTED = {
 TENSORS = (Tensor, torch.fx.Proxy)
 
 
-class _PackedRows(nn.Module):
+class _PackedModule(CastModule):
     """A packed table as buffers, all uint8, so that .half() and .to(dtype) leave the rows alone.
 
     Attributes:
         dtype: of the values that it returns, as nn.Embedding's are its weight's; .half() and .to(dtype) change it.
         packed: uint8 [num_embeddings, row_bytes].
-        clusters: uint8 [num_embeddings, 1 or 2], little-endian numbers; None but in the clustered layout.
-        codebooks: uint8 [num_codebooks, bytes of a codebook]; None but in the clustered and trellis layouts.
+        clusters: uint8 [num_embeddings, bytes of an entry], the array by row that lies beside the rows, little-endian;
+            None if the layout has none.
+        codebooks: uint8 [num_codebooks, bytes of a codebook], the array that rows share; None if the layout has none.
     """
 
     # Those of the float module that it has, too, and that module.
@@ -58,20 +62,15 @@ class _PackedRows(nn.Module):
         super().__init__()
         self.num_embeddings = num_embeddings
         self.dtype = dtype or torch.get_default_dtype()
-        if self.dtype not in (*DTYPE_NAMES, torch.float64):
-            raise wrong_dtype(self.dtype)
+        check_dtype(self.dtype)
         self.row_format = row_format
         self.rotate_back = rotate_back
-        clusters = codebooks = None
-        if row_format.is_clustered:
-            number_bytes = cluster_dtype(num_codebooks).itemsize
-            clusters = torch.zeros((num_embeddings, number_bytes), dtype=torch.uint8)
-        if row_format.has_codebooks_beside:
-            count = 1 if row_format.has_shared_values else num_codebooks
-            codebooks = torch.zeros((count, row_format.codebook_bytes), dtype=torch.uint8)
         self.register_buffer("packed", torch.zeros((num_embeddings, row_format.row_bytes), dtype=torch.uint8))
-        self.register_buffer("clusters", clusters)
-        self.register_buffer("codebooks", codebooks)
+        beside = {spec.name: spec for spec in row_format.form.beside(num_embeddings, num_codebooks)}
+        for name in ("clusters", "codebooks"):
+            spec = beside.get(name)
+            zeros = None if spec is None else torch.zeros((spec.known_shape[0], spec.entry_bytes), dtype=torch.uint8)
+            self.register_buffer(name, zeros)
 
     @classmethod
     def from_float(cls, module: nn.Embedding | nn.EmbeddingBag, method: str = DEFAULT_METHOD, **options: Any) -> Self:
@@ -87,7 +86,7 @@ class _PackedRows(nn.Module):
             ValueError: the module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq).
         """
         if not isinstance(module, cls.float_class):
-            raise TypeError(f"{cls.__name__}.from_float takes an nn.{cls.float_class.__name__}, not {_kind(module)}")
+            raise TypeError(f"{cls.__name__}.from_float takes an nn.{cls.float_class.__name__}, not {kind_of(module)}")
         check_supported(module, "the module")
         return cls.like(module, quantize(module.weight.detach(), method, **options))
 
@@ -99,23 +98,17 @@ class _PackedRows(nn.Module):
     @classmethod
     def _make(cls, table: PackedTable, **options: Any) -> Self:
         if not isinstance(table, PackedTable):
-            raise TypeError(f"{cls.__name__}.from_table takes an embpack.PackedTable, not {_kind(table)}")
+            raise TypeError(f"{cls.__name__}.from_table takes an embpack.PackedTable, not {kind_of(table)}")
         make: Any = cls
         with torch.device("meta"):  # no memory for rows that are there already
             module: Self = make(*table.shape, **_format(table), dtype=getattr(torch, table.dtype), **options)
         return module._adopt(table)
 
     def _adopt(self, table: PackedTable) -> Self:
-        self.packed = _as_tensor(table.packed)
-        if table.clusters is not None:
-            self.clusters = _as_tensor(table.clusters.reshape(-1, 1).view(np.uint8))
-        if table.codebooks is not None:
-            self.codebooks = _as_tensor(np.ascontiguousarray(table.codebooks).view(np.uint8))
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        for name in ("packed", "clusters", "codebooks"):
+            array = getattr(table, name)
+            if array is not None:
+                setattr(self, name, _as_tensor(array))
         return self
 
     @property
@@ -147,9 +140,10 @@ class _PackedRows(nn.Module):
 
     def _look_up(self, operator: Any, *lookup: Any, **options: Any) -> Tensor:
         """Call an operator with the table's tensors and what is looked up in it."""
-        buffers = self._buffers  # a third of a microsecond less each than nn.Module's attributes
-        if buffers["codebooks"] is not None:
-            lookup = (*lookup, buffers["clusters"], buffers["codebooks"])
+        buffers = buffers_of(self)
+        clusters, codebooks = buffers["clusters"], buffers["codebooks"]
+        if clusters is not None or codebooks is not None:
+            lookup = (*lookup, clusters, codebooks)
         if self.dtype != torch.float32:
             options["dtype"] = self.dtype
         found: Tensor = operator(buffers["packed"], self._row_format_text, *lookup, **options)
@@ -166,7 +160,7 @@ class _PackedRows(nn.Module):
         )
 
 
-class PackedEmbedding(_PackedRows):
+class PackedEmbedding(_PackedModule):
     """nn.Embedding over packed rows.
 
     Args:
@@ -222,13 +216,9 @@ class PackedEmbedding(_PackedRows):
 
     def to_float(self) -> nn.Embedding:
         """Return nn.Embedding with the rows as values of dtype."""
-        return nn.Embedding(
-            self.num_embeddings,
-            self.embedding_dim,
-            _weight=self._float_weight(),
-            _freeze=True,
-            padding_idx=self.padding_idx,
-        )
+        make: Any = nn.Embedding.from_pretrained  # which has no types
+        module: nn.Embedding = make(self._float_weight(), padding_idx=self.padding_idx)
+        return module
 
     def forward(self, input: Tensor) -> Tensor:
         """Look rows up.
@@ -251,7 +241,7 @@ class PackedEmbedding(_PackedRows):
         return self._describe() + ("" if self.padding_idx is None else f", padding_idx={self.padding_idx}")
 
 
-class PackedEmbeddingBag(_PackedRows):
+class PackedEmbeddingBag(_PackedModule):
     """nn.EmbeddingBag over packed rows.
 
     Args:
@@ -294,8 +284,7 @@ class PackedEmbeddingBag(_PackedRows):
     ) -> None:
         row_format = RowFormat(embedding_dim, bits, param_dtype, layout, rotation)
         super().__init__(num_embeddings, row_format, num_codebooks, dtype, rotate_back=rotate_back)
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+        check_mode(mode)
         self.mode = mode
         self.include_last_offset = include_last_offset
         self.padding_idx = padding_idx
@@ -337,15 +326,12 @@ class PackedEmbeddingBag(_PackedRows):
 
     def to_float(self) -> nn.EmbeddingBag:
         """Return nn.EmbeddingBag with the rows as values of dtype."""
-        module = nn.EmbeddingBag(
-            self.num_embeddings,
-            self.embedding_dim,
-            _weight=self._float_weight(),
+        return nn.EmbeddingBag.from_pretrained(
+            self._float_weight(),
             mode=self.mode,
             include_last_offset=self.include_last_offset,
             padding_idx=self.padding_idx,
         )
-        return module.requires_grad_(requires_grad=False)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pool bags of rows.
@@ -370,8 +356,7 @@ class PackedEmbeddingBag(_PackedRows):
         pool: Any = torch.ops.embpack.embedding_bag.default
         how: str | Tensor = self.mode
         if per_sample_weights is not None:
-            if self.mode != "sum":
-                raise ValueError(f"per_sample_weights go with mode 'sum' only, not {self.mode!r}")
+            check_weighted(self.mode)
             if per_sample_weights.dtype == self.dtype:
                 per_sample_weights = per_sample_weights.float()
             pool, how = torch.ops.embpack.embedding_bag.weighted, per_sample_weights
@@ -389,22 +374,25 @@ class PackedEmbeddingBag(_PackedRows):
         return f"{self._describe()}, mode={self.mode!r}{last}{padding}"
 
 
-def _as_tensor(array: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    if not is_mapped(array):
-        return torch.from_numpy(array)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)
+def _as_tensor(array: NDArray[Any]) -> Tensor:
+    """Make rows, or what lies beside them, a tensor of the same memory: uint8 [entries, bytes of one]."""
+    entries = np.ascontiguousarray(array).reshape(len(array), math.prod(array.shape[1:])).view(np.uint8)
+    if is_mapped(entries):
+        # PyTorch warns of an array that is not to be written to. What is written to this one's memory does no harm.
+        entries = entries.view()
+        entries.flags.writeable = True
+    return torch.from_numpy(entries)
 
 
 def check_tensors(**values: object) -> None:
     """Raise TypeError if an argument is given and no tensor, nor stands for one; input must be given."""
     for name, value in values.items():
         if not isinstance(value, TENSORS) and (value is not None or name == "input"):
-            raise TypeError(f"{name} is {_kind(value)}; it must be a tensor")
+            raise TypeError(f"{name} is {kind_of(value)}; it must be a tensor")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Name the type of a value, with an article."""
     kind = type(value).__name__
     return f"an {kind}" if kind[0] in "aeiouAEIOU" else f"a {kind}"
 

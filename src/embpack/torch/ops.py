@@ -1,25 +1,25 @@
 """The operators embpack::embedding, embpack::embedding_bag and embpack::embedding_bag.weighted.
 
-A table is its tensors: packed uint8 [num_embeddings, row_bytes] and, in the clustered layout, clusters uint8
-[num_embeddings, 1 or 2] (little-endian numbers) and codebooks uint8 [num_codebooks, bytes of a codebook], in the
-trellis layout codebooks alone, one; and what the bytes mean, str(embpack.layouts.RowFormat): "uniform:64:4:float16" are
-layout, embedding_dim, bits and param_dtype, and with ":hadamard" after them values are rotated back. They are one text,
-and what most tables lack comes last, because each argument takes PyTorch a sixth of a microsecond. All tensors are on
-the CPU.
+A table is its tensors: packed uint8 [num_embeddings, row_bytes] and, where the layout has something beside the rows,
+clusters uint8 [num_embeddings, bytes of an entry] (little-endian) and codebooks uint8 [num_codebooks, bytes of a
+codebook]; and what the bytes mean, str(embpack.layouts.RowFormat): "uniform:64:4:float16" are layout, embedding_dim,
+bits and param_dtype, and with ":hadamard" after them values are rotated back. They are one text, and what most tables
+lack comes last, because each argument takes PyTorch a sixth of a microsecond. All tensors are on the CPU.
 """
 
+import math
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from embpack import _native
-from embpack.layouts import RowFormat
-from embpack.table import MODES, PackedTable, as_row
+from embpack.bags import as_row, check_integers, check_mode, check_weights, count_bags
+from embpack.layouts import ArraySpec, RowFormat
+from embpack.table import PackedTable
+from embpack.torch.private import EXCHANGE_API, in_forward_mode
 
-INDEX_DTYPES = (torch.int64, torch.int32)
 # What the core calls the types of values; None is the default.
 DTYPE_NAMES = {None: "float32", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 TABLE = "Tensor packed, str row_format"
@@ -32,7 +32,7 @@ LAST = f"bool include_last_offset=False, int? padding_idx=None, {DTYPE}"
 _gather_tensors: Any = _native.gather_tensors
 _pool_tensors: Any = _native.pool_tensors
 
-_make_library: Any = torch.library.Library
+_make_library: Any = torch.library.Library  # which has no types
 library = _make_library("embpack", "DEF")
 library.define(f"embedding({TABLE}, Tensor indices, {SHARED}, *, {DTYPE}) -> Tensor")
 library.define(f"embedding_bag({TABLE}, Tensor indices, Tensor? offsets, str mode, {SHARED}, *, {LAST}) -> Tensor")
@@ -52,11 +52,24 @@ def as_table(
         ValueError: they are not a table's (see PackedTable).
     """
     parsed = RowFormat.parse(row_format)
-    numbers = None if clusters is None else clusters.numpy()
-    if numbers is not None:
-        numbers = numbers[:, 0] if numbers.shape[1] == 1 else numbers.view("<u2")[:, 0]
-    values = None if codebooks is None else codebooks.numpy().view(np.dtype(parsed.param_dtype))
-    return PackedTable(packed.numpy(), parsed, clusters=numbers, codebooks=values)
+    by_row, shared = parsed.form.by_row(len(packed)), parsed.form.shared()
+    return PackedTable(
+        packed.numpy(), parsed, clusters=_as_array(clusters, by_row), codebooks=_as_array(codebooks, shared)
+    )
+
+
+def _as_array(entries: Tensor | None, spec: ArraySpec | None) -> NDArray[Any] | None:
+    """View a tensor of what lies beside rows as the array that it should be; as it is if it cannot be that."""
+    if entries is None:
+        return None
+    array = entries.numpy()
+    if spec is None:
+        return array
+    of_entry: tuple[Any, ...] = spec.shape[1:]
+    for dtype in spec.dtypes:
+        if array.shape[1:] == (math.prod(of_entry) * dtype.itemsize,):
+            return array.view(dtype).reshape(len(array), *of_entry)
+    return array
 
 
 def _embedding(
@@ -73,7 +86,8 @@ def _embedding(
     except (KeyError, ValueError):
         if dtype == torch.float64:
             return _embedding(packed, row_format, indices, clusters, codebooks).double()
-        _check_types((packed, row_format, clusters, codebooks), indices, None, dtype)
+        check_types(dtype, indices=indices)
+        as_table(packed, row_format, clusters, codebooks)
         if indices.is_contiguous():
             raise
         return _embedding(packed, row_format, indices.contiguous(), clusters, codebooks, dtype=dtype)
@@ -113,10 +127,10 @@ def _embedding_bag(
             DTYPE_NAMES[dtype],
         )
     except (KeyError, ValueError):
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}") from None
-        count_bags(indices, offsets, include_last_offset)
-        _check_types((packed, row_format, clusters, codebooks), indices, offsets, dtype)
+        check_mode(mode)
+        count_bags(indices, offsets, include_last_offset=include_last_offset)
+        check_types(dtype, indices=indices, offsets=offsets)
+        as_table(packed, row_format, clusters, codebooks)
         values, starts = _make_alike(indices, offsets)
         if values is indices and starts is offsets and dtype != torch.float64:
             raise
@@ -144,6 +158,7 @@ def _embedding_bag(
 def _weighted_embedding_bag(
     packed: Tensor, row_format: str, indices: Tensor, offsets: Tensor | None, weights: Tensor, *shared: Any, **how: Any
 ) -> Tensor:
+    refuse_forward_mode()
     check_weights(weights, indices)
     weights = weights.detach().contiguous()
     return _embedding_bag(packed, row_format, indices, offsets, "sum", *shared, weights=weights, **how)
@@ -158,61 +173,29 @@ def _make_alike(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor
     return indices.contiguous(), offsets.contiguous()
 
 
-def count_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> int:
-    """Number of bags of these arguments of nn.functional.embedding_bag.
-
-    Raises:
-        ValueError: they do not go together.
-    """
-    if offsets is not None and indices.dim() == 1 and offsets.dim() == 1:
-        if include_last_offset and offsets.shape[0] == 0:
-            raise ValueError("offsets are empty; with include_last_offset they end with where the last bag ends")
-        return offsets.shape[0] - include_last_offset
-    if indices.dim() == 2 and offsets is None:
-        return indices.shape[0]
-    if indices.dim() == 2:
-        raise ValueError("offsets are for 1-D indices; each row of 2-D indices is a bag by itself")
-    if indices.dim() != 1:
-        raise ValueError(f"indices have {indices.dim()} dimensions; a bag takes 1-D with offsets, or 2-D")
-    if offsets is None:
-        raise ValueError("1-D indices need offsets: where each bag starts")
-    raise ValueError(f"offsets have {offsets.dim()} dimensions; they must be 1-D")
-
-
-def check_weights(weights: Tensor, indices: Tensor) -> None:
-    """Raise TypeError or ValueError if weights do not go with indices, NotImplementedError in forward mode."""
-    # PyTorch calls operators without the derivatives that come in: they would be lost, silently.
-    if forward_ad._current_level >= 0:
+def refuse_forward_mode() -> None:
+    """Raise NotImplementedError in forward mode: PyTorch calls operators without the derivatives that come in."""
+    if in_forward_mode():
         raise NotImplementedError(
             "forward-mode derivatives (torch.func.jvp, jacfwd) of a lookup with per_sample_weights; use backward()"
         )
-    if weights.dtype != torch.float32:
-        raise TypeError(f"per_sample_weights are {weights.dtype}; they must be torch.float32")
-    if weights.shape != indices.shape:
-        raise ValueError(
-            f"per_sample_weights have shape {list(weights.shape)}, indices {list(indices.shape)}; they must agree"
-        )
 
 
-def _check_types(table: tuple[Any, ...], indices: Tensor, offsets: Tensor | None, dtype: torch.dtype | None) -> None:
-    """Say it better than the core, which has refused the arguments."""
+def check_types(dtype: torch.dtype | None, **integers: Tensor | None) -> None:
+    """Say what is wrong with types better than the core, which has refused the arguments, if it is they."""
+    check_dtype(dtype)
+    for what, values in integers.items():
+        if values is not None:
+            check_integers(what, values)
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ValueError if operators do not return values of a type."""
     if dtype not in DTYPE_NAMES and dtype != torch.float64:
-        raise wrong_dtype(dtype)
-    for what, tensor in (("indices", indices), ("offsets", offsets)):
-        if tensor is not None and tensor.dtype not in INDEX_DTYPES:
-            raise TypeError(f"{what} are {tensor.dtype}; they must be torch.int32 or torch.int64")
-    as_table(*table)
+        raise ValueError(f"dtype is {dtype}; choose torch.float32, float16, bfloat16 or float64")
 
 
-def wrong_dtype(dtype: torch.dtype | None) -> ValueError:
-    """The error for a dtype that operators do not return."""
-    return ValueError(f"dtype is {dtype}; choose torch.float32, float16, bfloat16 or float64")
-
-
-_exchange_api: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-if _exchange_api is None:
-    raise ImportError(f"embpack.torch needs PyTorch 2.13 or later; this is {torch.__version__}")
-_native.use_exchange_api(_exchange_api, _embedding, _embedding_bag)
+_native.use_exchange_api(EXCHANGE_API, _embedding, _embedding_bag)
 library.impl("embedding", _native.embedding, "CPU")
 library.impl("embedding_bag", _native.embedding_bag, "CPU")
 library.impl("embedding_bag.weighted", _weighted_embedding_bag, "CPU")
@@ -228,17 +211,16 @@ def check_devices(table: Tensor, **arguments: Tensor | None) -> None:
             raise ValueError(f"the table is on {table.device}, {name} on {tensor.device}; both must be on the CPU")
 
 
-def _make_fake(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-    return torch.empty(
-        shape, dtype=dtype or torch.float32, device=packed.device
-    )  # None is PyTorch's default type there
+def make_fake(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    """Make what stands for values: on the device of a tensor, float32 unless said otherwise."""
+    return torch.empty(shape, dtype=dtype or torch.float32, device=like.device)  # None is PyTorch's default type there
 
 
 def _fake_embedding(
     packed: Tensor, row_format: str, indices: Tensor, *shared: Any, dtype: torch.dtype | None = None
 ) -> Tensor:
     check_devices(packed, indices=indices)
-    return _make_fake(packed, (*indices.shape, RowFormat.parse(row_format).embedding_dim), dtype)
+    return make_fake(packed, (*indices.shape, RowFormat.parse(row_format).embedding_dim), dtype)
 
 
 def _fake_bags(
@@ -255,9 +237,10 @@ def _fake_bags(
     check_devices(packed, indices=indices, offsets=offsets)
     if isinstance(mode_or_weights, Tensor):
         check_devices(packed, per_sample_weights=mode_or_weights)
+        refuse_forward_mode()
         check_weights(mode_or_weights, indices)
-    num_bags = count_bags(indices, offsets, include_last_offset)
-    return _make_fake(packed, (num_bags, RowFormat.parse(row_format).embedding_dim), dtype)
+    num_bags = count_bags(indices, offsets, include_last_offset=include_last_offset)
+    return make_fake(packed, (num_bags, RowFormat.parse(row_format).embedding_dim), dtype)
 
 
 torch.library.register_fake("embpack::embedding", _fake_embedding, lib=library)

@@ -1,0 +1,211 @@
+"""Methods side by side on a table: loss, bytes, speed, and the rows that fare worst."""
+
+import math
+import re
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.chunks import span_rows
+from embpack.comparison.variants import make_variants
+from embpack.methods import Method
+from embpack.packing import pack
+from embpack.rows import as_rows, explain_not_finite, widen
+from embpack.table import PackedTable
+from embpack.variant import Variant
+
+# What the losses of the rows are summed up by.
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+# A fast method is timed this often, and the fastest time counts: the first run pays for new memory.
+_MOST_RUNS, _ENOUGH_SECONDS = 3, 0.2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What packing a table in one way comes to.
+
+    Attributes:
+        table: its name.
+        layout: of the packed rows.
+        loss: normalized l2 loss ||X - Q(X)|| / ||X|| over all rows that were measured.
+        bytes_per_row: of everything that packing the whole table leaves, codebooks included, by its number of rows.
+        share_of_float32: those bytes as a share of the row in float32.
+        worst_row: number of the row with the largest loss of its own.
+        worst_row_loss: that loss.
+        row_losses: normalized l2 loss of single rows at QUANTILES. A row of zeros has no loss of its own and is left
+            out here and in worst_row.
+        rows_per_second: that quantize packs in memory, with as many threads as are set.
+    """
+
+    table: str
+    method: str
+    bits: float
+    param_dtype: str
+    rotate: str | None
+    layout: str
+    loss: float
+    bytes_per_row: float
+    share_of_float32: float
+    worst_row: int
+    worst_row_loss: float
+    row_losses: tuple[float, ...]
+    rows_per_second: float
+
+    @property
+    def variant(self) -> Variant:
+        """How the table was packed."""
+        return Variant(self.method, self.bits, self.param_dtype, self.rotate)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A way in which a table cannot be packed, and why."""
+
+    table: str
+    variant: Variant
+    reason: str
+
+
+def compare(
+    weight: Any,
+    methods: Sequence[str | Method] | None = None,
+    bits: float | Sequence[float] | None = None,
+    param_dtype: str | Sequence[str] | None = None,
+    rotate: str | Sequence[str | None] | None = None,
+) -> list[Comparison]:
+    """Pack a table in several ways and measure each.
+
+    Args:
+        weight: as for quantize: [num_embeddings, embedding_dim] of float32, float16 or bfloat16.
+        methods: names, with parameters if need be, or Methods; None is all of embpack.METHODS.
+        bits: one or more numbers that quantize takes; None is 4, and where nothing else is said, asym and optimal also
+            at 2 and 8, trellis at 2, 3 and 6, and optimal and trellis of rotated rows.
+        param_dtype: one or more of "float16" and "float32"; None is what quantize takes for the method and bits.
+        rotate: one or more of None and "hadamard".
+
+    Returns:
+        One Comparison for each method, bits, param_dtype and rotation, in this order; combinations that a method does
+        not support are left out with a warning.
+
+    Raises:
+        TypeError: weight is of another type.
+        ValueError: weight is not 2-D, is empty or has NaN or infinity; no such method, bits, param_dtype or
+            rotation; or nothing asked for can be done.
+    """
+    rows, dtype = as_rows(weight)
+    variants = make_variants(methods, bits, param_dtype, rotate)
+    results, skipped = compare_rows(widen(rows) if dtype == "bfloat16" else rows, variants, "weight")
+    for item in skipped:
+        warnings.warn(f"left out {item.variant}: {item.reason}", stacklevel=2)
+    return results
+
+
+def compare_rows(
+    rows: NDArray[Any],
+    variants: Sequence[Variant],
+    name: str,
+    numbers: NDArray[np.int64] | None = None,
+    num_embeddings: int | None = None,
+    progress: Callable[[str, int], None] = lambda name, rows: None,
+) -> tuple[list[Comparison], list[Skipped]]:
+    """Do what compare does, for a sample of a table.
+
+    Args:
+        rows: float32 or float16 [n, embedding_dim].
+        variants: how to pack them.
+        name: of the table.
+        numbers: int64 [n], of the rows in the table; None is 0 to n - 1.
+        num_embeddings: rows of the table; None is n.
+        progress: called with the name and n for each variant that is done.
+
+    Raises:
+        ValueError: a value is NaN or infinite, or no variant can be done.
+    """
+    numbers = np.arange(len(rows)) if numbers is None else numbers
+    _refuse_not_finite(rows, name, numbers)
+    results, skipped = [], []
+    for variant in variants:
+        try:
+            table, seconds = _time(rows, variant)
+        except ValueError as error:
+            skipped.append(Skipped(name, variant, _name_place(str(error), name, numbers)))
+        else:
+            results.append(_describe(rows, table, variant, name, numbers, num_embeddings or len(rows), seconds))
+        progress(name, len(rows))
+    if not results:
+        raise ValueError(f"{name}: nothing asked for can be done; {skipped[0].variant}: {skipped[0].reason}")
+    return results, skipped
+
+
+def _refuse_not_finite(rows: NDArray[Any], name: str, numbers: NDArray[np.int64]) -> None:
+    finite = np.isfinite(rows)
+    if not finite.all():
+        row = int(np.argwhere(~finite)[0, 0])
+        raise explain_not_finite(widen(rows[row]), name, int(numbers[row]))
+
+
+def _name_place(message: str, name: str, numbers: NDArray[np.int64]) -> str:
+    """Name a row of the table where quantize names one of the sample."""
+    return re.sub(r"^weight\[(\d+)", lambda found: f"{name}[{numbers[int(found[1])]}", message)
+
+
+def _time(rows: NDArray[Any], variant: Variant) -> tuple[PackedTable, float]:
+    """Pack, and return the seconds of the fastest run."""
+    times: list[float] = []
+    while len(times) < _MOST_RUNS and sum(times) < _ENOUGH_SECONDS:
+        started = time.perf_counter()
+        table = pack(rows, variant)
+        times.append(time.perf_counter() - started)
+    return table, min(times)
+
+
+def _describe(
+    rows: NDArray[Any],
+    table: PackedTable,
+    variant: Variant,
+    name: str,
+    numbers: NDArray[np.int64],
+    num_embeddings: int,
+    seconds: float,
+) -> Comparison:
+    assert table.loss is not None  # quantize measures it
+    losses = measure_rows(rows, table)
+    of_rows = np.flatnonzero(~np.isnan(losses))
+    worst = int(of_rows[losses[of_rows].argmax()]) if of_rows.size else 0
+    shown = np.quantile(losses[of_rows], QUANTILES) if of_rows.size else np.zeros(len(QUANTILES))
+    shared = 0 if table.codebooks is None else table.codebooks.nbytes
+    bytes_per_row = (table.nbytes - shared) / len(rows) + shared / num_embeddings
+    return Comparison(
+        table=name,
+        method=variant.spec,
+        bits=variant.bits,
+        param_dtype=table.row_format.param_dtype,
+        rotate=variant.rotate,
+        layout=table.layout,
+        loss=table.loss,
+        bytes_per_row=bytes_per_row,
+        share_of_float32=bytes_per_row / (4 * rows.shape[1]),
+        worst_row=int(numbers[worst]),
+        worst_row_loss=float(losses[worst]) if of_rows.size else 0.0,
+        row_losses=tuple(map(float, shown)),
+        rows_per_second=len(rows) / seconds,
+    )
+
+
+def measure_rows(rows: NDArray[Any], table: PackedTable) -> NDArray[np.float64]:
+    """Measure the normalized l2 loss of each row [n], a few at a time; NaN for a row of zeros."""
+    losses = np.empty(len(rows))
+    step = span_rows(rows.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, min(start + step, len(rows)))
+        values = rows[part].astype(np.float64)
+        errors = values - table[np.arange(part.start, part.stop)]
+        norms = np.sqrt(np.square(values).sum(axis=1))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            losses[part] = np.where(norms > 0, np.sqrt(np.square(errors).sum(axis=1)) / norms, math.nan)
+    return losses

@@ -1,0 +1,238 @@
+"""Methods side by side on the tables of a checkpoint, and which of them to choose."""
+
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.chunks import chunk_rows
+from embpack.comparison.array import Comparison, Skipped, compare_rows
+from embpack.comparison.front import find_front
+from embpack.formats import SourceTensor
+from embpack.formats.dtypes import ARRAY_DTYPES
+from embpack.layouts import RowFormat
+from embpack.rows import spread_rows, widen
+from embpack.rules import Decision
+from embpack.variant import Variant
+
+# About the bytes of something are not more than so many times as many: room for what all rows share.
+ABOUT = 1.01
+
+
+@dataclass(frozen=True)
+class TableComparison:
+    """What a table comes to.
+
+    Attributes:
+        rows_measured: those of the sample, packed as a table of their own, or all.
+        square_norm: sum of the squares of their values.
+        results: one for each way in which the table could be packed.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    dtype: str
+    rows_measured: int
+    square_norm: float
+    results: tuple[Comparison, ...]
+    skipped: tuple[Skipped, ...]
+
+    def describe_sample(self) -> str:
+        """Say what was measured."""
+        table = f"{self.num_embeddings:,} rows of {self.embedding_dim} {self.dtype} values"
+        if self.rows_measured == self.num_embeddings:
+            return f"{table}, all measured"
+        return f"{table}, {self.rows_measured:,} of them measured, evenly spread"
+
+
+@dataclass(frozen=True)
+class Total(Comparison):
+    """What all tables together come to, each sample standing for all rows of its table.
+
+    Attributes:
+        worst_table: the table that worst_row is in; row_losses is empty.
+    """
+
+    worst_table: str
+
+
+@dataclass(frozen=True)
+class FileComparison:
+    """What the tables of a checkpoint come to.
+
+    Attributes:
+        src: of the checkpoint.
+        tables: in file order, at least one.
+        include, exclude: globs that chose them.
+        threads: that packed them.
+    """
+
+    src: Path
+    tables: tuple[TableComparison, ...]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    threads: int
+
+    @cached_property
+    def overall(self) -> Sequence[Comparison]:
+        """What to choose by: totals of several tables, or the results of the only one."""
+        return sum_tables(self.tables) if len(self.tables) > 1 else self.tables[0].results
+
+    @property
+    def front(self) -> list[Comparison]:
+        """The best way at each size."""
+        return find_front(self.overall)
+
+    @property
+    def recommended(self) -> Comparison | None:
+        """The way for a user who names no size: the least loss in about the bytes of the default way.
+
+        Where nothing that small was measured, the smallest; None if nothing is smaller than float32.
+        """
+        front = self.front
+        fitting = [result for result in front if result.bytes_per_row <= ABOUT * self.default_bytes]
+        if fitting:
+            return fitting[-1]
+        return front[0] if front else None
+
+    @property
+    def default_bytes(self) -> float:
+        """Bytes a row that quantize's defaults take."""
+        rows = sum(table.num_embeddings for table in self.tables)
+        packed = sum(table.num_embeddings * RowFormat(table.embedding_dim).row_bytes for table in self.tables)
+        return packed / rows
+
+    def write_command(self, result: Comparison) -> str:
+        """Write the command that packs the checkpoint in one way, ready for a shell."""
+        words = ["embpack", "quantize", str(self.src), str(_name_packed(self.src, result.bits))]
+        words += ["--method", result.method, "--bits", str(result.bits), "--param-dtype", result.param_dtype]
+        words += ["--rotate", result.rotate] if result.rotate else []
+        for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
+            words += [word for glob in globs for word in (option, glob)]
+        return shlex.join(words)
+
+
+def count_rows(decision: Decision, most: int | None) -> int:
+    """Count the rows of a table that are measured; most None is all."""
+    rows = decision.tensor.shape[0]
+    return rows if most is None else min(rows, most)
+
+
+def compare_table(
+    decision: Decision,
+    variants: Sequence[Variant],
+    most_rows: int | None,
+    progress: Callable[[str, int], None] = lambda name, rows: None,
+) -> TableComparison:
+    """Compare on one table of a checkpoint.
+
+    Args:
+        decision: on a tensor that is a table.
+        variants: how to pack it.
+        most_rows: of a larger table this many rows are measured, evenly spread; None is all, in memory.
+        progress: called with the table's name and the number of rows for each variant that is done.
+
+    Raises:
+        FormatError: the source is damaged.
+        ValueError: a value that was looked at is NaN or infinite, or no variant can be done.
+    """
+    tensor = decision.tensor
+    numbers = spread_rows(tensor.shape[0], count_rows(decision, most_rows))
+    return compare_sample(
+        _read_rows(tensor, numbers), decision.dtype, variants, tensor.name, numbers, tensor.shape[0], progress
+    )
+
+
+def compare_sample(
+    rows: NDArray[Any],
+    dtype: str,
+    variants: Sequence[Variant],
+    name: str,
+    numbers: NDArray[np.int64],
+    num_embeddings: int,
+    progress: Callable[[str, int], None],
+) -> TableComparison:
+    """Compare on a sample of a table's rows.
+
+    Args:
+        rows: float32 or float16 [n, embedding_dim].
+        dtype: what the weights are.
+        variants: how to pack them.
+        name: of the table.
+        numbers: int64 [n], of the rows in the table.
+        num_embeddings: rows of the table.
+        progress: called with the name and n for each variant that is done.
+
+    Raises:
+        ValueError: a value is NaN or infinite, or no variant can be done.
+    """
+    results, skipped = compare_rows(rows, variants, name, numbers, num_embeddings, progress)
+    return TableComparison(
+        name=name,
+        num_embeddings=num_embeddings,
+        embedding_dim=rows.shape[1],
+        dtype=dtype,
+        rows_measured=len(rows),
+        square_norm=float(np.einsum("ij,ij->", rows, rows, dtype=np.float64)),
+        results=tuple(results),
+        skipped=tuple(skipped),
+    )
+
+
+def _read_rows(tensor: SourceTensor, numbers: NDArray[np.int64]) -> NDArray[Any]:
+    """Read chosen rows, in rising order, as float32 or float16."""
+    step = chunk_rows(tensor.shape[1])
+    rows = np.empty((len(numbers), tensor.shape[1]), ARRAY_DTYPES[tensor.dtype])
+    for i, chunk in enumerate(tensor.chunks(step)):
+        begin, end = np.searchsorted(numbers, (i * step, i * step + len(chunk)))
+        rows[begin:end] = chunk[numbers[begin:end] - i * step]
+    return widen(rows) if tensor.dtype == "BF16" else rows
+
+
+def sum_tables(tables: Sequence[TableComparison]) -> list[Total]:
+    """Sum up what was measured on every table: one Total for each variant that all tables could be packed in."""
+    by_table = [{result.variant: result for result in table.results} for table in tables]
+    everywhere = [variant for variant in by_table[0] if all(variant in results for results in by_table)]
+    return [_sum(tables, [results[variant] for results in by_table]) for variant in everywhere]
+
+
+def _sum(tables: Sequence[TableComparison], results: Sequence[Comparison]) -> Total:
+    squares = [table.square_norm * table.num_embeddings / table.rows_measured for table in tables]
+    errors = [result.loss**2 * square for result, square in zip(results, squares, strict=True)]
+    rows = [table.num_embeddings for table in tables]
+    packed = sum(result.bytes_per_row * n for result, n in zip(results, rows, strict=True))
+    plain = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
+    worst = max(results, key=lambda result: result.worst_row_loss)
+    layouts = dict.fromkeys(result.layout for result in results)
+    return Total(
+        table="total",
+        method=worst.method,
+        bits=worst.bits,
+        param_dtype=worst.param_dtype,
+        rotate=worst.rotate,
+        layout=", ".join(layouts),
+        loss=math.sqrt(sum(errors) / sum(squares)) if sum(squares) else 0.0,
+        bytes_per_row=packed / sum(rows),
+        share_of_float32=packed / plain,
+        worst_row=worst.worst_row,
+        worst_row_loss=worst.worst_row_loss,
+        row_losses=(),
+        rows_per_second=sum(rows) / sum(n / result.rows_per_second for result, n in zip(results, rows, strict=True)),
+        worst_table=worst.table,
+    )
+
+
+def _name_packed(src: Path, bits: float) -> Path:
+    """Name the packed checkpoint, beside the source: a folder if that is in shards."""
+    if src.is_dir() or src.suffix == ".json":
+        folder = src if src.is_dir() else src.parent
+        folder = folder if folder.name else folder.resolve()
+        return folder.with_name(f"{folder.name}-{bits}bit")
+    return src.with_name(f"{src.stem}-{bits}bit.safetensors")

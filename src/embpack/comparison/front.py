@@ -1,0 +1,39 @@
+"""The results that no other beats, and what they are called."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from embpack.comparison.array import Comparison
+
+Result = TypeVar("Result", bound=Comparison)
+
+
+# A rotation counts only if the loss without it is so many times as much: lookups have to undo it.
+_LEAST_GAIN = 1.01
+
+
+def find_front(results: Sequence[Result]) -> list[Result]:
+    """Find the Pareto front: the results that are smaller than float32 and that no other beats.
+
+    A result beats another if it has fewer bytes and no more loss, or less loss and no more bytes; of equal ones the
+    first counts. Results of rotated rows are left out unless they lose 1 % less than the same without rotation. The
+    front comes by rising bytes, that is, by falling loss.
+    """
+    plain = {result.variant: result.loss for result in results if result.rotate is None}
+    front: list[Result] = []
+    for result in sorted(results, key=lambda result: (result.bytes_per_row, result.loss)):
+        unrotated = plain.get(replace(result.variant, rotate=None), math.inf)
+        if result.rotate is not None and unrotated < _LEAST_GAIN * result.loss:
+            continue
+        if result.share_of_float32 < 1 and (not front or result.loss < front[-1].loss):
+            front.append(result)
+    return front
+
+
+def name_variant(result: Comparison, others: Iterable[Comparison]) -> str:
+    """Name a result as short as tells it from the others of the same method and bits."""
+    name = result.variant.name
+    twins = {other.param_dtype for other in others if (other.variant.name, other.bits) == (name, result.bits)}
+    return f"{name}, {result.param_dtype}" if len(twins) > 1 else name

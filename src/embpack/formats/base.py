@@ -1,0 +1,254 @@
+"""What is read and what is written, whatever the format: tensors in chunks, and the files they are in."""
+
+import math
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.errors import FormatError
+from embpack.formats.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of which any range of rows can be read; rows are entries of axis 0, a 0-d tensor is one row.
+
+    What is read is C-contiguous, aligned, of the machine's byte order, and may be read-only. BF16 is uint16, 8-bit
+    floats are uint8. Types smaller than a byte come as 1-D uint8, the tensor's bytes, and their ranges must begin
+    and end at whole bytes.
+
+    Attributes:
+        name: under which the checkpoint has it.
+        shape: of the whole tensor.
+        dtype: its safetensors name, such as "F32" or "BF16".
+        iter_rows: what a format provides, and read and chunks are made of: called with start < stop and n, yields
+            rows [start, stop), n at a time but the last; a 0-d tensor as one 0-d array.
+        is_vectors: the format itself says that these are vectors: the array of an .npy file, a column of
+            fixed-size lists in a Parquet file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    iter_rows: Callable[[int, int, int], Iterator[NDArray[Any]]]
+    is_vectors: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        return count_bytes(self.dtype, self.shape)
+
+    def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Read rows [start, stop), or all from start on, as one array: a view of a mapped file where that can be.
+
+        Raises:
+            FormatError: the file is damaged.
+            ValueError: there are no such rows.
+        """
+        start, stop = self._check_range(start, stop)
+        if start == stop or not self.nbytes:
+            shape = (0,) if self.dtype in PACKED_DTYPES else (stop - start, *self.shape[1:])
+            return np.empty(shape, ARRAY_DTYPES[self.dtype])
+        [rows] = self.iter_rows(start, stop, stop - start)
+        return rows
+
+    def chunks(self, n: int, start: int = 0, stop: int | None = None) -> Iterator[NDArray[Any]]:
+        """Yield rows [start, stop), or all from start on, in order: n at a time but the last, in bounded memory.
+
+        Raises:
+            FormatError: when it comes to where the file is damaged.
+            ValueError: there are no such rows, or n is not positive.
+        """
+        start, stop = self._check_range(start, stop)
+        if n < 1:
+            raise ValueError(f"tensor {self.name!r} is to be read {n} rows at a time; give a positive number")
+        return self.iter_rows(start, stop, n) if start < stop else iter(())
+
+    def _check_range(self, start: int, stop: int | None) -> tuple[int, int]:
+        length = self.shape[0] if self.shape else 1
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise ValueError(
+                f"tensor {self.name!r} has no rows [{start}, {stop}), its shape is {list(self.shape)}; give "
+                f"0 <= start <= stop <= {length}"
+            )
+        if self.dtype in PACKED_DTYPES and start < stop:
+            whole = length // math.gcd(length, self.nbytes)
+            if start % whole or stop % whole:
+                raise ValueError(
+                    f"tensor {self.name!r} is {self.dtype} of shape {list(self.shape)}, and rows [{start}, {stop}) "
+                    f"begin or end within a byte; give multiples of {whole}"
+                )
+        return start, stop
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a checkpoint.
+
+    Attributes:
+        file_name: "model-00001-of-00002.safetensors"; relative to the checkpoint's folder.
+        tensors: in the order in which they lie in the file.
+        metadata: of a safetensors header; elsewhere empty.
+    """
+
+    file_name: str
+    tensors: tuple[SourceTensor, ...]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint.
+
+    Attributes:
+        path: of the file, or of the index where it is in shards.
+        shards: its files; just one where it is not in shards.
+        index_name: "model.safetensors.index.json" where it is in shards.
+        left_out: notes on what is there but is no tensor that can be read, "column 'word' (string)".
+    """
+
+    path: Path
+    shards: tuple[Shard, ...]
+    index_name: str | None = None
+    left_out: tuple[str, ...] = ()
+
+
+def find_repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that was there before; None if all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def refuse_repeated(path: Path, names: Iterable[str]) -> None:
+    """Raise FormatError if a file has a name more than once."""
+    repeated = find_repeated(names)
+    if repeated is not None:
+        raise FormatError(f"{path}: {repeated!r} is there twice, and which one is meant cannot be told")
+
+
+def iter_slices(start: int, stop: int, n: int) -> Iterator[slice]:
+    """Cut [start, stop) into slices of n, but the last."""
+    for first in range(start, stop, n):
+        yield slice(first, min(first + n, stop))
+
+
+def rechunk(chunks: Iterable[NDArray[Any]], n: int) -> Iterator[NDArray[Any]]:
+    """Cut and join chunks along axis 0 so that they have n entries each, but the last.
+
+    A chunk that comes in may be overwritten by the next one: what is held back is copied.
+    """
+    held: list[NDArray[Any]] = []
+    count = 0
+    for chunk in chunks:
+        rest = chunk
+        while count + len(rest) >= n:
+            head, rest = rest[: n - count], rest[n - count :]
+            yield np.concatenate([*held, head]) if held else head
+            held, count = [], 0
+        if len(rest):
+            held.append(rest.copy())
+            count += len(rest)
+    if held:
+        yield np.concatenate(held)
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor to write.
+
+    Attributes:
+        name: under which readers find it.
+        dtype: its safetensors name, such as "F32" or "BF16".
+        shape: of the whole tensor.
+        chunks: called once; yields C-contiguous arrays that together, in order, are the tensor's values; of
+            the types of SourceTensor. A chunk may be overwritten by the next one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[NDArray[Any]]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        return count_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class OutShard:
+    """A file to write.
+
+    Attributes:
+        file_name: used where a checkpoint has several files; relative to its folder.
+        tensors: in the order in which they are to lie in the file.
+        metadata: called after all chunks have been written; goes into a safetensors header, other formats
+            have no place for it.
+        metadata_room: bytes of json.dumps(metadata()) at most.
+    """
+
+    file_name: str
+    tensors: tuple[OutTensor, ...]
+    metadata: Callable[[], dict[str, str]] = dict
+    metadata_room: int = 0
+
+
+def iter_checked(tensor: OutTensor) -> Iterator[NDArray[Any]]:
+    """Yield a tensor's chunks, and see to it that they are what was promised.
+
+    Raises:
+        ValueError: a chunk is of another type, or all of them are more or fewer bytes than the shape takes.
+    """
+    expected = ARRAY_DTYPES[tensor.dtype]
+    written = 0
+    for chunk in tensor.chunks():
+        if chunk.dtype != expected:
+            raise ValueError(
+                f"tensor {tensor.name!r}: a chunk is {chunk.dtype}, but {tensor.dtype} comes as {expected}"
+            )
+        written += chunk.nbytes
+        if written > tensor.nbytes:
+            break
+        yield np.ascontiguousarray(chunk)
+    if written != tensor.nbytes:
+        so_far = "at least " if written > tensor.nbytes else ""
+        raise ValueError(
+            f"tensor {tensor.name!r}: its chunks are {so_far}{written} bytes, but {tensor.dtype} of shape "
+            f"{list(tensor.shape)} takes {tensor.nbytes}"
+        )
+
+
+def iter_entries(tensor: OutTensor) -> Iterator[NDArray[Any]]:
+    """Yield checked chunks that are cut along axis 0: [n, *shape[1:]].
+
+    Raises:
+        ValueError: a chunk ends within an entry, and what iter_checked raises.
+    """
+    for chunk in iter_checked(tensor):
+        if chunk.ndim != len(tensor.shape) or chunk.shape[1:] != tensor.shape[1:]:
+            raise ValueError(
+                f"tensor {tensor.name!r}: a chunk has shape {list(chunk.shape)}, which is no part of "
+                f"{list(tensor.shape)} along axis 0"
+            )
+        yield chunk
+
+
+def as_bytes(chunk: NDArray[Any]) -> memoryview:
+    """View a C-contiguous array as its bytes, without a copy."""
+    return chunk.reshape(-1).view(np.uint8).data
+
+
+def refuse_dtypes(path: Path, shard: OutShard, allowed: Container[str], ways_out: str) -> None:
+    """Raise ValueError where a tensor's type has no place in a format; allowed: what has one."""
+    for tensor in shard.tensors:
+        if tensor.dtype not in allowed:
+            raise ValueError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which it cannot hold; {ways_out}")

@@ -1,0 +1,218 @@
+"""Parquet files, whose columns are tensors."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from embpack.errors import FormatError
+from embpack.formats.base import (
+    Checkpoint,
+    OutShard,
+    OutTensor,
+    Shard,
+    SourceTensor,
+    find_repeated,
+    iter_entries,
+    rechunk,
+    refuse_dtypes,
+)
+
+DTYPES = {
+    "BOOL": pa.bool_(),
+    "I8": pa.int8(),
+    "I16": pa.int16(),
+    "I32": pa.int32(),
+    "I64": pa.int64(),
+    "U8": pa.uint8(),
+    "U16": pa.uint16(),
+    "U32": pa.uint32(),
+    "U64": pa.uint64(),
+    "F16": pa.float16(),
+    "F32": pa.float32(),
+    "F64": pa.float64(),
+}
+"""Arrow's type of each safetensors name that a column can hold."""
+
+VECTOR_DTYPES = ("F16", "F32", "F64")
+"""What the values of vectors can be."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Without a small buffer, or with pre_buffer, Arrow reads columns of row groups whole.
+_BUFFER_BYTES = 1 << 20
+# Rows that are only looked over, or passed by, come in batches of about this many values.
+_BATCH_VALUES = 1 << 16
+_GROUP_BYTES = 1 << 24
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Checkpoint]:
+    """Open a Parquet file: fixed-size lists of floats are 2-D tensors, columns of numbers 1-D ones.
+
+    Raises:
+        FormatError: it is not one, or damaged.
+    """
+    tensors, left_out = [], []
+    with _open_file(path) as file:
+        schema, num_rows = file.schema_arrow, file.metadata.num_rows
+        repeated = find_repeated(schema.names)
+        if repeated is not None:
+            raise FormatError(f"{path}: column {repeated!r} is there twice; rename one")
+        for field in schema:
+            reason = _why_left_out(path, file, field)
+            if reason:
+                left_out.append(f"column {field.name!r} ({reason})")
+            else:
+                tensors.append(_make_tensor(path, field, num_rows))
+    yield Checkpoint(path, (Shard(path.name, tuple(tensors)),), left_out=tuple(left_out))
+
+
+@contextmanager
+def _open_file(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        cause = " ".join(str(error).split())  # Thrift's are of several lines
+        raise FormatError(f"{path}: not a Parquet file, or damaged: {cause}") from error
+
+
+def _why_left_out(path: Path, file: pq.ParquetFile, field: pa.Field) -> str | None:
+    """Say why a column cannot be carried over; None if it can."""
+    dtype = field.type
+    if pa.types.is_fixed_size_list(dtype):
+        return None if _NAMES.get(dtype.value_type) in VECTOR_DTYPES else str(dtype)
+    if pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
+        return f"{dtype}; for vectors cast it to a fixed-size list, column.cast(pa.list_(pa.float32(), d))"
+    if dtype not in _NAMES:
+        return str(dtype)
+    return f"{dtype}, with nulls" if _has_nulls(path, file, field.name) else None
+
+
+def _has_nulls(path: Path, file: pq.ParquetFile, name: str) -> bool:
+    """Ask the statistics of a column, or read it where a row group has none."""
+    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    statistics = [column.statistics for column in columns if column.path_in_schema == name]
+    if all(known is not None and known.has_null_count for known in statistics):
+        return any(known.null_count for known in statistics)
+    return any(column.null_count for column in _Column(path, name).iter_arrow(0, file.metadata.num_rows, 1))
+
+
+def _make_tensor(path: Path, field: pa.Field, num_rows: int) -> SourceTensor:
+    if pa.types.is_fixed_size_list(field.type):
+        dim = field.type.list_size
+        iter_rows = _Column(path, field.name, dim).iter_rows
+        return SourceTensor(field.name, (num_rows, dim), _NAMES[field.type.value_type], iter_rows, is_vectors=True)
+    return SourceTensor(field.name, (num_rows,), _NAMES[field.type], _Column(path, field.name).iter_rows)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of a file; list_size: of its vectors, None where it is numbers."""
+
+    path: Path
+    name: str
+    list_size: int | None = None
+
+    def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
+        """Yield rows [start, stop), n at a time; row groups without any of them are not read."""
+        columns = self.iter_arrow(start, stop, n)
+        if self.list_size is None:
+            return rechunk((column.to_numpy(zero_copy_only=False) for column in columns), n)
+        return rechunk(self._iter_vectors(columns, start, self.list_size), n)
+
+    def iter_arrow(self, start: int, stop: int, n: int) -> Iterator[pa.Array]:
+        """Yield rows [start, stop) as Arrow arrays, of n rows at most unless these are few values."""
+        with _open_file(self.path) as file:
+            at, groups = _find_groups(file.metadata, start, stop)
+            batch_rows = max(n, _BATCH_VALUES // (self.list_size or 1))
+            for batch in file.iter_batches(batch_rows, groups, columns=[self.name], use_threads=False):
+                # A name with a dot in it may bring others along.
+                column = batch.column(batch.schema.get_field_index(self.name))
+                first, last = max(start - at, 0), min(stop - at, len(column))
+                at += len(column)
+                if first < last:
+                    yield column.slice(first, last - first)
+                if at >= stop:
+                    return
+
+    def _iter_vectors(self, columns: Iterable[pa.Array], row: int, dim: int) -> Iterator[NDArray[Any]]:
+        """Yield vectors, row being the first one's."""
+        where = f"{self.path}: column {self.name!r}"
+        for column in columns:
+            if column.null_count:
+                at = row + column.is_null().index(True).as_py()
+                raise ValueError(f"{where} is null in row {at}; drop such rows or fill them")
+            values = column.flatten()
+            if values.null_count:
+                at, element = divmod(values.is_null().index(True).as_py(), dim)
+                raise ValueError(f"{where} is null at [{row + at}, {element}]; drop such rows or fill them")
+            yield values.to_numpy().reshape(len(column), dim)
+            row += len(column)
+
+
+def _find_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[int, list[int]]:
+    """Return the row groups that hold rows [start, stop), and the row that the first of them begins with."""
+    lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    ends = list(accumulate(lengths))
+    groups = [group for group, end in enumerate(ends) if start < end and end - lengths[group] < stop]
+    return ends[groups[0]] - lengths[groups[0]] if groups else 0, groups
+
+
+def write_parquet(file: BinaryIO, path: Path, shard: OutShard) -> None:
+    """Write columns, a row group at a time: 2-D tensors as fixed-size lists, 1-D tensors as numbers.
+
+    Raises:
+        ValueError: a tensor has another shape or a type that a column cannot have, or numbers of rows differ.
+    """
+    refuse_dtypes(path, shard, DTYPES, "write .safetensors or .pt")
+    schema = pa.schema([(tensor.name, _column_type(path, tensor)) for tensor in shard.tensors])
+    num_rows = _count_rows(path, shard.tensors)
+    row_bytes = sum(tensor.nbytes for tensor in shard.tensors) // max(1, num_rows)
+    group_rows = max(1, _GROUP_BYTES // max(1, row_bytes))
+    columns = [_iter_columns(tensor, group_rows) for tensor in shard.tensors]
+    # Dictionaries pay for values that repeat; weights do not.
+    with pq.ParquetWriter(file, schema, use_dictionary=False) as writer:
+        for group in zip(*columns, strict=True):
+            writer.write_table(pa.Table.from_arrays(list(group), schema=schema), row_group_size=group_rows)
+
+
+def _column_type(path: Path, tensor: OutTensor) -> pa.DataType:
+    dtype = DTYPES[tensor.dtype]
+    if len(tensor.shape) == 1:
+        return dtype
+    if len(tensor.shape) == 2 and tensor.dtype in VECTOR_DTYPES and tensor.shape[1] > 0:
+        return pa.list_(dtype, tensor.shape[1])
+    raise ValueError(
+        f"{path}: tensor {tensor.name!r} is {tensor.dtype} of shape {list(tensor.shape)}; a column holds "
+        f"numbers [N] or vectors [N, d] of {', '.join(VECTOR_DTYPES)}; write .safetensors or .pt"
+    )
+
+
+def _count_rows(path: Path, tensors: tuple[OutTensor, ...]) -> int:
+    if not tensors:
+        raise ValueError(f"{path}: there are no tensors, but a Parquet file has at least one column")
+    first = tensors[0]
+    for tensor in tensors[1:]:
+        if tensor.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"{path}: tensor {first.name!r} has {first.shape[0]} rows and {tensor.name!r} has "
+                f"{tensor.shape[0]}, but columns are of one length; write .safetensors or .pt"
+            )
+    return first.shape[0]
+
+
+def _iter_columns(tensor: OutTensor, group_rows: int) -> Iterator[pa.Array]:
+    """Yield a tensor's Arrow arrays, one a row group."""
+    for rows in rechunk(iter_entries(tensor), group_rows):
+        values = pa.array(rows.reshape(-1))
+        yield values if rows.ndim == 1 else pa.FixedSizeListArray.from_arrays(values, rows.shape[1])

@@ -1,0 +1,111 @@
+"""Methods that choose a clipping range for each row, which becomes its scale and bias."""
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack import _native
+from embpack._native import SearchParams
+from embpack.chunks import span_rows
+from embpack.layouts import RowFormat
+from embpack.methods.base import Chunks, Method, Packer, Sums
+from embpack.reference import Row
+from embpack.rows import widen
+from embpack.table import PackedTable
+
+
+@dataclass(frozen=True)
+class UniformMethod(Method):
+    """Chooses the clipping range of each row.
+
+    Class attributes:
+        kernel: the native search that does the same as ``search``.
+        takes_error_weights: whether ``search`` takes a third argument, weights of the squared errors, float32 [d].
+    """
+
+    layout: ClassVar[str] = "uniform"
+    kernel: ClassVar[str]
+    takes_error_weights: ClassVar[bool] = False
+
+    @abstractmethod
+    def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
+        """Return the clipping range (xmin, xmax) of the row ``x``, float32 [d]: the specification."""
+
+    def search_params(self) -> SearchParams:
+        """The parameters, as the native search takes them."""
+        return SearchParams()
+
+    def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
+        """Nothing is to be known."""
+        return UniformPacker(self, row_format, name)
+
+
+@dataclass(frozen=True, eq=False)
+class UniformPacker(Packer):
+    """Packs rows, each with the scale and bias that its method chooses.
+
+    Attributes:
+        error_weights: of the squared errors, float32 [1 or num_embeddings, 1 or embedding_dim]; None: all are 1.
+    """
+
+    params: ClassVar[str] = "scale or bias"
+
+    method: UniformMethod
+    error_weights: NDArray[np.float32] | None = None
+
+    def weigh_errors(self, weights: Any, num_embeddings: int) -> Packer:
+        """Make a packer that counts squared errors by weights."""
+        if not self.method.takes_error_weights:
+            return super().weigh_errors(weights, num_embeddings)
+        shape = num_embeddings, self.row_format.embedding_dim
+        array = as_error_weights(weights, shape)
+        if self.row_format.rotation is not None and array.shape[1] > 1:
+            raise ValueError(
+                f"error_weights have {array.shape[1]} columns, but with rotate={self.row_format.rotation!r} a packed "
+                "value is of many columns; give weights by rows, [num_embeddings, 1], or leave rotate out"
+            )
+        return replace(self, error_weights=array)
+
+    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int) -> tuple[int, int, list[Sums]]:
+        form, weights = self.row_format.form, self._weights_of(start, len(rows))
+        how = (self.method.kernel, self.method.search_params(), form.bits, self.row_format.has_f16_params)
+        fault, row, sums = _native.quantize(rows, *how, span_rows(form.embedding_dim), packed, weights)
+        return fault, row, sums if weights is None or fault else [self._sum_by_weights(rows, packed, weights)]
+
+    def _weights_of(self, start: int, num_rows: int) -> NDArray[np.float32] | None:
+        """The error weights of some rows, contiguous, in a row for all of them or in one for each."""
+        weights = self.error_weights
+        if weights is None:
+            return None
+        if len(weights) > 1:
+            weights = weights[start : start + num_rows]
+        return np.ascontiguousarray(np.broadcast_to(weights, (len(weights), self.row_format.embedding_dim)))
+
+    def _sum_by_weights(self, rows: NDArray[Any], packed: NDArray[np.uint8], weights: NDArray[np.float32]) -> Sums:
+        """Weighted sums of the squared errors and of the squares."""
+        values = widen(rows).astype(np.float64)
+        errors = values - PackedTable(packed, self.row_format).as_packed.dequantize()
+        error, square = (float((np.square(part) * weights).sum()) for part in (errors, values))
+        return error, square
+
+
+def as_error_weights(values: Any, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Make error weights an array, float32 [1 or num_embeddings, 1 or embedding_dim].
+
+    Raises:
+        ValueError: they are not of these shapes, or one is negative, NaN or infinite.
+    """
+    weights = np.atleast_2d(np.asarray(values.detach() if hasattr(values, "detach") else values, np.float32))
+    if weights.ndim != 2 or any(own not in (1, whole) for own, whole in zip(weights.shape, shape, strict=True)):
+        raise ValueError(
+            f"error_weights have shape {list(np.shape(values))}; for a table of {shape[0]} x {shape[1]} they are "
+            f"[{shape[1]}] by columns, [{shape[0]}, 1] by rows, or [{shape[0]}, {shape[1]}]"
+        )
+    wrong = np.argwhere(~((weights >= 0) & (weights < np.inf)))
+    if len(wrong):
+        row, column = wrong[0]
+        raise ValueError(f"error_weights[{row}, {column}] is {weights[row, column]}; weights are finite and at least 0")
+    return weights

@@ -1,0 +1,90 @@
+"""Array in, packed table out; and ranges of rows of a table that is packed piece by piece."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.chunks import iter_chunks
+from embpack.methods import DEFAULT_METHOD, Method, Packer, measure_loss
+from embpack.methods.base import Sums
+from embpack.rows import as_rows
+from embpack.table import PackedTable
+from embpack.variant import Variant
+
+
+def quantize(
+    weight: Any,
+    method: str | Method = DEFAULT_METHOD,
+    bits: float = 4,
+    param_dtype: str | None = None,
+    *,
+    error_weights: Any = None,
+    rotate: str | None = None,
+) -> PackedTable:
+    """Pack a trained embedding table: rows become codes of a few bits, and what these stand for is chosen by a method.
+
+    Args:
+        weight: [num_embeddings, embedding_dim] of float32, float16 or bfloat16; NumPy or PyTorch, contiguous or
+            not.
+        method: what chooses each row's scale and bias, its codebook, or what all rows share: a name in
+            embpack.METHODS, with parameters if need be ("greedy:b=1000,r=0.5"), or a Method.
+        bits: a code, 2, 4 or 8; for "trellis" any number from 2 to 7, for the bytes of a uniform row of so many.
+        param_dtype: of scale and bias or of codebooks, "float16" or "float32"; None is float16, but for uniform
+            rows at 8 bits float32, which makes rows that PyTorch and FBGEMM read, and for "trellis", too, which has
+            nothing else.
+        error_weights: what squared errors count, at least 0: [embedding_dim] by columns, such as the mean second
+            moments of the columns' gradients; [num_embeddings, 1] by rows, such as access counts; or of each value,
+            [num_embeddings, embedding_dim]. For "optimal". None: all count the same.
+        rotate: "hadamard" multiplies rows by a fixed orthogonal matrix before they are packed, and lookups undo it:
+            less loss where values are heavy-tailed (embpack.rotation). Error weights are then by rows only, for a
+            packed value is of many columns.
+
+    Returns:
+        A PackedTable; its ``loss`` is what packing cost, with the error_weights.
+
+    Raises:
+        TypeError: weight is of another type.
+        ValueError: weight is not 2-D, is empty or has NaN or infinity; a row's scale or bias overflows
+            param_dtype; no such method, bits or rotation; error_weights are not as above.
+
+    Source: Guan et al. 2019; with method="asym" the bytes of torch.ops.quantized.embedding_bag_4bit_prepack.
+    """
+    return pack(weight, Variant(method, bits, param_dtype, rotate), error_weights)
+
+
+def pack(weight: Any, variant: Variant, error_weights: Any = None) -> PackedTable:
+    """Do what quantize does, given one value for how to pack."""
+    rows, dtype = as_rows(weight)
+    row_format = variant.make_row_format(rows.shape[1])
+    packer = variant.parsed_method.fit(lambda: iter_chunks(rows, variant.rotate), len(rows), row_format)
+    if error_weights is not None:
+        packer = packer.weigh_errors(error_weights, len(rows))
+    packed, done, sums = np.empty((len(rows), row_format.row_bytes), np.uint8), 0, []
+    for chunk in iter_chunks(rows, variant.rotate):
+        sums += packer.pack(chunk, packed[done : done + len(chunk)], done)
+        done += len(chunk)
+    return PackedTable(packed, row_format, dtype, packer.spec, measure_loss(sums), **packer.beside())
+
+
+def iter_packed(
+    packer: Packer, chunks: Iterable[NDArray[Any]], start: int = 0
+) -> Iterator[tuple[NDArray[np.uint8], list[Sums]]]:
+    """Pack a range of a table's rows.
+
+    Args:
+        packer: of the table.
+        chunks: the rows, as Packer.pack takes them.
+        start: number of their first row in the table.
+
+    Yields:
+        Packed rows, which the next ones overwrite, and what Packer.pack returns of them.
+    """
+    room = np.empty((0, packer.row_format.row_bytes), np.uint8)
+    for rows in chunks:
+        if len(rows) > len(room):
+            room = np.empty((len(rows), packer.row_format.row_bytes), np.uint8)
+        packed = room[: len(rows)]
+        yield packed, packer.pack(rows, packed, start)
+        start += len(rows)

@@ -1,0 +1,336 @@
+"""Which method and how many bits each table of a model gets: the least error in the bytes that there are."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.comparison.array import Comparison
+from embpack.comparison.checkpoint import ABOUT, TableComparison, compare_sample, compare_table
+from embpack.comparison.front import find_front
+from embpack.convert import check_max_loss
+from embpack.formats import open_checkpoint
+from embpack.layouts import LAYOUTS, ROTATIONS, RowFormat
+from embpack.methods import DEFAULT_METHOD
+from embpack.rows import as_rows, spread_rows, widen
+from embpack.rules import Decision, Rules, decide_all
+from embpack.variant import Variant
+
+# What tables are tried with if nobody says.
+VARIANTS = tuple(
+    Variant(method, bits, rotate=rotate)
+    for method, each in ((DEFAULT_METHOD, (2, 4, 8)), ("kmeans", (2, 4)), ("trellis", (2, 2.5, 3, 3.5, 4, 5, 6, 7)))
+    for bits in each
+    for rotate in (None, *ROTATIONS)
+)
+# Rows that a table is measured by, evenly spread.
+SAMPLE_ROWS = 20_000
+# Sums of choices that are gone on with after each table: few tables never have more, many lose next to nothing.
+MOST_SUMS = 1 << 14
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class PlannedTable:
+    """What a table becomes.
+
+    Attributes:
+        variant: how it is packed.
+        num_bytes: of the packed table.
+        loss: normalized l2 loss, measured on a sample.
+        reason: for the user to read.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    variant: Variant
+    num_bytes: int
+    loss: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of all tables; print shows it as a table.
+
+    Attributes:
+        tables: in the model's order.
+        loss: normalized l2 loss over all, each row counted as often as it is looked up, where that is known.
+        float32_bytes: of the tables before.
+    """
+
+    tables: tuple[PlannedTable, ...]
+    loss: float
+    float32_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all packed tables."""
+        return sum(table.num_bytes for table in self.tables)
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """How each table is packed, by name: what quantize_file takes."""
+        return {table.name: table.variant for table in self.tables}
+
+    def __str__(self) -> str:
+        rows = [("table", "rows", "dim", "method", "bits", "bytes", "l2 loss", "why")]
+        rows += [
+            (
+                table.name,
+                f"{table.num_embeddings:,}",
+                str(table.embedding_dim),
+                table.variant.name,
+                str(table.variant.bits),
+                f"{table.num_bytes:,}",
+                f"{table.loss:.5f}",
+                table.reason,
+            )
+            for table in self.tables
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        left = (0, 3, 7)
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i in left else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        share = self.num_bytes / self.float32_bytes
+        lines.append(f"{self.num_bytes:,} bytes, {share:.2%} of float32; l2 loss {self.loss:.5f}")
+        layouts = dict.fromkeys(table.variant.parsed_method.layout for table in self.tables)
+        lines += [f"{name}: {LAYOUTS[name].caution}" for name in layouts if LAYOUTS[name].caution]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A table that was measured, and the ways to pack it that no other beats, by rising bytes.
+
+    Attributes:
+        weight: how often one of its rows counts.
+        front: the ways.
+    """
+
+    table: TableComparison
+    weight: float
+    front: tuple[Comparison, ...]
+
+    @classmethod
+    def make(cls, table: TableComparison, access_counts: Mapping[str, float]) -> "_Measured":
+        """Choose among the ways; each row counts 1 where nobody has counted."""
+        weight = access_counts[table.name] / table.num_embeddings if table.name in access_counts else 1.0
+        smallest = min(table.results, key=lambda result: result.bytes_per_row)
+        return cls(table, weight, tuple(find_front(table.results) or [smallest]))
+
+    @property
+    def square_norm(self) -> float:
+        """Sum of the squares of all values of the table."""
+        return self.table.square_norm * self.table.num_embeddings / self.table.rows_measured
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of the table in each of the ways."""
+        return [round(result.bytes_per_row * self.table.num_embeddings) for result in self.front]
+
+    @property
+    def errors(self) -> list[float]:
+        """Weighted squared error of the table in each of the ways."""
+        return [self.weight * result.loss**2 * self.square_norm for result in self.front]
+
+
+def plan(
+    src: str | PathLike[str] | Mapping[str, Any],
+    *,
+    max_bytes: int | str | None = None,
+    max_loss: float | None = None,
+    variants: Sequence[Variant] = VARIANTS,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    access_counts: Mapping[str, float] | None = None,
+    progress: Callable[[str, int], None] = lambda name, rows: None,
+) -> Plan:
+    """Choose how to pack each table, by the loss measured on a sample of its rows.
+
+    Without a limit each table gets the least loss in the bytes that its uniform rows take at 4 bits, or 1 % more. With
+    max_bytes, the bits are spread over the tables so that the sum of all squared errors is the least; with max_loss, so
+    that they take the fewest bytes. The choice is the best one there is for models of few tables, and next to it for
+    many.
+
+    Args:
+        src: a checkpoint that quantize_file reads; or weights by name, as quantize takes them.
+        max_bytes: of all packed tables: a number, "2 GB", or a share of their size in float32, "12.5 %".
+        max_loss: the normalized l2 loss over all tables.
+        variants: ways to pack a table, as embpack.Variant.
+        include: globs of tensor names, as quantize_file takes them.
+        exclude: the same, of those never to pack.
+        access_counts: by a table's name, how often rows of it are looked up in the same time; what a row's error counts
+            is this by the number of rows. Of tables that are not named, and if None, each row counts 1.
+        progress: called with a table's name and a number of rows for each variant that was measured.
+
+    Raises:
+        FileNotFoundError: there is no src.
+        FormatError: src is damaged.
+        ValueError: no tensor is a table; a value is NaN or infinite; a limit is none, or cannot be kept: says what can;
+            both are given; access_counts are of no table.
+    """
+    limits = max_bytes, max_loss
+    _check_limits(*limits)
+    if not isinstance(src, Mapping):
+        with open_checkpoint(Path(src)) as checkpoint:
+            decisions = decide_all(checkpoint, Rules(tuple(include), tuple(exclude)))
+            return plan_decided(decisions, *limits, variants, access_counts, progress)
+    tables = []
+    for name, weight in src.items():
+        rows, dtype = as_rows(weight)
+        numbers = spread_rows(len(rows), min(len(rows), SAMPLE_ROWS))
+        sample = widen(rows[numbers]) if dtype == "bfloat16" else rows[numbers]
+        tables.append(compare_sample(sample, dtype, variants, name, numbers, len(rows), progress))
+    return _choose_variants(tables, *limits, access_counts or {})
+
+
+def plan_decided(
+    decisions: Sequence[Decision],
+    max_bytes: int | str | None = None,
+    max_loss: float | None = None,
+    variants: Sequence[Variant] = VARIANTS,
+    access_counts: Mapping[str, float] | None = None,
+    progress: Callable[[str, int], None] = lambda name, rows: None,
+) -> Plan:
+    """Do what plan does, for those tensors of an open checkpoint that are tables."""
+    _check_limits(max_bytes, max_loss)
+    tables = [compare_table(each, variants, SAMPLE_ROWS, progress) for each in decisions if each.variant]
+    return _choose_variants(tables, max_bytes, max_loss, access_counts or {})
+
+
+def _check_limits(max_bytes: int | str | None, max_loss: float | None) -> None:
+    if max_bytes is not None and max_loss is not None:
+        raise ValueError("give max_bytes or max_loss, not both")
+    if max_loss is not None:
+        check_max_loss(max_loss)
+
+
+def _choose_variants(
+    tables: Sequence[TableComparison],
+    max_bytes: int | str | None,
+    max_loss: float | None,
+    access_counts: Mapping[str, float],
+) -> Plan:
+    unknown = set(access_counts) - {table.name for table in tables}
+    if unknown:
+        names = ", ".join(table.name for table in tables)
+        raise ValueError(f"access_counts are of {sorted(unknown)[0]!r}, but the tables are {names}")
+    measured = [_Measured.make(table, access_counts) for table in tables]
+    float32_bytes = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
+    square = sum(each.weight * each.square_norm for each in measured)
+    most_bytes = None if max_bytes is None else parse_size(max_bytes, float32_bytes)
+    if max_bytes is None and max_loss is None:
+        chosen = [_choose_alone(each) for each in measured]
+    else:
+        most_error = None if max_loss is None else max_loss**2 * square
+        options = [(each.sizes, each.errors) for each in measured]
+        best = choose(options, most_bytes, most_error)
+        if best is None:
+            least = sum(min(sizes) for sizes, _ in options)
+            least_loss = math.sqrt(sum(min(errors) for _, errors in options) / square)
+            can = (
+                f"the tables take at least {least:,} bytes"
+                if max_loss is None
+                else f"the least loss is {least_loss:.5f}"
+            )
+            limit = f"max_bytes is {most_bytes:,}" if max_loss is None else f"max_loss is {max_loss}"
+            raise ValueError(f"{limit}, but {can}")
+        chosen = best
+    total = sum(each.errors[i] for each, i in zip(measured, chosen, strict=True))
+    planned = tuple(_describe(each, i, total) for each, i in zip(measured, chosen, strict=True))
+    return Plan(planned, math.sqrt(total / square) if square else 0.0, float32_bytes)
+
+
+def parse_size(size: int | str, whole: int) -> int:
+    """Read a number of bytes, "2 GB", or a share of a whole, "12.5 %".
+
+    Raises:
+        ValueError: it is something else.
+    """
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Z]*|%)\s*", str(size).upper())
+    if not match or (match[2] not in _UNITS and match[2] != "%"):
+        raise ValueError(f"max_bytes is {size!r}; give bytes, a size such as '2 GB', or a share of float32, '12.5 %'")
+    number = float(match[1])
+    return int(whole * number / 100 if match[2] == "%" else number * _UNITS[match[2]])
+
+
+def choose(
+    options: Sequence[tuple[Sequence[int], Sequence[float]]], max_bytes: int | None, max_error: float | None
+) -> list[int] | None:
+    """Choose one option of each table: the least sum of errors within max_bytes, or of bytes within max_error.
+
+    Sums of one option of each of the first tables, without those that another beats, are extended table by table.
+
+    Args:
+        options: of each table, bytes and errors of its options.
+        max_bytes: the largest sum of bytes; None if max_error is given.
+        max_error: the largest sum of errors; None if max_bytes is given.
+
+    Returns:
+        The number of each table's option; None if the limit cannot be kept.
+    """
+    sizes, errors = np.zeros(1, np.int64), np.zeros(1)
+    steps: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    for own_sizes, own_errors in options:
+        all_sizes = np.add.outer(sizes, np.asarray(own_sizes, np.int64)).reshape(-1)
+        all_errors = np.add.outer(errors, np.asarray(own_errors, float)).reshape(-1)
+        order = np.lexsort((all_errors, all_sizes))
+        best = np.minimum.accumulate(all_errors[order])
+        kept = order[np.append(True, all_errors[order][1:] < best[:-1])]
+        if len(kept) > MOST_SUMS:
+            kept = kept[np.linspace(0, len(kept) - 1, MOST_SUMS).round().astype(np.int64)]
+        sizes, errors = all_sizes[kept], all_errors[kept]
+        steps.append((kept // len(own_sizes), kept % len(own_sizes)))
+    # By rising bytes, and falling errors.
+    most_bytes, most_error = (math.inf if limit is None else limit for limit in (max_bytes, max_error))
+    fits = np.flatnonzero((sizes <= most_bytes) & (errors <= most_error))
+    if not len(fits):
+        return None
+    at = int(fits[-1] if max_bytes is not None else fits[0])
+    chosen = []
+    for before, option in reversed(steps):
+        chosen.append(int(option[at]))
+        at = int(before[at])
+    return chosen[::-1]
+
+
+def _choose_alone(measured: _Measured) -> int:
+    """The least loss in about the bytes of uniform rows at 4 bits; the fewest bytes if nothing is that small."""
+    table = measured.table
+    most = ABOUT * RowFormat(table.embedding_dim).row_bytes * table.num_embeddings
+    return max((i for i, size in enumerate(measured.sizes) if size <= most), default=0)
+
+
+def _describe(measured: _Measured, chosen: int, total: float) -> PlannedTable:
+    table, sizes, errors = measured.table, measured.sizes, measured.errors
+    result, size, error = measured.front[chosen], sizes[chosen], errors[chosen]
+    reason = f"{error / total:.0%} of the squared error" if total else "no error"
+    if chosen + 1 < len(measured.front):
+        better = measured.front[chosen + 1]
+        less = (error - errors[chosen + 1]) / total if total else 0.0
+        more = sizes[chosen + 1] - size
+        reason += f"; {better.variant.name} at {better.bits} bits: {less:.0%} less for {more:,} bytes more"
+    else:
+        reason += "; nothing measured has less"
+    return PlannedTable(
+        name=table.name,
+        num_embeddings=table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        variant=result.variant,
+        num_bytes=size,
+        loss=result.loss,
+        reason=reason,
+    )

@@ -1,5 +1,0 @@
-"""What embpack compare finds, as a page to look at."""
-
-from embpack.report.page import make_page
-
-__all__ = ["make_page"]

@@ -1,0 +1,213 @@
+"""Shards of packed tables: each is packed while it is being written, and what is known only then is kept."""
+
+import hashlib
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from glob import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.chunks import chunk_rows
+from embpack.files import TableEntry, format_checksum, make_metadata
+from embpack.formats import OutShard, OutTensor, SourceTensor
+from embpack.formats.base import as_bytes
+from embpack.formats.dtypes import count_bytes, name_dtype
+from embpack.layouts import RowFormat
+from embpack.methods import Method, measure_loss
+from embpack.packing import iter_packed
+from embpack.rotation import rotate_chunks
+from embpack.rules import Decision
+
+# Told of rows as they are done: the table's name and how many more.
+Progress = Callable[[str, int], None]
+
+_COPY_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """What packing one table came to.
+
+    Attributes:
+        bytes_before, bytes_after: of its weights and of its packed rows.
+        loss: normalized l2 loss ||X - Q(X)|| / ||X||.
+        seconds: spent reading, packing and writing it.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    dtype: str
+    method: str
+    bytes_before: int
+    bytes_after: int
+    loss: float
+    seconds: float
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows read, packed and written a second."""
+        return self.num_embeddings / self.seconds
+
+
+@dataclass
+class TableWriter:
+    """Packs one table while it is being written, and keeps what is known of it only then.
+
+    Attributes:
+        decision: to pack it.
+        max_loss: the largest normalized l2 loss that it may have.
+        progress: is told of packed rows.
+        beside: the arrays beside its rows, by name; there once it is fitted, before any row is written.
+        entry, report: there once its rows are written.
+    """
+
+    decision: Decision
+    max_loss: float
+    progress: Progress
+    beside: dict[str, NDArray[Any]] = field(default_factory=dict)
+    entry: TableEntry | None = None
+    report: TableReport | None = None
+
+    def out_tensors(self) -> list[OutTensor]:
+        """Make the tensors that the output has of the table."""
+        tensor, row_format = self.decision.tensor, self._row_format
+        out = [OutTensor(tensor.name, "U8", (tensor.shape[0], row_format.row_bytes), self._pack)]
+        for spec in self.decision.beside:
+            dtype = name_dtype(spec.dtype)
+            assert dtype is not None
+            out.append(OutTensor(tensor.name + spec.suffix, dtype, spec.known_shape, partial(self._read, spec.name)))
+        return out
+
+    @property
+    def longest_entry(self) -> TableEntry:
+        """An entry at least as long as the table's, with floats of as many digits as they can have."""
+        return self._make_entry(self._method.longest_spec, -1.2345678901234567e-300, format_checksum(hashlib.sha256()))
+
+    @property
+    def _method(self) -> Method:
+        assert self.decision.variant is not None  # it is packed
+        return self.decision.variant.parsed_method
+
+    @property
+    def _row_format(self) -> RowFormat:
+        assert self.decision.row_format is not None  # it is packed
+        return self.decision.row_format
+
+    def _pack(self) -> Iterator[NDArray[np.uint8]]:
+        started = time.perf_counter()
+        tensor, row_format = self.decision.tensor, self._row_format
+        read = partial(_read_rows, tensor, row_format)
+        packer = self._method.fit(read, tensor.shape[0], row_format, tensor.name)
+        self.beside |= packer.beside()
+        digest, sums = hashlib.sha256(), []
+        for packed, own in iter_packed(packer, read()):
+            digest.update(packed.data)
+            sums += own
+            yield packed
+            self.progress(tensor.name, len(packed))
+        for array in self.beside.values():
+            digest.update(as_bytes(array))
+        loss = measure_loss(sums)
+        _check_loss(tensor.name, loss, self.max_loss)
+        self.entry = self._make_entry(packer.spec, loss, format_checksum(digest))
+        self.report = self._make_report(self.entry, loss, time.perf_counter() - started)
+
+    def _read(self, name: str) -> Iterator[NDArray[Any]]:
+        yield self.beside[name]
+
+    def _make_entry(self, method: str, loss: float, checksum: str) -> TableEntry:
+        return TableEntry.make(
+            self._row_format,
+            num_embeddings=self.decision.tensor.shape[0],
+            dtype=self.decision.dtype,
+            method=method,
+            loss=loss,
+            checksum=checksum,
+        )
+
+    def _make_report(self, entry: TableEntry, loss: float, seconds: float) -> TableReport:
+        return TableReport(
+            name=self.decision.tensor.name,
+            num_embeddings=entry.num_embeddings,
+            embedding_dim=entry.embedding_dim,
+            dtype=entry.dtype,
+            method=entry.method,
+            bytes_before=self.decision.bytes_before,
+            bytes_after=self.decision.bytes_after,
+            loss=loss,
+            seconds=seconds,
+        )
+
+
+def _read_rows(tensor: SourceTensor, row_format: RowFormat) -> Iterator[NDArray[Any]]:
+    """Read a table in chunks, as they are to be packed."""
+    return rotate_chunks(tensor.chunks(chunk_rows(row_format.embedding_dim)), row_format.rotation, tensor.name)
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes one shard.
+
+    Attributes:
+        tensors: what it has, in order: tables to pack, and tensors to copy.
+        source_metadata: of the shard that is read.
+    """
+
+    tensors: tuple[TableWriter | SourceTensor, ...]
+    source_metadata: dict[str, str]
+
+    def out_shard(self, file_name: str) -> OutShard:
+        """Make what the output has of the shard."""
+        out: list[OutTensor] = []
+        for tensor in self.tensors:
+            out += tensor.out_tensors() if isinstance(tensor, TableWriter) else [copy_tensor(tensor)]
+        _check_names(out)
+        room = len(json.dumps(self._make_metadata([table.longest_entry for table in self.tables])))
+        return OutShard(file_name, tuple(out), self._metadata, room)
+
+    @property
+    def tables(self) -> list[TableWriter]:
+        """The tables, in order."""
+        return [tensor for tensor in self.tensors if isinstance(tensor, TableWriter)]
+
+    def _metadata(self) -> dict[str, str]:
+        return self._make_metadata([table.entry for table in self.tables if table.entry is not None])
+
+    def _make_metadata(self, entries: Sequence[TableEntry]) -> dict[str, str]:
+        names = [table.decision.tensor.name for table in self.tables]
+        return {**self.source_metadata, **make_metadata(dict(zip(names, entries, strict=True)))}
+
+
+def _check_names(tensors: Sequence[OutTensor]) -> None:
+    """Refuse tensors of the checkpoint that are called what a table's clusters or codebooks would be."""
+    seen: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise ValueError(
+                f"tensor {tensor.name!r} would be there twice: a clustered table needs that name; rename it"
+            )
+        seen.add(tensor.name)
+
+
+def _check_loss(name: str, loss: float, max_loss: float) -> None:
+    if loss > max_loss:
+        raise ValueError(
+            f"{name}: its normalized l2 loss is {loss:.6g}, over the limit of {max_loss:.6g}, so nothing was written; "
+            "use a better method or more bits, leave it as it is with --exclude "
+            f"{shlex.quote(escape(name))}, or raise the limit"
+        )
+
+
+def copy_tensor(tensor: SourceTensor) -> OutTensor:
+    """Pass a tensor through, a few megabytes at a time."""
+    entries = tensor.shape[0] if tensor.shape else 1
+    entry_bytes = max(1, count_bytes(tensor.dtype, tensor.shape) // max(1, entries))
+    step = max(1, _COPY_BYTES // entry_bytes)
+    return OutTensor(tensor.name, tensor.dtype, tensor.shape, lambda: tensor.chunks(step))

@@ -1,0 +1,90 @@
+"""All that embpack uses of PyTorch though PyTorch does not document it, so that what a release changes is seen here.
+
+PyTorch 2.13 has everything; where a release lacks something, importing embpack.torch says what.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# Owner and name of each.
+USED: dict[str, tuple[object, str]] = {
+    "torch.Tensor.__dlpack_c_exchange_api__": (torch.Tensor, "__dlpack_c_exchange_api__"),
+    "torch.autograd.forward_ad._current_level": (forward_ad, "_current_level"),
+    "torch.nn.Module._buffers": (nn.Module(), "_buffers"),
+    "torch.nn.Module._forward_hooks": (nn.Module(), "_forward_hooks"),
+    "torch.nn.Module._apply": (nn.Module, "_apply"),
+    "the _schema of operators": (torch.ops.aten.add.Tensor, "_schema"),
+}
+
+
+def check_pytorch() -> None:
+    """Raise ImportError if PyTorch lacks something."""
+    lacking = [name for name, (owner, attribute) in USED.items() if not hasattr(owner, attribute)]
+    if lacking:
+        raise ImportError(
+            f"embpack.torch needs PyTorch 2.13, or a later one that still has {', '.join(lacking)}; "
+            f"this is {torch.__version__}"
+        )
+
+
+check_pytorch()
+
+# DLPack's C functions for PyTorch's tensors, a capsule: what the core reads and makes tensors with. They have this name
+# since December 2025, in DLPack 1.3. Tensor.__dlpack__, which PyTorch documents, makes an object of each tensor at each
+# call.
+EXCHANGE_API: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__")  # noqa: B009  (PyTorch's types lack it)
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives in forward mode are being taken, by torch.func.jvp as by dual_level.
+
+    Since before 2.0. What is public, unpack_dual, sees nothing of it within an operator, which would silently lose
+    them.
+    """
+    return forward_ad._current_level >= 0
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's buffers by name, also those that are None.
+
+    Since before 2.0. The public way, a module's attributes, takes a third of a microsecond more for each.
+    """
+    return module._buffers
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks of any kind are registered with a module.
+
+    Each kind has an attribute, such as _forward_hooks or _state_dict_pre_hooks, since before 2.0. There is no public
+    way, and a module that takes another's place would silently lose them.
+    """
+    return any(value for name, value in vars(module).items() if name.startswith("_") and name.endswith("_hooks"))
+
+
+def argument_names(operator: Any) -> list[str]:
+    """Names of an operator's arguments, in order.
+
+    Since before 2.0. There is no public way; the exporter to ONNX gives them by position.
+    """
+    return [argument.name for argument in operator._schema.arguments]
+
+
+class CastModule(nn.Module):
+    """A module with a dtype that .half(), .to(dtype) and the like change, its own and those of a module that has it.
+
+    All of them call nn.Module._apply with what they do to each tensor, since before 2.0. There is no public way but a
+    tensor of that type, which would be saved and exported.
+
+    Attributes:
+        dtype: a floating-point type.
+    """
+
+    dtype: torch.dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self

@@ -1,0 +1,80 @@
+"""Variant: one way to pack a table."""
+
+from dataclasses import dataclass
+
+from embpack.layouts import LAYOUTS, RowFormat
+from embpack.methods import DEFAULT_METHOD, Method, parse_method
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to pack a table.
+
+    Attributes:
+        method: as parse_method reads it: "greedy", "greedy:b=1000,r=0.5"; or a Method.
+        bits: of each code; float where it has a fraction.
+        param_dtype: "float16" or "float32"; None is what quantize takes for the method and bits.
+        rotate: what quantize takes.
+    """
+
+    method: str | Method = DEFAULT_METHOD
+    bits: float = 4
+    param_dtype: str | None = None
+    rotate: str | None = None
+
+    def __str__(self) -> str:
+        params = f" with {self.param_dtype} parameters" if self.param_dtype else ""
+        return f"{self.name} at {self.bits} bits{params}"
+
+    @property
+    def name(self) -> str:
+        """The method, and the rotation if there is one."""
+        return f"{self.spec}, {self.rotate}" if self.rotate else self.spec
+
+    @property
+    def spec(self) -> str:
+        """The method, as parse_method reads it."""
+        return self.method if isinstance(self.method, str) else self.method.spec
+
+    @property
+    def parsed_method(self) -> Method:
+        """The method.
+
+        Raises:
+            ValueError: there is no such method.
+        """
+        return parse_method(self.method)
+
+    def make_row_format(self, embedding_dim: int) -> RowFormat:
+        """Make the format of rows of so many values.
+
+        Raises:
+            TypeError: bits is not of the right type.
+            ValueError: there is no such method, or it has no rows of so many values, bits, parameters or rotation.
+        """
+        layout = LAYOUTS[self.parsed_method.layout]
+        param_dtype = self.param_dtype or layout.default_param_dtype(self.bits)
+        return RowFormat(embedding_dim, self.bits, param_dtype, layout.name, self.rotate)
+
+    def find_refusal(self) -> str | None:
+        """Say why no row is packed so, whatever its values; None if rows are."""
+        try:
+            self.make_row_format(LAYOUTS[self.parsed_method.layout].least_dim)
+        except TypeError:
+            return f"bits is {self.bits}; choose 2, 4 or 8"
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+def parse_bits(text: str) -> float:
+    """Read a number of bits: int, or float where it has a fraction.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        bits = float(text)
+    except ValueError:
+        raise ValueError(f"bits is {text!r}; give a number") from None
+    return int(bits) if bits.is_integer() else bits
