@@ -446,7 +446,7 @@ void test_trellis(const std::vector<const Kernels*>& isas) {
             for (size_t num_rows : {size_t{1}, lanes - 1, lanes, lanes + 1, block_rows}) {
                 for (float width : {1.0f, 0.0f}) {
                     const Case c{d, num_rows, {4, true}};
-                    const TrellisFormat format(d, row_bytes);
+                    const TrellisSteps format(d, row_bytes);
                     std::vector<float> narrow, wide, scales{0.0f};
                     const auto make_levels = [&](size_t count, std::vector<float>& levels) {
                         for (size_t k = 0; k < count; k++)
