@@ -83,17 +83,21 @@ void rotate_back(const Kernels& k, const PackedRows& rows, size_t first, size_t 
     }
 }
 
-// Moves rows that are padding out of the way, and returns how many are left.
-size_t leave_padding_out(const Bags& bags, size_t first, size_t end, size_t d, float* rows) {
-    if (bags.padding_index == no_padding) return end - first;
-    size_t kept = 0;
-    for (size_t i = first; i < end; i++) {
-        if (bags.indices[i] == bags.padding_index) continue;
-        std::copy_n(rows + (i - first) * d, d, rows + kept * d);
-        kept++;
+// Indices of a bag without those of padding, and where they were.
+struct KeptIndices {
+    std::vector<int64_t> values;
+    std::vector<size_t> positions;
+
+    void fill(const Bags& bags, size_t first, size_t end) {
+        values.clear();
+        positions.clear();
+        for (size_t i = first; i < end; i++) {
+            if (bags.padding_index != no_padding && bags.indices[i] == bags.padding_index) continue;
+            values.push_back(bags.indices[i]);
+            positions.push_back(i);
+        }
     }
-    return kept;
-}
+};
 
 // The largest values of bags: seldom asked for, so made of rows that are looked up (and rotated back) before.
 void pool_largest(const Kernels& k, const PackedRows& rows, const Bags& bags, size_t first, size_t end,
@@ -101,18 +105,22 @@ void pool_largest(const Kernels& k, const PackedRows& rows, const Bags& bags, si
     const auto gather_rows = k.lookups_of(rows).gather_rows;
     const size_t d = rows.embedding_dim, at_a_time = std::max<size_t>(1, rotated_at_a_time / d);
     std::vector<float> values(at_a_time * d), largest(d);
+    KeptIndices kept;
     for (size_t bag = first; bag < end; bag++) {
         std::fill(largest.begin(), largest.end(), -std::numeric_limits<float>::infinity());
         bool is_empty = true;
         const size_t last = bags.start(bag + 1);
         for (size_t i = bags.start(bag), stop; i < last; i = stop) {
             stop = std::min(last, i + at_a_time);
-            gather_rows(rows, bags.indices, bags.prefetches, i, stop, output_at(values.data(), d, i), fault);
-            if (fault.kind != LookupFault::none) return;
-            const size_t kept = leave_padding_out(bags, i, stop, d, values.data());
-            if (rows.is_rotated) k.rotate_rows_back(values.data(), kept, d);
-            k.keep_largest(values.data(), kept, d, largest.data());
-            is_empty = is_empty && kept == 0;
+            kept.fill(bags, i, stop);
+            const size_t count = kept.values.size();
+            LookupFault found;
+            gather_rows(rows, {kept.values.data(), count}, bags.prefetches, 0, count, output_at(values.data(), d, 0),
+                        found);
+            if (found.kind != LookupFault::none) return fault.note(kept.positions[found.position], found.kind);
+            if (rows.is_rotated) k.rotate_rows_back(values.data(), count, d);
+            k.keep_largest(values.data(), count, d, largest.data());
+            is_empty = is_empty && count == 0;
         }
         if (is_empty) std::fill(largest.begin(), largest.end(), 0.0f);
         k.write_rows(largest.data(), 1, d, {out.values + bag * out.row_bytes, out.row_bytes, out.type});

@@ -1,4 +1,4 @@
-// What a table of trellis-coded rows shares, made ready for the kernel. src/embpack/trellis.py is the specification.
+// What a table of trellis-coded rows shares, made ready for the kernel. src/embpack/layouts/trellis.py is the specification.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Where the parts of a trellis-coded row lie (src/embpack/trellis.py: TrellisFormat).
+// Where the parts of a trellis-coded row lie (src/embpack/layouts/trellis.py: TrellisFormat).
 #pragma once
 
 #include <cstddef>

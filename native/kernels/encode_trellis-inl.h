@@ -1,4 +1,4 @@
-// Trellis-coded rows (src/embpack/trellis.py), one row in each lane: Viterbi's algorithm over 32 states, once for
+// Trellis-coded rows (src/embpack/methods/trellis_search.py), one row in each lane: Viterbi's algorithm over 32 states, once for
 // each scale that is tried and once more for the codes. What the reference does with whole arrays is done here with
 // vectors of sixteen rows, rounding by rounding.
 //
