@@ -69,9 +69,8 @@ Output output_at(float* values, size_t embedding_dim, size_t row) {
 
 // Rows first .. end of the output, some at a time: look_up(first, end, to, fault) makes rotated ones, as float32.
 template <class LookUp>
-void rotate_back(const PackedRows& rows, size_t first, size_t end, const Output& out, LookupFault& fault,
-                 const LookUp& look_up) {
-    const Kernels& k = kernels();
+void rotate_back(const Kernels& k, const PackedRows& rows, size_t first, size_t end, const Output& out,
+                 LookupFault& fault, const LookUp& look_up) {
     const size_t d = rows.embedding_dim;
     const size_t at_a_time = std::clamp<size_t>(rotated_at_a_time / d, 1, end - first);
     std::vector<float> values(at_a_time * d);
@@ -97,9 +96,8 @@ size_t leave_padding_out(const Bags& bags, size_t first, size_t end, size_t d, f
 }
 
 // The largest values of bags: seldom asked for, so made of rows that are looked up (and rotated back) before.
-void pool_largest(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
-                  LookupFault& fault) {
-    const Kernels& k = kernels();
+void pool_largest(const Kernels& k, const PackedRows& rows, const Bags& bags, size_t first, size_t end,
+                  const Output& out, LookupFault& fault) {
     const auto gather_rows = k.lookups_of(rows).gather_rows;
     const size_t d = rows.embedding_dim, at_a_time = std::max<size_t>(1, rotated_at_a_time / d);
     std::vector<float> values(at_a_time * d), largest(d);
@@ -121,22 +119,23 @@ void pool_largest(const PackedRows& rows, const Bags& bags, size_t first, size_t
     }
 }
 
-void pool_piece(const Lookup& lookup, size_t first, size_t end, LookupFault& fault) {
+}  // namespace
+
+void pool_bags(const Kernels& k, const Lookup& lookup, size_t first, size_t end, LookupFault& fault) {
     const PackedRows& rows = lookup.rows;
     const Bags& bags = lookup.bags;
-    const auto pool_bags = kernels().lookups_of(rows).pool_bags;
-    if (bags.pooling == Pooling::max) return pool_largest(rows, bags, first, end, lookup.out, fault);
-    if (!rows.is_rotated) return pool_bags(rows, bags, first, end, lookup.out, fault);
-    rotate_back(rows, first, end, lookup.out, fault,
+    if (bags.pooling == Pooling::max) return pool_largest(k, rows, bags, first, end, lookup.out, fault);
+    const auto pool = k.lookups_of(rows).pool_bags;
+    if (!rows.is_rotated) return pool(rows, bags, first, end, lookup.out, fault);
+    rotate_back(k, rows, first, end, lookup.out, fault,
                 [&](size_t from, size_t stop, const Output& to, LookupFault& found) {
-                    pool_bags(rows, bags, from, stop, to, found);
+                    pool(rows, bags, from, stop, to, found);
                 });
 }
 
-}  // namespace
-
 LookupFault gather(const PackedRows& rows, const Integers& indices, const Output& out) {
-    const auto gather_rows = kernels().lookups_of(rows).gather_rows;
+    const Kernels& k = kernels();
+    const auto gather_rows = k.lookups_of(rows).gather_rows;
     const size_t count = indices.values ? indices.count : rows.num_rows;
     const int threads = threads_for(count * rows.embedding_dim);
     const bool prefetches = table_bytes(rows) > second_level_bytes();
@@ -149,7 +148,7 @@ LookupFault gather(const PackedRows& rows, const Integers& indices, const Output
         };
         LookupFault found;
         if (rows.is_rotated)
-            rotate_back(rows, first, end, out, found, look_up);
+            rotate_back(k, rows, first, end, out, found, look_up);
         else
             look_up(first, end, out, found);
         if (found.kind == LookupFault::none) return;
@@ -166,6 +165,7 @@ LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup) {
         total_bytes += table_bytes(lookup.rows);
     }
     for (Lookup& lookup : lookups) lookup.bags.prefetches = total_bytes > second_level_bytes();
+    const Kernels& k = kernels();
     const int threads = threads_for(total_values);
     const std::vector<Piece> pieces = cut(lookups, threads);
     LookupFault fault;
@@ -173,7 +173,7 @@ LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup) {
     for_each_piece(pieces.size(), threads, [&](size_t i) {
         const size_t number = pieces[i].lookup;
         LookupFault found;
-        pool_piece(lookups[number], pieces[i].first_bag, pieces[i].end_bag, found);
+        pool_bags(k, lookups[number], pieces[i].first_bag, pieces[i].end_bag, found);
         if (found.kind == LookupFault::none) return;
 #pragma omp critical(embpack_pool_fault)
         if (number <= faulty_lookup) {

@@ -88,7 +88,7 @@ void collect_scales(const float* scales, TrellisTable& out) {
 
 }  // namespace
 
-TrellisFormat::TrellisFormat(size_t embedding_dim, size_t row_bytes)
+TrellisSteps::TrellisSteps(size_t embedding_dim, size_t row_bytes)
     : row_bytes(row_bytes), shape(embedding_dim, row_bytes) {
     for (size_t start = 0; start < embedding_dim; start += trellis_block) {
         const TrellisBlock block(shape, start / trellis_block);
@@ -100,16 +100,16 @@ TrellisFormat::TrellisFormat(size_t embedding_dim, size_t row_bytes)
     }
 }
 
-TrellisTable make_trellis_table(const TrellisFormat& format, const float* narrow, const float* wide,
+TrellisTable make_trellis_table(const TrellisSteps& steps, const float* narrow, const float* wide,
                                 const float* scales, const float* mean) {
     TrellisTable table;
-    const int narrow_bits = static_cast<int>(format.shape.narrow_bits);
+    const int narrow_bits = static_cast<int>(steps.shape.narrow_bits);
     deal_out(narrow, narrow_bits - 1, table.narrow);
-    if (format.shape.num_wide > 0) deal_out(wide, narrow_bits, table.wide);
-    table.columns = format.columns.data();
-    table.is_wide = format.is_wide.data();
+    if (steps.shape.num_wide > 0) deal_out(wide, narrow_bits, table.wide);
+    table.columns = steps.columns.data();
+    table.is_wide = steps.is_wide.data();
     table.mean = mean;
-    table.row_bytes = format.row_bytes;
+    table.row_bytes = steps.row_bytes;
     collect_scales(scales, table);
     return table;
 }

@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import builtins
+import os
 import re
 import sys
 
@@ -22,6 +23,20 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("embpack")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What -n auto means: a process for each CPU, but no more than eight, for each loads PyTorch and TorchRec."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs):
+    """Give each process of pytest-xdist its share of the CPUs; OpenMP reads this when it is loaded."""
+    threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
+    for spec in specs:
+        spec.env.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))
 
 
 def use_isa(request):

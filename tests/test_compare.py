@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import re
 import shlex
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -346,6 +347,13 @@ def test_all_rows_are_all_rows():
     assert spread_rows(17, 17).tolist() == list(range(17))
 
 
+@cache
+def compare_sample(most_rows):
+    weight = make_weight()
+    rows = spread_rows(150, min(150, most_rows or 150))
+    return weight, rows, embpack.compare(weight[rows])
+
+
 @pytest.mark.parametrize("most_rows", [None, 1000, 40, 1])
 @pytest.mark.parametrize(
     "write",
@@ -353,11 +361,9 @@ def test_all_rows_are_all_rows():
 )
 def test_a_sample_is_compared_like_an_array(tmp_path, monkeypatch, write, most_rows):
     monkeypatch.setattr("embpack.comparison.checkpoint.chunk_rows", lambda embedding_dim: 32)
-    weight = make_weight()
+    weight, rows, expected = compare_sample(most_rows)
     src = write(tmp_path, Arrays({"user_emb": weight}))
     (table,) = compare_file(src, most_rows=most_rows).tables
-    rows = spread_rows(150, min(150, most_rows or 150))
-    expected = embpack.compare(weight[rows])
     assert (table.num_embeddings, table.embedding_dim, table.rows_measured) == (150, 24, len(rows))
     assert table.square_norm == pytest.approx(np.square(weight[rows], dtype=np.float64).sum(), rel=1e-12)
     assert [result.loss for result in table.results] == [result.loss for result in expected]

@@ -1,18 +1,21 @@
 """The examples run, and show what they say they show."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
 import torch
 
+import embpack
 from embpack.layouts import RowFormat
 from embpack.torch import quantize_
 
@@ -52,17 +55,33 @@ def test_each_script_has_an_entry():
     assert [script.name for script in SCRIPTS] == sorted(EXAMPLES)
 
 
+@pytest.fixture(scope="module")
+def run_example(tmp_path_factory):
+    """Runs a script as a user does, each one once; returns what came of it and the folder that it ran in."""
+    known = {}
+
+    def run(name):
+        example = EXAMPLES[name]
+        if importlib.util.find_spec(example.needs) is None:
+            pytest.skip(f"needs {example.needs}")
+        if name not in known:
+            command, folder = (
+                [sys.executable, str(FOLDER / name), *example.arguments],
+                tmp_path_factory.mktemp("example"),
+            )
+            known[name] = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300), folder
+        return known[name]
+
+    return run
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_it_runs(script, tmp_path):
-    example = EXAMPLES[script.name]
-    if importlib.util.find_spec(example.needs) is None:
-        pytest.skip(f"needs {example.needs}")
-    command = [sys.executable, str(script), *example.arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def test_it_runs(run_example, script):
+    done, folder = run_example(script.name)
     assert done.returncode == 0, done.stderr
-    assert [words for words in example.printed if words not in done.stdout] == []
+    assert [words for words in EXAMPLES[script.name].printed if words not in done.stdout] == []
     assert "warn" not in done.stderr.lower()
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -159,3 +178,23 @@ def test_our_module_has_no_gaps_between_rows(collections):
     ours, greedy = collections["embpack's own module"], collections["embpack, greedy"]
     assert ours.nbytes * 48 == greedy.nbytes * 36
     assert ours.pooled_error == pytest.approx(greedy.pooled_error, rel=1e-4)
+
+
+# The static encoder
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """Cells of the lines that begin with a method."""
+    lines = [re.sub(r"[`|%]", " ", line).split() for line in text.splitlines()]
+    return [cells for cells in lines if len(cells) == 8 and cells[0] in embpack.METHODS]
+
+
+def test_the_figures_on_the_page_are_what_the_example_prints(run_example):
+    """Bytes exactly; the others may differ a little with the version of NumPy, whose documentation is searched."""
+    page = (FOLDER.parent / "docs" / "static_encoders.md").read_text()
+    done, _ = run_example("static_encoder.py")
+    shown, written = table_rows(done.stdout), table_rows(page)
+    assert [row[0] for row in written] == ["asym", "greedy", "kmeans", "greedy"]
+    assert [row[:4] for row in shown] == [row[:4] for row in written]
+    np.testing.assert_allclose(*[np.array([row[4:6] for row in rows], float) for rows in (shown, written)], atol=0.002)
+    np.testing.assert_allclose(*[np.array([row[6:] for row in rows], float) for rows in (shown, written)], atol=2.5)

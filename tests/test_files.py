@@ -578,3 +578,31 @@ except OSError as error:
     assert f"cannot write {path}: the largest size allowed for a file is reached" in done.stdout, done.stderr
     assert names_in(tmp_path) == ({path.name} if already_there else set())
     assert not already_there or path.read_bytes() == before
+
+
+# What lies beside
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("kmeans-cls:K=5", {".cluster": None}, r"its clusters must be U8 or U16 \[50\], the file has None"),
+        ("kmeans-cls:K=5", {".cluster": np.zeros(50, np.int16)}, r"U8 or U16 \[50\], the file has \('I16', \(50,\)\)"),
+        ("kmeans-cls:K=5", {".cluster": np.zeros((50, 1), np.uint8)}, r"the file has \('U8', \(50, 1\)\)"),
+        ("kmeans-cls:K=5", {".codebook": None}, r"its codebooks must be F16 \[num_codebooks, 16\], the file has None"),
+        ("kmeans-cls:K=5", {".codebook": np.zeros((5, 16), np.float32)}, r"F16 \[num_codebooks, 16\]"),
+        ("kmeans-cls:K=5", {".codebook": np.zeros((0, 16), np.float16)}, r"the file has \('F16', \(0, 16\)\)"),
+        ("trellis", {".codebook": np.zeros((2, 312), np.float32)}, r"its codebooks must be F32 \[1, 312\]"),
+    ],
+)
+def test_arrays_beside_that_are_not_the_layouts_are_refused(tmp_path, method, change, message):
+    path = tmp_path / "t.safetensors"
+    embpack.save(path, {"user": make_table(method=method)})
+    with safe_open(path, "numpy") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    for suffix, array in change.items():
+        tensors["user" + suffix] = array
+    left = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    safetensors.numpy.save_file(left, path, metadata)
+    with pytest.raises(FormatError, match=f"table 'user': .*{message}"):
+        embpack.load(path)

@@ -58,11 +58,15 @@ def test_many_tables_get_next_to_the_best_choice(rng):
     assert max(bounds) <= error <= 1.01 * max(bounds)
 
 
+# For questions that any variants answer.
+FEW = [embpack.Variant(*way) for way in (("optimal", 2), ("optimal", 4), ("optimal", 8), ("trellis", 3))]
+
+
 @pytest.fixture
 def tables(rng):
     return {
-        "user_embedding.weight": rng.standard_normal((300, 32), dtype=np.float32),
-        "item_embedding.weight": rng.standard_normal((900, 16), dtype=np.float32) * np.float32(0.1),
+        "user_embedding.weight": rng.standard_normal((100, 32), dtype=np.float32),
+        "item_embedding.weight": rng.standard_normal((300, 16), dtype=np.float32) * np.float32(0.1),
         "city_embedding.weight": rng.laplace(size=(40, 64)).astype(np.float32) * 3,
     }
 
@@ -131,15 +135,16 @@ def test_what_rows_share_is_counted_once_for_tables_larger_than_the_sample(rng):
 
 
 def test_max_loss_is_kept_in_the_fewest_bytes(tables):
-    plan = embpack.plan(tables, max_loss=0.05)
+    plan = embpack.plan(tables, max_loss=0.05, variants=FEW)
     assert plan.loss <= 0.05
-    smaller = embpack.plan(tables, max_bytes=plan.num_bytes - 1)
+    smaller = embpack.plan(tables, max_bytes=plan.num_bytes - 1, variants=FEW)
     assert smaller.loss > 0.05
 
 
 def test_tables_that_are_looked_up_often_get_more(tables):
     names = list(tables)
-    plans = [embpack.plan(tables, max_bytes="14 %", access_counts={names[0]: often, names[2]: 1}) for often in (1, 1e9)]
+    how = {"max_bytes": "18 %", "variants": FEW}
+    plans = [embpack.plan(tables, access_counts={names[0]: often, names[2]: 1}, **how) for often in (1, 1e9)]
     assert plans[1].tables[0].num_bytes > plans[0].tables[0].num_bytes
 
 
@@ -151,15 +156,15 @@ def test_a_plan_prints_as_a_table_with_reasons(tables):
 
 def test_limits_that_cannot_be_kept_are_named(tables):
     with pytest.raises(ValueError, match=r"max_bytes is 10, but the tables take at least [\d,]+ bytes"):
-        embpack.plan(tables, max_bytes=10)
+        embpack.plan(tables, max_bytes=10, variants=FEW)
     with pytest.raises(ValueError, match=r"max_loss is 1e-09, but the least loss is 0\.00"):
-        embpack.plan(tables, max_loss=1e-9)
+        embpack.plan(tables, max_loss=1e-9, variants=FEW)
     with pytest.raises(ValueError, match="max_loss is 0; give a positive, finite number"):
-        embpack.plan(tables, max_loss=0)
+        embpack.plan(tables, max_loss=0, variants=FEW)
     with pytest.raises(ValueError, match="give max_bytes or max_loss, not both"):
-        embpack.plan(tables, max_bytes=10, max_loss=1)
+        embpack.plan(tables, max_bytes=10, max_loss=1, variants=FEW)
     with pytest.raises(ValueError, match="access_counts are of 'nobody', but the tables are user_embedding"):
-        embpack.plan(tables, access_counts={"nobody": 1})
+        embpack.plan(tables, access_counts={"nobody": 1}, variants=FEW)
 
 
 def test_sizes():

@@ -92,7 +92,8 @@ def test_ci_finds_the_whole_block(name):
 
 def test_the_blocks_install_and_test():
     assert ".venv/bin/pip install ." in ci_block("install").splitlines()
-    assert ".venv/bin/python -m pytest" in ci_block("test").splitlines()
+    assert ".venv/bin/pip install 'embpack[test]'" in ci_block("test").splitlines()
+    assert ".venv/bin/python -m pytest -n auto --dist worksteal" in ci_block("test").splitlines()
 
 
 # Arithmetic

@@ -17,6 +17,11 @@ def encode(rows, packed_shape, parameters, span_rows=64):
     return packed, _native.encode_trellis(np.ascontiguousarray(rows), *of_table, span_rows, packed)
 
 
+def encode_quickly(rows, row_format, parameters):
+    """What trellis.encode does."""
+    return encode(rows, (len(rows), row_format.row_bytes), parameters)[0]
+
+
 def row_sizes(d):
     least, most = -(-LEAST_BITS * d // 8) + 1, -(-MOST_BITS * d // 8) + 1
     return sorted({least, d // 2 + 4, (least + d // 2 + 4) // 2, (d // 2 + 4 + most) // 2, most, most + 3} - {0, 1})
@@ -45,10 +50,6 @@ def make_rows(rng, d):
 def fit(rows, row_format, mean):
     largest = np.abs(rows - mean).max(axis=1)
     bounds = float(largest[largest > 0].min()), float(largest.max())
-
-    def encode_quickly(rows, row_format, parameters):
-        return encode(rows, (len(rows), row_format.row_bytes), parameters)[0]
-
     # Any levels will do, so long as they look like a table's.
     return trellis_search.fit(rows[:24], row_format, bounds, mean, encode_quickly)
 

@@ -295,7 +295,7 @@ def test_missing_extra(tmp_path, hide_package, suffix, package, message):
 
 
 FILL_UP = """
-import resource, sys
+import importlib, resource, sys
 from pathlib import Path
 import numpy as np
 from embpack.formats import OutShard, OutTensor, write_checkpoint
@@ -303,7 +303,7 @@ array = np.random.default_rng(0).normal(size=(1000, 100))
 tensor = OutTensor("a", "F64", array.shape, lambda: iter(np.split(array, 10)))
 path = Path(sys.argv[1])
 try:
-    import embpack.formats.torch, embpack.formats.parquet
+    importlib.import_module(sys.argv[3])  # before there is a limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     write_checkpoint(path, [OutShard("a.safetensors", (tensor,))], sys.argv[2] or None)
 except OSError as error:
@@ -312,18 +312,18 @@ except OSError as error:
 
 
 @pytest.mark.parametrize(
-    ("name", "index_name"),
+    ("name", "index_name", "module"),
     [
-        ("a.safetensors", ""),
-        ("a.pt", ""),
-        ("a.npy", ""),
-        ("a.npz", ""),
-        ("a.parquet", ""),
-        ("folder", "a.safetensors.index.json"),
+        ("a.safetensors", "", "embpack"),
+        ("a.pt", "", "embpack.formats.torch"),
+        ("a.npy", "", "embpack"),
+        ("a.npz", "", "embpack"),
+        ("a.parquet", "", "embpack.formats.parquet"),
+        ("folder", "a.safetensors.index.json", "embpack"),
     ],
 )
-def test_no_space_left(tmp_path: Path, name: str, index_name: str):
-    command = [sys.executable, "-c", FILL_UP, str(tmp_path / name), index_name]
+def test_no_space_left(tmp_path: Path, name: str, index_name: str, module: str):
+    command = [sys.executable, "-c", FILL_UP, str(tmp_path / name), index_name, module]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.startswith(f"cannot write {tmp_path / name}: the largest size allowed for a file is reached")
     assert done.stderr == ""

@@ -308,8 +308,8 @@ struct FewLevels {
     template <class Block>
     static size_t top_bit(const Block&) { return 5; }
 
-    // The levels of 32 numbers: all of narrow codes; or of narrow ones where `are_narrow` says so. Then all are looked up
-    // among the wide levels first, and a permutation under the mask replaces those of narrow codes.
+    // The levels of 32 numbers: all of narrow codes; or of narrow ones where `are_narrow` says so. Then all are looked
+    // up among the wide levels first, and a permutation under the mask replaces those of narrow codes.
     [[gnu::always_inline]] __m512i of_narrow(__m512i words) const { return _mm512_permutexvar_epi16(words, narrow); }
     [[gnu::always_inline]] __m512i of_both(__m512i words, __mmask32 are_narrow) const {
         const __m512i of_wide = _mm512_permutex2var_epi16(wide[0], words, wide[1]);

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.comparison.array import Comparison
+from embpack.comparison.array import Comparison, Sample
 from embpack.comparison.checkpoint import ABOUT, TableComparison, compare_sample, compare_table
 from embpack.comparison.front import find_front
 from embpack.convert import check_max_loss
 from embpack.formats import open_checkpoint
 from embpack.layouts import LAYOUTS, ROTATIONS, RowFormat
 from embpack.methods import DEFAULT_METHOD
-from embpack.rows import as_rows, spread_rows, widen
+from embpack.rows import as_rows, spread_rows
 from embpack.rules import Decision, Rules, decide_all
 from embpack.variant import Variant
 
@@ -192,8 +192,8 @@ def plan(
     for name, weight in src.items():
         rows, dtype = as_rows(weight)
         numbers = spread_rows(len(rows), min(len(rows), SAMPLE_ROWS))
-        sample = widen(rows[numbers]) if dtype == "bfloat16" else rows[numbers]
-        tables.append(compare_sample(sample, dtype, variants, name, numbers, len(rows), progress))
+        sample = Sample.make(name, rows[numbers], dtype, numbers, len(rows))
+        tables.append(compare_sample(sample, variants, progress))
     return _choose_variants(tables, *limits, access_counts or {})
 
 

@@ -99,59 +99,78 @@ def compare(
     """
     rows, dtype = as_rows(weight)
     variants = make_variants(methods, bits, param_dtype, rotate)
-    results, skipped = compare_rows(widen(rows) if dtype == "bfloat16" else rows, variants, "weight")
+    results, skipped = compare_rows(Sample.make("weight", rows, dtype, np.arange(len(rows)), len(rows)), variants)
     for item in skipped:
         warnings.warn(f"left out {item.variant}: {item.reason}", stacklevel=2)
     return results
 
 
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Rows of a table that ways to pack it are measured by.
+
+    Attributes:
+        name: of the table.
+        dtype: what its weights are: "float32", "float16" or "bfloat16".
+        rows: float32 or float16 [n, embedding_dim].
+        numbers: int64 [n], theirs in the table.
+        num_embeddings: rows of the table.
+    """
+
+    name: str
+    dtype: str
+    rows: NDArray[Any]
+    numbers: NDArray[np.int64]
+    num_embeddings: int
+
+    @classmethod
+    def make(
+        cls, name: str, rows: NDArray[Any], dtype: str, numbers: NDArray[np.int64], num_embeddings: int
+    ) -> "Sample":
+        """Make a sample of rows as as_rows or a file has them, bfloat16 as its bits in uint16.
+
+        Raises:
+            ValueError: a value is NaN or infinite; row, by its number in the table, and column are named.
+        """
+        values = widen(rows) if dtype == "bfloat16" else rows
+        wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if len(wrong):
+            raise explain_not_finite(widen(values[wrong[0]]), name, int(numbers[wrong[0]]))
+        return cls(name, dtype, values, numbers, num_embeddings)
+
+
 def compare_rows(
-    rows: NDArray[Any],
+    sample: Sample,
     variants: Sequence[Variant],
-    name: str,
-    numbers: NDArray[np.int64] | None = None,
-    num_embeddings: int | None = None,
     progress: Callable[[str, int], None] = lambda name, rows: None,
 ) -> tuple[list[Comparison], list[Skipped]]:
     """Do what compare does, for a sample of a table.
 
     Args:
-        rows: float32 or float16 [n, embedding_dim].
-        variants: how to pack them.
-        name: of the table.
-        numbers: int64 [n], of the rows in the table; None is 0 to n - 1.
-        num_embeddings: rows of the table; None is n.
-        progress: called with the name and n for each variant that is done.
+        sample: what is packed.
+        variants: how to pack it.
+        progress: called with the table's name and the number of rows for each variant that is done.
 
     Raises:
-        ValueError: a value is NaN or infinite, or no variant can be done.
+        ValueError: no variant can be done.
     """
-    numbers = np.arange(len(rows)) if numbers is None else numbers
-    _refuse_not_finite(rows, name, numbers)
     results, skipped = [], []
     for variant in variants:
         try:
-            table, seconds = _time(rows, variant)
+            table, seconds = _time(sample.rows, variant)
         except ValueError as error:
-            skipped.append(Skipped(name, variant, _name_place(str(error), name, numbers)))
+            skipped.append(Skipped(sample.name, variant, _name_place(str(error), sample)))
         else:
-            results.append(_describe(rows, table, variant, name, numbers, num_embeddings or len(rows), seconds))
-        progress(name, len(rows))
+            results.append(_describe(sample, table, variant, seconds))
+        progress(sample.name, len(sample.rows))
     if not results:
-        raise ValueError(f"{name}: nothing asked for can be done; {skipped[0].variant}: {skipped[0].reason}")
+        raise ValueError(f"{sample.name}: nothing asked for can be done; {skipped[0].variant}: {skipped[0].reason}")
     return results, skipped
 
 
-def _refuse_not_finite(rows: NDArray[Any], name: str, numbers: NDArray[np.int64]) -> None:
-    finite = np.isfinite(rows)
-    if not finite.all():
-        row = int(np.argwhere(~finite)[0, 0])
-        raise explain_not_finite(widen(rows[row]), name, int(numbers[row]))
-
-
-def _name_place(message: str, name: str, numbers: NDArray[np.int64]) -> str:
+def _name_place(message: str, sample: Sample) -> str:
     """Name a row of the table where quantize names one of the sample."""
-    return re.sub(r"^weight\[(\d+)", lambda found: f"{name}[{numbers[int(found[1])]}", message)
+    return re.sub(r"^weight\[(\d+)", lambda found: f"{sample.name}[{sample.numbers[int(found[1])]}", message)
 
 
 def _time(rows: NDArray[Any], variant: Variant) -> tuple[PackedTable, float]:
@@ -164,24 +183,17 @@ def _time(rows: NDArray[Any], variant: Variant) -> tuple[PackedTable, float]:
     return table, min(times)
 
 
-def _describe(
-    rows: NDArray[Any],
-    table: PackedTable,
-    variant: Variant,
-    name: str,
-    numbers: NDArray[np.int64],
-    num_embeddings: int,
-    seconds: float,
-) -> Comparison:
+def _describe(sample: Sample, table: PackedTable, variant: Variant, seconds: float) -> Comparison:
     assert table.loss is not None  # quantize measures it
+    rows = sample.rows
     losses = measure_rows(rows, table)
     of_rows = np.flatnonzero(~np.isnan(losses))
     worst = int(of_rows[losses[of_rows].argmax()]) if of_rows.size else 0
     shown = np.quantile(losses[of_rows], QUANTILES) if of_rows.size else np.zeros(len(QUANTILES))
     shared = 0 if table.codebooks is None else table.codebooks.nbytes
-    bytes_per_row = (table.nbytes - shared) / len(rows) + shared / num_embeddings
+    bytes_per_row = (table.nbytes - shared) / len(rows) + shared / sample.num_embeddings
     return Comparison(
-        table=name,
+        table=sample.name,
         method=variant.spec,
         bits=variant.bits,
         param_dtype=table.row_format.param_dtype,
@@ -190,7 +202,7 @@ def _describe(
         loss=table.loss,
         bytes_per_row=bytes_per_row,
         share_of_float32=bytes_per_row / (4 * rows.shape[1]),
-        worst_row=int(numbers[worst]),
+        worst_row=int(sample.numbers[worst]),
         worst_row_loss=float(losses[worst]) if of_rows.size else 0.0,
         row_losses=tuple(map(float, shown)),
         rows_per_second=len(rows) / seconds,

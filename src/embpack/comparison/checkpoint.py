@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
-from embpack.comparison.array import Comparison, Skipped, compare_rows
+from embpack.comparison.array import Comparison, Sample, Skipped, compare_rows
 from embpack.comparison.front import find_front
 from embpack.formats import SourceTensor
 from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.layouts import RowFormat
-from embpack.rows import spread_rows, widen
+from embpack.rows import spread_rows
 from embpack.rules import Decision
 from embpack.variant import Variant
 
@@ -145,40 +145,21 @@ def compare_table(
     """
     tensor = decision.tensor
     numbers = spread_rows(tensor.shape[0], count_rows(decision, most_rows))
-    return compare_sample(
-        _read_rows(tensor, numbers), decision.dtype, variants, tensor.name, numbers, tensor.shape[0], progress
-    )
+    rows = _read_rows(tensor, numbers)
+    return compare_sample(Sample.make(tensor.name, rows, decision.dtype, numbers, tensor.shape[0]), variants, progress)
 
 
 def compare_sample(
-    rows: NDArray[Any],
-    dtype: str,
-    variants: Sequence[Variant],
-    name: str,
-    numbers: NDArray[np.int64],
-    num_embeddings: int,
-    progress: Callable[[str, int], None],
+    sample: Sample, variants: Sequence[Variant], progress: Callable[[str, int], None]
 ) -> TableComparison:
-    """Compare on a sample of a table's rows.
-
-    Args:
-        rows: float32 or float16 [n, embedding_dim].
-        dtype: what the weights are.
-        variants: how to pack them.
-        name: of the table.
-        numbers: int64 [n], of the rows in the table.
-        num_embeddings: rows of the table.
-        progress: called with the name and n for each variant that is done.
-
-    Raises:
-        ValueError: a value is NaN or infinite, or no variant can be done.
-    """
-    results, skipped = compare_rows(rows, variants, name, numbers, num_embeddings, progress)
+    """Do what compare_table does, for a sample of any table."""
+    results, skipped = compare_rows(sample, variants, progress)
+    rows = sample.rows
     return TableComparison(
-        name=name,
-        num_embeddings=num_embeddings,
+        name=sample.name,
+        num_embeddings=sample.num_embeddings,
         embedding_dim=rows.shape[1],
-        dtype=dtype,
+        dtype=sample.dtype,
         rows_measured=len(rows),
         square_norm=float(np.einsum("ij,ij->", rows, rows, dtype=np.float64)),
         results=tuple(results),
@@ -187,13 +168,13 @@ def compare_sample(
 
 
 def _read_rows(tensor: SourceTensor, numbers: NDArray[np.int64]) -> NDArray[Any]:
-    """Read chosen rows, in rising order, as float32 or float16."""
+    """Read chosen rows, in rising order."""
     step = chunk_rows(tensor.shape[1])
     rows = np.empty((len(numbers), tensor.shape[1]), ARRAY_DTYPES[tensor.dtype])
     for i, chunk in enumerate(tensor.chunks(step)):
         begin, end = np.searchsorted(numbers, (i * step, i * step + len(chunk)))
         rows[begin:end] = chunk[numbers[begin:end] - i * step]
-    return widen(rows) if tensor.dtype == "BF16" else rows
+    return rows
 
 
 def sum_tables(tables: Sequence[TableComparison]) -> list[Total]:

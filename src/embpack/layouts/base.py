@@ -21,7 +21,7 @@ class ArraySpec:
         name: of the attribute of a PackedTable that has it: "clusters" or "codebooks".
         suffix: what a file adds to the table's name for it.
         dtypes: types that it may have; just one where the number of codebooks is known.
-        shape: None stands for a number of codebooks that is not known.
+        shape: None, in the first place, stands for a number of codebooks that is not known.
     """
 
     name: str
@@ -142,11 +142,6 @@ class Layout(ABC):
     @abstractmethod
     def row_bytes(self) -> int:
         """Bytes of a row."""
-
-    @property
-    def kernel_bits(self) -> int:
-        """The bits that the core is told of when rows are looked up."""
-        return int(self.bits)
 
     @property
     def param_type(self) -> np.dtype[Any]:

@@ -1,7 +1,8 @@
 """RowFormat: everything that fixes what the bytes of a row mean."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from operator import index
 from typing import Any
 
@@ -28,7 +29,6 @@ class RowFormat:
         param_dtype: "float16" or "float32", of scale and bias or of a codebook; "float32" for trellis-coded rows.
         layout: a name in LAYOUTS.
         rotation: what the values are multiplied by before they are packed: None, or "hadamard" (embpack.rotation).
-        form: the layout of rows of so many values and bits and such parameters.
 
     Raises:
         TypeError: embedding_dim or bits is no integer, or bits no number where it may have a fraction.
@@ -40,7 +40,6 @@ class RowFormat:
     param_dtype: str = "float16"
     layout: str = "uniform"
     rotation: str | None = None
-    form: Layout = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # NumPy's integers are welcome, but JSON has no place for them.
@@ -53,9 +52,12 @@ class RowFormat:
             raise ValueError(f"layout is {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
         if self.rotation not in (None, *ROTATIONS):
             raise ValueError(f"rotation is {self.rotation!r}; choose None or one of {', '.join(map(repr, ROTATIONS))}")
-        form = LAYOUTS[self.layout](self.embedding_dim, self.bits, self.param_dtype)
-        object.__setattr__(self, "form", form)
-        object.__setattr__(self, "bits", form.bits)
+        object.__setattr__(self, "bits", self.form.bits)
+
+    @cached_property
+    def form(self) -> Layout:
+        """The layout of rows of so many values and bits and such parameters."""
+        return LAYOUTS[self.layout](self.embedding_dim, self.bits, self.param_dtype)
 
     @classmethod
     def parse(cls, text: str) -> "RowFormat":
