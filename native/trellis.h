@@ -1,4 +1,5 @@
-// What a table of trellis-coded rows shares, made ready for the kernel. src/embpack/layouts/trellis.py is the specification.
+// What the rows of a trellis-coded table share, made ready for the kernel that packs them.
+// src/embpack/layouts/trellis.py is the specification.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,7 @@
 
 namespace embpack {
 
-// How a path goes over a row. Rows have at least 2 embedding_dim bits for codes.
+// How a path goes over a row, step by step. Rows have at least 2 embedding_dim bits for codes.
 struct TrellisSteps {
     size_t row_bytes;
     TrellisShape shape;
@@ -19,7 +20,8 @@ struct TrellisSteps {
     TrellisSteps(size_t embedding_dim, size_t row_bytes);
 };
 
-// `steps` and `mean` must outlive the table; wide may be null where no codes are.
+// All levels of narrow and of wide codes, ascending; 256 scales; the mean by column. `steps` and `mean` must outlive
+// the table; `wide` may be null where no codes are wide.
 TrellisTable make_trellis_table(const TrellisSteps& steps, const float* narrow, const float* wide,
                                 const float* scales, const float* mean);
 
