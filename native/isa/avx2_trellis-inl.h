@@ -168,8 +168,6 @@ struct FewLevels {
     }
 };
 
-using SomeLevels = ManyLevels;
-
 template <class Use>
 inline void with_trellis_levels(const TrellisShape& shape, Use use) {
     if (shape.narrow_bits <= 4) return use.template operator()<FewLevels>();

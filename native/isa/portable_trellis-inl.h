@@ -70,16 +70,14 @@ struct ManyLevels {
     }
     template <class Numbers, class Block>
     F32x16 operator()(const Numbers& numbers, const Block& block, size_t v) const {
-        return each_lane([&](size_t i) {
+        float lane[16];
+        for (size_t i = 0; i < 16; i++) {
             const size_t p = trellis_vectors * i + v;
-            return levels.values[numbers.byte[p] + (block.is_wide.is_inside[p] ? num_narrow : 0)];
-        });
+            lane[i] = levels.values[numbers.byte[p] + (block.is_wide.is_inside[p] ? num_narrow : 0)];
+        }
+        return load(lane);
     }
 };
-
-using FewLevels = ManyLevels;
-
-using SomeLevels = ManyLevels;
 
 template <class Use>
 inline void with_trellis_levels(const TrellisShape&, Use use) { use.template operator()<ManyLevels>(); }
