@@ -6,11 +6,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
-#include <stdexcept>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
+#include "layouts.h"
 #include "lookup.h"
 
 namespace nb = nanobind;
@@ -22,28 +22,10 @@ void bind_quantize(nb::module_&);
 void bind_lookup(nb::module_&);
 void bind_tensors(nb::module_&);
 
-inline void require(bool holds, const char* what) {
-    if (!holds) throw std::invalid_argument(what);
-}
-
 // float32, float16, or bfloat16 as uint16.
 ValueType value_type(nb::dlpack::dtype, const char* complaint);
 
-Grid make_grid(int bits, bool f16_params);
-Layout parse_layout(std::string_view name);
 Pooling parse_mode(std::string_view mode);
-
-// What rows of the clustered layout share: a number of a codebook each, and the codebooks. Trellis-coded rows share one
-// codebook.
-struct Shared {
-    const void* clusters = nullptr;
-    size_t num_clusters = 0, cluster_bytes = 0;
-    const void* codebooks = nullptr;
-    size_t num_codebooks = 0, codebook_bytes = 0;
-};
-
-PackedRows make_rows(const void* packed, size_t num_rows, size_t row_bytes, size_t embedding_dim, Grid, Layout,
-                     const Shared&);
 
 // A fault as Python makes a message of it: -1 for none, the position of an index that is outside, or -2 - position of
 // one whose row has no codebook.

@@ -7,14 +7,8 @@
 #include <optional>
 
 #include "bindings.h"
-#include "trellis_rows.h"
 
 namespace embpack {
-
-Grid make_grid(int bits, bool f16_params) {
-    require(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8");
-    return {bits, f16_params};
-}
 
 ValueType value_type(nb::dlpack::dtype dtype, const char* message) {
     if (dtype == nb::dtype<float>()) return ValueType::f32;
@@ -23,55 +17,9 @@ ValueType value_type(nb::dlpack::dtype dtype, const char* message) {
     return half ? ValueType::f16 : ValueType::bf16;
 }
 
-Layout parse_layout(std::string_view name) {
-    if (name == "uniform") return Layout::uniform;
-    if (name == "codebook") return Layout::codebook;
-    if (name == "clustered") return Layout::clustered;
-    require(name == "trellis", "layout must be uniform, codebook, clustered or trellis");
-    return Layout::trellis;
-}
-
 Pooling parse_mode(std::string_view mode) {
     require(mode == "sum" || mode == "mean" || mode == "max", "mode must be sum, mean or max");
     return mode == "sum" ? Pooling::sum : mode == "mean" ? Pooling::mean : Pooling::max;
-}
-
-namespace {
-
-// Their grid means nothing.
-PackedRows check_trellis(PackedRows rows, const Shared& shared) {
-    const size_t d = rows.embedding_dim;
-    require(d >= trellis_least_dim && d <= trellis_most_dim, "embedding_dim is not for the trellis layout");
-    require(8 * (rows.row_bytes - 1) >= trellis_least_bits * d, "packed has too few row bytes");
-    require(shared.cluster_bytes == 0, "clusters go with the clustered layout");
-    require(shared.num_codebooks == 1 &&
-                shared.codebook_bytes == sizeof(float) * TrellisShape(d, rows.row_bytes).num_shared(),
-            "codebooks have the wrong size");
-    rows.codebooks = static_cast<const uint8_t*>(shared.codebooks);
-    return rows;
-}
-
-}  // namespace
-
-PackedRows make_rows(const void* packed, size_t num_rows, size_t row_bytes, size_t embedding_dim, Grid grid,
-                     Layout layout, const Shared& shared) {
-    PackedRows rows{static_cast<const uint8_t*>(packed), num_rows, embedding_dim, row_bytes, grid, layout};
-    require(embedding_dim > 0 && embedding_dim <= 8 * row_bytes, "embedding_dim does not go with packed");
-    if (layout == Layout::trellis) return check_trellis(rows, shared);
-    require(row_bytes == packed_row_bytes(embedding_dim, grid, layout), "packed has the wrong row bytes");
-    const bool is_clustered = layout == Layout::clustered;
-    require(is_clustered == (shared.cluster_bytes > 0) && is_clustered == (shared.codebook_bytes > 0),
-            "clusters and codebooks go with the clustered layout");
-    if (!is_clustered) return rows;
-    require(shared.cluster_bytes <= 2, "clusters must be uint8 or uint16");
-    require(shared.num_clusters == num_rows, "clusters must have one number for each row");
-    require(shared.codebook_bytes == codebook_bytes(grid), "codebooks have the wrong size");
-    require(shared.num_codebooks > 0 || num_rows == 0, "codebooks are none");
-    rows.codebooks = static_cast<const uint8_t*>(shared.codebooks);
-    rows.clusters = static_cast<const uint8_t*>(shared.clusters);
-    rows.cluster_bytes = shared.cluster_bytes;
-    rows.num_codebooks = shared.num_codebooks;
-    return rows;
 }
 
 namespace {
@@ -168,32 +116,24 @@ std::tuple<size_t, int64_t> pool_group_into(const std::vector<PackedRows>& table
 
 namespace {
 
-// Packed rows, and the arrays that they lie in.
-struct PackedView {
+// Rows of a table, and the arrays that they and what is beside them lie in.
+struct TableView {
     PackedArray packed;
     std::optional<Clusters> clusters;
     std::optional<PackedArray> codebooks;
     PackedRows rows;
 
-    PackedView(const PackedArray& packed, size_t embedding_dim, int bits, bool f16_params, const std::string& layout,
-               const std::optional<Clusters>& clusters, const std::optional<PackedArray>& codebooks, bool is_rotated)
+    TableView(const PackedArray& packed, const std::string& row_format, const std::optional<Clusters>& clusters,
+              const std::optional<PackedArray>& codebooks)
         : packed(packed), clusters(clusters), codebooks(codebooks) {
-        Shared shared;
+        Beside beside;
         if (clusters) {
             const bool is_u8 = clusters->dtype() == nb::dtype<uint8_t>();
             require(is_u8 || clusters->dtype() == nb::dtype<uint16_t>(), "clusters must be uint8 or uint16");
-            shared.clusters = clusters->data();
-            shared.num_clusters = clusters->shape(0);
-            shared.cluster_bytes = is_u8 ? 1 : 2;
+            beside.by_row = {clusters->data(), clusters->shape(0), size_t{is_u8 ? 1u : 2u}};
         }
-        if (codebooks) {
-            shared.codebooks = codebooks->data();
-            shared.num_codebooks = codebooks->shape(0);
-            shared.codebook_bytes = codebooks->shape(1);
-        }
-        rows = make_rows(packed.data(), packed.shape(0), packed.shape(1), embedding_dim, make_grid(bits, f16_params),
-                         parse_layout(layout), shared);
-        rows.is_rotated = is_rotated;
+        if (codebooks) beside.shared = {codebooks->data(), codebooks->shape(0), codebooks->shape(1)};
+        rows = make_rows(packed.data(), packed.shape(0), packed.shape(1), parse_row_format(row_format), beside);
     }
 };
 
@@ -214,7 +154,7 @@ const float* view_weights(const std::optional<Floats>& weights, const Integers& 
     return weights ? weights->data() : nullptr;
 }
 
-int64_t gather_rows(const PackedView& view, const std::optional<Indices>& indices, const ValuesOut& out) {
+int64_t gather_rows(const TableView& view, const std::optional<Indices>& indices, const ValuesOut& out) {
     const Integers from = indices ? view_integers(*indices) : Integers{};
     // An empty array may have no address, but no address means all rows.
     if (indices && from.count == 0) return -1;
@@ -222,7 +162,7 @@ int64_t gather_rows(const PackedView& view, const std::optional<Indices>& indice
     return gather_into(view.rows, from, view_output(out, num_rows, view.rows.embedding_dim));
 }
 
-int64_t pool_rows(const PackedView& view, const Indices& indices, const std::optional<Indices>& offsets,
+int64_t pool_rows(const TableView& view, const Indices& indices, const std::optional<Indices>& offsets,
                   size_t bag_size, const std::optional<Floats>& per_sample_weights, int64_t padding_index,
                   const std::string& mode, const ValuesOut& out) {
     Bags bags{.indices = view_integers(indices), .bag_size = bag_size, .num_bags = out.shape(0),
@@ -237,8 +177,8 @@ class GroupView {
 public:
     GroupView(const nb::list& views, const std::vector<size_t>& table_of, const std::vector<std::string>& modes) {
         for (nb::handle view : views) {
-            if (!nb::isinstance<PackedView>(view)) throw nb::type_error("tables must be PackedRows");
-            views_.push_back(nb::cast<const PackedView&>(view));
+            if (!nb::isinstance<TableView>(view)) throw nb::type_error("tables must be TableView");
+            views_.push_back(nb::cast<const TableView&>(view));
             tables_.push_back(views_.back().rows);
         }
         require(modes.size() == table_of.size(), "modes must have one for each feature");
@@ -256,7 +196,7 @@ public:
     }
 
 private:
-    std::vector<PackedView> views_;
+    std::vector<TableView> views_;
     std::vector<PackedRows> tables_;
     std::vector<FeatureLookup> lookups_;
     size_t width_ = 0;
@@ -265,23 +205,23 @@ private:
 }  // namespace
 
 void bind_lookup(nb::module_& m) {
-    nb::class_<PackedView>(m, "PackedRows", "Packed rows, as gather and pool take them.")
-        .def(nb::init<const PackedArray&, size_t, int, bool, const std::string&, const std::optional<Clusters>&,
-                      const std::optional<PackedArray>&, bool>(),
-             nb::arg("packed").noconvert(), nb::arg("embedding_dim"), nb::arg("bits"), nb::arg("f16_params"),
-             nb::arg("layout"), nb::arg("clusters").none(), nb::arg("codebooks").none(), nb::arg("is_rotated") = false,
-             nb::sig("def __init__(self, packed: numpy.typing.NDArray[numpy.uint8], embedding_dim: int, bits: int, "
-                     "f16_params: bool, layout: str, clusters: numpy.typing.NDArray[typing.Any] | None, "
-                     "codebooks: numpy.typing.NDArray[numpy.uint8] | None, is_rotated: bool = False) -> None"));
+    nb::class_<TableView>(m, "TableView", "Packed rows and what is beside them, as gather and pool take them.")
+        .def(nb::init<const PackedArray&, const std::string&, const std::optional<Clusters>&,
+                      const std::optional<PackedArray>&>(),
+             nb::arg("packed").noconvert(), nb::arg("row_format"), nb::arg("clusters") = nb::none(),
+             nb::arg("codebooks") = nb::none(),
+             nb::sig("def __init__(self, packed: numpy.typing.NDArray[numpy.uint8], row_format: str, "
+                     "clusters: numpy.typing.NDArray[typing.Any] | None = None, "
+                     "codebooks: numpy.typing.NDArray[numpy.uint8] | None = None) -> None"));
     m.def("gather", &gather_rows, nb::arg("rows"), nb::arg("indices").none(), nb::arg("out").noconvert(),
-          nb::sig("def gather(rows: PackedRows, indices: numpy.typing.NDArray[typing.Any] | None, "
+          nb::sig("def gather(rows: TableView, indices: numpy.typing.NDArray[typing.Any] | None, "
                   "out: numpy.typing.NDArray[typing.Any]) -> int"),
           "Decode the rows `indices` (None: all) into `out`. Returns the position of the first index out of range, "
           "-2 - the position of the first whose row has no codebook, or -1.");
     m.def("pool", &pool_rows, nb::arg("rows"), nb::arg("indices"), nb::arg("offsets").none(), nb::arg("bag_size"),
           nb::arg("per_sample_weights").none().noconvert(), nb::arg("padding_index"), nb::arg("mode"),
           nb::arg("out").noconvert(),
-          nb::sig("def pool(rows: PackedRows, indices: numpy.typing.NDArray[typing.Any], "
+          nb::sig("def pool(rows: TableView, indices: numpy.typing.NDArray[typing.Any], "
                   "offsets: numpy.typing.NDArray[typing.Any] | None, bag_size: int, "
                   "per_sample_weights: numpy.typing.NDArray[numpy.float32] | None, padding_index: int, mode: str, "
                   "out: numpy.typing.NDArray[typing.Any]) -> int"),
@@ -291,7 +231,7 @@ void bind_lookup(nb::module_& m) {
     nb::class_<GroupView>(m, "TableGroup", "Packed rows of several tables, and the features that read them.")
         .def(nb::init<const nb::list&, const std::vector<size_t>&, const std::vector<std::string>&>(),
              nb::arg("tables"), nb::arg("table_of"), nb::arg("modes"),
-             nb::sig("def __init__(self, tables: list[PackedRows], table_of: collections.abc.Sequence[int], "
+             nb::sig("def __init__(self, tables: list[TableView], table_of: collections.abc.Sequence[int], "
                      "modes: collections.abc.Sequence[str]) -> None"))
         .def("pool", &GroupView::pool, nb::arg("indices"), nb::arg("offsets"),
              nb::arg("per_sample_weights").none().noconvert(), nb::arg("out").noconvert(),

@@ -131,10 +131,10 @@ QuantizeAnswer encode_trellis(const RowsArray& rows, const Floats& narrow, const
     require(packed.shape(1) > 0 && 8 * (packed.shape(1) - 1) >= 2 * view.embedding_dim, "packed rows are too short");
     require(scales.shape(0) == trellis_scales, "there must be 256 scales");
     require(mean.shape(0) == view.embedding_dim, "mean must have one value for each column");
-    const TrellisFormat format(view.embedding_dim, packed.shape(1));
-    require(narrow.shape(0) == format.shape.num_narrow_levels(), "narrow has the wrong number of levels");
-    require(wide.shape(0) == format.shape.num_wide_levels(), "wide has the wrong number of levels");
-    const TrellisTable table = make_trellis_table(format, narrow.data(), wide.data(), scales.data(), mean.data());
+    const TrellisSteps steps(view.embedding_dim, packed.shape(1));
+    require(narrow.shape(0) == steps.shape.num_narrow_levels(), "narrow has the wrong number of levels");
+    require(wide.shape(0) == steps.shape.num_wide_levels(), "wide has the wrong number of levels");
+    const TrellisTable table = make_trellis_table(steps, narrow.data(), wide.data(), scales.data(), mean.data());
     uint8_t* out = packed.data();
     nb::gil_scoped_release release;
     return make_answer(quantize_by_trellis(view, table, span_rows, out));

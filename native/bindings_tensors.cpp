@@ -5,12 +5,9 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <charconv>
-#include <cmath>
 #include <string_view>
 
 #include "bindings.h"
-#include "trellis_rows.h"
 
 namespace embpack {
 namespace {
@@ -23,7 +20,8 @@ void use_exchange_api(const nb::capsule& capsule, nb::handle embedding, nb::hand
     auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!api) throw nb::python_error();
     while (api && api->major != dlpack::known_major) api = api->older;
-    require(api, "the exchange API has an unknown version");
+    require(api && api->allocate && api->managed_tensor_to_object && api->tensor_from_object,
+            "the exchange API has an unknown version, or lacks a function");
     exchange_api = api;
     slow_embedding = embedding.inc_ref().ptr();
     slow_embedding_bag = embedding_bag.inc_ref().ptr();
@@ -93,88 +91,25 @@ ValueType parse_value_type(std::string_view name) {
 // What was asked for, or the fault in its place.
 nb::object found_or(int64_t fault, const nb::object& found) { return fault == -1 ? found : nb::int_(fault); }
 
-// A row format, written as embpack.layouts.RowFormat is: "uniform:64:4:float16", maybe with ":hadamard".
-struct Format {
-    size_t embedding_dim;
-    Grid grid;
-    Layout layout;
-    size_t row_bytes;
-    bool is_rotated = false;
-};
-
-std::string_view cut_off(std::string_view& text) {
-    const size_t colon = text.find(':');
-    require(colon != text.npos, "a row format must have four parts");
-    const std::string_view part = text.substr(0, colon);
-    text.remove_prefix(colon + 1);
-    return part;
-}
-
-size_t parse_number(std::string_view text) {
-    size_t number = 0;
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
-    require(error == std::errc() && end == text.data() + text.size(), "a row format has something that is no number");
-    return number;
-}
-
-// Bits of a trellis-coded row may have a fraction: they fix its bytes as embpack.layouts.RowFormat does.
-Format make_trellis_format(size_t embedding_dim, std::string_view text) {
-    double bits = 0;
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), bits);
-    require(error == std::errc() && end == text.data() + text.size() && bits >= double{trellis_least_bits} &&
-                bits <= double{trellis_most_bits} && embedding_dim <= trellis_most_dim,
-            "a trellis-coded row has 4 to 4096 values, of 2 to 7 bits");
-    const double code_bytes = std::ceil(static_cast<double>(embedding_dim) * bits / 8 - 1e-6);
-    return {embedding_dim, {8, false}, Layout::trellis, static_cast<size_t>(code_bytes) + 4};
-}
-
-Format parse_format(std::string_view text) {
-    const Layout layout = parse_layout(cut_off(text));
-    const size_t embedding_dim = parse_number(cut_off(text));
-    const std::string_view bits = cut_off(text), param_dtype = text.substr(0, text.find(':'));
-    text.remove_prefix(param_dtype.size());
-    require(param_dtype == "float16" || param_dtype == "float32", "param_dtype must be float16 or float32");
-    require(text.empty() || text == ":hadamard", "rotation must be hadamard");
-    if (layout == Layout::trellis) {
-        require(param_dtype == "float32", "param_dtype of the trellis layout must be float32");
-        Format format = make_trellis_format(embedding_dim, bits);
-        format.is_rotated = !text.empty();
-        return format;
-    }
-    const Grid grid = make_grid(static_cast<int>(std::min<size_t>(parse_number(bits), 9)), param_dtype == "float16");
-    return {embedding_dim, grid, layout, packed_row_bytes(embedding_dim, grid, layout), !text.empty()};
-}
-
 // Clusters uint8 [rows, bytes of a number] and codebooks uint8 [codebooks, bytes].
-Shared view_shared(nb::handle clusters, nb::handle codebooks) {
-    Shared shared;
-    if (!clusters.is_none()) {
-        const dlpack::Tensor tensor = view_bytes(clusters);
-        shared.clusters = tensor.data;
-        shared.num_clusters = static_cast<size_t>(tensor.shape[0]);
-        shared.cluster_bytes = static_cast<size_t>(tensor.shape[1]);
-    }
-    if (!codebooks.is_none()) {
-        const dlpack::Tensor tensor = view_bytes(codebooks);
-        shared.codebooks = tensor.data;
-        shared.num_codebooks = static_cast<size_t>(tensor.shape[0]);
-        shared.codebook_bytes = static_cast<size_t>(tensor.shape[1]);
-    }
-    return shared;
+Beside view_beside(nb::handle clusters, nb::handle codebooks) {
+    const auto view = [](nb::handle array) {
+        if (array.is_none()) return Beside::Array{};
+        const dlpack::Tensor tensor = view_bytes(array);
+        return Beside::Array{tensor.data, static_cast<size_t>(tensor.shape[0]), static_cast<size_t>(tensor.shape[1])};
+    };
+    return {view(clusters), view(codebooks)};
 }
 
-PackedRows view_rows(nb::handle packed, const Format& format, const Shared& shared) {
+PackedRows view_rows(nb::handle packed, const RowFormat& format, const Beside& beside) {
     const dlpack::Tensor bytes = view_bytes(packed);
-    require(static_cast<size_t>(bytes.shape[1]) == format.row_bytes, "packed has the wrong row bytes");
-    PackedRows rows = make_rows(bytes.data, static_cast<size_t>(bytes.shape[0]), static_cast<size_t>(bytes.shape[1]),
-                                format.embedding_dim, format.grid, format.layout, shared);
-    rows.is_rotated = format.is_rotated;
-    return rows;
+    return make_rows(bytes.data, static_cast<size_t>(bytes.shape[0]), static_cast<size_t>(bytes.shape[1]), format,
+                     beside);
 }
 
 nb::object gather_tensors(nb::handle packed, nb::handle clusters, nb::handle codebooks, std::string_view row_format,
                           nb::handle indices, std::string_view dtype) {
-    const PackedRows rows = view_rows(packed, parse_format(row_format), view_shared(clusters, codebooks));
+    const PackedRows rows = view_rows(packed, parse_row_format(row_format), view_beside(clusters, codebooks));
     const dlpack::Tensor tensor = view_integer_tensor(indices);
     const Integers from = as_integers(tensor);
     std::vector<int64_t> shape(tensor.shape, tensor.shape + tensor.ndim);
@@ -202,7 +137,7 @@ const float* view_weights(nb::handle object, const Bags& bags) {
 nb::object pool_tensors(nb::handle packed, nb::handle clusters, nb::handle codebooks, std::string_view row_format,
                         nb::handle indices, nb::handle offsets, std::string_view mode, nb::handle per_sample_weights,
                         bool include_last_offset, int64_t padding_index, std::string_view dtype) {
-    const PackedRows rows = view_rows(packed, parse_format(row_format), view_shared(clusters, codebooks));
+    const PackedRows rows = view_rows(packed, parse_row_format(row_format), view_beside(clusters, codebooks));
     const dlpack::Tensor tensor = view_integer_tensor(indices);
     Bags bags{.indices = as_integers(tensor), .padding_index = padding_index, .pooling = parse_mode(mode)};
     if (offsets.is_none()) {
@@ -255,7 +190,7 @@ nb::object embedding_bag(nb::handle packed, std::string_view row_format, nb::han
 class TensorGroup {
 public:
     void add(std::string_view row_format, std::string_view mode, int64_t padding_index, size_t num_lookups) {
-        formats_.push_back(parse_format(row_format));
+        formats_.push_back(parse_row_format(row_format));
         for (size_t i = 0; i < num_lookups; i++)
             lookups_.push_back({formats_.size() - 1, 0, parse_mode(mode), padding_index});
     }
@@ -275,9 +210,10 @@ public:
         if (!per_sample_weights.is_none()) bags.per_sample_weights = view_weights(per_sample_weights, bags);
         for (const FeatureLookup& lookup : lookups)
             require(!bags.per_sample_weights || lookup.pooling == Pooling::sum, "per_sample_weights are for sums");
+        require(num_features > 0 && bags.offsets.count >= include_last_offset,
+                "offsets must end with where the last bag ends");
         const size_t num_bags = bags.offsets.count - include_last_offset;
-        require(num_features > 0 && bags.offsets.count >= include_last_offset && num_bags % num_features == 0,
-                "offsets must have as many bags for each feature");
+        require(num_bags % num_features == 0, "offsets must have as many bags for each feature");
         const size_t batch = num_bags / num_features;
         Output to;
         const std::vector<int64_t> shape{static_cast<int64_t>(batch), static_cast<int64_t>(width)};
@@ -288,29 +224,29 @@ public:
     }
 
 private:
-    // Clusters are those of the clustered tables only, codebooks of those and of the trellis-coded ones.
+    // Clusters and codebooks are those of the tables that have them, in their order.
     std::vector<PackedRows> view_tables(const nb::list& packed, const nb::list& clusters,
                                         const nb::list& codebooks) const {
         require(packed.size() == formats_.size(), "packed must have one tensor for each table");
+        size_t clusters_taken = 0, codebooks_taken = 0;
+        const auto take = [](bool has_one, const nb::list& tensors, size_t& taken) {
+            if (!has_one) return nb::object(nb::none());
+            require(taken < tensors.size(), "clusters and codebooks must have one tensor for each table that has them");
+            return nb::object(tensors[taken++]);
+        };
         std::vector<PackedRows> tables;
-        size_t clustered = 0, sharing = 0;
         for (size_t i = 0; i < formats_.size(); i++) {
-            const bool is_clustered = formats_[i].layout == Layout::clustered;
-            nb::object numbers = nb::none(), levels = nb::none();
-            if (is_clustered || formats_[i].layout == Layout::trellis) {
-                require(sharing < codebooks.size() && clustered + is_clustered <= clusters.size(),
-                        "clusters and codebooks must have one tensor for each table that has them");
-                if (is_clustered) numbers = clusters[clustered++];
-                levels = codebooks[sharing++];
-            }
-            tables.push_back(view_rows(packed[i], formats_[i], view_shared(numbers, levels)));
+            const Layout layout = formats_[i].layout;
+            const nb::object by_row = take(has_array_by_row(layout), clusters, clusters_taken);
+            const nb::object shared = take(has_shared_array(layout), codebooks, codebooks_taken);
+            tables.push_back(view_rows(packed[i], formats_[i], view_beside(by_row, shared)));
         }
-        require(clustered == clusters.size() && sharing == codebooks.size(),
+        require(clusters_taken == clusters.size() && codebooks_taken == codebooks.size(),
                 "clusters and codebooks go with the layouts that have them");
         return tables;
     }
 
-    std::vector<Format> formats_;
+    std::vector<RowFormat> formats_;
     std::vector<FeatureLookup> lookups_;
 };
 

@@ -128,7 +128,7 @@ inline bool has_codebook(const PackedRows& rows, size_t row) {
     return rows.layout != Layout::clustered || cluster_of(rows, row) < rows.num_codebooks;
 }
 
-// Trellis-coded rows, as src/embpack/trellis.py specifies them.
+// Trellis-coded rows, as src/embpack/layouts/trellis.py specifies them.
 inline constexpr size_t trellis_scales = 256, trellis_states = 32, trellis_subsets = 4, most_subset_levels = 64;
 
 // A codebook, dealt out to the subsets. The arrays begin cache lines.

@@ -69,9 +69,8 @@ Output output_at(float* values, size_t embedding_dim, size_t row) {
 
 // Rows first .. end of the output, some at a time: look_up(first, end, to, fault) makes rotated ones, as float32.
 template <class LookUp>
-void rotate_back(const PackedRows& rows, size_t first, size_t end, const Output& out, LookupFault& fault,
-                 const LookUp& look_up) {
-    const Kernels& k = kernels();
+void rotate_back(const Kernels& k, const PackedRows& rows, size_t first, size_t end, const Output& out,
+                 LookupFault& fault, const LookUp& look_up) {
     const size_t d = rows.embedding_dim;
     const size_t at_a_time = std::clamp<size_t>(rotated_at_a_time / d, 1, end - first);
     std::vector<float> values(at_a_time * d);
@@ -84,59 +83,67 @@ void rotate_back(const PackedRows& rows, size_t first, size_t end, const Output&
     }
 }
 
-// Moves rows that are padding out of the way, and returns how many are left.
-size_t leave_padding_out(const Bags& bags, size_t first, size_t end, size_t d, float* rows) {
-    if (bags.padding_index == no_padding) return end - first;
-    size_t kept = 0;
-    for (size_t i = first; i < end; i++) {
-        if (bags.indices[i] == bags.padding_index) continue;
-        std::copy_n(rows + (i - first) * d, d, rows + kept * d);
-        kept++;
+// Indices of a bag without those of padding, and where they were.
+struct KeptIndices {
+    std::vector<int64_t> values;
+    std::vector<size_t> positions;
+
+    void fill(const Bags& bags, size_t first, size_t end) {
+        values.clear();
+        positions.clear();
+        for (size_t i = first; i < end; i++) {
+            if (bags.padding_index != no_padding && bags.indices[i] == bags.padding_index) continue;
+            values.push_back(bags.indices[i]);
+            positions.push_back(i);
+        }
     }
-    return kept;
-}
+};
 
 // The largest values of bags: seldom asked for, so made of rows that are looked up (and rotated back) before.
-void pool_largest(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
-                  LookupFault& fault) {
-    const Kernels& k = kernels();
+void pool_largest(const Kernels& k, const PackedRows& rows, const Bags& bags, size_t first, size_t end,
+                  const Output& out, LookupFault& fault) {
     const auto gather_rows = k.lookups_of(rows).gather_rows;
     const size_t d = rows.embedding_dim, at_a_time = std::max<size_t>(1, rotated_at_a_time / d);
     std::vector<float> values(at_a_time * d), largest(d);
+    KeptIndices kept;
     for (size_t bag = first; bag < end; bag++) {
         std::fill(largest.begin(), largest.end(), -std::numeric_limits<float>::infinity());
         bool is_empty = true;
         const size_t last = bags.start(bag + 1);
         for (size_t i = bags.start(bag), stop; i < last; i = stop) {
             stop = std::min(last, i + at_a_time);
-            gather_rows(rows, bags.indices, bags.prefetches, i, stop, output_at(values.data(), d, i), fault);
-            if (fault.kind != LookupFault::none) return;
-            const size_t kept = leave_padding_out(bags, i, stop, d, values.data());
-            if (rows.is_rotated) k.rotate_rows_back(values.data(), kept, d);
-            k.keep_largest(values.data(), kept, d, largest.data());
-            is_empty = is_empty && kept == 0;
+            kept.fill(bags, i, stop);
+            const size_t count = kept.values.size();
+            LookupFault found;
+            gather_rows(rows, {kept.values.data(), count}, bags.prefetches, 0, count, output_at(values.data(), d, 0),
+                        found);
+            if (found.kind != LookupFault::none) return fault.note(kept.positions[found.position], found.kind);
+            if (rows.is_rotated) k.rotate_rows_back(values.data(), count, d);
+            k.keep_largest(values.data(), count, d, largest.data());
+            is_empty = is_empty && count == 0;
         }
         if (is_empty) std::fill(largest.begin(), largest.end(), 0.0f);
         k.write_rows(largest.data(), 1, d, {out.values + bag * out.row_bytes, out.row_bytes, out.type});
     }
 }
 
-void pool_piece(const Lookup& lookup, size_t first, size_t end, LookupFault& fault) {
+}  // namespace
+
+void pool_bags(const Kernels& k, const Lookup& lookup, size_t first, size_t end, LookupFault& fault) {
     const PackedRows& rows = lookup.rows;
     const Bags& bags = lookup.bags;
-    const auto pool_bags = kernels().lookups_of(rows).pool_bags;
-    if (bags.pooling == Pooling::max) return pool_largest(rows, bags, first, end, lookup.out, fault);
-    if (!rows.is_rotated) return pool_bags(rows, bags, first, end, lookup.out, fault);
-    rotate_back(rows, first, end, lookup.out, fault,
+    if (bags.pooling == Pooling::max) return pool_largest(k, rows, bags, first, end, lookup.out, fault);
+    const auto pool = k.lookups_of(rows).pool_bags;
+    if (!rows.is_rotated) return pool(rows, bags, first, end, lookup.out, fault);
+    rotate_back(k, rows, first, end, lookup.out, fault,
                 [&](size_t from, size_t stop, const Output& to, LookupFault& found) {
-                    pool_bags(rows, bags, from, stop, to, found);
+                    pool(rows, bags, from, stop, to, found);
                 });
 }
 
-}  // namespace
-
 LookupFault gather(const PackedRows& rows, const Integers& indices, const Output& out) {
-    const auto gather_rows = kernels().lookups_of(rows).gather_rows;
+    const Kernels& k = kernels();
+    const auto gather_rows = k.lookups_of(rows).gather_rows;
     const size_t count = indices.values ? indices.count : rows.num_rows;
     const int threads = threads_for(count * rows.embedding_dim);
     const bool prefetches = table_bytes(rows) > second_level_bytes();
@@ -149,7 +156,7 @@ LookupFault gather(const PackedRows& rows, const Integers& indices, const Output
         };
         LookupFault found;
         if (rows.is_rotated)
-            rotate_back(rows, first, end, out, found, look_up);
+            rotate_back(k, rows, first, end, out, found, look_up);
         else
             look_up(first, end, out, found);
         if (found.kind == LookupFault::none) return;
@@ -166,6 +173,7 @@ LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup) {
         total_bytes += table_bytes(lookup.rows);
     }
     for (Lookup& lookup : lookups) lookup.bags.prefetches = total_bytes > second_level_bytes();
+    const Kernels& k = kernels();
     const int threads = threads_for(total_values);
     const std::vector<Piece> pieces = cut(lookups, threads);
     LookupFault fault;
@@ -173,7 +181,7 @@ LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup) {
     for_each_piece(pieces.size(), threads, [&](size_t i) {
         const size_t number = pieces[i].lookup;
         LookupFault found;
-        pool_piece(lookups[number], pieces[i].first_bag, pieces[i].end_bag, found);
+        pool_bags(k, lookups[number], pieces[i].first_bag, pieces[i].end_bag, found);
         if (found.kind == LookupFault::none) return;
 #pragma omp critical(embpack_pool_fault)
         if (number <= faulty_lookup) {

@@ -18,6 +18,10 @@ struct Lookup {
     Output out;
 };
 
+// Pools bags first .. end of a lookup by an instruction set's kernels, on this thread; what PoolBagsFn says of faults
+// holds here, too.
+void pool_bags(const Kernels&, const Lookup&, size_t first, size_t end, LookupFault&);
+
 // Pools the bags of several tables. The fault is that of the first lookup that has one, whose number is given.
 LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup);
 

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace embpack {
 
@@ -47,6 +48,21 @@ struct ExchangeApi {
 };
 
 inline constexpr uint32_t known_major = 1;
+
+// That they are DLPack's, where pointers have 8 bytes.
+static_assert(sizeof(void*) == 8 && sizeof(TypeCode) == 1);
+static_assert(std::is_standard_layout_v<Tensor> && std::is_trivially_copyable_v<Tensor>);
+static_assert(sizeof(Tensor) == 48 && offsetof(Tensor, device_type) == 8 && offsetof(Tensor, device_id) == 12);
+static_assert(offsetof(Tensor, ndim) == 16 && offsetof(Tensor, type_code) == 20 && offsetof(Tensor, type_bits) == 21);
+static_assert(offsetof(Tensor, type_lanes) == 22 && offsetof(Tensor, shape) == 24 && offsetof(Tensor, strides) == 32);
+static_assert(offsetof(Tensor, byte_offset) == 40);
+static_assert(sizeof(ManagedTensor) == 80 && offsetof(ManagedTensor, minor) == 4);
+static_assert(offsetof(ManagedTensor, context) == 8 && offsetof(ManagedTensor, deleter) == 16);
+static_assert(offsetof(ManagedTensor, flags) == 24 && offsetof(ManagedTensor, tensor) == 32);
+static_assert(sizeof(ExchangeApi) == 56 && offsetof(ExchangeApi, older) == 8 && offsetof(ExchangeApi, allocate) == 16);
+static_assert(offsetof(ExchangeApi, managed_tensor_from_object) == 24);
+static_assert(offsetof(ExchangeApi, managed_tensor_to_object) == 32);
+static_assert(offsetof(ExchangeApi, tensor_from_object) == 40 && offsetof(ExchangeApi, current_work_stream) == 48);
 
 }  // namespace dlpack
 

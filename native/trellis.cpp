@@ -11,7 +11,7 @@ namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-// Floats as integers in the same order.
+// Floats as integers in the same order, and back.
 int64_t rank_of(float x) {
     const int32_t bits = std::bit_cast<int32_t>(x);
     return bits >= 0 ? bits : int64_t{std::numeric_limits<int32_t>::min()} - bits;
@@ -53,6 +53,7 @@ float find_limit(const float* levels, size_t count) {
     return static_cast<float>(std::min(0x1p60, 0.999 * (0x1p22 * gap - largest)));
 }
 
+// Deals the levels out to the subsets in turn, and finds the boundaries between those of each.
 void deal_out(const float* levels, int index_bits, TrellisLevels& out) {
     const size_t count = size_t{1} << index_bits;
     out.index_bits = index_bits;
@@ -68,6 +69,8 @@ void deal_out(const float* levels, int index_bits, TrellisLevels& out) {
     }
 }
 
+// Sorts the scales that are not 0, each once. The upper five bits of a scale's number are the state that a path begins
+// in: notes for each scale which states it has, and the lowest number of each.
 void collect_scales(const float* scales, TrellisTable& out) {
     const auto is_one = [](float scale) { return scale > 0.0f; };
     float* const end = std::copy_if(scales, scales + trellis_scales, out.scales, is_one);
@@ -79,13 +82,13 @@ void collect_scales(const float* scales, TrellisTable& out) {
         const float* at = std::lower_bound(out.scales, out.scales + out.num_scales, scales[number]);
         const size_t place = static_cast<size_t>(at - out.scales), state = number * trellis_states / trellis_scales;
         out.starts[place] |= uint32_t{1} << state;
-        out.numbers[place][state] = static_cast<uint8_t>(number);
+        out.numbers[place][state] = static_cast<uint8_t>(number);   // From the highest on: the lowest one stays.
     }
 }
 
 }  // namespace
 
-TrellisFormat::TrellisFormat(size_t embedding_dim, size_t row_bytes)
+TrellisSteps::TrellisSteps(size_t embedding_dim, size_t row_bytes)
     : row_bytes(row_bytes), shape(embedding_dim, row_bytes) {
     for (size_t start = 0; start < embedding_dim; start += trellis_block) {
         const TrellisBlock block(shape, start / trellis_block);
@@ -97,16 +100,16 @@ TrellisFormat::TrellisFormat(size_t embedding_dim, size_t row_bytes)
     }
 }
 
-TrellisTable make_trellis_table(const TrellisFormat& format, const float* narrow, const float* wide,
+TrellisTable make_trellis_table(const TrellisSteps& steps, const float* narrow, const float* wide,
                                 const float* scales, const float* mean) {
     TrellisTable table;
-    const int narrow_bits = static_cast<int>(format.shape.narrow_bits);
+    const int narrow_bits = static_cast<int>(steps.shape.narrow_bits);
     deal_out(narrow, narrow_bits - 1, table.narrow);
-    if (format.shape.num_wide > 0) deal_out(wide, narrow_bits, table.wide);
-    table.columns = format.columns.data();
-    table.is_wide = format.is_wide.data();
+    if (steps.shape.num_wide > 0) deal_out(wide, narrow_bits, table.wide);
+    table.columns = steps.columns.data();
+    table.is_wide = steps.is_wide.data();
     table.mean = mean;
-    table.row_bytes = format.row_bytes;
+    table.row_bytes = steps.row_bytes;
     collect_scales(scales, table);
     return table;
 }

@@ -94,7 +94,7 @@ class Chooser:
         memory = np.full(rows * dim * dtype.itemsize + GUARD, 0xA5, np.uint8)
         return memory[: memory.size - GUARD].view(dtype).reshape(rows, dim)
 
-    def table(self) -> tuple[_native.PackedRows, int, int]:
+    def table(self) -> tuple[_native.TableView, int, int]:
         """Packed rows, their number and their embedding_dim; raises if they are wrong."""
         dim, bits, f16_params = 1 + self.below(40), self.among(2, 4, 8), self.one_in(2)
         layout = self.among("uniform", "codebook", "clustered")
@@ -107,12 +107,18 @@ class Chooser:
             if num_rows and self.one_in(5):
                 clusters[self.below(num_rows)] = self.among(num_codebooks, 255)
             codebooks = self.bytes_of(num_codebooks, 2**bits * (2 if f16_params else 4))
-        rows = _native.PackedRows(
-            self.maybe_spoil(packed),
-            self.integer(dim),
-            bits if not self.one_in(20) else self.among(-4, 0, 1, 3, 5, 16, 2**31, 2**40),
-            f16_params,
+        parts = [
             layout if not self.one_in(20) else self.among("", "Uniform", "rows", None),
+            self.integer(dim),
+            bits if not self.one_in(20) else self.among(-4, 0, 1, 3, 3.5, 5, 16, 2**31, 2**40, "", "nan"),
+            "float16" if f16_params else "float32",
+            *(("hadamard",) if self.one_in(4) else ()),
+        ]
+        if self.one_in(20):
+            parts.pop(self.below(len(parts)))
+        rows = _native.TableView(
+            self.maybe_spoil(packed),
+            ":".join(map(str, parts)),
             self.maybe_spoil(clusters),
             self.maybe_spoil(codebooks),
         )
@@ -202,9 +208,9 @@ def test_calls_raise_or_return_a_fault(fuzz: Callable[[Chooser], None], seed: in
     assert CALLS // 10 < refused < CALLS * 9 // 10
 
 
-def rows_of_zeros(num_rows: int = 5, dim: int = 8) -> _native.PackedRows:
+def rows_of_zeros(num_rows: int = 5, dim: int = 8) -> _native.TableView:
     packed = np.zeros((num_rows, row_bytes(dim, 4, True, "uniform")), np.uint8)
-    return _native.PackedRows(packed, dim, 4, True, "uniform", None, None)
+    return _native.TableView(packed, f"uniform:{dim}:4:float16")
 
 
 def pool(
@@ -245,7 +251,7 @@ def test_the_first_index_outside_is_told(index: int, at: int) -> None:
 
 def test_the_position_of_a_row_without_a_codebook_is_told_beside_padding() -> None:
     clusters, codebooks = np.array([0, 1, 0], np.uint8), np.zeros((1, 32), np.uint8)
-    rows = _native.PackedRows(np.zeros((3, 4), np.uint8), 8, 4, True, "clustered", clusters, codebooks)
+    rows = _native.TableView(np.zeros((3, 4), np.uint8), "clustered:8:4:float16", clusters, codebooks)
     out = np.empty((1, 8), np.float32)
     assert _native.pool(rows, np.array([2, 2, 1, 1]), np.array([0]), 0, None, 2, "sum", out) == -2 - 2
 
@@ -263,24 +269,24 @@ def test_tables_without_rows_have_no_row_to_read() -> None:
 def test_truncated_tables_are_refused() -> None:
     packed = np.zeros((5, 8), np.uint8)
     with pytest.raises(ValueError):
-        _native.PackedRows(packed[:, :-1].copy(), 8, 4, True, "uniform", None, None)
+        _native.TableView(packed[:, :-1].copy(), "uniform:8:4:float16")
     clustered = packed[:, :4].copy()
     clusters, codebooks = np.zeros(5, np.uint8), np.zeros((1, 32), np.uint8)
     for damaged in ((clusters[:-1], codebooks), (clusters, codebooks[:, :-1].copy()), (None, codebooks)):
         with pytest.raises(ValueError):
-            _native.PackedRows(clustered, 8, 4, True, "clustered", *damaged)
+            _native.TableView(clustered, "clustered:8:4:float16", *damaged)
 
 
 def test_codes_of_more_bytes_than_size_t_counts_are_refused() -> None:
     # 2^61 codes of 8 bits are 2^64 bits: the bytes of a row must not come out as those of its parameters alone.
     with pytest.raises(REFUSALS):
-        _native.PackedRows(np.zeros((1, 4), np.uint8), 2**61, 8, True, "uniform", None, None)
+        _native.TableView(np.zeros((1, 4), np.uint8), f"uniform:{2**61}:8:float16")
 
 
 def test_rows_of_clusters_need_a_codebook() -> None:
     with pytest.raises(ValueError):
-        _native.PackedRows(
-            np.zeros((5, 4), np.uint8), 8, 4, True, "clustered", np.zeros(5, np.uint8), np.zeros((0, 32), np.uint8)
+        _native.TableView(
+            np.zeros((5, 4), np.uint8), "clustered:8:4:float16", np.zeros(5, np.uint8), np.zeros((0, 32), np.uint8)
         )
 
 

@@ -244,9 +244,9 @@ def test_the_core_refuses_a_codebook_that_is_too_short(rng):
     table = make_random(rng, 64, 4)
     short = np.ascontiguousarray(table.codebooks[:, 1:]).view(np.uint8)
     with pytest.raises(ValueError, match="codebooks have the wrong size"):
-        embpack._native.PackedRows(table.packed, 64, 8, False, "trellis", None, short)
-    with pytest.raises(ValueError, match="codebooks have the wrong size"):
-        embpack._native.PackedRows(table.packed, 64, 8, False, "trellis", None, None)
+        embpack._native.TableView(table.packed, str(table.row_format), None, short)
+    with pytest.raises(ValueError, match="clusters and codebooks go with the layouts"):
+        embpack._native.TableView(table.packed, str(table.row_format))
 
 
 def test_wrong_indices_are_named(trellis_isa, rng):

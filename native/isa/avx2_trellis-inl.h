@@ -1,4 +1,6 @@
-// Trellis-coded rows with AVX2.
+// Trellis-coded rows with AVX2: there are no masks of bits, so each byte of a register tests a bit of its own. Position
+// p is byte p of 64, in two registers: `half[0]` has lanes 0 to 7 of all vectors, `half[1]` lanes 8 to 15, and byte v
+// of a lane is vector v's. trellis_lookup-inl.h says how a row lies and what the words mean.
 #include "../trellis_rows.h"
 
 namespace embpack::EMBPACK_ISA {
@@ -8,7 +10,7 @@ constexpr size_t least_slots = 4, most_trellis_sums = 4, trellis_rows_early = 0,
 
 #include "../kernels/trellis_slots-inl.h"
 
-// A block has a byte for each position, in two registers.
+// A byte for each position of a block.
 struct TrellisBytes {
     __m256i half[2];
 
@@ -26,7 +28,8 @@ struct TrellisBytes {
     }
 };
 
-// Positions of a block's bits, what is packed in ascending order: for each which byte has its bit, and which it is.
+// Positions that packed bits belong to. For each position: which byte of the eight has its bit, 0x80 for none (vpshufb
+// makes 0 of that); that bit, alone; and 0xff if it has one, 0 if it has none.
 struct BitPositions {
     alignas(32) uint8_t byte[64], bit[64], inside[64];
 
@@ -43,21 +46,22 @@ struct BitPositions {
     }
 };
 
-// For each position of a block the number of its level.
+// The number of each position of a block, and where the bits of a plane are.
 template <size_t slots>
 struct TrellisNumbers {
     TrellisBytes bytes = TrellisBytes::splat(0), byte, bit;
 
     TrellisNumbers() = default;
-    // Of a block whose bits are where these positions say.
     [[gnu::always_inline]] explicit TrellisNumbers(const BitPositions& present)
         : byte(TrellisBytes::load(present.byte)), bit(TrellisBytes::load(present.bit)) {}
 
-    // Adds `weight` where bits are set.
+    // Adds `weight` to the numbers of the positions whose bits are set.
     template <bool is_full>
     [[gnu::always_inline]] void add(const BitPositions&, uint64_t bits, size_t weight) {
         add_at(byte, bit, bits, weight);
     }
+    // Each byte gets the byte of `bits` that has its bit, and keeps that bit alone. Where it is set, a comparison makes
+    // 0xff of it.
     [[gnu::always_inline]] void add_at(const TrellisBytes& byte, const TrellisBytes& bit, uint64_t bits,
                                        size_t weight) {
         const __m256i all_bits = _mm256_set1_epi64x(static_cast<int64_t>(bits));
@@ -73,23 +77,23 @@ struct TrellisNumbers {
     }
 };
 
-// The levels of trellis-coded columns.
-struct WrittenLevels {
-    static constexpr size_t most_planes = 6;
+// All levels, in memory, by gathers.
+struct ManyLevels {
+    static constexpr size_t most_index_planes = 6;
     const AllTrellisLevels& levels;
     size_t num_narrow;
 
-    explicit WrittenLevels(const AllTrellisLevels& levels) : levels(levels), num_narrow(levels.num_narrow) {}
+    explicit ManyLevels(const AllTrellisLevels& levels) : levels(levels), num_narrow(levels.num_narrow) {}
 
     static size_t weight(size_t k) { return size_t{1} << k; }
 
-    template <bool is_full, class Numbers, class Columns, class Read>
-    void finish(Numbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
-        if (of.wide_vectors > 0) numbers.add_top_bits(of.is_wide, of.top_bits(row), num_narrow);
+    template <bool is_full, class Numbers, class Block, class Read>
+    void finish(Numbers& numbers, const Block& block, const uint8_t* row, const Read&) const {
+        if (block.wide_vectors > 0) numbers.add_top_bits(block.is_wide, block.top_bits(row), num_narrow);
     }
-    template <class Numbers, class Columns>
-    F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
-        const TrellisBytes inside = TrellisBytes::load(of.is_wide.inside);
+    template <class Numbers, class Block>
+    F32x16 operator()(const Numbers& numbers, const Block& block, size_t v) const {
+        const TrellisBytes inside = TrellisBytes::load(block.is_wide.inside);
         const int shift = 8 * static_cast<int>(v);
         const auto look_up_eight = [&](size_t h) {
             const __m256i number = _mm256_srli_epi32(numbers.bytes.half[h], shift);
@@ -102,10 +106,11 @@ struct WrittenLevels {
     }
 };
 
-// At most 16 levels of narrow codes and 32 of wide ones above 0, by permutations; those below have the sign in the
-// byte's highest bit, and are counted from the middle, too.
+// Of up to 32 levels of narrow codes and 64 of wide ones the upper halves, by permutations of eight. The lower halves
+// are the negatives of these, in reverse: `finish` makes a number its place in the upper half, and sets bit 7 where the
+// level is negative.
 struct FewLevels {
-    static constexpr size_t most_planes = 3;
+    static constexpr size_t most_index_planes = 3;
     alignas(32) float narrow[16] = {}, wide[32] = {};
     size_t narrow_top, num_narrow;
 
@@ -116,31 +121,34 @@ struct FewLevels {
 
     static size_t weight(size_t k) { return size_t{1} << k; }
 
-    template <bool is_full, class Numbers, class Columns, class Read>
-    [[gnu::always_inline]] void finish(Numbers& numbers, const Columns& of, const uint8_t* row,
+    template <bool is_full, class Numbers, class Block, class Read>
+    [[gnu::always_inline]] void finish(Numbers& numbers, const Block& block, const uint8_t* row,
                                        const Read&) const {
-        if (of.wide_vectors > 0) numbers.add_top_bits(of.is_wide, of.top_bits(row), num_narrow);
-        const TrellisBytes inside = TrellisBytes::load(of.is_wide.inside);
-        const __m256i lowest = _mm256_set1_epi8(static_cast<char>(narrow_top));
+        if (block.wide_vectors > 0) numbers.add_top_bits(block.is_wide, block.top_bits(row), num_narrow);
+        const TrellisBytes inside = TrellisBytes::load(block.is_wide.inside);
+        const __m256i narrow_bit = _mm256_set1_epi8(static_cast<char>(narrow_top));
         numbers.bytes = TrellisBytes::each([&](size_t h) {
             const __m256i number = numbers.bytes.half[h];
-            const __m256i top = _mm256_add_epi8(lowest, _mm256_and_si256(inside.half[h], lowest));
+            // The highest bit of a number, 2 narrow_top for wide ones: as many levels are below the middle.
+            const __m256i top = _mm256_add_epi8(narrow_bit, _mm256_and_si256(inside.half[h], narrow_bit));
             const __m256i is_below = _mm256_cmpeq_epi8(_mm256_and_si256(number, top), _mm256_setzero_si256());
-            // From n below the middle to 0x80 and middle - 1 - n; from n above it to n - middle.
+            // From n < top to 0x80 + (top - 1 - n), from others to n - top. Both are exclusive ors.
             const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
             const __m256i flipped = _mm256_or_si256(_mm256_add_epi8(top, top), sign);
             const __m256i change = _mm256_and_si256(is_below, _mm256_sub_epi8(flipped, _mm256_set1_epi8(1)));
             return _mm256_xor_si256(_mm256_xor_si256(number, top), change);
         });
     }
-    template <class Numbers, class Columns>
-    [[gnu::always_inline]] F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
+    template <class Numbers, class Block>
+    [[gnu::always_inline]] F32x16 operator()(const Numbers& numbers, const Block& block, size_t v) const {
         const int shift = 8 * static_cast<int>(v);
         const auto look_up_eight = [&](size_t h) __attribute__((always_inline)) {
             const __m256i bytes = numbers.bytes.half[h], number = _mm256_srli_epi32(bytes, shift);
+            // A bit of vector v's bytes, as the lane's highest, which is what blendv and signs of floats read.
             const auto bit_to_sign = [&](int bit) {
                 return _mm256_castsi256_ps(_mm256_slli_epi32(bytes, 31 - bit - shift));
             };
+            // By the lowest three bits of the lane; bits 3 and 4 choose between the eights that are found.
             const auto of_eight = [&](const float* table) {
                 return _mm256_permutevar8x32_ps(_mm256_load_ps(table), number);
             };
@@ -148,9 +156,9 @@ struct FewLevels {
                 return _mm256_blendv_ps(of_eight(table), of_eight(table + 8), bit_to_sign(3));
             };
             __m256 magnitude = of_sixteen(narrow);
-            if (v < of.wide_vectors) {
+            if (v < block.wide_vectors) {
                 const __m256 of_wide = _mm256_blendv_ps(of_sixteen(wide), of_sixteen(wide + 16), bit_to_sign(4));
-                const __m256i inside = _mm256_load_si256(reinterpret_cast<const __m256i*>(of.is_wide.inside) + h);
+                const __m256i inside = _mm256_load_si256(reinterpret_cast<const __m256i*>(block.is_wide.inside) + h);
                 magnitude = _mm256_blendv_ps(magnitude, of_wide,
                                              _mm256_castsi256_ps(_mm256_slli_epi32(inside, 24 - shift)));
             }
@@ -160,16 +168,15 @@ struct FewLevels {
     }
 };
 
-using SomeLevels = WrittenLevels;
+using SomeLevels = ManyLevels;
 
-// What looks the levels up of narrow codes of so many bits, and of wide ones.
 template <class Use>
 inline void with_trellis_levels(const TrellisShape& shape, Use use) {
     if (shape.narrow_bits <= 4) return use.template operator()<FewLevels>();
-    use.template operator()<WrittenLevels>();
+    use.template operator()<ManyLevels>();
 }
 
-// Calls use<Levels>() where sums without weights have code of their own: about 4 bits a value, as most tables have.
+// Sums without weights have code of their own at about 4 bits a value, as most tables have.
 template <class Use>
 inline bool with_known_levels(const TrellisShape& shape, WideVectors, Use use) {
     if (shape.narrow_bits > 4) return false;

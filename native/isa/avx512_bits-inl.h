@@ -1,10 +1,11 @@
-// Bits of trellis-coded rows and levels in memory, with AVX-512.
+// What the lookups of trellis-coded rows with AVX-512 and with GFNI share: bits spread to positions, levels in memory.
 #include "../trellis_rows.h"
 
 namespace embpack::EMBPACK_ISA {
 namespace {
 
-// Positions of a block's bits. What is packed goes to them in ascending order.
+// Positions of a block. A call spreads packed bits to these: the lowest bit to the lowest position, and so on. Other
+// positions get 0.
 struct BitPositions {
     uint64_t mask;
 
@@ -13,14 +14,14 @@ struct BitPositions {
     uint64_t operator()(uint64_t bits) const { return _pdep_u64(bits, mask); }
 };
 
-// The levels of trellis-coded columns, in memory.
+// All levels, in memory, and sixteen of them by a gather: of narrow codes first, those of wide ones from num_narrow on.
 struct LevelsInMemory {
     const AllTrellisLevels& levels;
     size_t num_narrow;
 
     explicit LevelsInMemory(const AllTrellisLevels& levels) : levels(levels), num_narrow(levels.num_narrow) {}
 
-    // Numbers are the lowest bytes of lanes.
+    // The numbers are the lowest bytes of the lanes.
     F32x16 of_numbers(__m512i numbers, uint16_t wide_lanes) const {
         const __m512i number = _mm512_and_si512(numbers, _mm512_set1_epi32(0xff));
         const __m512i first_wide = _mm512_set1_epi32(static_cast<int>(num_narrow));

@@ -1,4 +1,5 @@
-// Trellis-coded rows in plain C++.
+// Trellis-coded rows in plain C++: byte p of an array is position p. trellis_lookup-inl.h says how a row lies and what
+// the words mean.
 #include "../trellis_rows.h"
 
 namespace embpack::EMBPACK_ISA {
@@ -8,7 +9,7 @@ constexpr size_t least_slots = 4, most_trellis_sums = 4, trellis_rows_early = 0,
 
 #include "../kernels/trellis_slots-inl.h"
 
-// Positions of a block's bits, what is packed in ascending order.
+// Positions that packed bits belong to: bit i to position[i]. And for each position whether it is one of them.
 struct BitPositions {
     uint8_t position[64];
     uint8_t is_inside[64];
@@ -23,7 +24,7 @@ struct BitPositions {
     }
 };
 
-// For each position of a block the number of its level.
+// The number of each position of a block.
 template <size_t slots>
 struct TrellisNumbers {
     uint8_t byte[64] = {};
@@ -31,7 +32,7 @@ struct TrellisNumbers {
     TrellisNumbers() = default;
     explicit TrellisNumbers(const BitPositions&) {}
 
-    // Adds `weight` where bits are set.
+    // Adds `weight` to the numbers of the positions whose bits are set.
     template <bool is_full>
     void add(const BitPositions& present, uint64_t bits, size_t weight) {
         if constexpr (!is_full) {
@@ -39,9 +40,12 @@ struct TrellisNumbers {
                 byte[present.position[i]] = static_cast<uint8_t>(byte[present.position[i]] + (bits >> i & 1) * weight);
             return;
         }
-        for (size_t p = 0; p < 64; p += 8) {   // Eight bits, one in each byte of a word.
+        // Eight bits at a time: all of them in each byte of a word, then bit q alone in byte q. Where it is set, adding
+        // 0x7f sets bit 7, which is shifted to bit 0.
+        for (size_t p = 0; p < 64; p += 8) {
             const uint64_t copies = (bits >> p & 0xff) * 0x0101010101010101;
-            const uint64_t own = copies & 0x8040201008040201, ones = (own + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101;
+            const uint64_t own = copies & 0x8040201008040201;
+            const uint64_t ones = (own + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101;
             uint64_t eight;
             std::memcpy(&eight, byte + p, sizeof eight);
             eight += ones * weight;
@@ -50,41 +54,40 @@ struct TrellisNumbers {
     }
 };
 
-// The levels of trellis-coded columns.
-struct WrittenLevels {
-    static constexpr size_t most_planes = 6;
+// All levels, in memory.
+struct ManyLevels {
+    static constexpr size_t most_index_planes = 6;
     const AllTrellisLevels& levels;
     size_t num_narrow;
 
-    explicit WrittenLevels(const AllTrellisLevels& levels) : levels(levels), num_narrow(levels.num_narrow) {}
+    explicit ManyLevels(const AllTrellisLevels& levels) : levels(levels), num_narrow(levels.num_narrow) {}
 
     static size_t weight(size_t k) { return size_t{1} << k; }
 
-    template <bool is_full, class Numbers, class Columns, class Read>
-    void finish(Numbers& numbers, const Columns& of, const uint8_t* row, const Read&) const {
-        if (of.wide_vectors > 0) numbers.template add<false>(of.is_wide, of.top_bits(row), num_narrow);
+    template <bool is_full, class Numbers, class Block, class Read>
+    void finish(Numbers& numbers, const Block& block, const uint8_t* row, const Read&) const {
+        if (block.wide_vectors > 0) numbers.template add<false>(block.is_wide, block.top_bits(row), num_narrow);
     }
-    template <class Numbers, class Columns>
-    F32x16 operator()(const Numbers& numbers, const Columns& of, size_t v) const {
+    template <class Numbers, class Block>
+    F32x16 operator()(const Numbers& numbers, const Block& block, size_t v) const {
         return each_lane([&](size_t i) {
             const size_t p = trellis_vectors * i + v;
-            return levels.values[numbers.byte[p] + (of.is_wide.is_inside[p] ? num_narrow : 0)];
+            return levels.values[numbers.byte[p] + (block.is_wide.is_inside[p] ? num_narrow : 0)];
         });
     }
 };
 
-using FewLevels = WrittenLevels;
+using FewLevels = ManyLevels;
 
-using SomeLevels = WrittenLevels;
+using SomeLevels = ManyLevels;
 
-// What looks the levels up of narrow codes of so many bits, and of wide ones.
 template <class Use>
-inline void with_trellis_levels(const TrellisShape&, Use use) { use.template operator()<WrittenLevels>(); }
+inline void with_trellis_levels(const TrellisShape&, Use use) { use.template operator()<ManyLevels>(); }
 
-// Calls use<Levels>() where sums without weights have code of their own: a multiply-add is a function's work here.
+// Sums without weights have code of their own: without an FMA instruction, a multiply-add is a function's work.
 template <class Use>
 inline bool with_known_levels(const TrellisShape&, WideVectors, Use use) {
-    use.template operator()<WrittenLevels>();
+    use.template operator()<ManyLevels>();
     return true;
 }
 

@@ -1,18 +1,30 @@
-// Trellis-coded rows (src/embpack/trellis.py), one row in each lane: Viterbi's algorithm over 32 states, once for
-// each scale that is tried and once more for the codes. What the reference does with whole arrays is done here with
-// vectors of sixteen rows, rounding by rounding.
+// Packs trellis-coded rows (src/embpack/methods/trellis_search.py is the specification), one row in each lane:
+// Viterbi's algorithm over 32 states, once for each scale that is tried and once more for the codes. What the reference
+// does with whole arrays is done here with vectors of sixteen rows, rounding by rounding.
 //
-// Which levels are nearest does not wait for the states, and takes tables that would push these out of the registers.
-// So a few steps at a time are looked up first, then walked along.
+// A state is the last five message bits: before step t, bit 4 is m[t-1] and bit 0 m[t-5]. With a message bit m, state s
+// goes on to state s / 2 + 16 m.
+//
+// Sixteen rows go through these steps:
+//
+//     encode_trellis_rows   x: the rows less the mean, in the order of the path
+//     search_scales         for each scale that is tried, walk<false> finds the least cost; the best scale is kept
+//     walk<true>            with the best scale, keeps for each step and state which way was the better one
+//     trace_back            from the best last state back to the first: numbers of levels, message bits
+//     pack_codes            bits of one row to their places; the first state and the scale make the last byte
+//
+// In a walk, the nearest level of each subset does not depend on the states, and is found by tables that would push
+// their costs out of the registers. So levels are found for some steps first (find_levels), then paths go along these
+// (walk_steps).
 
 inline constexpr size_t steps_at_once = 16;
 
-// Of some steps the level of each subset that is nearest.
+// Of some steps the level of each subset that is nearest, by row in the lanes.
 struct NearestLevels {
-    alignas(64) float of[steps_at_once][trellis_subsets][lanes];
+    alignas(64) float level[steps_at_once][trellis_subsets][lanes];
 };
 
-// Where the indices of these levels go, a byte for each subset and lane of a step; or nowhere.
+// Where the indices of these levels in their subsets go, a byte for each subset and lane of a step; or nowhere.
 struct KeepsIndices {
     static constexpr bool keeps = true;
     uint8_t* to;
@@ -25,7 +37,7 @@ struct KeepsNone {
     void keep(size_t, size_t, I32x16) const {}
 };
 
-// Sixteen rows less the mean, a step after the other, and what makes them multiples of their scales.
+// Some steps of sixteen rows less the mean, in units of their scales: `inverse` is 1 / scale.
 struct ScaledSteps {
     const float* x;
     F32x16 inverse;
@@ -33,21 +45,22 @@ struct ScaledSteps {
     F32x16 operator[](size_t step) const { return mul(load(x + lanes * step), inverse); }
 };
 
-// Finds the nearest levels by bisection among the boundaries of the first subset. As levels ascend across the subsets,
-// and boundaries with them, that leaves two levels of each of the others: one comparison.
+// Finds the level of each subset that is nearest to y. In subset 0 by bisection: the last one whose boundary is below
+// y. Levels are dealt out in ascending order, so boundary k of another subset lies between boundaries k and k + 1 of
+// subset 0. That leaves two levels there, of this index and of the one before it: one comparison.
 template <int bits, class Indices>
 inline void find_nearest(F32x16 y, const TrellisLevels& levels, size_t step, NearestLevels& out,
                          const Indices& indices) {
     I32x16 first = splat_int(0);
-    for (int step = 1 << (bits - 1); step > 0; step /= 2) {
-        const I32x16 higher = add_int(first, splat_int(step));
+    for (int stride = 1 << (bits - 1); stride > 0; stride /= 2) {
+        const I32x16 higher = add_int(first, splat_int(stride));
         first = select_int(less(look_up_in<bits>(levels.before[0], higher), y), higher, first);
     }
     const I32x16 below = add_int(first, splat_int(-1));
     for (size_t subset = 0; subset < trellis_subsets; subset++) {
         I32x16 index = first;
         if (subset > 0) index = select_int(less(look_up_in<bits>(levels.before[subset], first), y), first, below);
-        store(out.of[step][subset], look_up_in<bits>(levels.of_subset[subset], index));
+        store(out.level[step][subset], look_up_in<bits>(levels.of_subset[subset], index));
         indices.keep(step, subset, index);
     }
 }
@@ -69,7 +82,7 @@ inline void try_all_levels(F32x16 y, const TrellisLevels& levels, size_t step, N
             error = select(is_nearer, other_error, error);
             index = select_int(is_nearer, splat_int(k), index);
         }
-        store(out.of[step][subset], level);
+        store(out.level[step][subset], level);
         indices.keep(step, subset, index);
     }
 }
@@ -104,11 +117,11 @@ inline void find_levels(const ScaledSteps& y, size_t count, const TrellisTable& 
         find_nearest<6>(y[step], table.narrow, step, out, indices);
 }
 
-// The squared errors of the best paths to each state.
+// The squared errors of the best paths to each state, by row in the lanes.
 struct TrellisPaths {
     alignas(64) float cost[trellis_states][lanes];
 
-    // Of paths that begin in those states whose bits are set.
+    // Of paths that may begin in those states whose bits are set.
     explicit TrellisPaths(const int32_t (&starts)[lanes]) {
         const I32x16 bits = load_int(starts);
         for (size_t s = 0; s < trellis_states; s++)
@@ -116,8 +129,11 @@ struct TrellisPaths {
     }
 };
 
-// One step further. Into states k and k + 16 paths come from states 2k and 2k + 1, with levels of subsets that differ
-// in their higher bit.
+// One step further. Into states k and k + 16 paths come from states 2k and 2k + 1. A step's subset is 2 c1 + c0. All
+// four steps have the same c0 = m[t-3], bit 1 of k, and the same m[t-2], bit 2 of k. m[t] is 0 into state k and 1 into
+// k + 16, m[t-5] is 0 from state 2k and 1 from 2k + 1: each of them changes c1 = m[t] ^ m[t-2] ^ m[t-5], and so subset
+// s to s ^ 2. Of two paths that are as good, the one from state 2k stays. `choices` gets, for each state, a bit for
+// each row whose path came from 2k + 1.
 template <bool keeps_choices>
 [[gnu::always_inline]] inline void walk_step(F32x16 value, const float (&levels)[trellis_subsets][lanes],
                                                const TrellisPaths& before, TrellisPaths& after, uint16_t* choices) {
@@ -129,8 +145,9 @@ template <bool keeps_choices>
     unrolled<trellis_states / 2>([&](size_t k) __attribute__((always_inline)) {
         const size_t subset = 2 * (k >> 2 & 1) + (k >> 1 & 1);
         const F32x16 even = load(before.cost[2 * k]), odd = load(before.cost[2 * k + 1]);
-        const auto enter = [&](size_t to, size_t of_even) __attribute__((always_inline)) {
-            const F32x16 first = add(even, error[of_even]), second = add(odd, error[of_even ^ 2]);
+        const auto enter = [&](size_t to, size_t subset_from_even) __attribute__((always_inline)) {
+            const F32x16 first = add(even, error[subset_from_even]);
+            const F32x16 second = add(odd, error[subset_from_even ^ 2]);
             store(after.cost[to], min(second, first));
             if constexpr (keeps_choices) choices[to] = static_cast<uint16_t>(lane_bits(less(second, first)));
         };
@@ -139,7 +156,7 @@ template <bool keeps_choices>
     });
 }
 
-// There and back again.
+// Goes count steps, from one array of costs to another and back.
 template <bool keeps_choices>
 inline void walk_steps(const ScaledSteps& y, size_t count, const NearestLevels& levels, TrellisPaths& paths,
                          uint16_t* choices) {
@@ -147,23 +164,23 @@ inline void walk_steps(const ScaledSteps& y, size_t count, const NearestLevels& 
     for (size_t step = 0; step < count; step++) {
         uint16_t* own_choices = keeps_choices ? choices + trellis_states * step : nullptr;
         if (step % 2 == 0)
-            walk_step<keeps_choices>(y[step], levels.of[step], paths, others, own_choices);
+            walk_step<keeps_choices>(y[step], levels.level[step], paths, others, own_choices);
         else
-            walk_step<keeps_choices>(y[step], levels.of[step], others, paths, own_choices);
+            walk_step<keeps_choices>(y[step], levels.level[step], others, paths, own_choices);
     }
     if (count % 2 == 1) paths = others;
 }
 
 // Sixteen rows and the memory for them.
 struct TrellisRows {
-    float* values;       // a column after the other
-    float* x;            // the same less the mean, a step after the other
-    uint16_t* choices;   // of each step and state
-    uint8_t* indices;    // of each step, subset and lane
-    uint8_t* numbers;    // of each step and lane the level that was chosen
-    uint64_t* messages;  // of each block and lane
+    float* values;       // [column][lane]
+    float* x;            // the same less the mean, [step][lane]
+    uint16_t* choices;   // of walk_step, [step][state], a bit for each lane
+    uint8_t* indices;    // of the nearest levels in their subsets, [step][subset][lane]
+    uint8_t* numbers;    // of the levels that are chosen, 4 index + subset, [step][lane]
+    uint64_t* messages;  // bit t is that of the block's step t, [block][lane]
     size_t d, num_rows;
-    F32x16 largest;      // magnitude of x
+    F32x16 largest;      // magnitude of x in each row
 
     TrellisRows(float* scratch, size_t d, size_t num_rows)
         : values(scratch),
@@ -201,7 +218,7 @@ inline void walk(const TrellisRows& rows, F32x16 inverse, const TrellisTable& ta
     }
 }
 
-// The scales to try with a row: so many after `low`, of `span`.
+// The scales to try with a row, by their places in the table's: `count` of them, evenly from low to low + span.
 struct TriedScales {
     size_t low = 0, span = 0, count = 1;
 
@@ -221,10 +238,11 @@ struct TriedScales {
     size_t operator()(size_t i) const { return i < count ? low + i * span / (count > 1 ? count - 1 : 1) : low + span; }
 };
 
-// Places of scales in the table of them, and what becomes of them.
+// A scale for each row, by its place in the table's.
 struct ChosenScales {
     size_t place[lanes];
 
+    // The scales, and the states that paths may begin in with them.
     F32x16 find(const TrellisTable& table, int32_t (&starts)[lanes]) const {
         float scale[lanes];
         for (size_t i = 0; i < lanes; i++) {
@@ -304,21 +322,21 @@ inline void put_bits(uint8_t* row, size_t first_bit, uint64_t bits, size_t count
 
 // Packs the message bits and the indices of one row.
 inline void pack_codes(const TrellisRows& rows, size_t row, const TrellisTable& table, uint8_t* packed) {
-    const size_t planes = static_cast<size_t>(table.narrow.index_bits);
-    size_t top_bit = rows.d * (planes + 1);
+    const size_t index_planes = static_cast<size_t>(table.narrow.index_bits);
+    size_t top_bit = rows.d * (index_planes + 1);
     for (size_t start = 0; start < rows.d; start += trellis_block) {
         const size_t count = smaller(rows.d - start, trellis_block);
         uint64_t plane[trellis_most_bits] = {}, top = 0;
         size_t num_top = 0;
         for (size_t t = 0; t < count; t++) {
             const uint64_t index = rows.numbers[lanes * (start + t) + row] / trellis_subsets;
-            for (size_t k = 0; k < planes; k++) plane[k] |= (index >> k & 1) << t;
-            top |= (index >> planes) << num_top;
+            for (size_t k = 0; k < index_planes; k++) plane[k] |= (index >> k & 1) << t;
+            top |= (index >> index_planes) << num_top;
             num_top += table.is_wide[start + t];
         }
-        size_t at = start * (planes + 1);
+        size_t at = start * (index_planes + 1);
         put_bits(packed, at, rows.messages[lanes * (start / trellis_block) + row], count);
-        for (size_t k = 0; k < planes; k++) put_bits(packed, at += count, plane[k], count);
+        for (size_t k = 0; k < index_planes; k++) put_bits(packed, at += count, plane[k], count);
         put_bits(packed, top_bit, top, num_top);
         top_bit += num_top;
     }

@@ -1,34 +1,45 @@
-// Numbers of trellis-coded levels, made bit after bit, and levels looked up vector by vector.
+// Numbers of trellis-coded levels, made bit after bit, and levels looked up vector by vector. Included by instruction
+// sets that have no better way; beside what trellis_lookup-inl.h lists, it needs of them:
+//
+//     TrellisNumbers<slots>(present)      all numbers 0
+//         .add<is_full>(present, bits, weight)   adds `weight` to the numbers of the positions whose bits are set
+//     Levels::most_index_planes           index planes that are added here, at most
+//     levels.weight(k)                    what bit k of a number counts, 2^k, as `add` takes it
+//     levels.finish<is_full>(numbers, block, row, read)   does what is left: top bits, and index planes past the most
+//     levels(numbers, block, v)           the levels of vector v
 
-template <bool is_full, size_t slots, class Columns, class Levels, class Read>
-[[gnu::always_inline]] inline TrellisNumbers<slots> make_trellis_numbers(const uint8_t* row, const Columns& of,
+// Bit 0 of a number is c0, bit 1 is c1, bit k + 2 is bit k of the index.
+template <bool is_full, size_t slots, class Block, class Levels, class Read>
+[[gnu::always_inline]] inline TrellisNumbers<slots> make_trellis_numbers(const uint8_t* row, const Block& block,
                                                                          const Levels& levels, const Read& read) {
-    const Subsets subsets(read(0), row[of.before]);
-    TrellisNumbers<slots> numbers(of.present);
-    numbers.template add<is_full>(of.present, subsets.c0, levels.weight(0));
-    numbers.template add<is_full>(of.present, subsets.c1, levels.weight(1));
-    unrolled<Levels::most_planes>([&](size_t k) __attribute__((always_inline)) {
-        if (k < of.planes) [[likely]] numbers.template add<is_full>(of.present, read(k + 1), levels.weight(k + 2));
+    const Subsets subsets(read(0), row[block.byte_before]);
+    TrellisNumbers<slots> numbers(block.present);
+    numbers.template add<is_full>(block.present, subsets.c0, levels.weight(0));
+    numbers.template add<is_full>(block.present, subsets.c1, levels.weight(1));
+    unrolled<Levels::most_index_planes>([&](size_t k) __attribute__((always_inline)) {
+        if (k < block.index_planes) [[likely]]
+            numbers.template add<is_full>(block.present, read(k + 1), levels.weight(k + 2));
     });
-    levels.template finish<is_full>(numbers, of, row, read);
+    levels.template finish<is_full>(numbers, block, row, read);
     return numbers;
 }
 
-// What is known of rows when this is compiled: nothing here.
+// These instruction sets have no code for rows of one shape alone.
 template <class Levels>
 inline constexpr size_t known_dim = 0;
-template <class Levels, class Columns>
-[[gnu::always_inline]] inline const Columns& known_columns(const Columns& of) { return of; }
+template <class Levels, class Block>
+[[gnu::always_inline]] inline const Block& known_block(const Block& block) { return block; }
 
-// What levels are looked up by in one block.
+// Nothing is needed of a block but ColumnBlock's members.
 template <size_t slots>
-struct LevelsOfBlock {
-    LevelsOfBlock() = default;
-    template <class Columns>
-    [[gnu::always_inline]] explicit LevelsOfBlock(const Columns&) {}
+struct BlockLookup {
+    BlockLookup() = default;
+    template <class Block>
+    [[gnu::always_inline]] explicit BlockLookup(const Block&) {}
 
-    template <class Levels, class Columns>
-    [[gnu::always_inline]] auto look_up(const Levels& levels, const Columns& of, TrellisNumbers<slots> numbers) const {
-        return [&levels, &of, numbers](size_t v) __attribute__((always_inline)) { return levels(numbers, of, v); };
+    template <class Levels, class Block>
+    [[gnu::always_inline]] auto look_up(const Levels& levels, const Block& block, TrellisNumbers<slots> numbers) const {
+        return [&levels, &block, numbers](size_t v)
+            __attribute__((always_inline)) { return levels(numbers, block, v); };
     }
 };

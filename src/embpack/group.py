@@ -45,7 +45,7 @@ class TableGroup:
         self.table_of = tuple(range(len(self.tables))) if table_of is None else tuple(table_of)
         self.modes = (modes,) * len(self.table_of) if isinstance(modes, str) else tuple(modes)
         self._check()
-        views = [table.native_rows for table in self.tables]
+        views = [table.native_view for table in self.tables]
         self._native = _native.TableGroup(views, list(self.table_of), list(self.modes))
         self._width = sum(self.embedding_dims)  # once: a hundred tables take a while to ask
 

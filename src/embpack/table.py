@@ -217,27 +217,17 @@ class PackedTable:
         bag_size = array.shape[1] if starts is None else 0
         flat = array if array.ndim == 1 else array.reshape(-1)
         table = self if rotate_back else self.as_packed
-        fault = _native.pool(table.native_rows, flat, starts, bag_size, weights, padding, mode, out)
+        fault = _native.pool(table.native_view, flat, starts, bag_size, weights, padding, mode, out)
         if fault != -1:
             raise self.explain_fault(fault, flat, starts)
         return out
 
     @cached_property
-    def native_rows(self) -> _native.PackedRows:
+    def native_view(self) -> _native.TableView:
         """The table as the core takes it."""
-        has_f16_params = self.row_format.has_f16_params
         codebooks = None if self.codebooks is None else np.ascontiguousarray(self.codebooks).view(np.uint8)
         clusters = None if self.clusters is None else np.ascontiguousarray(self.clusters)
-        return _native.PackedRows(
-            self.packed,
-            self.embedding_dim,
-            self.row_format.form.kernel_bits,
-            has_f16_params,
-            self.layout,
-            clusters,
-            codebooks,
-            is_rotated=self.rotation is not None,
-        )
+        return _native.TableView(self.packed, str(self.row_format), clusters, codebooks)
 
     @cached_property
     def as_packed(self) -> "PackedTable":
@@ -251,11 +241,11 @@ class PackedTable:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: all but what is made anew, such as what the core takes."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("native_rows", "as_packed")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("native_view", "as_packed")}
 
     def _gather(self, indices: NDArray[np.int64] | None, count: int, dtype: str) -> NDArray[Any]:
         out = np.empty((count, self.embedding_dim), output_dtype(dtype))
-        fault = _native.gather(self.native_rows, indices, out)
+        fault = _native.gather(self.native_view, indices, out)
         if fault != -1:
             raise self.explain_fault(fault, indices)
         return out

@@ -456,7 +456,7 @@ inline void check_case(const LookupCase& c, const std::vector<const Kernels*>& i
             const PackedRows rows = placed.rows();
             const auto gather_by = [&](const Integers& indices) {
                 return [&](bool prefetches, size_t first, size_t end, const Output& out, LookupFault& fault) {
-                    k->gather_rows(rows, indices, prefetches, first, end, out, fault);
+                    k->lookups_of(rows).gather_rows(rows, indices, prefetches, first, end, out, fault);
                 };
             };
             const Integers none;
@@ -464,7 +464,7 @@ inline void check_case(const LookupCase& c, const std::vector<const Kernels*>& i
             if (!c.indices.empty()) check(1, "gather", some, gather_by(placed.indices()));
             check(2, "pool", pooled,
                   [&](bool prefetches, size_t first, size_t end, const Output& out, LookupFault& fault) {
-                      k->pool_bags(rows, placed.bags(prefetches), first, end, out, fault);
+                      pool_bags(*k, {rows, placed.bags(prefetches), out}, first, end, fault);
                   });
         }
     }

@@ -177,17 +177,17 @@ void look_up(const Kernels& k, const Case& c, Layout layout, Placement placement
     const size_t out_bytes = c.embedding_dim * sizeof(float);
     const auto as_output = [&](Buffer<float>& out) { return Output{reinterpret_cast<uint8_t*>(out.get()), out_bytes}; };
     Buffer<float> all(c.num_rows * c.embedding_dim, placement, arenas.out);
-    k.gather_rows(rows, {}, false, 0, c.num_rows, as_output(all), fault);
+    k.lookups_of(rows).gather_rows(rows, {}, false, 0, c.num_rows, as_output(all), fault);
     results.gathered.push_back(all.copy());
     Buffer<float> some(count * c.embedding_dim, placement, arenas.out);
-    k.gather_rows(rows, {indices.get(), count}, false, 0, count, as_output(some), fault);
+    k.lookups_of(rows).gather_rows(rows, {indices.get(), count}, false, 0, count, as_output(some), fault);
     results.gathered.push_back(some.copy());
 
     const auto pool = [&](const float* bag_weights, size_t bag, int64_t padding, Pooling pooling) {
         Buffer<float> out(c.embedding_dim, placement, arenas.out);
         const Bags bags{.indices = {indices.get(), bag}, .per_sample_weights = bag_weights, .offsets = {},
                         .bag_size = bag, .num_bags = 1, .padding_index = padding, .pooling = pooling};
-        k.pool_bags(rows, bags, 0, 1, as_output(out), fault);
+        pool_bags(k, {rows, bags, as_output(out)}, 0, 1, fault);
         results.pooled.push_back(out.copy());
     };
     for (Pooling pooling : {Pooling::sum, Pooling::mean, Pooling::max}) {
@@ -446,19 +446,19 @@ void test_trellis(const std::vector<const Kernels*>& isas) {
             for (size_t num_rows : {size_t{1}, lanes - 1, lanes, lanes + 1, block_rows}) {
                 for (float width : {1.0f, 0.0f}) {
                     const Case c{d, num_rows, {4, true}};
-                    const TrellisFormat format(d, row_bytes);
+                    const TrellisSteps steps(d, row_bytes);
                     std::vector<float> narrow, wide, scales{0.0f};
                     const auto make_levels = [&](size_t count, std::vector<float>& levels) {
                         for (size_t k = 0; k < count; k++)
                             levels.push_back(width * (2.0f * static_cast<float>(k) / static_cast<float>(count) - 1.0f));
                     };
-                    make_levels(format.shape.num_narrow_levels(), narrow);
-                    make_levels(format.shape.num_wide_levels(), wide);
+                    make_levels(steps.shape.num_narrow_levels(), narrow);
+                    make_levels(steps.shape.num_wide_levels(), wide);
                     for (size_t i = 1; i < trellis_scales; i++)   // a third of them different, in no order
                         scales.push_back(0.01f * std::pow(1.2f, static_cast<float>(i * 37 % 85)));
                     Buffer<float> mean(std::vector<float>(d, 0.25f), Placement::before_a_guard, mean_arena);
-                    Buffer<uint8_t> is_wide(format.is_wide, Placement::before_a_guard, is_wide_arena);
-                    TrellisTable table = make_trellis_table(format, narrow.data(), wide.data(), scales.data(), mean.get());
+                    Buffer<uint8_t> is_wide(steps.is_wide, Placement::before_a_guard, is_wide_arena);
+                    TrellisTable table = make_trellis_table(steps, narrow.data(), wide.data(), scales.data(), mean.get());
                     table.is_wide = is_wide.get();
                     std::vector<uint8_t> wanted;
                     SquaredSums wanted_sums{};

@@ -144,11 +144,6 @@ class Layout(ABC):
         """Bytes of a row."""
 
     @property
-    def kernel_bits(self) -> int:
-        """The bits that the core is told of when rows are looked up."""
-        return int(self.bits)
-
-    @property
     def param_type(self) -> np.dtype[Any]:
         """NumPy's type for param_dtype, little endian."""
         return np.dtype(self.param_dtype).newbyteorder("<")

@@ -256,11 +256,6 @@ class TrellisLayout(Layout):
         """Bytes of a uniform row of so many bits with float16 parameters."""
         return self.code_bytes
 
-    @property
-    def kernel_bits(self) -> int:
-        """Any that it knows: how many there are follows from the bytes of a row."""
-        return 8
-
     @cached_property
     def trellis(self) -> TrellisFormat:
         """Where the parts of a row lie."""
