@@ -103,9 +103,13 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last,
     return true;
 }
 
-// What most tables are: rows of the default parameters, or of codebooks at 4 bits, whose levels are added up. Code for
-// every shape of a tile is compiled for these alone. Others take more tiles to a row, of shapes that differ by a factor
-// of 4, and those of other parameters have weights, if only of 1.
+// Compiling a loop for everything that it may meet takes minutes, so there are as many as common tables need:
+// - Rows of default parameters, and of codebooks at 4 bits, have sums without weights; all others have weights, if only
+//   of 1, where a multiply-add is an instruction.
+// - The former, and weighted rows of default parameters at 4 and 8 bits, have every shape of a tile. Others take more
+//   tiles to a row, of shapes that differ by a factor of 4.
+// - Sums without weights at 4 and 8 bits have one loop that prefetches and one that does not: there, asking each time
+//   takes a tenth of the time of narrow rows.
 template <int bits, class ReadLevels>
 inline constexpr bool has_default_params = std::is_same_v<ReadLevels, GridReader<bits, bits != 8>>;
 template <int bits, class ReadLevels>
@@ -116,6 +120,8 @@ template <int bits, class Join, class ReadLevels>
 inline constexpr bool has_all_shapes = std::is_same_v<Join, AddLevels>
                                            ? is_common<bits, ReadLevels>
                                            : has_default_params<bits, ReadLevels> && bits != 2;
+template <int bits, class Join, class ReadLevels>
+inline constexpr bool always_asks = !std::is_same_v<Join, AddLevels> || !is_common<bits, ReadLevels> || bits == 2;
 
 inline constexpr size_t next_shape(size_t vectors, bool all_shapes) {
     return all_shapes || vectors < 4 ? vectors / 2 : vectors / 4;
@@ -135,21 +141,20 @@ inline size_t first_code(const PackedRows& rows, size_t column) {
     return column / 8 * static_cast<size_t>(rows.grid.bits);
 }
 
-// What has code for every shape has it for tables that stay in the cache, too, where asking whether to prefetch would
-// take a tenth of the time.
 template <int bits, class Join, class ReadLevels, size_t vectors = most_sums>
 Tiles<RowReader>::PoolFn find_pool_tile(TileShape tile, bool prefetches) {
     constexpr bool all_shapes = has_all_shapes<bits, Join, ReadLevels>;
+    constexpr bool asks = always_asks<bits, Join, ReadLevels>;
     if constexpr (vectors > 0)
         if (tile.vectors < vectors)
             return find_pool_tile<bits, Join, ReadLevels, next_shape(vectors, all_shapes)>(tile, prefetches);
     if constexpr (vectors == 0 || (all_shapes && vectors < most_sums))
         if (vectors == 0 || tile.last_columns > 0)
             return prefetches ? pool_tile<bits, Join, ReadLevels, vectors, true, true>
-                              : pool_tile<bits, Join, ReadLevels, vectors, true, !all_shapes>;
+                              : pool_tile<bits, Join, ReadLevels, vectors, true, asks>;
     if constexpr (vectors > 0)
         return prefetches ? pool_tile<bits, Join, ReadLevels, vectors, false, true>
-                          : pool_tile<bits, Join, ReadLevels, vectors, false, !all_shapes>;
+                          : pool_tile<bits, Join, ReadLevels, vectors, false, asks>;
 }
 
 [[gnu::noinline]] void pool_by(const Tiles<RowReader>& tiles, const PackedRows& rows, const Bags& bags, size_t first,
