@@ -180,14 +180,14 @@ class KMeansCls(Method):
     their groups, which is not always the nearest of all.
 
     Attributes:
-        K: number of clusters; 0 for so many that a table takes the bytes of uniform rows, as in the paper.
+        K: number of clusters; 0 for as many as make a table take the bytes of uniform rows, as in the paper.
 
     Source: the paper's KMEANS-CLS.
     """
 
     name: ClassVar[str] = "kmeans-cls"
     layout: ClassVar[str] = "clustered"
-    summary: ClassVar[str] = "codebooks that similar rows share, at the bytes of uniform rows; to compare"
+    summary: ClassVar[str] = "codebooks that similar rows share, at the bytes of uniform rows; for comparison"
 
     K: int = 0
 
