@@ -213,6 +213,14 @@ void bind_lookup(nb::module_& m) {
              nb::sig("def __init__(self, packed: numpy.typing.NDArray[numpy.uint8], row_format: str, "
                      "clusters: numpy.typing.NDArray[typing.Any] | None = None, "
                      "codebooks: numpy.typing.NDArray[numpy.uint8] | None = None) -> None"));
+    m.def("layouts", [] {
+              std::vector<std::string> names;
+              for (std::string_view name : layout_names()) names.emplace_back(name);
+              return names;
+          },
+          "Names of the layouts that lookups know.");
+    m.def("row_bytes", [](const std::string& row_format) { return parse_row_format(row_format).row_bytes; },
+          nb::arg("row_format"), "Bytes of a row of that format.");
     m.def("gather", &gather_rows, nb::arg("rows"), nb::arg("indices").none(), nb::arg("out").noconvert(),
           nb::sig("def gather(rows: TableView, indices: numpy.typing.NDArray[typing.Any] | None, "
                   "out: numpy.typing.NDArray[typing.Any]) -> int"),

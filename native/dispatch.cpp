@@ -1,6 +1,8 @@
 #include "dispatch.h"
 
 #include <atomic>
+#include <iterator>
+#include <span>
 #include <stdexcept>
 
 namespace embpack {
@@ -36,7 +38,8 @@ struct Isa {
 
 Kernels combine(const char* name, const PackingKernels& packing, const Lookups& lookups,
                 const Lookups& trellis_lookups) {
-    Kernels kernels{packing, name, {lookups, lookups, lookups, lookups}};
+    Kernels kernels{packing, name, {}};
+    for (Lookups& of_layout : kernels.lookups) of_layout = lookups;
     kernels.lookups[static_cast<size_t>(Layout::trellis)] = trellis_lookups;
     return kernels;
 }
@@ -50,8 +53,8 @@ bool has_avx512() {
 #endif
 
 // Those that were compiled, best first.
-const std::vector<Isa>& isas() {
-    static const std::vector<Isa> all = {
+std::span<const Isa> isas() {
+    static const Isa all[] = {
 #ifdef EMBPACK_HAS_avx512_gfni
         {combine("avx512_gfni", avx512::packing, avx512::lookups, avx512_gfni::trellis_lookups),
          [] {
@@ -72,6 +75,7 @@ const std::vector<Isa>& isas() {
         {EMBPACK_KERNELS(portable), [] { return true; }},
 #endif
     };
+    static_assert(std::size(all) == EMBPACK_NUM_ISAS, "an instruction set that CMakeLists.txt lists is not here");
     return all;
 }
 

@@ -109,6 +109,12 @@ RowFormat parse_row_format(std::string_view text) {
     return format;
 }
 
+std::vector<std::string_view> layout_names() {
+    std::vector<std::string_view> names;
+    for (const LayoutRules& rules : layouts) names.push_back(rules.name);
+    return names;
+}
+
 bool has_array_by_row(Layout layout) { return rules_of(layout).has_array_by_row; }
 bool has_shared_array(Layout layout) { return rules_of(layout).has_shared_array; }
 

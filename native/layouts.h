@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string_view>
+#include <vector>
 
 #include "kernels.h"
 
@@ -37,6 +38,9 @@ struct Beside {
     };
     Array by_row, shared;
 };
+
+// Names of the layouts, in the order of Layout.
+std::vector<std::string_view> layout_names();
 
 // Which of them a layout has.
 bool has_array_by_row(Layout);

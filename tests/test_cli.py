@@ -4,7 +4,6 @@ import importlib.metadata
 import itertools
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -80,8 +79,8 @@ def test_a_checkpoint_is_opened_once(tmp_path, monkeypatch, embpack_command, mod
         opened.append(path)
         return formats.open_checkpoint(path)
 
-    for module in ("cli.quantize", "convert", "planning"):  # the function quantize hides its module
-        monkeypatch.setattr(sys.modules[f"embpack.{module}"], "open_checkpoint", open_once)
+    for module in ("cli.quantize", "convert", "planning"):
+        monkeypatch.setattr(f"embpack.{module}.open_checkpoint", open_once)
     code, _, _ = embpack_command("quantize", model, tmp_path / "p.safetensors", *options)
     assert code == 0 and opened == [model]
 

@@ -8,6 +8,7 @@ from golden.make import EXPECTED, INDICES, MANIFEST, PACKED, POOLED, digest_of_s
 from safetensors.torch import load_file
 
 import embpack
+from embpack.layouts import LAYOUTS
 
 GOLDEN = json.loads(MANIFEST.read_text())
 # How a file was packed; one that was written by hand says nothing of it.
@@ -24,6 +25,11 @@ def read_expected(name):
         else:
             values.setdefault(table, {})[what] = tensor.numpy()
     return weights, values
+
+
+def test_every_layout_has_golden_files():
+    formats = [table["row_format"] for golden in GOLDEN.values() for table in golden["tables"].values()]
+    assert {row_format.partition(":")[0] for row_format in formats} == set(LAYOUTS)
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -1,8 +1,10 @@
 """The package as a whole: what importing it does, and that its lists agree."""
 
 import ast
+import importlib
 import importlib.metadata
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 import embpack
 from embpack import _native
+from embpack.layouts import LAYOUTS, RowFormat
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,10 +121,59 @@ def test_an_unknown_isa_is_refused_and_changes_nothing():
     assert _native.isa() == before
 
 
+def list_modules() -> list[str]:
+    return ["embpack", *(found.name for found in pkgutil.walk_packages(embpack.__path__, "embpack."))]
+
+
+def test_no_module_is_hidden_by_what_has_its_name():
+    for name in list_modules():
+        package, _, own_name = name.rpartition(".")
+        module = importlib.import_module(name)
+        if package:
+            assert getattr(importlib.import_module(package), own_name) is module, name
+
+
+def list_imports(module: str, known: set[str]) -> set[str]:
+    """Modules of the package that a module imports when it is imported itself; a package is not what lies in it."""
+    path = Path(str(importlib.import_module(module).__file__))
+    imports: set[str] = set()
+    if path.suffix != ".py":
+        return imports
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("embpack"):
+            of_names = {f"{node.module}.{alias.name}" for alias in node.names}
+            imports |= of_names & known or {node.module}
+    return imports & known - {module}
+
+
+def test_imports_go_in_no_circle():
+    known = set(list_modules())
+    imports = {name: list_imports(name, known) for name in known}
+    while leaves := {name for name in imports if not imports[name]}:
+        imports = {name: found - leaves for name, found in imports.items() if name not in leaves}
+    assert imports == {}, "modules that import each other, and those that import them"
+
+
 def test_methods_and_native_searches_agree():
     assert {method.kernel for method in embpack.METHODS.values() if hasattr(method, "kernel")} == set(
         _native.searches()
     )
+
+
+def test_layouts_and_native_layouts_agree():
+    assert list(LAYOUTS) == _native.layouts()
+    assert {method.layout for method in embpack.METHODS.values()} == set(LAYOUTS)
+    for layout in LAYOUTS:
+        for bits in (2, 2.125, 3, 3.5, 4, 6.99, 7, 8):
+            for dim in (4, 5, 31, 64, 100, 4096):
+                for param_dtype in ("float16", "float32"):
+                    try:
+                        row_format = RowFormat(dim, bits, param_dtype, layout)
+                    except (TypeError, ValueError):  # such as 3 bits of a uniform row
+                        with pytest.raises(ValueError):
+                            _native.row_bytes(f"{layout}:{dim}:{bits}:{param_dtype}")
+                    else:
+                        assert _native.row_bytes(str(row_format)) == row_format.row_bytes
 
 
 def test_each_method_is_listed_under_its_name_and_says_what_it_is_for():

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from checkpoints import Arrays, run_embpack, write_safetensors
 
+from embpack.formats import FORMATS
 from embpack.layouts import RowFormat
+from embpack.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -140,6 +142,11 @@ def test_what_is_linked_is_there(page):
 
 def test_readme_links_the_other_pages():
     assert {"docs/format.md", "docs/kernels.md", "docs/design.md", "CONTRIBUTING.md"} <= set(links(ROOT / "README.md"))
+
+
+def test_readme_names_every_method_and_every_file_format():
+    assert [name for name in METHODS if f"`{name}`" not in README] == []
+    assert [suffix for suffix in FORMATS if suffix not in README] == []
 
 
 def test_the_map_of_contributing_is_right():

@@ -5,6 +5,8 @@
 namespace embpack::EMBPACK_ISA {
 namespace {
 
+#include "../isa/contract-inl.h"
+
 constexpr size_t most_tile_vectors = most_sums;
 
 #include "../kernels/basics-inl.h"

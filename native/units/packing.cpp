@@ -6,6 +6,7 @@
 namespace embpack::EMBPACK_ISA {
 namespace {
 
+#include "../isa/contract-inl.h"
 #include "../kernels/basics-inl.h"
 #include "../kernels/grid-inl.h"
 #include "../kernels/rows-inl.h"

@@ -7,11 +7,7 @@ import typer
 from rich.markup import escape
 
 import embpack
-from embpack.cli.compare import compare
-from embpack.cli.demo import demo
-from embpack.cli.dequantize import dequantize
-from embpack.cli.inspect import inspect
-from embpack.cli.quantize import quantize
+from embpack.cli import compare, demo, dequantize, inspect, quantize
 from embpack.cli.show import errors
 
 app = typer.Typer(
@@ -23,7 +19,7 @@ app = typer.Typer(
     help="Pack trained embedding tables to 4 bits a value, an eighth of their size.",
     epilog="Try it on data it makes itself: [bold]embpack demo[/bold]",
 )
-for command in (quantize, compare, inspect, dequantize, demo):
+for command in (quantize.quantize, compare.compare, inspect.inspect, dequantize.dequantize, demo.demo):
     app.command()(command)
 
 
