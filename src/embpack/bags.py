@@ -34,7 +34,7 @@ class Array(Protocol):
 
 @lru_cache
 def name_of(dtype: Any) -> str:
-    """What NumPy and PyTorch both call a type of either: "int64", of any byte order."""
+    """The name that a type has in both NumPy and PyTorch, such as "int64", whatever its byte order."""
     return getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
 
 
@@ -94,7 +94,7 @@ def check_mode(mode: object, what: str = "mode") -> None:
 
 
 def check_weighted(mode: object, owner: str = "") -> None:
-    """Raise ValueError if bags of a mode, an owner's where there are several, take no per_sample_weights."""
+    """Raise ValueError if bags of this mode take no per_sample_weights; owner says whose mode it is, of several."""
     if mode != "sum":
         found = f"and {owner} has mode {mode!r}" if owner else f"not {mode!r}"
         raise ValueError(f"per_sample_weights go with mode 'sum' only, {found}")
@@ -135,7 +135,7 @@ def count_bags(indices: Array, offsets: Array | None, *, include_last_offset: bo
 def count_bags_of_features(
     num_features: int, indices: Array, offsets: Array | None, *, include_last_offset: bool
 ) -> int:
-    """How many bags each feature has, where indices have those of the first, then those of the second, and so on.
+    """How many bags each feature has; indices are those of the first feature, then those of the second, and so on.
 
     Raises:
         ValueError: indices and offsets do not go together, or features have different numbers of bags.

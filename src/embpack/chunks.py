@@ -10,8 +10,8 @@ from embpack.rotation import rotate_chunks
 
 # Values of a span: what losses are summed over, so that they are the same to the last bit for arrays and for files.
 SPAN_VALUES = 1 << 18
-# Spans that a call into the kernels gets from a file, and from an array: little enough to stream and to be interrupted,
-# enough for waking the threads not to count.
+# Spans per native call, from a file and from an array: few enough to stream and interrupt, enough to hide thread
+# wake-up.
 SPANS_OF_A_FILE, SPANS_OF_AN_ARRAY = 16, 256
 
 

@@ -77,23 +77,23 @@ def quantize_file(
             Parquet with fixed-size lists of floats.
         dst: a .safetensors file, replaced if it exists; for a sharded src a folder, which must not exist or be
             empty. It is there only once it is whole.
-        method: as for quantize.
-        bits: as for quantize.
-        param_dtype: as for quantize.
+        method: as quantize takes it.
+        bits: as quantize takes them.
+        param_dtype: as quantize takes it.
         include: globs of tensor names to pack too; otherwise a table is a 2-D float tensor whose name says embedding
             (rules.says_embedding).
         exclude: globs of tensor names never to pack.
         max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit.
-        rotate: as for quantize.
-        variants: how tables are packed that have their own way, by name, as embpack.plan(...).variants.
+        rotate: as quantize takes it.
+        variants: by name, how tables are packed that have a variant of their own, as embpack.plan(...).variants.
         progress: called with a table's name and a number of rows as they are done.
 
     Raises:
         FileNotFoundError: there is no src.
         FormatError: src is damaged.
         ValueError: no tensor is a table; dst is src or has the wrong suffix; a value is NaN or infinite, or a
-            parameter overflows; no such method, bits or rotation; max_loss is not positive and finite, or a table's
-            loss is larger.
+            parameter overflows; there is no such method, bits or rotation; max_loss is not positive and finite, or a
+            table's loss is larger.
         OSError: dst cannot be written.
     """
     rules = Rules(tuple(include), tuple(exclude), Variant(method, bits, param_dtype, rotate), variants or {})

@@ -109,7 +109,7 @@ def from_tbe(module: Any) -> list[PackedTable]:
 
     Returns:
         Its tables in order, uniform with float16 parameters, with bytes of their own: those that to_tbe was given.
-        What the weights were and how they were packed, FBGEMM does not keep: ``dtype`` is "float32", ``method`` "" and
+        FBGEMM does not keep what the weights were and how they were packed: ``dtype`` is "float32", ``method`` "" and
         ``loss`` None.
 
     Raises:

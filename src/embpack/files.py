@@ -28,12 +28,12 @@ class TableEntry:
     """What a file's metadata says of one table.
 
     Attributes:
-        layout, bits, param_dtype, embedding_dim, rotation: the RowFormat; a file has no rotation that is None.
+        layout, bits, param_dtype, embedding_dim, rotation: the RowFormat; a rotation of None is left out of a file.
         num_embeddings: rows.
         dtype: what the weights were: "float32", "float16" or "bfloat16".
         method: name and parameters of the method.
         loss: normalized l2 loss, measured when packed; None where unknown.
-        checksum: "sha256:" and the hexadecimal digest of the packed bytes, then of the clusters' and codebooks'.
+        checksum: "sha256:" and the hexadecimal digest of the packed bytes followed by those beside the rows.
     """
 
     layout: str
@@ -270,14 +270,14 @@ def split_shard(
 
 
 def load(path: str | Path, *, verify: bool = False, in_memory: bool = False) -> dict[str, PackedTable]:
-    """Open the tables of a file without reading them: rows are read where they are looked up.
+    """Open the tables of a file without reading them: rows are read when they are looked up.
 
     Args:
         path: a file written by save or quantize_file; for a sharded one its folder or index.
         verify: read everything through once and compare checksums.
-        in_memory: read everything now, into memory of this process. Looking rows up is then as quick the first time as
-            later, and independent of the file; but processes that serve the same file no longer share its memory, and
-            it has to fit (docs/kernels.md has figures).
+        in_memory: read everything now, into memory of this process. Rows are then looked up as fast the first time as
+            later, and the file is no longer needed. But processes that serve the same file no longer share its memory,
+            and all of it has to fit (docs/kernels.md has figures).
 
     Returns:
         Name to table. The tables' bytes are read-only and mapped, unless in_memory; they live as long as the tables
@@ -304,8 +304,8 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
         tables: name to table.
 
     Raises:
-        ValueError: there are no tables, one has no rows or attributes that no file can have, or path has another
-            suffix.
+        ValueError: there are no tables, one has no rows or has attributes that a file cannot have, two tensors would
+            have one name, or path has another suffix.
         OSError: the disk is full, the folder cannot be written to.
     """
     path = Path(path)

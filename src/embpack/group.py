@@ -25,9 +25,9 @@ class TableGroup:
 
     Attributes:
         tables: each of any layout, bits and embedding_dim.
-        table_of: for each feature, the number of the table that it reads.
-        modes: for each feature, "sum", "mean" or "max"; by default "sum", as in FBGEMM, where a table's embedding_bag
-            has PyTorch's "mean".
+        table_of: for each feature, the number of the table that it reads; by default one feature for each table.
+        modes: for each feature, or one for all, "sum", "mean" or "max". The default is FBGEMM's, "sum"; that of
+            PackedTable.embedding_bag is PyTorch's, "mean".
 
     Raises:
         ValueError: there is no feature, a feature reads no table of the group, or a mode is unknown.

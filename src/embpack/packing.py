@@ -30,26 +30,27 @@ def quantize(
             not.
         method: what chooses each row's scale and bias, its codebook, or what all rows share: a name in
             embpack.METHODS, with parameters if need be ("greedy:b=1000,r=0.5"), or a Method.
-        bits: a code, 2, 4 or 8; for "trellis" any number from 2 to 7, for the bytes of a uniform row of so many.
-        param_dtype: of scale and bias or of codebooks, "float16" or "float32"; None is float16, but for uniform
-            rows at 8 bits float32, which makes rows that PyTorch and FBGEMM read, and for "trellis", too, which has
-            nothing else.
-        error_weights: what squared errors count, at least 0: [embedding_dim] by columns, such as the mean second
-            moments of the columns' gradients; [num_embeddings, 1] by rows, such as access counts; or of each value,
-            [num_embeddings, embedding_dim]. For "optimal". None: all count the same.
+        bits: of each code, 2, 4 or 8. For "trellis" any number from 2 to 7: a row has the bytes of a uniform row of so
+            many bits.
+        param_dtype: of scale and bias or of codebooks, "float16" or "float32". None is float32 for uniform rows at 8
+            bits, which PyTorch and FBGEMM read, and for "trellis", which has no other; float16 for all else.
+        error_weights: what squared errors are multiplied by, at least 0: [embedding_dim] by columns, such as the mean
+            squared gradients of the columns; [num_embeddings, 1] by rows, such as access counts; or of each value,
+            [num_embeddings, embedding_dim]. Only for "optimal". None: all count the same.
         rotate: "hadamard" multiplies rows by a fixed orthogonal matrix before they are packed, and lookups undo it:
-            less loss where values are heavy-tailed (embpack.rotation). Error weights are then by rows only, for a
-            packed value is of many columns.
+            less loss where values are heavy-tailed (embpack.rotation). Error weights can then be by rows only, for a
+            rotated value is made of many columns.
 
     Returns:
-        A PackedTable; its ``loss`` is what packing cost, with the error_weights.
+        A PackedTable; its ``loss`` is the normalized l2 loss of packing, by the error_weights if there are any.
 
     Raises:
         TypeError: weight is of another type.
-        ValueError: weight is not 2-D, is empty or has NaN or infinity; a row's scale or bias overflows
-            param_dtype; no such method, bits or rotation; error_weights are not as above.
+        ValueError: weight is not 2-D, is empty or has NaN or infinity; a row's scale, bias or codebook overflows
+            param_dtype; there is no such method, bits or rotation; error_weights are not as above.
 
-    Source: Guan et al. 2019; with method="asym" the bytes of torch.ops.quantized.embedding_bag_4bit_prepack.
+    Source: Guan et al. 2019; with method="asym" at 4 bits the bytes of
+    torch.ops.quantized.embedding_bag_4bit_prepack.
     """
     return pack(weight, Variant(method, bits, param_dtype, rotate), error_weights)
 
@@ -79,7 +80,7 @@ def iter_packed(
         start: number of their first row in the table.
 
     Yields:
-        Packed rows, which the next ones overwrite, and what Packer.pack returns of them.
+        Packed rows, which the next ones overwrite, and the sums that Packer.pack returns for them.
     """
     room = np.empty((0, packer.row_format.row_bytes), np.uint8)
     for rows in chunks:

@@ -22,7 +22,7 @@ from embpack.rows import as_rows, spread_rows
 from embpack.rules import Decision, Rules, decide_all
 from embpack.variant import Variant
 
-# What tables are tried with if nobody says.
+# The variants that are measured by default.
 VARIANTS = tuple(
     Variant(method, bits, rotate=rotate)
     for method, each in ((DEFAULT_METHOD, (2, 4, 8)), ("kmeans", (2, 4)), ("trellis", (2, 2.5, 3, 3.5, 4, 5, 6, 7)))
@@ -31,7 +31,7 @@ VARIANTS = tuple(
 )
 # Rows that a table is measured by, evenly spread.
 SAMPLE_ROWS = 20_000
-# Sums of choices that are gone on with after each table: few tables never have more, many lose next to nothing.
+# Sums of choices that are kept after each table. Models of few tables never have more; others lose next to nothing.
 MOST_SUMS = 1 << 14
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -62,7 +62,7 @@ class Plan:
 
     Attributes:
         tables: in the model's order.
-        loss: normalized l2 loss over all, each row counted as often as it is looked up, where that is known.
+        loss: normalized l2 loss over all tables; each row counts as often as it is looked up, where that is known.
         float32_bytes: of the tables before.
     """
 
@@ -160,27 +160,28 @@ def plan(
 ) -> Plan:
     """Choose how to pack each table, by the loss measured on a sample of its rows.
 
-    Without a limit each table gets the least loss in the bytes that its uniform rows take at 4 bits, or 1 % more. With
-    max_bytes, the bits are spread over the tables so that the sum of all squared errors is the least; with max_loss, so
-    that they take the fewest bytes. The choice is the best one there is for models of few tables, and next to it for
-    many.
+    Without a limit, each table gets the least loss in the bytes that its uniform rows take at 4 bits, or 1 % more. With
+    max_bytes, bits are spread over the tables so that the sum of all squared errors is least; with max_loss, so that
+    the tables take the fewest bytes. For models of few tables the choice is the best one there is, for models of many
+    it is close to that.
 
     Args:
         src: a checkpoint that quantize_file reads; or weights by name, as quantize takes them.
         max_bytes: of all packed tables: a number, "2 GB", or a share of their size in float32, "12.5 %".
         max_loss: the normalized l2 loss over all tables.
-        variants: ways to pack a table, as embpack.Variant.
+        variants: the ways to pack a table that are measured.
         include: globs of tensor names, as quantize_file takes them.
         exclude: the same, of those never to pack.
-        access_counts: by a table's name, how often rows of it are looked up in the same time; what a row's error counts
-            is this by the number of rows. Of tables that are not named, and if None, each row counts 1.
+        access_counts: by a table's name, how often rows of it are looked up, all in the same time; a row's error counts
+            this divided by the table's number of rows. Rows of tables that are not named count 1 each.
         progress: called with a table's name and a number of rows for each variant that was measured.
 
     Raises:
         FileNotFoundError: there is no src.
         FormatError: src is damaged.
-        ValueError: no tensor is a table; a value is NaN or infinite; a limit is none, or cannot be kept: says what can;
-            both are given; access_counts are of no table.
+        ValueError: no tensor is a table; a value is NaN or infinite; max_bytes or max_loss is no size or loss, or
+            cannot be kept (the message says what can), or both are given; access_counts name something that is no
+            table.
     """
     limits = max_bytes, max_loss
     _check_limits(*limits)

@@ -1,4 +1,4 @@
-"""Rotation: rows times an orthogonal matrix, which makes their values alike before they are packed (docs/rotation.md).
+"""Rotation: rows times an orthogonal matrix before they are packed, so that no value stands out (docs/rotation.md).
 
 A row is split into blocks of 2^k columns, the largest first. Each value is multiplied by its column's sign, then each
 block by its orthonormal Hadamard matrix. The matrix depends on embedding_dim alone. embpack.reference is the
@@ -49,9 +49,9 @@ def rotate_back(values: NDArray[Any]) -> NDArray[np.float32]:
 def matrix(embedding_dim: int) -> NDArray[np.float32]:
     """Make the matrix R that rows are multiplied by from the right: float32 [embedding_dim, embedding_dim].
 
-    Rows come back by R.T. Who looks rows up with rotate_back=False folds that into the next layer: where it multiplies
-    values by W [embedding_dim, n], rotated ones are multiplied by R.T @ W. A torch.nn.Linear keeps W.T: its weight
-    becomes weight @ R.
+    Multiplying by R.T gets rows back. With rotate_back=False, the layer after a lookup can do that at no cost: if it
+    multiplies values by W [embedding_dim, n], let it multiply rotated ones by R.T @ W. A torch.nn.Linear keeps W.T: its
+    weight becomes weight @ R.
 
     Raises:
         ValueError: embedding_dim is not positive.

@@ -120,7 +120,7 @@ class Rules:
         include: globs of names to pack whatever they say.
         exclude: globs of names never to pack.
         variant: how tables are packed.
-        variants: the same of tables that have their own way, by name.
+        variants: by name, how tables are packed that have a variant of their own.
     """
 
     include: tuple[str, ...] = ()
@@ -160,8 +160,8 @@ def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
     """Decide on every tensor of a checkpoint that is to be packed, in file order.
 
     Raises:
-        ValueError: it is packed already, a glob of ``include`` matches nothing that can be packed, or there is no table
-            at all.
+        ValueError: the checkpoint is packed already, a glob of ``include`` matches nothing that can be packed, or there
+            is no table at all.
     """
     if any(METADATA_KEY in shard.metadata for shard in checkpoint.shards):
         raise ValueError(f"{checkpoint.path}: is packed already; unpack it first with: embpack dequantize")

@@ -27,11 +27,11 @@ class PackedTable:
         dtype: what the weights were: "float32", "float16" or "bfloat16".
         method: name and parameters of the method that packed the rows; "" where unknown.
         loss: normalized l2 loss ||X - Q(X)|| / ||X||, measured when packed; None where unknown.
-        clusters: the array by row that lies beside them, if the layout has one: uint8 or uint16 [num_embeddings], which
-            codebook a row has, for the clustered layout only.
-        codebooks: the array that they share, if the layout has one: [num_codebooks, 2^bits] of the parameter type, for
-            the clustered layout; float32 [1, n] (embpack.layouts.trellis.TrellisParameters.join), for the trellis
-            layout; None for others.
+        clusters: the array beside the rows with an entry for each: in the clustered layout uint8 or uint16
+            [num_embeddings], which codebook a row has; None in others.
+        codebooks: the array beside the rows that all share: in the clustered layout [num_codebooks, 2^bits] of the
+            parameter type; in the trellis layout float32 [1, n] (embpack.layouts.trellis.TrellisParameters.join); None
+            in others.
 
     Raises:
         ValueError: packed, clusters or codebooks are not what row_format says, or there is no such dtype.
@@ -72,11 +72,11 @@ class PackedTable:
             packed: uint8 [num_embeddings, row_bytes], NumPy or PyTorch on the CPU, as
                 torch.ops.quantized.embedding_bag_4bit_prepack returns it.
             embedding_dim: values a row.
-            bits: a code, 2, 4 or 8.
-            param_dtype: of scale and bias; None is float16 at 2 and 4 bits and float32 at 8.
+            bits: of each code, 2, 4 or 8.
+            param_dtype: of scale and bias; None is float16 at 2 and 4 bits, float32 at 8.
 
         Raises:
-            ValueError: the bytes a row do not fit.
+            ValueError: packed has another number of bytes a row, or is no C-contiguous uint8 array.
         """
         row_format = RowFormat(embedding_dim, bits, param_dtype or UniformLayout.default_param_dtype(bits))
         return cls(np.asarray(packed), row_format)
@@ -185,7 +185,7 @@ class PackedTable:
                 of n.
             offsets: int32 or int64 [B], non-decreasing from 0, at most L: where each bag starts in 1-D indices;
                 with include_last_offset [B + 1], the last one being where the last bag ends.
-            mode: "sum", "mean" or "max"; by default as in PyTorch "mean", where a TableGroup sums.
+            mode: "sum", "mean" or "max". The default is PyTorch's, "mean"; a TableGroup's is FBGEMM's, "sum".
             per_sample_weights: float32, shaped like indices: what each row is multiplied by; only for "sum".
             include_last_offset: see offsets.
             padding_idx: rows of this index are left out, of a mean's count too; negative counts from the end.
@@ -194,8 +194,8 @@ class PackedTable:
                 maxima of "max" are then those of rotated values.
 
         Returns:
-            [B, embedding_dim], C-contiguous; an empty bag is zeros. Rows are added in index order. bfloat16, which
-            NumPy lacks, as its bits in uint16.
+            [B, embedding_dim], C-contiguous; an empty bag is zeros. Rows are added in the order of indices. bfloat16,
+            which NumPy lacks, as its bits in uint16.
 
         Raises:
             IndexError: an index is out of range; names its position and value.

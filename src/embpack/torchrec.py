@@ -58,10 +58,10 @@ def quantize(
 
     Args:
         collection: torchrec.EmbeddingBagCollection, weighted or not, or torchrec.EmbeddingCollection, of float32,
-            float16 or bfloat16 tables on any device but meta; it is not changed. What TorchRec's quant_prep_* and
-            pruning marked on it, counts.
+            float16 or bfloat16 tables on any device but meta; it is not changed. The marks that TorchRec's quant_prep_*
+            and pruning left on it are heeded.
         method: of uniform rows, as embpack.quantize takes it; "asym" makes TorchRec's own bytes.
-        bits: a code, 2, 4 or 8, for all tables; from_tables takes each table as it was packed.
+        bits: of each code, 2, 4 or 8, for all tables; from_tables takes each table as it was packed.
         output_dtype: of the pooled values.
 
     Returns:
@@ -132,7 +132,7 @@ def from_tables(
     if kind is quant.EmbeddingBagCollection:
         options = {"is_weighted": False, **options}
     collection = kind(tables=copies, device=torch.device("cpu"), output_dtype=output_dtype, **options)
-    # Filled in place: what goes through the constructor stays in memory a second time.
+    # Filled in place: the constructor would keep a second copy in memory.
     for module in collection._emb_modules:
         fill_tbe(module, [tables[name] for name, *_ in module.embedding_specs])
     return collection
@@ -192,7 +192,7 @@ def _quantize_table(weight: torch.Tensor, method: Method, bits: int, name: str) 
     try:
         return quantize_table(weight, method, bits, "float16")
     except ValueError as error:
-        # What embpack.quantize proposes is no way out here.
+        # What embpack.quantize's message proposes does not help here.
         only = "; but TorchRec has float16 parameters only: rescale the table" if "param_dtype=" in str(error) else ""
         raise ValueError(f"table {name!r}: {error}{only}") from error
 

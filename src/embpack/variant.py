@@ -12,9 +12,9 @@ class Variant:
 
     Attributes:
         method: as parse_method reads it: "greedy", "greedy:b=1000,r=0.5"; or a Method.
-        bits: of each code; float where it has a fraction.
-        param_dtype: "float16" or "float32"; None is what quantize takes for the method and bits.
-        rotate: what quantize takes.
+        bits: as quantize takes them; float where they have a fraction.
+        param_dtype: "float16" or "float32"; None is quantize's default for the method and bits.
+        rotate: "hadamard" or None, as quantize takes it.
     """
 
     method: str | Method = DEFAULT_METHOD
@@ -46,18 +46,18 @@ class Variant:
         return parse_method(self.method)
 
     def make_row_format(self, embedding_dim: int) -> RowFormat:
-        """Make the format of rows of so many values.
+        """Make the format of rows of this embedding_dim.
 
         Raises:
             TypeError: bits is not of the right type.
-            ValueError: there is no such method, or it has no rows of so many values, bits, parameters or rotation.
+            ValueError: there is no such method, or it has no rows of this embedding_dim, bits, param_dtype or rotation.
         """
         layout = LAYOUTS[self.parsed_method.layout]
         param_dtype = self.param_dtype or layout.default_param_dtype(self.bits)
         return RowFormat(embedding_dim, self.bits, param_dtype, layout.name, self.rotate)
 
     def find_refusal(self) -> str | None:
-        """Say why no row is packed so, whatever its values; None if rows are."""
+        """Say why no row can be packed in this way, whatever its width and values; None if some can."""
         try:
             self.make_row_format(LAYOUTS[self.parsed_method.layout].least_dim)
         except TypeError:

@@ -42,7 +42,7 @@ def _options(
 def main() -> None:
     """Run the command line. Exit code 2 for wrong usage, 1 for a failure, which is one line on stderr."""
     if not sys.warnoptions:
-        # Of pickle protocols and storages in checkpoints: nothing that somebody who packs one can act on.
+        # PyTorch warns of pickle protocols and storages in checkpoints; a user who packs one can do nothing about them.
         warnings.filterwarnings("ignore", module="torch")
     try:
         app()

@@ -106,15 +106,15 @@ def compare(
     param_dtype: Annotated[
         str | None,
         typer.Option(
-            help="Types of a row's parameters, with commas between: float16,float32.",
-            show_default="float16; at 8 bits float32",
+            help="Types of scales and biases, or of codebooks, with commas between: float16,float32.",
+            show_default="float16; float32 for uniform rows at 8 bits, and for trellis",
             callback=_check_param_dtype,
         ),
     ] = None,
     rows: Annotated[
         str,
         typer.Option(
-            help="Of a larger table, measure this many rows, evenly spread and packed as a table of their own; all "
+            help="Measure this many rows of each larger table, evenly spread and packed as a table of their own; all "
             "or 0 measures every row, in memory.",
             callback=_check_rows,
         ),

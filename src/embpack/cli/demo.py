@@ -15,7 +15,7 @@ from embpack.table import PackedTable
 
 
 def demo() -> None:
-    """Make a checkpoint of trained-looking embedding tables, pack it, and read rows back; under a minute."""
+    """Make a checkpoint of embedding tables that look trained, pack it, and read rows back; under a minute."""
     with tempfile.TemporaryDirectory(prefix="embpack-demo-") as folder:
         src, dst = Path(folder, "model.safetensors"), Path(folder, "model-4bit.safetensors")
         show.output.print("Making a checkpoint: heavy-tailed rows, norms by a power law ...", style="dim")

@@ -57,8 +57,9 @@ def _check_max_loss(max_loss: float | None) -> float | None:
     return max_loss
 
 
-_METHOD_HELP = "How each row's range is chosen, with parameters after a colon (greedy:b=1000,r=0.5). " + " ".join(
-    f"[bold]{name}[/]: {method.summary}." for name, method in METHODS.items()
+_METHOD_HELP = (
+    "What chooses each row's scale and bias, its codebook, or what all rows share; with parameters after a colon "
+    "(greedy:b=1000,r=0.5). " + " ".join(f"[bold]{name}[/]: {method.summary}." for name, method in METHODS.items())
 )
 
 
@@ -90,8 +91,8 @@ def quantize(
     param_dtype: Annotated[
         str | None,
         typer.Option(
-            help="Type of each row's scale and bias: float16 or float32.",
-            show_default="float16; at 8 bits float32",
+            help="Type of scales and biases, or of codebooks: float16 or float32.",
+            show_default="float16; float32 for uniform rows at 8 bits, and for trellis",
             callback=_check_param_dtype,
         ),
     ] = None,
@@ -106,8 +107,8 @@ def quantize(
     max_loss: Annotated[
         float | None,
         typer.Option(
-            help="Write nothing, and exit with 1, if a table's normalized l2 loss is larger. With --auto: the loss of "
-            "all tables together, which is kept in the fewest bytes.",
+            help="Write nothing, and exit with 1, if a table's normalized l2 loss is larger. With --auto: the largest "
+            "loss of all tables together; they get the fewest bytes that keep it.",
             show_default="no limit",
             callback=_check_max_loss,
         ),
@@ -116,28 +117,28 @@ def quantize(
         bool,
         typer.Option(
             "--auto",
-            help="Choose method, bits and rotation of each table by the loss on a sample: without a limit the least "
-            "loss in the bytes of 4 bits. --method, --bits and --param-dtype do not count then.",
+            help="Choose method, bits and rotation of each table by the loss on a sample; without a limit, the least "
+            "loss in the bytes of 4 bits. Ignores --method, --bits and --param-dtype.",
         ),
     ] = False,
     max_bytes: Annotated[
         str | None,
         typer.Option(
-            help="With --auto: spread so much over the tables, '2 GB' or '12.5 %' of float32, for the least error.",
+            help="With --auto: spread this size over the tables, '2 GB' or '12.5 %' of float32, for the least error.",
             show_default="no limit",
         ),
     ] = None,
     access_counts: Annotated[
         Path | None,
         typer.Option(
-            help="With --auto: a JSON file, how often rows of each table are looked up, by its name.",
+            help="With --auto: a JSON file that says, by a table's name, how often its rows are looked up.",
             show_default="each row counts the same",
         ),
     ] = None,
     rotate: Annotated[
         str | None,
         typer.Option(
-            help="Multiply rows by an orthogonal matrix before packing, which lookups undo: hadamard. Less loss where "
+            help="Multiply rows by an orthogonal matrix before packing: hadamard. Lookups undo it. Less loss where "
             "values are heavy-tailed.",
             show_default="none",
             callback=_check_rotate,

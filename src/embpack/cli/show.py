@@ -26,7 +26,7 @@ from embpack.rules import MIN_ROWS, Decision
 from embpack.shard_writer import Progress as OnRows
 
 # Names of tensors and files are shown as they are: "[red]" and ":smile:" in them mean nothing.
-# Where no terminal sets a width, lines are long enough for the names of tensors.
+# If no terminal sets a width, lines are long enough for the names of tensors.
 output = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 

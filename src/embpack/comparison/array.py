@@ -19,7 +19,7 @@ from embpack.rows import as_rows, explain_not_finite, widen
 from embpack.table import PackedTable
 from embpack.variant import Variant
 
-# What the losses of the rows are summed up by.
+# The quantiles by which the losses of single rows are summed up.
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 # A fast method is timed this often, and the fastest time counts: the first run pays for new memory.
 _MOST_RUNS, _ENOUGH_SECONDS = 3, 0.2
@@ -83,9 +83,9 @@ def compare(
     Args:
         weight: as for quantize: [num_embeddings, embedding_dim] of float32, float16 or bfloat16.
         methods: names, with parameters if need be, or Methods; None is all of embpack.METHODS.
-        bits: one or more numbers that quantize takes; None is 4, and where nothing else is said, asym and optimal also
-            at 2 and 8, trellis at 2, 3 and 6, and optimal and trellis of rotated rows.
-        param_dtype: one or more of "float16" and "float32"; None is what quantize takes for the method and bits.
+        bits: one or more numbers that quantize takes; None is 4. If methods and rotate are not given either, asym and
+            optimal are also compared at 2 and 8 bits, trellis at 2, 3 and 6, and optimal and trellis with rotated rows.
+        param_dtype: one or more of "float16" and "float32"; None is quantize's default for the method and bits.
         rotate: one or more of None and "hadamard".
 
     Returns:
@@ -107,7 +107,7 @@ def compare(
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Rows of a table that ways to pack it are measured by.
+    """Rows of a table by which ways to pack it are measured.
 
     Attributes:
         name: of the table.

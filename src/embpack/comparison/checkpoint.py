@@ -21,7 +21,7 @@ from embpack.rows import spread_rows
 from embpack.rules import Decision
 from embpack.variant import Variant
 
-# About the bytes of something are not more than so many times as many: room for what all rows share.
+# Sizes within 1 % count as equal, to allow for shared codebooks.
 ABOUT = 1.01
 
 
@@ -68,10 +68,10 @@ class FileComparison:
     """What the tables of a checkpoint come to.
 
     Attributes:
-        src: of the checkpoint.
+        src: path of the checkpoint.
         tables: in file order, at least one.
-        include, exclude: globs that chose them.
-        threads: that packed them.
+        include, exclude: globs that chose the tables.
+        threads: how many packed them.
     """
 
     src: Path
@@ -92,9 +92,9 @@ class FileComparison:
 
     @property
     def recommended(self) -> Comparison | None:
-        """The way for a user who names no size: the least loss in about the bytes of the default way.
+        """The way for a user who names no size: the least loss in about the bytes that quantize's defaults take.
 
-        Where nothing that small was measured, the smallest; None if nothing is smaller than float32.
+        If nothing that small was measured, the smallest; None if nothing is smaller than float32.
         """
         front = self.front
         fitting = [result for result in front if result.bytes_per_row <= ABOUT * self.default_bytes]

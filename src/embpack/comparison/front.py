@@ -10,7 +10,7 @@ from embpack.comparison.array import Comparison
 Result = TypeVar("Result", bound=Comparison)
 
 
-# A rotation counts only if the loss without it is so many times as much: lookups have to undo it.
+# A rotation counts only if the loss without it is at least so many times as large: lookups have to undo it.
 _LEAST_GAIN = 1.01
 
 
@@ -33,7 +33,7 @@ def find_front(results: Sequence[Result]) -> list[Result]:
 
 
 def name_variant(result: Comparison, others: Iterable[Comparison]) -> str:
-    """Name a result as short as tells it from the others of the same method and bits."""
+    """Name a result as briefly as tells it apart from the others of the same method and bits."""
     name = result.variant.name
     twins = {other.param_dtype for other in others if (other.variant.name, other.bits) == (name, result.bits)}
     return f"{name}, {result.param_dtype}" if len(twins) > 1 else name

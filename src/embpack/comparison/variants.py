@@ -8,7 +8,7 @@ from embpack.layouts import RowFormat
 from embpack.methods import DEFAULT_METHOD, METHODS, Method, parse_method
 from embpack.variant import Variant
 
-# Beside every method at 4 bits, what is compared if nobody says.
+# What is compared by default, beside every method at 4 bits.
 _OTHERS = (
     *(Variant(method, bits) for method in ("asym", DEFAULT_METHOD) for bits in (2, 8)),
     *(Variant("trellis", bits) for bits in (2, 3, 6)),
@@ -26,9 +26,9 @@ def make_variants(
 
     Args:
         methods: as for quantize; None is all of embpack.METHODS, each at the bits that it has.
-        bits: one or more numbers that quantize takes; None is 4, and where nothing else is said, asym and optimal also
-            at 2 and 8, trellis at 2, 3 and 6, and optimal and trellis of rotated rows.
-        param_dtype: one or more of "float16" and "float32"; None is what quantize takes for the method and bits.
+        bits: one or more numbers that quantize takes; None is 4. If methods and rotate are not given either, asym and
+            optimal are also compared at 2 and 8 bits, trellis at 2, 3 and 6, and optimal and trellis with rotated rows.
+        param_dtype: one or more of "float16" and "float32"; None is quantize's default for the method and bits.
         rotate: one or more of None and "hadamard".
 
     Raises:

@@ -39,7 +39,7 @@ class FileMap:
         return array
 
     def release(self, start: int, stop: int) -> None:
-        """Let go of the pages of bytes [start, stop); whoever looks again reads them from the file again."""
+        """Let go of the pages of bytes [start, stop); the next access reads them from the file again."""
         first = start - start % mmap.PAGESIZE
         if first < stop:
             self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)

@@ -46,7 +46,7 @@ VECTOR_DTYPES = ("F16", "F32", "F64")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Without a small buffer, or with pre_buffer, Arrow reads columns of row groups whole.
 _BUFFER_BYTES = 1 << 20
-# Rows that are only looked over, or passed by, come in batches of about this many values.
+# Rows that are only checked, or skipped, come in batches of about this many values.
 _BATCH_VALUES = 1 << 16
 _GROUP_BYTES = 1 << 24
 
@@ -136,7 +136,7 @@ class _Column:
             at, groups = _find_groups(file.metadata, start, stop)
             batch_rows = max(n, _BATCH_VALUES // (self.list_size or 1))
             for batch in file.iter_batches(batch_rows, groups, columns=[self.name], use_threads=False):
-                # A name with a dot in it may bring others along.
+                # A name with a dot in it may select other columns, too.
                 column = batch.column(batch.schema.get_field_index(self.name))
                 first, last = max(start - at, 0), min(stop - at, len(column))
                 at += len(column)

@@ -159,7 +159,7 @@ def _place_tensors(path: Path, shard: OutShard) -> dict[str, object]:
 
 def _reserve(entries: dict[str, object], metadata_room: int) -> int:
     """Bytes of a header that has room for metadata and ends where data may start."""
-    # An empty dict stands for the metadata; its key and comma are counted, its two bytes to the good.
+    # An empty dict stands for the metadata: its key and comma are counted, and its own two bytes are room to spare.
     needed = len(_encode({_METADATA_KEY: {}, **entries})) + metadata_room
     return needed + -(_LENGTH_BYTES + needed) % _ALIGNMENT
 

@@ -82,7 +82,7 @@ def _load(path: Path) -> object:
         is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (OSError, MemoryError, Warning):  # warnings of PyTorch's are errors to those who want it so
+    except (OSError, MemoryError, Warning):  # PyTorch's warnings are errors to those who want it so
         raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))

@@ -67,15 +67,15 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class Layout(ABC):
-    """How rows of so many values, bits and such parameters lie in memory, and what lies beside them.
+    """How rows of one embedding_dim, number of bits and parameter type lie in memory, and what lies beside them.
 
-    Beside the rows of a table there may lie two arrays: one with an entry for each row, which a PackedTable has as its
-    clusters, and one that all rows share, its codebooks.
+    Up to two arrays lie beside the rows of a table: one with an entry for each row, which a PackedTable has as its
+    clusters, and one that all rows share, which it has as its codebooks.
 
     Attributes:
         embedding_dim: values a row.
         bits: of each code, or of each value.
-        param_dtype: type of what is not codes, "float16" or "float32".
+        param_dtype: type of scale and bias, of codebooks, or of what all rows share: "float16" or "float32".
 
     Class attributes:
         name: what users call it.
@@ -87,7 +87,7 @@ class Layout(ABC):
 
     Raises:
         TypeError: bits is not of the right type.
-        ValueError: the layout has no rows of so many values or bits, or of such parameters.
+        ValueError: the layout has no rows of this embedding_dim, number of bits or parameter type.
     """
 
     name: ClassVar[str]

@@ -9,7 +9,7 @@ from embpack.arithmetic import F32
 from embpack.layouts.base import ArraySpec, Layout
 from embpack.layouts.codes import unpack_codes
 
-# What the numbers of clusters are, by how many there are at most.
+# The types of cluster numbers, by the most clusters that each is for.
 CLUSTER_DTYPES: dict[int, np.dtype[Any]] = {256: np.dtype(np.uint8), 65536: np.dtype("<u2")}
 
 

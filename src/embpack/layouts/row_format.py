@@ -24,15 +24,15 @@ class RowFormat:
 
     Attributes:
         embedding_dim: values a row, at least 1.
-        bits: of each code: 2, 4 or 8. Of trellis-coded rows any number from 2 to 7, float where it has a fraction: a
-            row has the bytes of a uniform one of so many bits with float16 parameters.
-        param_dtype: "float16" or "float32", of scale and bias or of a codebook; "float32" for trellis-coded rows.
+        bits: of each code: 2, 4 or 8. For trellis-coded rows any number from 2 to 7, float where it has a fraction: a
+            row has the bytes of a uniform row of so many bits with float16 parameters.
+        param_dtype: "float16" or "float32", of scale and bias or of codebooks; "float32" for trellis-coded rows.
         layout: a name in LAYOUTS.
         rotation: what the values are multiplied by before they are packed: None, or "hadamard" (embpack.rotation).
 
     Raises:
         TypeError: embedding_dim or bits is no integer, or bits no number where it may have a fraction.
-        ValueError: a value is none of the above.
+        ValueError: an attribute is none of the above.
     """
 
     embedding_dim: int
@@ -56,7 +56,7 @@ class RowFormat:
 
     @cached_property
     def form(self) -> Layout:
-        """The layout of rows of so many values and bits and such parameters."""
+        """The layout, made for this embedding_dim, bits and param_dtype."""
         return LAYOUTS[self.layout](self.embedding_dim, self.bits, self.param_dtype)
 
     @classmethod

@@ -1,10 +1,11 @@
 """Trellis-coded rows: how they lie in memory and what they stand for. The specification.
 
 A value's code has a message bit m and an index u. The levels of the table's codebook, in ascending order, are dealt out
-to four subsets in turn, and which subset a value takes its level from, the message bits tell: with c1 = m[t] ^ m[t-2] ^
-m[t-5] and c0 = m[t-3], it is number 4 u + 2 c1 + c0. So a code of b bits chooses from 2^(b+1) levels, of which the bits
-before leave it half: neighbouring levels are as close as with one bit more, and the search for the best sequence of
-bits makes up for most of what is not there to choose. The bits before a row's first are those of its scale's number.
+to four subsets in turn. The message bits tell which subset a value takes its level from: with c1 = m[t] ^ m[t-2] ^
+m[t-5] and c0 = m[t-3], its level is number 4 u + 2 c1 + c0. So a code of b bits chooses from 2^(b+1) levels, of which
+the bits before leave it half. Neighbouring levels are as close as with one bit more, and the search for the best
+sequence of bits makes up for most of the levels that are out of reach. The bits before a row's first are those of its
+scale's number.
 
 Source: Marcellin and Fischer 1990, "Trellis coded quantization of memoryless and Gauss-Markov sources"; the code with
 32 states is Ungerboeck's (1982), (45, 10) in octal digits, the lowest bit for m[t].
@@ -22,17 +23,17 @@ from embpack.arithmetic import F32, fma
 from embpack.layouts.base import ArraySpec, Layout
 from embpack.rows import narrow, widen
 
-# Bits a value, which may have a fraction. With fewer there is no index, with more, levels are no longer quick to find.
+# Bits a value, which may have a fraction. With fewer there is no index; with more, levels are slow to find.
 LEAST_BITS, MOST_BITS = 2, 7
-# What scale and bias, as float16, take of a uniform row: of the bytes of so many bits, all are for the codes.
+# Bytes of a uniform row's float16 scale and bias; trellis rows of equal size use them for codes.
 _UNIFORM_PARAM_BYTES = 4
 NUM_SCALES = 256
 # A state is the last five message bits, the last one highest.
 NUM_STATES, STATE_BITS = 32, 5
 # Values whose bits lie together: a register has a byte for each. Sixteen of them, a row of lanes, are read at once.
 BLOCK, LANES = 64, 16
-# Levels of codes of so many bits, and of one bit more, are bfloat16: whoever looks them up has twice as many in a
-# register. With more bits they would be too coarse.
+# Codes of so many bits, and of one bit more, have levels of bfloat16: a register holds twice as many. With more bits
+# such levels would be too coarse.
 MOST_SHORT_BITS = 5
 
 
@@ -40,12 +41,12 @@ MOST_SHORT_BITS = 5
 class TrellisFormat:
     """Where the parts of a trellis-coded row lie.
 
-    The path takes the values of a row in blocks of 64, and in these as if they stood in four rows of sixteen, column
-    after column: 0, 16, 32, 48, 1, 17, ... Of each block all message bits lie together, then the lowest bits of all
-    indices, the second lowest, and so on: whoever has them in a register has one bit of 64 values. An index has one bit
-    less than its value's code. As many values as there are bits left over have codes of one bit more. In each block
-    these are the first row of sixteen, then the second, spread over the row that is not all theirs. The top bits of
-    their indices follow the blocks; the last byte is the number of the row's scale, whose upper five bits are the
+    The path takes the values of a row in blocks of 64. A block is taken as if its values stood in four rows of sixteen,
+    column after column: 0, 16, 32, 48, 1, 17, ... The message bits of a block lie together, then the lowest bits of all
+    indices, the second lowest, and so on: a 64-bit register has one bit of 64 values. An index has one bit less than
+    its value's code. As many values as there are bits left over have codes of one bit more. In each block these are the
+    first row of sixteen, then the second; in the last row that has some but not all, they are spread evenly. The top
+    bits of their indices follow the blocks. The last byte is the number of the row's scale; its upper five bits are the
     message bits before the first, the last one highest. The lowest bit of a byte is first.
 
     Attributes:
@@ -114,7 +115,7 @@ class TrellisFormat:
         return self.narrow_bits <= MOST_SHORT_BITS
 
     def round_levels(self, levels: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Round levels as this format has them, to the nearest, of two to the one with an even last bit."""
+        """Round levels to the type that this format has for them: to nearest, ties to even."""
         return widen(narrow(levels.astype(F32), "bfloat16" if self.has_short_levels else "float32"))
 
     def pack(
@@ -155,7 +156,8 @@ class TrellisParameters:
     Attributes:
         narrow, wide: float32, the levels of shorter and longer codes, ascending, symmetric about 0, and rounded as
             TrellisFormat.round_levels does.
-        scales: float32 [256], not negative, several of which may be the same; number 0 is 0, of rows that are the mean.
+        scales: float32 [256], not negative, several of which may be the same; number 0 is 0, for rows that equal the
+            mean.
         mean: float32 [embedding_dim], which is added to every row.
     """
 

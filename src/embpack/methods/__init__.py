@@ -1,4 +1,4 @@
-"""The methods: how the parameters of a row are chosen. METHODS is the list of them."""
+"""The methods, which choose what the codes of a row stand for. METHODS is the list of them."""
 
 from dataclasses import fields
 
@@ -27,7 +27,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-# What is packed with where nobody says.
+# The method if nobody names one.
 DEFAULT_METHOD = Optimal.name
 
 

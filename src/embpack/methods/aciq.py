@@ -28,8 +28,8 @@ def _mean(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> np.float64:
 class Aciq(UniformMethod):
     """Clips at ``E X - alpha`` and ``E X + alpha``, where that is inside the row's own range.
 
-    alpha is ``2.56 * sigma`` at 4 bits if the row looks Gaussian, ``5.03 * E|X - E X|`` if it looks Laplacian: under
-    which of the two, each with its parameters fitted to the row, the row is likelier. The mean log-likelihoods are
+    alpha is ``2.56 * sigma`` at 4 bits if the row looks Gaussian, ``5.03 * E|X - E X|`` if it looks Laplacian. It looks
+    like the one under which it is likelier, each with its parameters fitted to the row. The mean log-likelihoods are
     ``-log(sigma * sqrt(2 pi e))`` and ``-log(2 e E|X - E X|)``.
 
     Source: Banner, Nahshan, Hoffer and Soudry 2018, Post training 4-bit quantization of convolutional networks for

@@ -13,9 +13,9 @@ from embpack import _native
 from embpack.layouts import RowFormat
 from embpack.rows import explain_not_finite, widen
 
-# All rows of a table, as they are to be packed, each time that it is called.
+# Called as often as a method reads the table, it yields all rows each time, as they are to be packed.
 Chunks = Callable[[], Iterable[NDArray[Any]]]
-# Sums of squared errors and of squares of the values of a span.
+# Of a span: the sum of the squared errors, and the sum of the squares of the values.
 Sums = tuple[float, float]
 # What the core says of a row that it cannot pack; anything else but 0 is an overflow.
 _NOT_FINITE = 1
@@ -23,17 +23,17 @@ _NOT_FINITE = 1
 
 @dataclass(frozen=True, eq=False)
 class Packer(ABC):
-    """A method that knows what it must of a table, and packs its rows.
+    """A method that knows of a table what it must, and packs its rows.
 
     It keeps nothing of what it packs: rows may come in any order, and from several threads or processes.
 
     Attributes:
-        method: with the parameters that were found.
+        method: with the parameters that were found in the table.
         row_format: of the packed rows.
         name: of the table, for messages.
 
     Class attributes:
-        params: what of a row may be too large for its type.
+        params: which part of a packed row may overflow, for messages.
     """
 
     params: ClassVar[str] = "codebook"
@@ -68,7 +68,7 @@ class Packer(ABC):
             start: number of the first row in the table.
 
         Returns:
-            What measure_loss takes, of each span.
+            The sums of each span, as measure_loss takes them.
 
         Raises:
             ValueError: a value is NaN or infinite, or a scale, bias or codebook overflows; row and column are named.
@@ -94,7 +94,7 @@ class Packer(ABC):
 
 
 def measure_loss(sums: Iterable[Sums]) -> float:
-    """Normalized l2 loss ||X - Q(X)|| / ||X|| of the rows that sums are of, their squares weighted; 0 for zeros."""
+    """Normalized l2 loss ||X - Q(X)|| / ||X|| of rows, given the sums of their spans; 0 for rows of zeros."""
     square_error, square = (math.fsum(column) for column in zip(*sums, strict=True))
     return math.sqrt(square_error / square) if square else 0.0
 
@@ -127,7 +127,7 @@ class Method(ABC):
 
     @abstractmethod
     def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
-        """Find out what it must know of a table before any row of it is packed.
+        """Read a table as often as need be, and make the packer of its rows.
 
         Args:
             chunks: yields all rows, rotated already, each time that it is called.
@@ -140,7 +140,7 @@ class Method(ABC):
         """
 
     def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
-        """How many codebooks lie beside the rows of a table of so many: never more than it has rows."""
+        """How many codebooks lie beside the rows of a table: never more than it has rows."""
         return 0
 
     @property

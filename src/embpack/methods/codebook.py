@@ -30,7 +30,7 @@ class CodebookMethod(Method):
         """Return the codebook of the row ``x``, float32 [d]: float32 [2^bits], ascending: the specification."""
 
     def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
-        """Nothing is to be known."""
+        """Make the packer; the table need not be read for it."""
         return CodebookPacker(self, row_format, name)
 
 

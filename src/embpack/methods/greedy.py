@@ -33,7 +33,7 @@ def measure(x: Row, xmin: np.float32, xmax: np.float32, row_format: RowFormat) -
 
 
 def surely_less(loss: np.float32, other: np.float32, embedding_dim: int) -> bool:
-    """Whether a measured loss is the lower one, whatever the roundings: each sum carries up to (d + 8) / 2 of them."""
+    """Whether a loss is lower beyond what rounding can make of it: each sum carries up to (d + 8) / 2 roundings."""
     return bool(loss < other * (F32(1) - F32(embedding_dim + 8) * F32(2**-24)))
 
 

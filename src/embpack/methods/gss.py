@@ -26,9 +26,10 @@ def _measure(x: Row, threshold: np.float32, row_format: RowFormat) -> np.float64
 class Gss(UniformMethod):
     """The threshold t in (0, max|X|] that minimizes ``f(t) = mean((X - Q(X, -t, t))^2)``.
 
-    Twenty times, the interval loses what lies beyond the worse of its two inner points, which divide it by the golden
-    ratio, so that one of them stays one and one loss is measured each time. f need not have a single minimum, so what
-    is returned is the best threshold measured, max|X| among them: never worse than SYM. Source: the paper's GSS.
+    Two inner points divide the interval by the golden ratio. Twenty times, the interval loses what lies beyond the
+    worse of them; one of the two stays an inner point, so one loss is measured each time. f need not have a single
+    minimum, so the best of all measured thresholds is returned, max|X| among them: never worse than SYM. Source: the
+    paper's GSS.
     """
 
     name: ClassVar[str] = "gss"

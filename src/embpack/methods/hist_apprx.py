@@ -22,11 +22,11 @@ def _selection_loss(histogram: Histogram, start: int, end: int, bits: int) -> fl
 class HistApprx(HistogramMethod):
     """Drops bins from one end or the other, while the loss of the histogram falls.
 
-    Two quantile bounds, alpha from 0 and beta from 1, move towards each other by a hundred-thousandth at a time. Where
-    the next alpha would drop more bins than the next beta, alpha moves and the bins on the left are dropped, otherwise
-    beta and those on the right; the first selection with a larger loss than the one before ends it. As in its source
-    the full range is not measured, so the first selection always counts. The steps are counted in whole numbers, which
-    rounds nothing and lets those that drop no bin be taken at once.
+    Two quantile bounds, alpha from 0 and beta from 1, move towards each other by a hundred-thousandth at a time. If the
+    next alpha would drop more bins than the next beta, alpha moves and the bins on the left are dropped, otherwise beta
+    moves and those on the right are. The first selection with a larger loss than the one before ends the search. As in
+    its source the full range is not measured, so the first selection always counts. The steps are counted in whole
+    numbers, which rounds nothing and lets those that drop no bin be taken at once.
 
     Source: the paper's HIST-APPRX, which is NonlinearQuantizationParamsSearch of Caffe2's norm_minimization.cc.
     """

@@ -1,8 +1,8 @@
 """Histograms of rows, and what it costs to spend all levels on some consecutive bins.
 
 Guan et al. 2019 take the values of a row as spread evenly over the bins of its histogram. With the 2^bits levels on a
-selection of k consecutive bins, a value costs its squared distance to the nearest level, and a bin the integral of
-that, ``p * (c^3 - a^3) / 3`` over each part [a, c] of the bin that one level is nearest to. Values outside the
+selection of k consecutive bins, a value costs its squared distance to the nearest level, and a bin costs the integral
+of that, ``p * (c^3 - a^3) / 3`` over each part [a, c] of the bin that one level is nearest to. Values outside the
 selection fall to its first or last level.
 
 Lengths are counted in units of w / (2 top), with w the width of a bin and top = 2^bits - 1: then edges, levels and the

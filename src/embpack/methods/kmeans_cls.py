@@ -175,19 +175,19 @@ def fit_codebooks_reference(rows: Rows, numbers: Numbers, num_codebooks: int, bi
 class KMeansCls(Method):
     """Similar rows in clusters, and one codebook for each cluster.
 
-    Rows are clustered by k-means (tier 1), then all values of a cluster's rows (tier 2). Both are trained on at most
-    MOST_TRAINED_VALUES values; past MOST_FLAT_CENTRES clusters a row is put into the nearest cluster of the nearest of
-    their groups, which is not always the nearest of all.
+    K-means clusters the rows (tier 1), then all values of each cluster's rows (tier 2). Both are trained on at most
+    MOST_TRAINED_VALUES values. Past MOST_FLAT_CENTRES clusters, clusters are in groups, and a row is put into the
+    nearest cluster of the nearest group, which is not always the nearest cluster of all.
 
     Attributes:
-        K: number of clusters; 0 for so many that a table takes the bytes of uniform rows, as in the paper.
+        K: number of clusters; 0 for as many as make a table take the bytes of uniform rows, as in the paper.
 
     Source: the paper's KMEANS-CLS.
     """
 
     name: ClassVar[str] = "kmeans-cls"
     layout: ClassVar[str] = "clustered"
-    summary: ClassVar[str] = "codebooks that similar rows share, at the bytes of uniform rows; to compare"
+    summary: ClassVar[str] = "codebooks that similar rows share, at the bytes of uniform rows; for comparison"
 
     K: int = 0
 

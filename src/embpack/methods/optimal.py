@@ -13,8 +13,8 @@ from embpack.methods.greedy import Greedy, surely_less
 from embpack.methods.uniform import UniformMethod
 from embpack.reference import Row, make_grid, round_trip, store_param
 
-# Scales to start from, in hundredths of the full range's: all of them, and more for rows of few values, which may be
-# best on a grid of which they leave levels unused.
+# Scales to start from, in hundredths of the full range's. Rows of few values also start from the wide ones: their best
+# grid may have levels that no value uses.
 SCALES = tuple(range(35, 106, 5))
 WIDE_SCALES = (110, 125, 140, 160, 180, 200, 225, 250, 280, 320, 360, 400)
 # Where the middle of the grid lies, in quarters of a level from the middle of the range.
@@ -26,10 +26,10 @@ class Effort:
     """How much is tried.
 
     Attributes:
-        scale_step, quarter_step: of SCALES, WIDE_SCALES and QUARTERS every so many are started from.
+        scale_step, quarter_step: every how many of SCALES and WIDE_SCALES, and of QUARTERS, is a start.
         num_kept: starts that least squares goes on with after the first step.
-        num_steps: how often.
-        is_exact: whether the best range that there is, in real arithmetic, is a start too.
+        num_steps: steps from each of these.
+        is_exact: whether the best range of all, in real arithmetic, is a start too.
     """
 
     scale_step: int
@@ -46,14 +46,14 @@ Ranges = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Optimal(UniformMethod):
-    """The uniform grid with the least squared error that can be found in a row's time.
+    """The best of the uniform grids that rounding and least squares, in turns, find from many starts.
 
     Given a row's codes c, the best scale and bias are the regression of its values on c; given these, rounding gives
     the best codes. Neither step makes the error larger, and in turns they end in a local optimum; which one depends on
     the start. Scale and bias are rounded to the type that they are stored in at every step.
 
-    It starts from GREEDY's range, and from those of SCALES x QUARTERS that are the best ones after one step; at effort
-    "exact" also from the optimum over all scales and biases, see find_exact. On every row its loss is at most GREEDY's.
+    It starts from GREEDY's range, and from those of SCALES x QUARTERS that are best after one step; at effort "exact"
+    also from the optimum over all scales and biases (see find_exact). On every row its loss is at most GREEDY's.
 
     Each value's squared error may have a weight, such as the second moment of its gradient: all sums are weighted then.
 

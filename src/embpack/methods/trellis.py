@@ -15,7 +15,7 @@ from embpack.methods.base import Chunks, Method, Packer, Sums, bound_values
 from embpack.methods.trellis_search import SAMPLE_ROWS, fit
 from embpack.rows import spread_rows, widen
 
-# Squared errors of larger values would overflow, of smaller ones vanish.
+# The squared errors of larger values would overflow.
 LARGEST = 1e18
 
 
@@ -28,7 +28,7 @@ class Trellis(Method):
 
     name: ClassVar[str] = "trellis"
     layout: ClassVar[str] = "trellis"
-    summary: ClassVar[str] = "the errors of kmeans at the bytes of uniform rows, which embpack alone reads"
+    summary: ClassVar[str] = "errors as small as kmeans', at the bytes of uniform rows; only embpack reads them"
 
     def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
         """One, of the whole table."""

@@ -19,7 +19,8 @@ from embpack.layouts.trellis import (
     first_state,
 )
 
-# Scales that are tried, by the row's largest value: the codebook reaches about from -1 to 1. At most so many.
+# The scales that are tried, as shares of the row's largest value, for the codebook reaches about from -1 to 1; and at
+# most how many.
 LOWEST, HIGHEST, MOST_TRIES = F32(0.8), F32(1.3), 12
 
 Rows = NDArray[np.float32]
@@ -122,7 +123,7 @@ SHAPES = (0.3, 0.45, 0.6, 0.8)
 SAMPLE_ROWS, SHAPE_ROWS, NUM_ROUNDS = 4096, 512, 8
 # How many scales a table may have. With fewer, each may begin in more states.
 GRID_SIZES = (8, 16, 32, 64, 128, 256)
-# Of the scales' distances, what is even between the smallest and the largest, the rest being as rows lie.
+# This share of the scales is spread evenly between the smallest and the largest, the rest as the rows' sizes are.
 EVEN_SHARE = 0.15
 
 
@@ -131,8 +132,8 @@ def make_scales(largest: NDArray[np.float32], bounds: tuple[float, float], count
 
     Args:
         largest: of some rows.
-        bounds: the least that is not 0 and the largest of all rows. At most 2^16 apart are taken: what smaller rows
-            lose is nothing to a table with the largest.
+        bounds: of the largest values of all rows, the smallest that is not 0 and the largest. Scales are at most 2^16
+            apart: what smaller rows lose is nothing beside the errors of the largest.
         count: one of GRID_SIZES.
     """
     high = np.log2(bounds[1] * 1.2)
@@ -216,7 +217,7 @@ def _refit(
         fitted.append(trellis.round_levels(np.sort(means)))
         chosen[:, steps] = fitted[-1][numbers[:, steps]]
     narrow, wide = fitted
-    # All but the first and the last scale, for there may be rows that are none of the sample.
+    # All but the first and the last scale, for the table may have rows that the sample has not.
     place = np.searchsorted(parameters.grid, parameters.scales)
     of_rows, is_coded = place[numbers_of_scales], numbers_of_scales > 0
     product, square = (

@@ -39,7 +39,7 @@ class UniformMethod(Method):
         return SearchParams()
 
     def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
-        """Nothing is to be known."""
+        """Make the packer; the table need not be read for it."""
         return UniformPacker(self, row_format, name)
 
 
@@ -48,7 +48,8 @@ class UniformPacker(Packer):
     """Packs rows, each with the scale and bias that its method chooses.
 
     Attributes:
-        error_weights: of the squared errors, float32 [1 or num_embeddings, 1 or embedding_dim]; None: all are 1.
+        error_weights: what squared errors are multiplied by, float32 [1 or num_embeddings, 1 or embedding_dim]; None:
+            all are 1.
     """
 
     params: ClassVar[str] = "scale or bias"

@@ -136,9 +136,9 @@ def _add_padding(graph: TableGraph, table: PackedTable, values: tuple[str, str],
 def _add_pooled(graph: TableGraph, embedding_dim: int, values: tuple[str, str, str], mode: str) -> str:
     """Sum rows [L, d] of equal bag numbers, or find their largest: float32 [1 + offsets, d].
 
-    Rows before the first bag, which there are none of if offsets are right, go to a bag 0 that is to be cut off: a
-    negative index would put them into the last one. ScatterND, without targets as large as the rows, would be quicker,
-    but ONNX Runtime has several threads add to one bag at once, and loses rows.
+    Rows before the first bag go to a bag 0 that is to be cut off: a negative index would put them into the last one. If
+    offsets are right, there are none. ScatterND, which needs no targets as large as the rows, would be faster, but ONNX
+    Runtime has several threads add to one bag at once, and loses rows.
     """
     rows, numbers, offsets = values
     one_more = graph.add("Add", graph.add("Shape", offsets), graph.constant([1]))

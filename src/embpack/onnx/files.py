@@ -18,8 +18,8 @@ from embpack.onnx.bags import build_bags
 from embpack.onnx.graph import OPSET, build_gather
 from embpack.table import PackedTable
 
-# Protobuf ends at 2 GiB, and takes several times the memory; what is beside it is written in chunks, and read by
-# mapping.
+# A Protobuf file has at most 2 GiB, and takes several times that in memory. A file beside it is written in chunks, and
+# mapped to be read.
 EXTERNAL_BYTES = 1 << 28
 EXTERNAL_SUFFIX = ".data"
 # Of ONNX 1.13, the first with operator set 18.
@@ -39,8 +39,8 @@ def export(
     """Write a table as an ONNX model that looks rows up straight from the packed bytes.
 
     The model has standard operators only (operator set 18, IR version 8). Its initializers are the table's bytes, so
-    it is as large as the table and a few kilobytes; a table of more than 256 MiB lies in a second file beside it, PATH
-    and ".data", and the two are moved together.
+    it is as large as the table and a few kilobytes. A table of more than 256 MiB lies in a second file beside it, whose
+    name is PATH and ".data"; move the two together.
 
     Without a mode it is an embedding:
 
@@ -54,11 +54,12 @@ def export(
         per_sample_weights  float32 [L], if asked for: what each row is multiplied by
         values              float32 [B, embedding_dim]; an empty bag is zeros
 
-    Rows of a bag are added in whichever order the runtime has. ONNX Runtime's CPU provider adds them in index order, so
-    sums, means and maxima without weights are table.embedding_bag's to the bit. With weights, products are rounded
-    before they are added, which table.embedding_bag does not do: either value is within 1.01 n 2^-24 times the sum of
-    its products' absolute values of the exact one, for a bag of n <= 100,000 rows and products that are not subnormal.
-    Rotated tables are rotated back by a product with the matrix, whose sums are in the runtime's order.
+    The runtime chooses the order in which rows of a bag are added. ONNX Runtime's CPU provider adds them in index
+    order, so sums, means and maxima without weights are table.embedding_bag's to the bit. With weights, products are
+    rounded before they are added, which table.embedding_bag does not do. Either value differs from the exact one by at
+    most 1.01 n 2^-24 times the sum of its products' absolute values, for a bag of n <= 100,000 rows and products that
+    are not subnormal. Rotated tables are rotated back by a product with the matrix, whose sums are in the runtime's
+    order.
 
     Indices are in [-num_embeddings, num_embeddings), negative ones counting from the end, as ONNX has it. The runtime
     refuses others; nothing checks that offsets do not decrease.
@@ -167,7 +168,7 @@ def write_model(path: Path, model: onnx.ModelProto, initializers: Mapping[str, N
         model_file = files.enter_context(new_file(path))
         data_file = None
         if sum(array.nbytes for array in initializers.values()) > EXTERNAL_BYTES:
-            # Left first, so what the model refers to is there before the model is.
+            # The stack leaves it first, so what the model refers to is there before the model is.
             data_file = files.enter_context(new_file(beside))
         for name, array in initializers.items():
             dtype = helper.np_dtype_to_tensor_dtype(array.dtype)

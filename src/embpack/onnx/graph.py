@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from embpack.rotation import matrix
 from embpack.table import PackedTable, output_dtype
 
-# The first one with BitwiseAnd, and with a ScatterElements that finds the largest.
+# The first operator set with BitwiseAnd, and with a ScatterElements that finds the largest.
 OPSET = 18
 _PARAM_TYPES = {"float16": "<f2", "float32": "<f4"}
 # Of values, by embpack.table's names.
@@ -162,7 +162,8 @@ def _add_codes(graph: TableGraph, table: PackedTable, indices: str) -> str:
     if per_byte == 1:
         return packed
     mask, last_axis = graph.constant([row_format.num_levels - 1], np.uint8), graph.constant([2])
-    # Whole arrays by one number each, then interleaved: broadcasting the shifts takes ONNX Runtime four times as long.
+    # Shifts whole arrays by one number each, and interleaves the results: broadcasting shifts takes ONNX Runtime four
+    # times as long.
     parts = []
     for shift in range(0, 8, row_format.bits):
         shifted = graph.add("BitShift", packed, graph.constant([shift], np.uint8), direction="RIGHT")

@@ -28,19 +28,19 @@ def export_model(
 ) -> None:
     """Write a PyTorch model with packed embeddings as an ONNX model that looks rows up straight from the packed bytes.
 
-    torch.onnx.export does all but the lookups, which become standard operators (operator set 18), as export's do; no
-    operator is left that ONNX Runtime would need a library of ours for. Tables stay packed, and one that several
-    modules look up is in the file once. Weights of more than 256 MiB together lie in a second file beside the model,
-    PATH and ".data", and the two are moved together.
+    torch.onnx.export does all but the lookups. These become standard operators (operator set 18), as export's do; ONNX
+    Runtime needs no library of ours. Tables stay packed, and one that several modules look up is in the file once. If
+    weights have more than 256 MiB together, they lie in a second file beside the model, whose name is PATH and ".data";
+    move the two together.
 
-    PackedEmbedding, and PackedEmbeddingBag without weights, have the values they have in PyTorch, to the bit, on ONNX
-    Runtime's CPU provider; for weighted bags and rotated tables see export. The model takes indices in
-    [-num_embeddings, num_embeddings), negative ones counting from the end, where PyTorch refuses those; nothing checks
-    that offsets do not decrease.
+    On ONNX Runtime's CPU provider, PackedEmbedding, and PackedEmbeddingBag without weights, return what they return in
+    PyTorch, to the bit; for weighted bags and rotated tables see export. The model takes indices in
+    [-num_embeddings, num_embeddings); negative ones, which PyTorch refuses, count from the end. Nothing checks that
+    offsets do not decrease.
 
     Args:
-        model: on the CPU, with lookups of embpack.torch's modules or operators; of a PackedEmbeddingBagCollection, of
-            plain tensors. It is exported in the mode it is in: model.eval() first.
+        model: on the CPU, with lookups by embpack.torch's modules or operators; a PackedEmbeddingBagCollection must get
+            plain tensors. It is exported in the mode it is in: call model.eval() first.
         args: example inputs of the model's forward, tensors of the types and, but for dynamic_shapes, the shapes that
             the ONNX model is to take.
         path: ends in .onnx; an existing file is replaced at once, when everything is on the disk.
@@ -58,7 +58,7 @@ def export_model(
             of it.
         torch.onnx.errors.OnnxExporterError: torch.onnx.export cannot export the model.
 
-    Source: torch.onnx.export, its arguments.
+    Source: torch.onnx.export, for its arguments.
     """
     path = Path(path)
     check_suffix(path)

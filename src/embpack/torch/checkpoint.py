@@ -28,17 +28,17 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
 
     Args:
         model: made on the meta device (with torch.device("meta"): ...), or with values, which are replaced. Each
-            nn.Embedding and nn.EmbeddingBag whose weight is a packed table of the file becomes a packed module, those
-            of TorchRec's collections as quantize_ has it.
+            nn.Embedding and nn.EmbeddingBag whose weight is a packed table of the file becomes a packed module;
+            TorchRec's collections become what quantize_ makes of them.
         path: a file written by embpack quantize; for a sharded one its folder or index.
-        tied: what to do if the file has a weight once, packed, that is also a module's that is not packed, as an output
-            layer's of a language model: "refuse" raises, "untie" gives that module the table's rows as floats.
+        tied: what to do if a weight that the file has once, packed, is also that of a module that is not packed, such
+            as a language model's output layer: "refuse" raises, "untie" gives that module the table's rows as floats.
 
     Returns:
-        The model. Tables are mapped: opening does not depend on their size, and rows are read where they are looked
-        up. What is written to them, as by another load_state_dict, is this process's own and does not reach the file.
-        All other tensors are in memory, of the types that the file has them in; a packed module returns values of the
-        type that its weights had.
+        The model. Tables are mapped: opening does not depend on their size, and rows are read when they are looked up.
+        What is written to them, as by another load_state_dict, stays in this process and does not reach the file. All
+        other tensors are in memory, of the types that the file has; a packed module returns values of the type that its
+        weights had.
 
     Raises:
         FileNotFoundError: there is nothing at path.

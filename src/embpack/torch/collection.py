@@ -18,10 +18,10 @@ class PackedEmbeddingBagCollection(nn.Module):
     """torchrec.EmbeddingBagCollection over packed rows: many tables, one call of the core whatever their number.
 
     Args:
-        embedding_bags: the tables by name, each pooled by its mode, without the rows of its padding_idx; of any layout,
-            bits and embedding_dim.
+        embedding_bags: the tables by name, of any layout, bits and embedding_dim. Each is pooled by its own mode,
+            without the rows of its padding_idx.
         feature_names: by name of a table, the features that read it. None: one feature each, of the table's name.
-        is_weighted: whether weights of a KeyedJaggedTensor count; all modes must be "sum" then.
+        is_weighted: whether the weights of a KeyedJaggedTensor count; all modes must then be "sum".
         include_last_offset: whether the offsets of plain tensors end with where the last bag ends.
 
     Attributes:
@@ -30,11 +30,11 @@ class PackedEmbeddingBagCollection(nn.Module):
             and of one that reads several tables, "feature@table".
         embedding_dims: values of each.
 
-    TorchRec is needed only by those who give a KeyedJaggedTensor.
+    TorchRec is needed only for a KeyedJaggedTensor.
 
     Raises:
         TypeError: a table is no PackedEmbeddingBag, or feature_names has a text in place of a list.
-        ValueError: there is no table, feature_names are of other ones, or weights cannot count.
+        ValueError: there is no table, feature_names are of other tables, or weights count and a mode is not "sum".
 
     Source: torchrec.EmbeddingBagCollection.
     """
@@ -67,7 +67,7 @@ class PackedEmbeddingBagCollection(nn.Module):
             self._check_modes()
 
     def _list_uses(self) -> list[tuple[Any, ...]]:
-        """What calls depend on and may have been set, or be another bag's, since the last one."""
+        """What a call depends on that may have changed since the last one: bags and their attributes may be set."""
         bags: Any = self.embedding_bags.values()
         return [bag._use for bag in bags]
 
@@ -157,16 +157,16 @@ class PackedEmbeddingBagCollection(nn.Module):
 
         Args:
             input: a KeyedJaggedTensor, which has all features, in any order, and maybe others; or int32 or int64
-                indices, those of the first of self.features, then those of the second, and so on, with as many bags
-                each: 1-D [L] with offsets, or 2-D [F * B, n] for F features and B bags of n.
+                indices, those of the first of self.features, then those of the second, and so on, each with the same
+                number of bags: 1-D [L] with offsets, or 2-D [F * B, n] for F features and B bags of n.
             offsets: int32 or int64 [F * B], non-decreasing from 0: where each bag starts in 1-D input; with
                 include_last_offset [F * B + 1].
-            per_sample_weights: float32, or of the tables' dtype, shaped like input, if all modes are "sum". They get
-                gradients if they ask, by backward(), as those of a KeyedJaggedTensor do.
+            per_sample_weights: float32 or of the tables' dtype, shaped like input; only if all modes are "sum". They
+                get gradients by backward() if they require them, as those of a KeyedJaggedTensor do.
 
         Returns:
             float32 [B, sum(embedding_dims)], whatever the tables' dtype, as TorchRec has it; an empty bag is zeros.
-            Of a KeyedJaggedTensor, in a KeyedTensor.
+            For a KeyedJaggedTensor it is in a KeyedTensor.
 
         Raises:
             IndexError: an index is out of range; names its position and value, and the numbers of feature and table.
@@ -202,7 +202,7 @@ class PackedEmbeddingBagCollection(nn.Module):
             raise ValueError("the collection is weighted, and the features have no weights")
         weights = features.weights() if self.is_weighted else None
         values, offsets = features.values(), features.offsets()
-        # To compile, there must be no look at values.
+        # While compiling, values must not be looked at.
         if not torch.compiler.is_compiling() and offsets.numel():
             check_end(int(offsets[-1]), values.numel())
         pooled = self._pool(where, (values, offsets), weights, include_last_offset=True)

@@ -1,10 +1,11 @@
 """The operators embpack::embedding_bag_collection and embpack::embedding_bag_collection.weighted.
 
-They pool bags from several tables at once. The tables' tensors are lists: packed of all, clusters and codebooks of
-those that have them (see embpack.torch.ops); what else there is to say of them is a text that describe_tables makes,
-for a hundred tables' lists of it would take longer to pass than their rows to pool. indices are those of num_features
-features, feature after feature, with as many bags each. A table is looked up as often as the text says; lookup i, over
-all tables, pools the bags of feature feature_of[i], and its values follow those of lookup i - 1 in a row of the output.
+They pool bags from several tables at once. The tables' tensors are lists: packed of all tables, clusters and codebooks
+of those that have them (see embpack.torch.ops). All else that is known of the tables is one text, which describe_tables
+makes: for a hundred tables, lists would take longer to pass than rows to pool. indices are those of num_features
+features, feature after feature, each with the same number of bags. A table is looked up as often as the text says.
+Lookup i, over all tables, pools the bags of feature feature_of[i], and its values follow those of lookup i - 1 in a row
+of the output.
 """
 
 import json

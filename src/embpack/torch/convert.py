@@ -73,19 +73,20 @@ def quantize_(
 ) -> ModelReport:
     """Pack the embeddings of a model, in place: each nn.Embedding and nn.EmbeddingBag becomes a packed module.
 
-    Those of TorchRec's collections, too: an EmbeddingBagCollection becomes a PackedEmbeddingBagCollection if all of its
-    tables are packed; otherwise, and in an EmbeddingCollection, TorchRec's module goes on, over packed tables.
+    TorchRec's collections are packed, too: an EmbeddingBagCollection becomes a PackedEmbeddingBagCollection if all of
+    its tables are packed. Otherwise it stays TorchRec's module over packed tables, as an EmbeddingCollection always
+    does.
 
     Args:
-        model: on the CPU. Nothing of it is changed unless all can be packed.
+        model: on the CPU. Nothing of it is changed unless all that is to be packed can be.
         method: as embpack.quantize takes it.
         bits: of a code, 2, 4 or 8.
-        param_dtype: "float16" or "float32"; None as embpack.quantize has it.
+        param_dtype: "float16" or "float32"; None is embpack.quantize's default for the method and bits.
         rotate: "hadamard" or None, as embpack.quantize takes it.
         filter: called with module and name, says whether to pack it; None packs all of at least 16 rows: smaller ones
             save nothing worth their loss.
-        tied: what to do if a weight is shared with a module that is not packed, as of an output layer: "refuse" raises,
-            "untie" packs the embedding and leaves the other its float weight.
+        tied: what to do if a weight is shared with a module that is not packed, such as an output layer: "refuse"
+            raises, "untie" packs the embedding and leaves the other its float weight.
         progress: called with a module's name and its number of rows when it is packed.
 
     Returns:
@@ -97,7 +98,7 @@ def quantize_(
         ValueError: a weight is tied, cannot be packed or has no values, a module does what a packed one cannot
             (max_norm, sparse, scale_grad_by_freq), the model is itself an embedding, or an argument is not as above.
 
-    Source: torchao.quantization.quantize_, its shape.
+    Source: torchao.quantization.quantize_, for its signature.
     """
     check_tied(tied)
     if filter is not None and not callable(filter):

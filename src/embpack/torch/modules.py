@@ -19,7 +19,7 @@ from embpack.table import PackedTable
 from embpack.torch.ops import as_table, check_dtype
 from embpack.torch.private import CastModule, buffers_of
 
-# What a float module can be that a packed one cannot.
+# Options of a float module that a packed one cannot have, and why.
 UNSUPPORTED = {
     "max_norm": "it rewrites rows while they are looked up; renormalize the weight before packing",
     "sparse": "a packed table has no gradients, sparse or dense; after training, set it to False and pack",
@@ -35,14 +35,14 @@ class _PackedModule(CastModule):
     """A packed table as buffers, all uint8, so that .half() and .to(dtype) leave the rows alone.
 
     Attributes:
-        dtype: of the values that it returns, as nn.Embedding's are its weight's; .half() and .to(dtype) change it.
+        dtype: of the values that it returns, as nn.Embedding returns its weight's; .half() and .to(dtype) change it.
         packed: uint8 [num_embeddings, row_bytes].
         clusters: uint8 [num_embeddings, bytes of an entry], the array by row that lies beside the rows, little-endian;
             None if the layout has none.
         codebooks: uint8 [num_codebooks, bytes of a codebook], the array that rows share; None if the layout has none.
     """
 
-    # Those of the float module that it has, too, and that module.
+    # The options that it shares with the float module, and that module.
     options: ClassVar[tuple[str, ...]]
     float_class: ClassVar[type[nn.Module]]
 
@@ -166,14 +166,14 @@ class PackedEmbedding(_PackedModule):
     Args:
         num_embeddings: rows.
         embedding_dim: values a row.
-        bits: of a code, 2, 4 or 8; for the trellis layout of a value, 2 to 7, float where it has a fraction.
-        param_dtype: "float16" or "float32", of scale and bias or codebooks; "float32" for the trellis layout.
+        bits: of each code, 2, 4 or 8; for the trellis layout any number from 2 to 7, float where it has a fraction.
+        param_dtype: "float16" or "float32", of scale and bias or of codebooks; "float32" for the trellis layout.
         layout: "uniform", "codebook", "clustered" or "trellis".
-        rotation: None or "hadamard", what the rows were multiplied by.
-        rotate_back: whether lookups undo that; an attribute, too.
-        num_codebooks: for the clustered layout.
-        padding_idx: kept for its meaning to others; its row is looked up like any, as nn.Embedding does.
-        dtype: of the values that it returns; None is PyTorch's default one.
+        rotation: what the rows were multiplied by, None or "hadamard".
+        rotate_back: whether lookups undo the rotation; also an attribute, which may be set.
+        num_codebooks: how many the table has; only for the clustered layout.
+        padding_idx: kept as an attribute; its row is looked up like any other, as nn.Embedding does.
+        dtype: of the values that it returns; None is torch.get_default_dtype().
 
     The rows are zeros, to be loaded by load_state_dict; from_float and from_table make modules with rows.
 
@@ -206,11 +206,11 @@ class PackedEmbedding(_PackedModule):
     ) -> "PackedEmbedding":
         """Make a module of a table, sharing its memory; it returns values of table.dtype.
 
-        The rows of a file (embpack.load) stay mapped; what is written to them, as by load_state_dict, is this
-        process's own and does not reach the file.
+        The rows of a file (embpack.load) stay mapped. What is written to them, as by load_state_dict, stays in this
+        process and does not reach the file.
 
         Raises:
-            TypeError: table is none.
+            TypeError: table is no PackedTable.
         """
         return cls._make(table, padding_idx=padding_idx, rotate_back=rotate_back)
 
@@ -247,19 +247,19 @@ class PackedEmbeddingBag(_PackedModule):
     Args:
         num_embeddings: rows.
         embedding_dim: values a row.
-        mode: "mean", "sum" or "max".
-        bits: of a code, 2, 4 or 8; for the trellis layout of a value, 2 to 7, float where it has a fraction.
-        param_dtype: "float16" or "float32", of scale and bias or codebooks; "float32" for the trellis layout.
+        mode: "mean", the default as in nn.EmbeddingBag, "sum" or "max".
+        bits: of each code, 2, 4 or 8; for the trellis layout any number from 2 to 7, float where it has a fraction.
+        param_dtype: "float16" or "float32", of scale and bias or of codebooks; "float32" for the trellis layout.
         layout: "uniform", "codebook", "clustered" or "trellis".
-        rotation: None or "hadamard", what the rows were multiplied by.
-        rotate_back: whether lookups undo that; an attribute, too.
-        num_codebooks: for the clustered layout.
+        rotation: what the rows were multiplied by, None or "hadamard".
+        rotate_back: whether lookups undo the rotation; also an attribute, which may be set.
+        num_codebooks: how many the table has; only for the clustered layout.
         include_last_offset: whether offsets end with where the last bag ends.
         padding_idx: rows of this index are left out, of a mean's count too.
-        dtype: of the values that it returns; None is PyTorch's default one.
+        dtype: of the values that it returns; None is torch.get_default_dtype().
 
-    The rows are zeros, to be loaded by load_state_dict; from_float and from_table make modules with rows. Modes are
-    right: PyTorch's own quantized module returns sums where means are asked for.
+    The rows are zeros, to be loaded by load_state_dict; from_float and from_table make modules with rows. Mode "mean"
+    returns means, where PyTorch's own quantized module returns sums.
 
     Source: torch.nn.EmbeddingBag.
     """
@@ -295,7 +295,7 @@ class PackedEmbeddingBag(_PackedModule):
         super().__setattr__(name, value)
         if name in ("mode", "padding_idx", "_row_format_text"):
             known = self.__dict__
-            # A collection of many looks at one thing of each to see whether any has changed.
+            # So that a collection of many modules compares one attribute of each to see whether any has changed.
             self._use = (self._row_format_text, known.get("mode"), known.get("padding_idx"))
 
     @classmethod
@@ -310,11 +310,11 @@ class PackedEmbeddingBag(_PackedModule):
     ) -> "PackedEmbeddingBag":
         """Make a module of a table, sharing its memory; it returns values of table.dtype.
 
-        The rows of a file (embpack.load) stay mapped; what is written to them, as by load_state_dict, is this
-        process's own and does not reach the file.
+        The rows of a file (embpack.load) stay mapped. What is written to them, as by load_state_dict, stays in this
+        process and does not reach the file.
 
         Raises:
-            TypeError: table is none.
+            TypeError: table is no PackedTable.
         """
         return cls._make(
             table,
@@ -340,8 +340,8 @@ class PackedEmbeddingBag(_PackedModule):
             input: int32 or int64, each in [0, num_embeddings): 1-D [L] with offsets, or 2-D [B, n] for B bags of n.
             offsets: int32 or int64 [B], non-decreasing from 0: where each bag starts in 1-D input; with
                 include_last_offset [B + 1].
-            per_sample_weights: float32, or values of dtype, shaped like input; only in mode "sum". They get gradients
-                if they ask, by backward().
+            per_sample_weights: float32 or of dtype, shaped like input; only in mode "sum". They get gradients by
+                backward() if they require them.
 
         Returns:
             Values of dtype [B, embedding_dim], rounded from float32 sums; an empty bag is zeros.
@@ -378,7 +378,7 @@ def _as_tensor(array: NDArray[Any]) -> Tensor:
     """Make rows, or what lies beside them, a tensor of the same memory: uint8 [entries, bytes of one]."""
     entries = np.ascontiguousarray(array).reshape(len(array), math.prod(array.shape[1:])).view(np.uint8)
     if is_mapped(entries):
-        # PyTorch warns of an array that is not to be written to. What is written to this one's memory does no harm.
+        # PyTorch warns of arrays that are read-only. Writing to this one's memory does no harm.
         entries = entries.view()
         entries.flags.writeable = True
     return torch.from_numpy(entries)

@@ -1,10 +1,11 @@
 """The operators embpack::embedding, embpack::embedding_bag and embpack::embedding_bag.weighted.
 
-A table is its tensors: packed uint8 [num_embeddings, row_bytes] and, where the layout has something beside the rows,
-clusters uint8 [num_embeddings, bytes of an entry] (little-endian) and codebooks uint8 [num_codebooks, bytes of a
-codebook]; and what the bytes mean, str(embpack.layouts.RowFormat): "uniform:64:4:float16" are layout, embedding_dim,
-bits and param_dtype, and with ":hadamard" after them values are rotated back. They are one text, and what most tables
-lack comes last, because each argument takes PyTorch a sixth of a microsecond. All tensors are on the CPU.
+A table is its tensors and one text. The tensors, all on the CPU, are packed uint8 [num_embeddings, row_bytes] and, if
+the layout has arrays beside the rows, clusters uint8 [num_embeddings, bytes of an entry] (little-endian) and codebooks
+uint8 [num_codebooks, bytes of a codebook]. The text, str(embpack.layouts.RowFormat), says what the bytes mean:
+"uniform:64:4:float16" are layout, embedding_dim, bits and param_dtype; with ":hadamard" after them values are rotated
+back. It is one text, and what most tables lack comes last, because each argument takes PyTorch a sixth of a
+microsecond.
 """
 
 import math
@@ -36,7 +37,8 @@ _make_library: Any = torch.library.Library  # which has no types
 library = _make_library("embpack", "DEF")
 library.define(f"embedding({TABLE}, Tensor indices, {SHARED}, *, {DTYPE}) -> Tensor")
 library.define(f"embedding_bag({TABLE}, Tensor indices, Tensor? offsets, str mode, {SHARED}, *, {LAST}) -> Tensor")
-# Sums of weighted rows, which alone can have gradients: an operator of its own, for autograd takes its time.
+# Only sums of weighted rows can have gradients. They have an operator of their own, so that all else is spared the time
+# that autograd takes.
 library.define(
     f"embedding_bag.weighted({TABLE}, Tensor indices, Tensor? offsets, Tensor per_sample_weights, {SHARED}, *, {LAST}) "
     "-> Tensor"
@@ -199,7 +201,7 @@ _native.use_exchange_api(EXCHANGE_API, _embedding, _embedding_bag)
 library.impl("embedding", _native.embedding, "CPU")
 library.impl("embedding_bag", _native.embedding_bag, "CPU")
 library.impl("embedding_bag.weighted", _weighted_embedding_bag, "CPU")
-# Nothing in them has gradients, and PyTorch's looking for some takes a third of a microsecond.
+# Nothing in them has gradients, and looking for some takes PyTorch a third of a microsecond.
 library.impl("embedding", torch.library.fallthrough_kernel, "Autograd")
 library.impl("embedding_bag", torch.library.fallthrough_kernel, "Autograd")
 

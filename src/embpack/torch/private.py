@@ -39,9 +39,9 @@ EXCHANGE_API: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__")  # noqa: 
 
 
 def in_forward_mode() -> bool:
-    """Whether derivatives in forward mode are being taken, by torch.func.jvp as by dual_level.
+    """Whether derivatives in forward mode are being taken, by torch.func.jvp or by dual_level.
 
-    Since before 2.0. What is public, unpack_dual, sees nothing of it within an operator, which would silently lose
+    Since before 2.0. The public way, unpack_dual, sees nothing of it within an operator, which would silently lose
     them.
     """
     return forward_ad._current_level >= 0
@@ -75,7 +75,7 @@ def argument_names(operator: Any) -> list[str]:
 class CastModule(nn.Module):
     """A module with a dtype that .half(), .to(dtype) and the like change, its own and those of a module that has it.
 
-    All of them call nn.Module._apply with what they do to each tensor, since before 2.0. There is no public way but a
+    All of them call nn.Module._apply with what they do to each tensor, since before 2.0. The only public way is a
     tensor of that type, which would be saved and exported.
 
     Attributes:

@@ -10,7 +10,7 @@ from embpack.comparison.report.labels import Box, Label, place_beside, place_col
 from embpack.comparison.report.svg import CHARACTER_WIDTH, Scale, element, picture, shorten, text
 from embpack.comparison.report.svg import title as hint
 
-# More points than this leave no room for the names of others than the best.
+# With more points than this there is room for the names of the best only.
 _MOST_NAMES = 24
 _ROW_HEIGHT = 24.0
 # Bars end at this many times the median, so that one bad method leaves the others apart.

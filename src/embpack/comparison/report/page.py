@@ -23,7 +23,7 @@ Draw = Callable[[Sequence[Comparison], Comparison | None, float], str]
 
 
 def make_page(comparison: FileComparison) -> str:
-    """Write the page, which is well-formed XML too and asks nothing of any network.
+    """Write the page, which is also well-formed XML and needs no network.
 
     Args:
         comparison: of the tables of a checkpoint.
