@@ -28,16 +28,17 @@ def pool_in_order(rows, indices, offsets, weights=None, padding=None, mode="sum"
     ends = [*offsets[1:], len(indices)]
     for bag, (start, end) in enumerate(zip(offsets, ends, strict=True)):
         used = [i for i in range(start, end) if indices[i] != padding]
-        terms = [rows[indices[i]] for i in used]
-        if not terms:
+        if not used:
             continue
+        terms = rows[np.asarray(indices)[used]]
         if mode == "max":
             out[bag] = np.max(terms, axis=0)
-            continue
-        for i, term in zip(used, terms, strict=True):
-            # float64 holds the product of two float32 exactly, so that this rounds as a fused multiply-add nearly does.
-            exact = term.astype(np.float64) * (1.0 if weights is None else np.float64(weights[i]))
-            out[bag] = (out[bag] + exact).astype(np.float32)
+        elif weights is None:
+            out[bag] = np.add.accumulate(terms, axis=0)[-1]
+        else:
+            for weight, term in zip(np.asarray(weights)[used], terms, strict=True):
+                # float64 holds the product of two float32 exactly: this rounds as a fused multiply-add nearly does.
+                out[bag] = (out[bag] + term.astype(np.float64) * np.float64(weight)).astype(np.float32)
         if mode == "mean":
             out[bag] /= np.float32(len(terms))
     return out

@@ -6,11 +6,11 @@ import pickle
 
 import numpy as np
 import pytest
+from test_lookup import as_bfloat16, check_lookups, make_table, pool_in_order
 
 import embpack
 from embpack.layouts import RowFormat, trellis
 from embpack.methods import trellis_search
-from tests.test_lookup import as_bfloat16, check_lookups, make_table, pool_in_order
 
 DIMS = (4, 5, 16, 17, 31, 32, 33, 64, 100, 128, 130, 384)
 BITS = (2, 2.5, 3, 3.5, 4, 5, 6, 7)
