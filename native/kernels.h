@@ -1,7 +1,7 @@
-// What an instruction set provides: one struct of function pointers, filled once in each isa/*.cpp.
+// What an instruction set provides: structs of function pointers, filled in units/*.cpp.
 //
 // Kernels know pointers and sizes. They allocate nothing, throw nothing, never read or write past the
-// sizes they are given, and trust their caller (bindings.cpp) to have checked them.
+// sizes they are given, and trust their caller (bindings_*.cpp) to have checked them.
 #pragma once
 
 #include <cstddef>
@@ -98,9 +98,13 @@ inline constexpr size_t code_bytes(size_t embedding_dim, Grid grid) {
 }
 inline constexpr size_t codebook_bytes(Grid grid) { return (grid.f16_params ? size_t{2} : size_t{4}) << grid.bits; }
 inline constexpr size_t packed_row_bytes(size_t embedding_dim, Grid grid, Layout layout = Layout::uniform) {
-    const size_t params = layout == Layout::uniform    ? 2 * (grid.f16_params ? size_t{2} : size_t{4})
-                          : layout == Layout::codebook ? codebook_bytes(grid)
-                                                       : 0;
+    size_t params = 0;
+    switch (layout) {
+        case Layout::uniform: params = 2 * (grid.f16_params ? size_t{2} : size_t{4}); break;
+        case Layout::codebook: params = codebook_bytes(grid); break;
+        case Layout::clustered: break;
+        case Layout::trellis: break;   // bytes that do not follow from a grid
+    }
     return code_bytes(embedding_dim, grid) + params;
 }
 

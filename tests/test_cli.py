@@ -71,6 +71,14 @@ def test_a_success_exits_0_and_keeps_stderr_empty(tmp_path, model):
     assert set(embpack.load(tmp_path / "p.safetensors", verify=True)) == set(make_arrays().tables)
 
 
+def test_auto_packs_what_another_method_would_not_make_smaller(tmp_path, embpack_command):
+    weight = np.random.default_rng(0).standard_normal((200, 8), dtype=np.float32)
+    src, dst = tmp_path / "user_embedding.npy", tmp_path / "p.safetensors"
+    np.save(src, weight)
+    code, _, _ = embpack_command("quantize", src, dst, "--auto", "--method", "kmeans")
+    assert code == 0 and list(embpack.load(dst)) == ["user_embedding"]
+
+
 @pytest.mark.parametrize("options", [(), ("--auto",)])
 def test_a_checkpoint_is_opened_once(tmp_path, monkeypatch, embpack_command, model, options):
     opened = []

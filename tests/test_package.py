@@ -1,8 +1,10 @@
 """The package as a whole: what importing it does, and that its lists agree."""
 
 import ast
+import dataclasses
 import importlib
 import importlib.metadata
+import inspect
 import os
 import pkgutil
 import re
@@ -158,6 +160,24 @@ def test_methods_and_native_searches_agree():
     assert {method.kernel for method in embpack.METHODS.values() if hasattr(method, "kernel")} == set(
         _native.searches()
     )
+
+
+def test_every_way_to_quantize_has_every_field_of_variant():
+    import embpack.torch
+    from embpack.cli import quantize
+
+    wanted = {field.name for field in dataclasses.fields(embpack.Variant)}
+    for function in (embpack.quantize, embpack.quantize_file, embpack.torch.quantize_, quantize.quantize):
+        assert wanted <= set(inspect.signature(function).parameters), function
+    assert wanted <= {field.name for field in dataclasses.fields(embpack.Comparison)}
+
+
+def test_every_instruction_set_is_listed():
+    names = [path.name.removesuffix("_trellis-inl.h") for path in ROOT.glob("native/isa/*_trellis-inl.h")]
+    assert len(names) >= 4
+    for name in names:
+        assert re.search(rf"\b{name}\b", (ROOT / "CMakeLists.txt").read_text()), name
+        assert f"EMBPACK_HAS_{name}" in (ROOT / "native/dispatch.cpp").read_text(), name
 
 
 def test_layouts_and_native_layouts_agree():

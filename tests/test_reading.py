@@ -185,6 +185,8 @@ def write_groups(path):
 
 TENSOR = torch.from_numpy(TABLE)
 # A name of a file, and what writes TABLE into it under the name a; each goes its own way through a reader.
+# These suffixes are .pt's.
+SAME_READERS = {".pth", ".bin"}
 SOURCES = {
     "aligned.safetensors": lambda path: save_file({"a": TABLE}, path),
     "unaligned.safetensors": write_unaligned,
@@ -199,6 +201,10 @@ SOURCES = {
     "old.pt": lambda path: torch.save({"a": TENSOR}, path, _use_new_zipfile_serialization=False),
     "groups.parquet": write_groups,
 }
+
+
+def test_each_format_is_read_by_ranges():
+    assert {Path(name).suffix for name in SOURCES} >= set(FORMATS) - SAME_READERS
 
 
 @pytest.fixture(scope="module", params=SOURCES)

@@ -137,7 +137,12 @@ struct CodebookReader {
 // Calls use(Type<reader>()) with the reader for those rows.
 template <int bits, class Use>
 inline auto with_levels(const PackedRows& rows, Use use) {
-    if (rows.layout != Layout::uniform) return use(Type<CodebookReader<bits>>());
+    switch (rows.layout) {
+        case Layout::codebook:
+        case Layout::clustered: return use(Type<CodebookReader<bits>>());
+        case Layout::uniform:
+        case Layout::trellis: break;   // the latter has lookups of its own
+    }
     if (rows.grid.f16_params) return use(Type<GridReader<bits, true>>());
     return use(Type<GridReader<bits, false>>());
 }

@@ -161,11 +161,13 @@ def quantize(
     _check_together(method, bits, rotate, auto, max_bytes, access_counts)
     if threads is not None:
         set_num_threads(threads)
-    rules = Rules(tuple(include or ()), tuple(exclude or ()), Variant(method, bits, param_dtype, rotate))
+    variant = Variant() if auto else Variant(method, bits, param_dtype, rotate)
+    rules = Rules(tuple(include or ()), tuple(exclude or ()), variant)
     with open_checkpoint(src) as checkpoint:
         decisions, plan = decide_all(checkpoint, rules), None
         if auto:
             plan = _plan_tables(decisions, max_bytes, max_loss, access_counts, quiet=as_json)
+            # A table stays as it is, still, if its own way makes no row smaller.
             decisions = decide_all(checkpoint, replace(rules, variants=plan.variants))
         if not as_json:
             show.print_decisions(str(src), decisions, checkpoint.left_out)
