@@ -174,14 +174,6 @@ inline void with_trellis_levels(const TrellisShape& shape, Use use) {
     use.template operator()<ManyLevels>();
 }
 
-// Sums without weights have code of their own at about 4 bits a value, as most tables have.
-template <class Use>
-inline bool with_known_levels(const TrellisShape& shape, WideVectors, Use use) {
-    if (shape.narrow_bits > 4) return false;
-    use.template operator()<FewLevels>();
-    return true;
-}
-
 #include "../kernels/trellis_numbers-inl.h"
 
 }  // namespace

@@ -82,13 +82,6 @@ struct ManyLevels {
 template <class Use>
 inline void with_trellis_levels(const TrellisShape&, Use use) { use.template operator()<ManyLevels>(); }
 
-// Sums without weights have code of their own: without an FMA instruction, a multiply-add is a function's work.
-template <class Use>
-inline bool with_known_levels(const TrellisShape&, WideVectors, Use use) {
-    use.template operator()<ManyLevels>();
-    return true;
-}
-
 #include "../kernels/trellis_numbers-inl.h"
 
 }  // namespace

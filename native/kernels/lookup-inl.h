@@ -108,8 +108,8 @@ template <int bits, class Join, class ReadLevels, size_t vectors, bool has_last,
 //   of 1, where a multiply-add is an instruction.
 // - The former, and weighted rows of default parameters at 4 and 8 bits, have every shape of a tile. Others take more
 //   tiles to a row, of shapes that differ by a factor of 4.
-// - Sums without weights at 4 and 8 bits have one loop that prefetches and one that does not: there, asking each time
-//   takes a tenth of the time of narrow rows.
+// - Of the common sums without weights, one loop prefetches and one does not: asking each time would take a tenth of
+//   the time of narrow rows, and a third at 2 bits.
 template <int bits, class ReadLevels>
 inline constexpr bool has_default_params = std::is_same_v<ReadLevels, GridReader<bits, bits != 8>>;
 template <int bits, class ReadLevels>
@@ -121,7 +121,7 @@ inline constexpr bool has_all_shapes = std::is_same_v<Join, AddLevels>
                                            ? is_common<bits, ReadLevels>
                                            : has_default_params<bits, ReadLevels> && bits != 2;
 template <int bits, class Join, class ReadLevels>
-inline constexpr bool always_asks = !std::is_same_v<Join, AddLevels> || !is_common<bits, ReadLevels> || bits == 2;
+inline constexpr bool always_asks = !std::is_same_v<Join, AddLevels> || !is_common<bits, ReadLevels>;
 
 inline constexpr size_t next_shape(size_t vectors, bool all_shapes) {
     return all_shapes || vectors < 4 ? vectors / 2 : vectors / 4;

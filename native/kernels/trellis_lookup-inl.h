@@ -66,7 +66,7 @@
 //     known_dim<Levels>                   embedding_dim, if Levels are for rows of one full block alone; otherwise 0
 //     known_block<Levels>(block)          the block as `Block`, see above
 //
-// trellis_numbers-inl.h supplies the last four for those that add up the bits of numbers one after the other: all but
+// trellis_numbers-inl.h supplies with_known_levels and the last four for those that add up the bits of numbers one after the other: all but
 // GFNI. It says what it needs for that.
 
 // A row of which words can be read: one shorter than a word is copied, with zeros after it. `is_long`: whether rows are
@@ -392,12 +392,14 @@ inline constexpr Tiles<TrellisReader> trellis_tiles_of{first_trellis_tile, first
 
 // Levels for a known shape, where an instruction set has them, are for sums without weights alone.
 inline Tiles<TrellisReader> find_trellis_tiles(const TrellisReader& reader) {
+    const TrellisShape& shape = reader.common.shape;
     Tiles<TrellisReader> tiles;
-    if (reader.bags.per_sample_weights ||
-        !with_known_levels(reader.common.shape, reader.common.wide,
-                           [&]<class Levels>() { tiles = trellis_tiles_of<AddLevels, Levels>; }))
-        with_trellis_levels(reader.common.shape,
-                            [&]<class Levels>() { tiles = trellis_tiles_of<AddWeightedLevels, Levels>; });
+    const auto add = [&]<class Levels>() { tiles = trellis_tiles_of<AddLevels, Levels>; };
+    const auto add_weighted = [&]<class Levels>() { tiles = trellis_tiles_of<AddWeightedLevels, Levels>; };
+    if (reader.bags.per_sample_weights)
+        with_trellis_levels(shape, add_weighted);
+    else if (!with_known_levels(shape, reader.common.wide, add))
+        with_trellis_levels(shape, add);
     return tiles;
 }
 

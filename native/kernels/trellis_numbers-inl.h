@@ -25,6 +25,8 @@ template <bool is_full, size_t slots, class Block, class Levels, class Read>
 }
 
 // These instruction sets have no code for rows of one shape alone.
+template <class Use>
+inline bool with_known_levels(const TrellisShape&, WideVectors, const Use&) { return false; }
 template <class Levels>
 inline constexpr size_t known_dim = 0;
 template <class Levels, class Block>
