@@ -394,7 +394,11 @@ inline constexpr Tiles<TrellisReader> trellis_tiles_of{first_trellis_tile, first
 inline Tiles<TrellisReader> find_trellis_tiles(const TrellisReader& reader) {
     const TrellisShape& shape = reader.common.shape;
     Tiles<TrellisReader> tiles;
-    const auto add = [&]<class Levels>() { tiles = trellis_tiles_of<AddLevels, Levels>; };
+    // Sums of codes of 6 and 7 bits have weights, if only of 1: a loop less to compile.
+    const auto add = [&]<class Levels>() {
+        constexpr bool adds_alone = !std::is_same_v<Levels, ManyLevels> || !has_fast_fma;
+        tiles = trellis_tiles_of<std::conditional_t<adds_alone, AddLevels, AddWeightedLevels>, Levels>;
+    };
     const auto add_weighted = [&]<class Levels>() { tiles = trellis_tiles_of<AddWeightedLevels, Levels>; };
     if (reader.bags.per_sample_weights)
         with_trellis_levels(shape, add_weighted);
