@@ -12,7 +12,7 @@ from embpack.arithmetic import F32
 from embpack.chunks import span_rows
 from embpack.layouts import PARAM_BYTES, RowFormat
 from embpack.layouts.clustered import CLUSTER_DTYPES, cluster_dtype
-from embpack.methods.base import Chunks, Method, Packer, Sums, bound_values
+from embpack.methods.base import Chunks, Encoded, Method, OnRows, Packer, bound_values
 from embpack.methods.kmeans import SortedRow, iterate_lloyd
 from embpack.reference import store_levels
 from embpack.rows import widen
@@ -228,10 +228,12 @@ class ClusterPacker(Packer):
         """Cluster numbers and codebooks."""
         return {"clusters": self.of_row, "codebooks": store_levels(self.levels, self.row_format)}
 
-    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int) -> tuple[int, int, list[Sums]]:
+    def _encode(
+        self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None
+    ) -> Encoded:
         form, of_row = self.row_format.form, self.of_row[start : start + len(rows)].astype(np.uint32)
         how = (form.bits, self.row_format.has_f16_params, span_rows(form.embedding_dim))
-        return _native.quantize_with_clusters(rows, of_row, self.levels, *how, packed)
+        return _native.quantize_with_clusters(rows, of_row, self.levels, *how, packed, on_rows)
 
 
 def _read_sample(chunks: Chunks, num_embeddings: int, embedding_dim: int, num_codebooks: int, name: str) -> Rows:

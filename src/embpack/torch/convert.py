@@ -43,6 +43,7 @@ class ModelReport:
             lines.append("  ".join([name.ljust(widths[0]), *numbers]))
         before, after = (sum(getattr(table, name) for table in self.tables) for name in ("bytes_before", "bytes_after"))
         lines.append(f"{before:,} -> {after:,} bytes" + (f" ({after / before:.2%})" if before else ""))
+        lines += [f"{table.name}: {table.warning}" for table in self.tables if table.warning]
         lines += [f"left alone: {name}, {reason}" for name, reason in self.left_alone]
         return "\n".join(lines)
 
@@ -115,15 +116,15 @@ def quantize_(
     if tied == "refuse":
         _refuse_tied(model, places)
     variant = Variant(method, bits, param_dtype, rotate)
-    packed: dict[Any, PackedTable] = {}
+    packed: dict[Any, tuple[PackedTable, str | None]] = {}
     reports, swaps = [], []
     for module, hangs in modules:
         weight, start = module.weight.detach(), perf_counter()
         key = (address_of(module.weight), weight.shape)
         if key not in packed:
             packed[key] = _pack(weight, hangs[0].name, variant)
-        table = packed[key]
-        reports.append(_report(hangs[0].name, weight, table, perf_counter() - start))
+        table, warning = packed[key]
+        reports.append(_report(hangs[0].name, weight, table, perf_counter() - start, warning))
         progress(hangs[0].name, table.num_embeddings)
         swaps.append((hangs, PACKED[type(module)].like(module, table).train(module.training)))
     for hangs, new in swaps:
@@ -220,7 +221,7 @@ def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: 
     return None
 
 
-def _pack(weight: Tensor, name: str, variant: Variant) -> PackedTable:
+def _pack(weight: Tensor, name: str, variant: Variant) -> tuple[PackedTable, str | None]:
     if weight.is_meta:
         raise ValueError(
             f"{name} is on the meta device and has no values: load them first, or open a packed file by load_checkpoint"
@@ -245,7 +246,7 @@ def _refuse_tied(model: nn.Module, places: dict[Any, list[Place]]) -> None:
                 )
 
 
-def _report(name: str, weight: Tensor, table: PackedTable, seconds: float) -> TableReport:
+def _report(name: str, weight: Tensor, table: PackedTable, seconds: float, warning: str | None) -> TableReport:
     return TableReport(
         name=name,
         num_embeddings=table.num_embeddings,
@@ -256,6 +257,7 @@ def _report(name: str, weight: Tensor, table: PackedTable, seconds: float) -> Ta
         bytes_after=table.nbytes,
         loss=table.loss or 0.0,
         seconds=seconds,
+        warning=warning,
     )
 
 
