@@ -100,6 +100,10 @@ std::vector<SpanSums> sum_spans(const std::vector<SpanSums>& of_blocks, size_t s
 void count_lost(const RowBlock& block, const Ranges& bounds, const Ranges& chosen, PackedRows packed, SpanSums& sums) {
     if (!packed.grid.f16_params) return;
     const float few_steps = static_cast<float>((1 << packed.grid.bits) - 1) * 0x1p-22f;
+    bool any_small = false;
+    for (size_t row = 0; row < block_rows; row++)
+        any_small |= std::max(-bounds.xmin[row], bounds.xmax[row]) <= few_steps;
+    if (!any_small) return;
     std::vector<float> levels;
     packed.num_rows = 1;
     for (size_t row = 0; row < block.num_rows; row++, packed.bytes += packed.row_bytes) {
@@ -152,10 +156,6 @@ QuantizeResult encode_blocks(const Rows& rows, size_t span_rows, const Progress&
     result.sums = sum_spans(sums, span_rows);
     return result;
 }
-
-}  // namespace
-
-namespace {
 
 void find_exact_ranges(const RowBlock& block, Grid grid, const SearchParams& params, Ranges& ranges, Turn& turn) {
     const size_t d = block.embedding_dim;
@@ -213,15 +213,33 @@ QuantizeResult quantize_by_codebooks(const Rows& rows, CodebookFn Kernels::*sear
     return encode_blocks<double>(rows, span_rows, progress, codebook_doubles + kmeans_doubles(d, grid.bits), encode);
 }
 
+namespace {
+
+// Sorts in runs that take a tenth of a second, and merges these, so that `turn` is checked in between.
+void sort_values(float* first, size_t count, Turn& turn) {
+    constexpr size_t run = size_t{1} << 21;
+    for (size_t start = 0; start < count; start += run) {
+        std::sort(first + start, first + std::min(count, start + run));
+        turn.check();
+    }
+    for (size_t width = run; width < count; width *= 2)
+        for (size_t start = 0; start + width < count; start += 2 * width) {
+            std::inplace_merge(first + start, first + start + width, first + std::min(count, start + 2 * width));
+            turn.check();
+        }
+}
+
+}  // namespace
+
 void fit_codebooks(float* values, const int64_t* starts, size_t groups, int bits, float* codebooks) {
     const size_t levels = size_t{1} << bits;
-    const auto fit_codebook = [&](size_t group, Turn&) {
+    const auto fit_codebook = [&](size_t group, Turn& turn) {
         float* first = values + starts[group];
         const size_t count = static_cast<size_t>(starts[group + 1] - starts[group]);
         float* codebook = codebooks + levels * group;
         std::fill_n(codebook, levels, 0.0f);
         if (count == 0) return;
-        std::sort(first, first + count);
+        sort_values(first, count, turn);
         const double middle = (static_cast<double>(first[0]) + static_cast<double>(first[count - 1])) * 0.5;
         std::vector<double> sums(count + 1);
         const SortedValues sorted = {first, sums.data(), count, 1, middle};

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <mutex>
@@ -73,7 +74,7 @@ private:
     void look_in_time();
 
     Loop& loop_;
-    std::chrono::steady_clock::time_point next_look_{};
+    int64_t next_look_ = 0;   // in milliseconds
 };
 
 // Calls work(0) here and work(1), work(2), .. in as many other threads as there are to be had, at most `threads` in

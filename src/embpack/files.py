@@ -21,6 +21,8 @@ from embpack.table import PackedTable
 
 METADATA_KEY = "embpack"
 FORMAT_VERSION = 1
+# That a digest takes at a time: Ctrl-C is heard in between.
+_DIGEST_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,9 @@ class PackedFile:
 def _digest(arrays: Iterable[NDArray[Any]]) -> "hashlib._Hash":
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(as_bytes(np.ascontiguousarray(array)))
+        data = as_bytes(np.ascontiguousarray(array))
+        for start in range(0, len(data), _DIGEST_BYTES):
+            digest.update(data[start : start + _DIGEST_BYTES])
     return digest
 
 

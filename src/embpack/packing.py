@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.chunks import iter_chunks
+from embpack.chunks import iter_chunks, iter_packable
 from embpack.methods import DEFAULT_METHOD, Method, Packer, measure_loss
 from embpack.methods.base import OnRows, Sums, find_warning
 from embpack.rows import as_rows
@@ -70,7 +70,7 @@ def pack(weight: Any, variant: Variant, error_weights: Any = None) -> tuple[Pack
     if error_weights is not None:
         packer = packer.weigh_errors(error_weights, len(rows))
     packed, done, sums = np.empty((len(rows), row_format.row_bytes), np.uint8), 0, []
-    for chunk in iter_chunks(rows, variant.rotate):
+    for chunk in iter_packable(rows, variant.rotate):
         sums += packer.pack(chunk, packed[done : done + len(chunk)], done)
         done += len(chunk)
     table = PackedTable(packed, row_format, dtype, packer.spec, measure_loss(sums), **packer.beside())

@@ -132,8 +132,12 @@ def as_error_weights(values: Any, shape: tuple[int, int]) -> NDArray[np.float32]
             f"error_weights have shape {list(np.shape(values))}; for a table of {shape[0]} x {shape[1]} they are "
             f"[{shape[1]}] by columns, [{shape[0]}, 1] by rows, or [{shape[0]}, {shape[1]}]"
         )
-    wrong = np.argwhere(~((weights >= 0) & (weights < np.inf)))
-    if len(wrong):
-        row, column = wrong[0]
-        raise ValueError(f"error_weights[{row}, {column}] is {weights[row, column]}; weights are finite and at least 0")
+    step = span_rows(weights.shape[1])
+    for start in range(0, len(weights), step):
+        part = weights[start : start + step]
+        wrong = np.argwhere(~((part >= 0) & (part < np.inf)))
+        if len(wrong):
+            row, column = wrong[0]
+            value = part[row, column]
+            raise ValueError(f"error_weights[{start + row}, {column}] is {value}; weights are finite and at least 0")
     return weights
