@@ -183,3 +183,11 @@ def test_wrong_arguments_are_named():
         quantize_(Recommender(), tied="maybe")
     with pytest.raises(ValueError, match="bits is 3"):
         quantize_(Recommender(), bits=3)
+
+
+def test_rows_that_float16_parameters_lose_are_reported():
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 8))
+    with torch.no_grad():
+        model[0].weight *= 1e-9
+    report = quantize_(model)
+    assert "\n0: 20 of its rows come back no better than zeros would: " in str(report)

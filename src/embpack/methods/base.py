@@ -106,9 +106,7 @@ class Packer(ABC):
         return [Sums(*span) for span in sums]
 
     @abstractmethod
-    def _encode(
-        self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None
-    ) -> Encoded:
+    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
         """Call the core."""
 
     def _explain_overflow(self, row: NDArray[np.float32], number: int) -> ValueError:

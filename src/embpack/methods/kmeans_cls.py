@@ -235,9 +235,7 @@ class ClusterPacker(Packer):
         """Cluster numbers and codebooks."""
         return {"clusters": self.of_row, "codebooks": store_levels(self.levels, self.row_format)}
 
-    def _encode(
-        self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None
-    ) -> Encoded:
+    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
         form, of_row = self.row_format.form, self.of_row[start : start + len(rows)].astype(np.uint32)
         how = (form.bits, self.row_format.has_f16_params, span_rows(form.embedding_dim))
         return _native.quantize_with_clusters(rows, of_row, self.levels, *how, packed, on_rows)
