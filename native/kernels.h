@@ -9,6 +9,8 @@
 
 namespace embpack {
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packed rows are little-endian, and read where they are");
+
 // Rows are quantized in blocks, so that a search can put one row in each lane of several vectors.
 inline constexpr size_t lanes = 16;
 inline constexpr size_t block_rows = 32;

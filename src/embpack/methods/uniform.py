@@ -79,14 +79,16 @@ class UniformPacker(Packer):
         self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None
     ) -> Encoded:
         """Pack span by span, for weights and errors of a value each take more memory than the value."""
-        all_sums, step = [], span_rows(self.row_format.embedding_dim)
+        all_sums: list[tuple[float, float, int, float]] = []
+        step = span_rows(self.row_format.embedding_dim)
         for first in range(0, len(rows), step):
             own, own_packed = rows[first : first + step], packed[first : first + step]
             weights = self._weights_of(start + first, len(own))
             fault, row, sums = self._call_kernel(own, own_packed, on_rows, weights)
             if fault:
                 return fault, first + row, []
-            all_sums += [(*self._sum_by_weights(own, own_packed, weights), *lost) for _, _, *lost in sums]
+            [(_, _, lost_rows, lost_square)] = sums
+            all_sums.append((*self._sum_by_weights(own, own_packed, weights), lost_rows, lost_square))
         return 0, 0, all_sums
 
     def _call_kernel(
