@@ -198,6 +198,13 @@ def test_npy_and_npz(tmp_path, tag, shape):
     assert same_bits(read_all(tmp_path / "a.npz", "b/c.weight")[0], array)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a" * 65532])
+def test_npz_names_that_a_zip_file_cuts_or_cannot_have(tmp_path, name):
+    with pytest.raises(ValueError, match=r"a.npz: tensor 'a.* has a name that an .npz file cannot have, with a NUL"):
+        write(tmp_path / "a.npz", out_tensor(name, np.arange(3.0), "F64"))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_npy_holds_one_tensor(tmp_path, count):
     tensors = [out_tensor(f"a{i}", np.arange(3.0), "F64") for i in range(count)]
