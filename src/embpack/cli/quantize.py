@@ -75,7 +75,7 @@ def quantize(
     dst: Annotated[
         Path | None,
         typer.Argument(
-            help="A .safetensors file (for a sharded SRC a new folder); it appears only once it is whole.",
+            help="A .safetensors file (for a sharded SRC a new or empty folder); it appears only once it is whole.",
             show_default=False,
         ),
     ] = None,
