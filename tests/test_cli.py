@@ -24,7 +24,7 @@ from golden.make import PACKED
 
 import embpack
 from embpack import formats
-from embpack.cli import compare, show
+from embpack.cli import compare, quantize, show
 from embpack.methods import METHODS
 
 
@@ -80,6 +80,19 @@ def test_auto_packs_what_another_method_would_not_make_smaller(tmp_path, embpack
     np.save(src, weight)
     code, _, _ = embpack_command("quantize", src, dst, "--auto", "--method", "kmeans")
     assert code == 0 and list(embpack.load(dst)) == ["user_embedding"]
+
+
+def test_auto_looks_at_the_destination_before_it_measures(tmp_path, embpack_command, monkeypatch):
+    monkeypatch.setattr(quantize, "plan_decided", lambda *_, **__: pytest.fail("it measured before it looked"))
+    src = write_shards(tmp_path, make_arrays())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    code, _, err = embpack_command("quantize", src, tmp_path / "full", "--auto")
+    assert code == 1
+    assert "full is a folder that is not empty; remove it or choose another name" in err
+    code, _, err = embpack_command("quantize", write_safetensors(tmp_path, make_arrays()), tmp_path / "x.pt", "--auto")
+    assert code == 1
+    assert "a packed checkpoint ends in .safetensors" in err
 
 
 @pytest.mark.parametrize("options", [(), ("--auto",)])

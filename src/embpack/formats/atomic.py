@@ -84,7 +84,7 @@ def new_folder(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     target = Path(os.path.realpath(path))
-    _refuse_occupied(path, target)
+    refuse_occupied(path)
     is_there = target.is_dir()
     place = target if is_there else target.parent
     with ExitStack() as stack:
@@ -94,7 +94,7 @@ def new_folder(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
             yield temporary
             for written in [*temporary.rglob("*"), temporary]:
                 _sync(written)
-            _refuse_occupied(path, target)
+            refuse_occupied(path)
             if is_there:
                 _move_into(target, temporary, last)
             else:
@@ -145,11 +145,12 @@ def _keep_owner_and_mode(descriptor: int, replaced: os.stat_result) -> None:
         os.fchmod(descriptor, mode)
 
 
-def _refuse_occupied(path: Path, target: Path) -> None:
-    if target.is_dir():
-        if not all(is_temporary(inner.name) for inner in target.iterdir()):
+def refuse_occupied(path: Path) -> None:
+    """Raise FileExistsError unless a folder can be written there: path does not exist, or is an empty folder."""
+    if path.is_dir():
+        if not all(is_temporary(inner.name) for inner in path.iterdir()):
             raise FileExistsError(f"{path} is a folder that is not empty; remove it or choose another name")
-    elif target.exists():
+    elif path.exists():
         raise FileExistsError(f"{path} is a file, but a folder is to be written; choose another name")
 
 

@@ -164,7 +164,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
     """Whether a path still leads to what a descriptor is of."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
