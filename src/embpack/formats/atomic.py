@@ -48,7 +48,8 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     with ExitStack() as stack:
         with _explained_place(path, target.parent):
             replaced = _find_replaced(path, target)
-            mode = 0o666 if replaced is None else stat.S_IMODE(replaced.st_mode)
+            # One that replaces another gets its mode only once it has its group.
+            mode = 0o666 if replaced is None else 0o600
             temporary, descriptor = stack.enter_context(temporary_file(target.parent, mode))
         if replaced is not None:
             _keep_owner_and_mode(descriptor, replaced)
