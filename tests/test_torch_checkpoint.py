@@ -464,6 +464,29 @@ def test_a_tied_model_of_transformers_is_untied(tmp_path, make):
     assert torch.equal(run(other), wanted)
 
 
+def test_a_model_of_transformers_may_be_packed_in_parts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = make_t5(transformers).eval()
+    for names in (("shared",), ("encoder.embed_tokens", "decoder.embed_tokens")):
+        quantize_(model, tied="untie", filter=lambda module, name, names=names: name in names)
+        wanted = run(model)
+        model.tie_weights()
+        model.save_pretrained(tmp_path)
+        assert torch.equal(run(model), wanted)
+    assert model.decoder.embed_tokens.packed is model.encoder.embed_tokens.packed
+    assert model.decoder.embed_tokens.packed is not model.shared.packed
+
+
+def test_a_model_that_declares_what_is_not_there_is_packed_all_the_same():
+    class Declaring(nn.ModuleDict):
+        def get_expanded_tied_weights_keys(self):
+            raise ValueError("There is an issue with your definition of `tie_weights_keys`")
+
+    model = Declaring({"token": nn.Embedding(20, 4)})
+    quantize_(model)
+    assert isinstance(model["token"], PackedEmbedding)
+
+
 @pytest.mark.parametrize("include", [(), ("shared.weight",), ("shared.weight", "lm_head.weight")])
 def test_t5_opens_from_a_file_with_all_names_of_its_weight(tmp_path, include):
     transformers = pytest.importorskip("transformers")

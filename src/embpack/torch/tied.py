@@ -82,15 +82,18 @@ def _read_declared(model: Any) -> dict[str, str]:
 
 def _find_still_tied(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     """Find what is tied of a model, given what was: each name with that of what it is tied to."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    still = {}
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    families: dict[str, list[str]] = {}
     for name, source in names.items():
-        owners = [each.rpartition(".")[0] for each in (name, source)]
-        packed = [isinstance(modules.get(owner), PACKED_MODULES) for owner in owners]
-        if not any(packed):
-            still[name] = source
-        elif all(packed):
-            buffers, others = (dict(modules[owner].named_buffers()) for owner in owners)
-            shared = [each for each in buffers if each in others and key_of(buffers[each]) == key_of(others[each])]
-            still |= {f"{owners[0]}.{each}": f"{owners[1]}.{each}" for each in shared}
+        families.setdefault(source, [source]).append(name)
+    still: dict[str, str] = {}
+    for family in families.values():
+        owners = [name.rpartition(".")[0] for name in family]
+        packed = [owner for owner in owners if isinstance(modules.get(owner), PACKED_MODULES)]
+        floats = [name for name, owner in zip(family, owners, strict=True) if owner not in packed]
+        still |= {name: floats[0] for name in floats[1:]}
+        for owner in packed[1:]:
+            buffers, others = (dict(modules[each].named_buffers()) for each in (owner, packed[0]))
+            shared = [name for name in buffers if name in others and key_of(buffers[name]) == key_of(others[name])]
+            still |= {f"{owner}.{name}": f"{packed[0]}.{name}" for name in shared}
     return still
