@@ -1,6 +1,7 @@
 """PackedEmbedding and PackedEmbeddingBag: nn.Embedding and nn.EmbeddingBag over packed rows."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -17,7 +18,8 @@ from embpack.packing import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 from embpack.torch.ops import as_table, check_dtype
-from embpack.torch.private import CastModule, buffers_of
+from embpack.torch.private import CastModule, GuardedModule, buffers_of
+from embpack.torch.state import FORMAT, check_format, receive_state, write_format
 
 # Options of a float module that a packed one cannot have, and why.
 UNSUPPORTED = {
@@ -31,8 +33,11 @@ UNSUPPORTED = {
 TENSORS = (Tensor, torch.fx.Proxy)
 
 
-class _PackedModule(CastModule):
+class _PackedModule(CastModule, GuardedModule):
     """A packed table as buffers, all uint8, so that .half() and .to(dtype) leave the rows alone.
+
+    load_state_dict raises RuntimeError, also with strict=False, if the rows that it brings are of another format than
+    this module's or of other sizes, and leaves the module as it was.
 
     Attributes:
         dtype: of the values that it returns, as nn.Embedding returns its weight's; .half() and .to(dtype) change it.
@@ -40,6 +45,7 @@ class _PackedModule(CastModule):
         clusters: uint8 [num_embeddings, bytes of an entry], the array by row that lies beside the rows, little-endian;
             None if the layout has none.
         codebooks: uint8 [num_codebooks, bytes of a codebook], the array that rows share; None if the layout has none.
+        row_format_ascii: uint8 [64], str(row_format) and zeros, which says in a state dict what its bytes mean.
     """
 
     # The options that it shares with the float module, and that module.
@@ -49,6 +55,7 @@ class _PackedModule(CastModule):
     packed: Tensor
     clusters: Tensor | None
     codebooks: Tensor | None
+    row_format_ascii: Tensor
 
     def __init__(
         self,
@@ -66,11 +73,22 @@ class _PackedModule(CastModule):
         self.row_format = row_format
         self.rotate_back = rotate_back
         self.register_buffer("packed", torch.zeros((num_embeddings, row_format.row_bytes), dtype=torch.uint8))
+        # Before those that may be None: torch.export counts None as a buffer where it looks for a later one.
+        self.register_buffer(FORMAT, write_format(row_format))
         beside = {spec.name: spec for spec in row_format.form.beside(num_embeddings, num_codebooks)}
         for name in ("clusters", "codebooks"):
             spec = beside.get(name)
             zeros = None if spec is None else torch.zeros((spec.known_shape[0], spec.entry_bytes), dtype=torch.uint8)
             self.register_buffer(name, zeros)
+
+    def _receive(self, state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        return receive_state(state, buffers_of(self), self.row_format, prefix, prefix[:-1] or type(self).__name__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read a pickle; an older one has no row_format_ascii."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if FORMAT not in buffers_of(self):
+            self.register_buffer(FORMAT, write_format(self.row_format))
 
     @classmethod
     def from_float(cls, module: nn.Embedding | nn.EmbeddingBag, method: str = DEFAULT_METHOD, **options: Any) -> Self:
@@ -129,7 +147,12 @@ class _PackedModule(CastModule):
 
     @property
     def table(self) -> PackedTable:
-        """The rows as a PackedTable, which shares their memory."""
+        """The rows as a PackedTable, which shares their memory.
+
+        Raises:
+            ValueError: rows of another format have been written to the buffers, as torch.distributed.checkpoint does.
+        """
+        check_format(self.row_format_ascii, self.row_format, type(self).__name__)
         name = str(self.dtype).removeprefix("torch.")
         table = as_table(self.packed, str(self.row_format), self.clusters, self.codebooks)
         return replace(table, dtype=name if name in ROW_DTYPES else "float32")
