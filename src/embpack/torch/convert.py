@@ -204,7 +204,10 @@ def find_additions(module: nn.Module) -> str | None:
         *module.named_buffers(recurse=False, remove_duplicate=False),
         *module.named_children(),
     ]
-    return next((name for name, _ in owned if name != "weight"), None)
+    known = vars(type(module)(1, 1, device="meta"))
+    # Names with an underscore are those that frameworks leave on every module, as transformers does.
+    plain = [name for name in vars(module) if name not in known and not name.startswith("_")]
+    return next((name for name in (*(name for name, _ in owned), *plain) if name != "weight"), None)
 
 
 def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: Filter | None) -> str | None:
