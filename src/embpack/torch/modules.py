@@ -17,6 +17,7 @@ from embpack.methods import DEFAULT_METHOD
 from embpack.packing import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
+from embpack.torch.arguments import call_as_leaf, check_tensors, flatten_nested, kind_of, map_nested
 from embpack.torch.ops import as_table, check_dtype
 from embpack.torch.private import CastModule, GuardedModule, buffers_of
 from embpack.torch.state import FORMAT, check_format, receive_state, write_format
@@ -27,10 +28,6 @@ UNSUPPORTED = {
     "sparse": "a packed table has no gradients, sparse or dense; after training, set it to False and pack",
     "scale_grad_by_freq": "a packed table has no gradients to scale; after training, set it to False and pack",
 }
-
-
-# torch.fx has proxies for tensors.
-TENSORS = (Tensor, torch.fx.Proxy)
 
 
 class _PackedModule(CastModule, GuardedModule):
@@ -51,6 +48,11 @@ class _PackedModule(CastModule, GuardedModule):
     # The options that it shares with the float module, and that module.
     options: ClassVar[tuple[str, ...]]
     float_class: ClassVar[type[nn.Module]]
+    # What the float module has and this one does not do, for those who read it: LoRA in PEFT passes them on.
+    max_norm: ClassVar[None] = None
+    norm_type: ClassVar[float] = 2.0
+    scale_grad_by_freq: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
 
     packed: Tensor
     clusters: Tensor | None
@@ -247,16 +249,20 @@ class PackedEmbedding(_PackedModule):
         """Look rows up.
 
         Args:
-            input: int32 or int64 of any shape [...], each in [0, num_embeddings).
+            input: int32 or int64 of any shape [...], each in [0, num_embeddings); it may be a nested tensor.
 
         Returns:
-            Values of dtype [..., embedding_dim].
+            Values of dtype [..., embedding_dim]; nested as input is.
 
         Raises:
             IndexError: an index is out of range; names its position and value.
             TypeError: input is of another type.
         """
-        check_tensors(input=input)
+        proxy = check_tensors(input=input)
+        if proxy is not None:
+            return call_as_leaf(proxy, self, input)
+        if input.is_nested:
+            return map_nested(self, input)
         return self._look_up(torch.ops.embpack.embedding.default, input)
 
     def extra_repr(self) -> str:
@@ -360,7 +366,8 @@ class PackedEmbeddingBag(_PackedModule):
         """Pool bags of rows.
 
         Args:
-            input: int32 or int64, each in [0, num_embeddings): 1-D [L] with offsets, or 2-D [B, n] for B bags of n.
+            input: int32 or int64, each in [0, num_embeddings): 1-D [L] with offsets, or 2-D [B, n] for B bags of n, or
+                for bags of several sizes a nested tensor of layout torch.jagged.
             offsets: int32 or int64 [B], non-decreasing from 0: where each bag starts in 1-D input; with
                 include_last_offset [B + 1].
             per_sample_weights: float32 or of dtype, shaped like input; only in mode "sum". They get gradients by
@@ -375,7 +382,13 @@ class PackedEmbeddingBag(_PackedModule):
             TypeError: an argument is of another type.
             ValueError: the arguments do not go together.
         """
-        check_tensors(input=input, offsets=offsets, per_sample_weights=per_sample_weights)
+        proxy = check_tensors(input=input, offsets=offsets, per_sample_weights=per_sample_weights)
+        if proxy is not None:
+            return call_as_leaf(proxy, self, input, offsets, per_sample_weights)
+        include_last_offset = self.include_last_offset
+        if input.is_nested:
+            input, offsets, per_sample_weights = flatten_nested(input, offsets, per_sample_weights)
+            include_last_offset = True
         pool: Any = torch.ops.embpack.embedding_bag.default
         how: str | Tensor = self.mode
         if per_sample_weights is not None:
@@ -384,7 +397,7 @@ class PackedEmbeddingBag(_PackedModule):
                 per_sample_weights = per_sample_weights.float()
             pool, how = torch.ops.embpack.embedding_bag.weighted, per_sample_weights
         options: dict[str, Any] = {}  # those that are not the defaults: each takes a third of a microsecond to pass
-        if self.include_last_offset:
+        if include_last_offset:
             options["include_last_offset"] = True
         if self.padding_idx is not None:
             options["padding_idx"] = self.padding_idx
@@ -405,19 +418,6 @@ def _as_tensor(array: NDArray[Any]) -> Tensor:
         entries = entries.view()
         entries.flags.writeable = True
     return torch.from_numpy(entries)
-
-
-def check_tensors(**values: object) -> None:
-    """Raise TypeError if an argument is given and no tensor, nor stands for one; input must be given."""
-    for name, value in values.items():
-        if not isinstance(value, TENSORS) and (value is not None or name == "input"):
-            raise TypeError(f"{name} is {kind_of(value)}; it must be a tensor")
-
-
-def kind_of(value: object) -> str:
-    """Name the type of a value, with an article."""
-    kind = type(value).__name__
-    return f"an {kind}" if kind[0] in "aeiouAEIOU" else f"a {kind}"
 
 
 def _format(table: PackedTable) -> dict[str, Any]:
