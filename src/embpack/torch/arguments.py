@@ -58,9 +58,7 @@ def map_nested(look_up: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(look_up(jagged.values()), jagged.offsets())
 
 
-def flatten_nested(
-    input: Any, offsets: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def flatten_nested(input: Any, offsets: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Make bags of a nested tensor: indices, offsets with the last, and weights.
 
     Raises:

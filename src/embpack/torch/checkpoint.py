@@ -20,7 +20,7 @@ from embpack.torch.convert import (
     swap_collections,
     walk_children,
 )
-from embpack.torch.modules import check_supported
+from embpack.torch.modules import check_supported, leave_tables_out_of_ddp
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse", "untie"] = "refuse") -> nn.Module:
@@ -67,6 +67,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
     if missing or outcome.unexpected_keys:
         what = ", and ".join(f"{owner} lacks {', '.join(names)}" for owner, names in lacks if names)
         raise ValueError(f"{path} does not go with the model: {what}")
+    leave_tables_out_of_ddp(model)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     unmade = [name for name, tensor in tensors if tensor.is_meta]
     if unmade:

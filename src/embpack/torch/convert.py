@@ -14,7 +14,7 @@ from embpack.rules import MIN_ROWS
 from embpack.shard_writer import Progress, TableReport
 from embpack.table import PackedTable
 from embpack.torch.collection import PackedEmbeddingBagCollection
-from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported
+from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported, leave_tables_out_of_ddp
 from embpack.torch.private import has_hooks
 from embpack.variant import Variant
 
@@ -130,6 +130,7 @@ def quantize_(
         for place in hangs:
             place.hang(new)
     swap_collections(model)
+    leave_tables_out_of_ddp(model)
     return ModelReport(tuple(reports), tuple(left_alone))
 
 

@@ -19,7 +19,7 @@ from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 from embpack.torch.arguments import call_as_leaf, check_tensors, flatten_nested, kind_of, map_nested
 from embpack.torch.ops import as_table, check_dtype
-from embpack.torch.private import CastModule, GuardedModule, buffers_of
+from embpack.torch.private import CastModule, GuardedModule, buffers_of, leave_out_of_ddp
 from embpack.torch.state import FORMAT, check_format, receive_state, write_format
 
 # Options of a float module that a packed one cannot have, and why.
@@ -408,6 +408,24 @@ class PackedEmbeddingBag(_PackedModule):
         last = ", include_last_offset=True" if self.include_last_offset else ""
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self._describe()}, mode={self.mode!r}{last}{padding}"
+
+
+def leave_tables_out_of_ddp(model: nn.Module) -> None:
+    """Let DistributedDataParallel leave the packed tables of a model as each process has them.
+
+    Otherwise it sends all buffers to the other processes when it is made and at every step, which takes time, and
+    unmaps there what was mapped from a file. quantize_ and load_checkpoint do this to the model that they are given.
+
+    Args:
+        model: what DistributedDataParallel is to get, itself and not a part of it, with its tables in it. Each process
+            must have the same tables.
+    """
+    modules = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _PackedModule)
+    ]
+    leave_out_of_ddp(model, [f"{name}.{buffer}" for name, module in modules for buffer in buffers_of(module)])
 
 
 def _as_tensor(array: NDArray[Any]) -> Tensor:

@@ -3,12 +3,13 @@
 PyTorch 2.13 has everything; where a release lacks something, importing embpack.torch says what.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 
 # Owner and name of each.
 USED: dict[str, tuple[object, str]] = {
@@ -19,6 +20,10 @@ USED: dict[str, tuple[object, str]] = {
     "torch.nn.Module._apply": (nn.Module, "_apply"),
     "torch.nn.Module._load_from_state_dict": (nn.Module, "_load_from_state_dict"),
     "the _schema of operators": (torch.ops.aten.add.Tensor, "_schema"),
+    "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
+        DistributedDataParallel,
+        "_set_params_and_buffers_to_ignore_for_model",
+    ),
 }
 
 
@@ -64,6 +69,17 @@ def has_hooks(module: nn.Module) -> bool:
     way, and a module that takes another's place would silently lose them.
     """
     return any(value for name, value in vars(module).items() if name.startswith("_") and name.endswith("_hooks"))
+
+
+def leave_out_of_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Let DistributedDataParallel leave parameters and buffers of a model alone, beside those that it does already.
+
+    It reads the names from the model that it wraps, since 1.6; the function that sets them says that it stands in for
+    what is to come. The only public way, broadcast_buffers=False, is for all buffers.
+    """
+    already = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    leave_out: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model  # which has no types
+    leave_out(model, {*already, *names})
 
 
 def argument_names(operator: Any) -> list[str]:
