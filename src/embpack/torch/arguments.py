@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from embpack.errors import kind_of
+
 
 def check_tensors(**values: object) -> Any:
     """Return one of the proxies that torch.fx traces with, if one is given; None otherwise.
@@ -21,12 +23,6 @@ def check_tensors(**values: object) -> Any:
         elif not isinstance(value, Tensor) and (value is not None or not position):
             raise TypeError(f"{name} is {kind_of(value)}; it must be a tensor")
     return proxy
-
-
-def kind_of(value: object) -> str:
-    """Name the type of a value, with an article."""
-    kind = type(value).__name__
-    return f"an {kind}" if kind[0] in "aeiouAEIOU" else f"a {kind}"
 
 
 def call_as_leaf(proxy: Any, module: nn.Module, *arguments: Any) -> Tensor:

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embpack.bags import as_row, check_mode, check_weighted
+from embpack.errors import kind_of
 from embpack.formats.mapped import is_mapped
 from embpack.layouts import RowFormat
-from embpack.methods import DEFAULT_METHOD
+from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packing import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
-from embpack.torch.arguments import call_as_leaf, check_tensors, flatten_nested, kind_of, map_nested
+from embpack.torch.arguments import call_as_leaf, check_tensors, flatten_nested, map_nested
 from embpack.torch.ops import as_table, check_dtype
 from embpack.torch.private import CastModule, GuardedModule, buffers_of, leave_out_of_ddp
 from embpack.torch.state import FORMAT, check_format, receive_state, write_format
@@ -93,7 +94,9 @@ class _PackedModule(CastModule, GuardedModule):
             self.register_buffer(FORMAT, write_format(self.row_format))
 
     @classmethod
-    def from_float(cls, module: nn.Embedding | nn.EmbeddingBag, method: str = DEFAULT_METHOD, **options: Any) -> Self:
+    def from_float(
+        cls, module: nn.Embedding | nn.EmbeddingBag, method: str | Method = DEFAULT_METHOD, **options: Any
+    ) -> Self:
         """Pack a float module, nn.Embedding or nn.EmbeddingBag as this class is.
 
         Args:
