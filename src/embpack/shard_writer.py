@@ -4,7 +4,7 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from glob import escape
@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
-from embpack.files import TableEntry, format_checksum, make_metadata
+from embpack.files import TableEntry, format_checksum, iter_pieces, make_metadata
 from embpack.formats import OutShard, OutTensor, SourceTensor
 from embpack.formats.base import as_bytes
-from embpack.formats.dtypes import count_bytes, name_dtype
+from embpack.formats.dtypes import name_dtype
 from embpack.layouts import RowFormat
 from embpack.methods import Method, measure_loss
+from embpack.methods.base import Sums, find_warning
 from embpack.packing import iter_packed
 from embpack.rotation import rotate_chunks
 from embpack.rules import Decision
@@ -27,7 +28,8 @@ from embpack.rules import Decision
 # Told of rows as they are done: the table's name and how many more.
 Progress = Callable[[str, int], None]
 
-_COPY_BYTES = 1 << 24
+# As long as any.
+_NO_CHECKSUM = format_checksum(hashlib.sha256())
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class TableReport:
         bytes_before, bytes_after: of its weights and of its packed rows.
         loss: normalized l2 loss ||X - Q(X)|| / ||X||.
         seconds: spent reading, packing and writing it.
+        warning: what to know of it and to do about it, such as rows that are lost; None if there is nothing.
     """
 
     name: str
@@ -49,6 +52,7 @@ class TableReport:
     bytes_after: int
     loss: float
     seconds: float
+    warning: str | None = None
 
     @property
     def rows_per_second(self) -> float:
@@ -63,7 +67,7 @@ class TableWriter:
     Attributes:
         decision: to pack it.
         max_loss: the largest normalized l2 loss that it may have.
-        progress: is told of packed rows.
+        progress: is told of packed rows, several times a second.
         beside: the arrays beside its rows, by name; there once it is fitted, before any row is written.
         entry, report: there once its rows are written.
     """
@@ -88,7 +92,7 @@ class TableWriter:
     @property
     def longest_entry(self) -> TableEntry:
         """An entry at least as long as the table's, with floats of as many digits as they can have."""
-        return self._make_entry(self._method.longest_spec, -1.2345678901234567e-300, format_checksum(hashlib.sha256()))
+        return self._make_entry(self._method.longest_spec, -1.2345678901234567e-300, _NO_CHECKSUM)
 
     @property
     def _method(self) -> Method:
@@ -106,18 +110,17 @@ class TableWriter:
         read = partial(_read_rows, tensor, row_format)
         packer = self._method.fit(read, tensor.shape[0], row_format, tensor.name)
         self.beside |= packer.beside()
-        digest, sums = hashlib.sha256(), []
-        for packed, own in iter_packed(packer, read()):
+        digest, sums = hashlib.sha256(), list[Sums]()
+        for packed, own in iter_packed(packer, read(), on_rows=partial(self.progress, tensor.name)):
             digest.update(packed.data)
             sums += own
             yield packed
-            self.progress(tensor.name, len(packed))
         for array in self.beside.values():
             digest.update(as_bytes(array))
         loss = measure_loss(sums)
         _check_loss(tensor.name, loss, self.max_loss)
         self.entry = self._make_entry(packer.spec, loss, format_checksum(digest))
-        self.report = self._make_report(self.entry, loss, time.perf_counter() - started)
+        self.report = self._make_report(self.entry, loss, time.perf_counter() - started, find_warning(sums))
 
     def _read(self, name: str) -> Iterator[NDArray[Any]]:
         yield self.beside[name]
@@ -132,7 +135,7 @@ class TableWriter:
             checksum=checksum,
         )
 
-    def _make_report(self, entry: TableEntry, loss: float, seconds: float) -> TableReport:
+    def _make_report(self, entry: TableEntry, loss: float, seconds: float, warning: str | None) -> TableReport:
         return TableReport(
             name=self.decision.tensor.name,
             num_embeddings=entry.num_embeddings,
@@ -143,6 +146,7 @@ class TableWriter:
             bytes_after=self.decision.bytes_after,
             loss=loss,
             seconds=seconds,
+            warning=warning,
         )
 
 
@@ -166,23 +170,35 @@ class ShardWriter:
     def out_shard(self, file_name: str) -> OutShard:
         """Make what the output has of the shard."""
         out: list[OutTensor] = []
+        others: dict[str, str] = {}
         for tensor in self.tensors:
-            out += tensor.out_tensors() if isinstance(tensor, TableWriter) else [copy_tensor(tensor)]
+            if isinstance(tensor, TableWriter):
+                out += tensor.out_tensors()
+            else:
+                others[tensor.name] = _NO_CHECKSUM
+                out.append(copy_tensor(tensor, partial(_keep_checksum, others, tensor.name)))
         _check_names(out)
-        room = len(json.dumps(self._make_metadata([table.longest_entry for table in self.tables])))
-        return OutShard(file_name, tuple(out), self._metadata, room)
+        longest = self._make_metadata([table.longest_entry for table in self.tables], others, out)
+        return OutShard(file_name, tuple(out), lambda: self._metadata(others, out), len(json.dumps(longest)))
 
     @property
     def tables(self) -> list[TableWriter]:
         """The tables, in order."""
         return [tensor for tensor in self.tensors if isinstance(tensor, TableWriter)]
 
-    def _metadata(self) -> dict[str, str]:
-        return self._make_metadata([table.entry for table in self.tables if table.entry is not None])
+    def _metadata(self, others: Mapping[str, str], out: Sequence[OutTensor]) -> dict[str, str]:
+        return self._make_metadata([table.entry for table in self.tables if table.entry is not None], others, out)
 
-    def _make_metadata(self, entries: Sequence[TableEntry]) -> dict[str, str]:
+    def _make_metadata(
+        self, entries: Sequence[TableEntry], others: Mapping[str, str], out: Sequence[OutTensor]
+    ) -> dict[str, str]:
         names = [table.decision.tensor.name for table in self.tables]
-        return {**self.source_metadata, **make_metadata(dict(zip(names, entries, strict=True)))}
+        tables = dict(zip(names, entries, strict=True))
+        return {**self.source_metadata, **make_metadata(tables, others, out)}
+
+
+def _keep_checksum(others: dict[str, str], name: str, digest: "hashlib._Hash") -> None:
+    others[name] = format_checksum(digest)
 
 
 def _check_names(tensors: Sequence[OutTensor]) -> None:
@@ -205,9 +221,14 @@ def _check_loss(name: str, loss: float, max_loss: float) -> None:
         )
 
 
-def copy_tensor(tensor: SourceTensor) -> OutTensor:
-    """Pass a tensor through, a few megabytes at a time."""
-    entries = tensor.shape[0] if tensor.shape else 1
-    entry_bytes = max(1, count_bytes(tensor.dtype, tensor.shape) // max(1, entries))
-    step = max(1, _COPY_BYTES // entry_bytes)
-    return OutTensor(tensor.name, tensor.dtype, tensor.shape, lambda: tensor.chunks(step))
+def copy_tensor(tensor: SourceTensor, finish: Callable[["hashlib._Hash"], None]) -> OutTensor:
+    """Pass a tensor through, a few megabytes at a time; finish is given the digest of its bytes at their end."""
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        digest = hashlib.sha256()
+        for piece in iter_pieces(tensor):
+            digest.update(as_bytes(piece))
+            yield piece
+        finish(digest)
+
+    return OutTensor(tensor.name, tensor.dtype, tensor.shape, chunks)
