@@ -21,11 +21,12 @@ from embpack.formats.base import (
     SourceTensor,
     as_bytes,
     iter_checked,
-    iter_slices,
     refuse_dtypes,
 )
 from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.formats.mapped import find_mappings, release_addresses
+from embpack.formats.source import SourceFile
+from embpack.formats.stored import iter_slices
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -63,18 +64,19 @@ def open_torch(path: Path) -> Iterator[Checkpoint]:
     Raises:
         FormatError: it is not a plain dict of tensors, or damaged.
     """
-    state, left_out = _choose_state(path, _load(path))
-    mappings = find_mappings(path)
-    tensors = []
-    for name, value in state.items():
-        reason = _why_left_out(value)
-        if reason:
-            left_out.append(f"entry {name!r} ({reason})")
-            continue
-        if not isinstance(name, str):
-            raise FormatError(f"{path}: the name of a tensor is {name!r}, not a string; rename it and save again")
-        tensors.append(_make_tensor(name, value.detach(), mappings))
-    yield Checkpoint(path, (Shard(path.name, tuple(tensors)),), left_out=tuple(left_out))
+    with SourceFile(path) as source:
+        state, left_out = _choose_state(path, _load(path))
+        mappings = find_mappings(path)
+        tensors = []
+        for name, value in state.items():
+            reason = _why_left_out(value)
+            if reason:
+                left_out.append(f"entry {name!r} ({reason})")
+                continue
+            if not isinstance(name, str):
+                raise FormatError(f"{path}: the name of a tensor is {name!r}, not a string; rename it and save again")
+            tensors.append(_make_tensor(name, value.detach(), mappings, source))
+        yield Checkpoint(path, (Shard(path.name, source.size, tuple(tensors)),), left_out=tuple(left_out))
 
 
 def _load(path: Path) -> object:
@@ -135,12 +137,12 @@ def _why_left_out(value: object) -> str | None:
     return None
 
 
-def _make_tensor(name: str, tensor: torch.Tensor, mappings: list[range]) -> SourceTensor:
+def _make_tensor(name: str, tensor: torch.Tensor, mappings: list[range], source: SourceFile) -> SourceTensor:
     storage = tensor.untyped_storage()
     start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
     is_mapped = any(mapping.start <= start and stop <= mapping.stop for mapping in mappings)
     read = partial(_iter_tensor, tensor, is_mapped=is_mapped)
-    return SourceTensor(name, tuple(tensor.shape), _NAMES[tensor.dtype], read)
+    return SourceTensor(name, tuple(tensor.shape), _NAMES[tensor.dtype], read, source)
 
 
 def _iter_tensor(tensor: torch.Tensor, start: int, stop: int, n: int, *, is_mapped: bool) -> Iterator[NDArray[Any]]:
