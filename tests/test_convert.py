@@ -233,7 +233,7 @@ def test_shards_stay_shards(tmp_path):
 def test_every_shard_has_the_version(tmp_path):
     for file in pack(KINDS["shards in a folder"], tmp_path).files:
         value = json.loads(read_raw(file).metadata["embpack"])
-        assert value["version"] == 1
+        assert value["version"] == 2
         assert set(value["tables"]) <= set(read_raw(file).tensors)
 
 
@@ -445,6 +445,24 @@ def test_shards_are_not_unpacked_into_a_file(tmp_path, suffix):
     with pytest.raises(ValueError, match="is sharded, so the destination is a folder"):
         embpack.dequantize_file(packed.dst, tmp_path / f"plain{suffix}")
     assert names_in(tmp_path) == {packed.src.name, packed.dst.name}
+
+
+# Names
+
+
+def test_a_name_that_is_no_text_is_refused_before_anything_is_written(tmp_path):
+    """A file's name in Latin-1; in a state dict any string may be a name."""
+    weight = make_weight()
+    npy, pt = tmp_path / os.fsdecode(b"caf\xe9.npy"), tmp_path / "model.pt"
+    with npy.open("wb") as file:
+        np.save(file, weight)
+    torch.save({"emb.weight": torch.from_numpy(weight), "\ud800": torch.ones(3)}, pt)
+    for src, name in ((npy, r"caf\\udce9"), (pt, r"\\ud800")):
+        with pytest.raises(
+            ValueError, match=f"out.safetensors: tensor '{name}' has a name that is not Unicode, .*rename"
+        ):
+            embpack.quantize_file(src, tmp_path / "out.safetensors", method="asym")
+    assert names_in(tmp_path) == {npy.name, pt.name}
 
 
 # Destinations

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from embpack.files import open_packed
+from embpack.formats import SourceTensor
+from embpack.formats.torch import DTYPES
 from embpack.table import PackedTable
 from embpack.torch.convert import (
     PACKED,
@@ -52,10 +53,10 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
     _check_model(model)
     tables: dict[str, PackedTable] = {}
     floats: dict[str, Tensor] = {}
-    for file in open_packed(path):
-        tables |= {name: file.table(name) for name in file.entries}
-        with safe_open(file.path, "pt") as opened:
-            floats |= {name: opened.get_tensor(name) for name in file.others}
+    with open_packed(path) as files:
+        for file in files:
+            tables |= {name: file.table(name) for name in file.entries}
+            floats |= {name: _read(file.path, tensor) for name, tensor in file.others.items()}
     shared = _find_shared(model)
     packed = _swap(model, tables, shared)
     left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -75,6 +76,13 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
             "make them after loading, or make the model elsewhere"
         )
     return model
+
+
+def _read(path: Path, tensor: SourceTensor) -> Tensor:
+    """Read a tensor into memory of its own."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which load_checkpoint cannot load")
+    return torch.from_numpy(tensor.whole(mapped=False)).view(DTYPES[tensor.dtype])
 
 
 def _check_model(model: nn.Module) -> None:
