@@ -114,12 +114,12 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "safetensors-hole": (
         "a.safetensors",
         safetensors_bytes({"a": f32_entry([2], start=4)}, b"\0" * 12),
-        "invalid offset for tensor `a`",
+        "tensor 'a' begins at byte 4 of the payload, but what is before it ends at 0",
     ),
     "safetensors-not-json": (
         "a.safetensors",
         safetensors_bytes(b"{'a': 1}", b""),
-        "invalid JSON in header",
+        "not valid JSON: Expecting property name",
     ),
     "safetensors-twice": ("a.safetensors", _safetensors_twice(), "'a' is there twice"),
     "torch-garbage": ("a.pt", b"neither zip nor pickle", "not a"),

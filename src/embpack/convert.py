@@ -20,7 +20,6 @@ from embpack.formats import (
     Checkpoint,
     OutShard,
     OutTensor,
-    Shard,
     SourceTensor,
     open_checkpoint,
     write_checkpoint,
@@ -129,7 +128,7 @@ def pack_checkpoint(
         tables=tuple(table.report for writer in writers for table in writer.tables if table.report is not None),
         passed_through=tuple(each.tensor.name for each in decisions if each.variant is None),
         left_out=checkpoint.left_out,
-        file_bytes_before=_bytes_on_disk(checkpoint.path.parent, checkpoint.shards),
+        file_bytes_before=sum(shard.num_bytes for shard in checkpoint.shards),
         file_bytes_after=_bytes_on_disk(dst if checkpoint.index_name else dst.parent, shards),
         seconds=time.perf_counter() - started,
     )
@@ -149,7 +148,7 @@ def _check_place(checkpoint: Checkpoint, dst: Path) -> None:
         raise ValueError(f"{dst}: the destination is the source; choose another name")
 
 
-def _bytes_on_disk(folder: Path, shards: Sequence[Shard | OutShard]) -> int:
+def _bytes_on_disk(folder: Path, shards: Sequence[OutShard]) -> int:
     return sum((folder / shard.file_name).stat().st_size for shard in shards)
 
 

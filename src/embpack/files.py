@@ -252,8 +252,7 @@ def open_packed(path: str | Path) -> list[PackedFile]:
 def _map_shard(path: Path, shard: Shard) -> PackedFile:
     entries = read_entries(path, shard)
     parts, others = split_shard(shard, entries)
-    # A tensor that is read whole is a view of the mapped file, and keeps it mapped.
-    arrays = {name: [tensor.read() for tensor in own] for name, own in parts.items()}
+    arrays = {name: [tensor.whole(mapped=True) for tensor in own] for name, own in parts.items()}
     return PackedFile(path, entries, arrays, tuple(tensor.name for tensor in others))
 
 

@@ -23,6 +23,7 @@ from embpack.formats.base import (
     rechunk,
     refuse_dtypes,
 )
+from embpack.formats.source import SourceFile
 
 DTYPES = {
     "BOOL": pa.bool_(),
@@ -59,7 +60,7 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
         FormatError: it is not one, or damaged.
     """
     tensors, left_out = [], []
-    with _open_file(path) as file:
+    with SourceFile(path) as source, _open_file(path) as file:
         schema, num_rows = file.schema_arrow, file.metadata.num_rows
         repeated = find_repeated(schema.names)
         if repeated is not None:
@@ -69,8 +70,8 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
             if reason:
                 left_out.append(f"column {field.name!r} ({reason})")
             else:
-                tensors.append(_make_tensor(path, field, num_rows))
-    yield Checkpoint(path, (Shard(path.name, tuple(tensors)),), left_out=tuple(left_out))
+                tensors.append(_make_tensor(path, field, num_rows, source))
+        yield Checkpoint(path, (Shard(path.name, source.size, tuple(tensors)),), left_out=tuple(left_out))
 
 
 @contextmanager
@@ -107,12 +108,12 @@ def _has_nulls(path: Path, file: pq.ParquetFile, name: str) -> bool:
     return any(column.null_count for column in _Column(path, name).iter_arrow(0, file.metadata.num_rows, 1))
 
 
-def _make_tensor(path: Path, field: pa.Field, num_rows: int) -> SourceTensor:
+def _make_tensor(path: Path, field: pa.Field, num_rows: int, source: SourceFile) -> SourceTensor:
     if pa.types.is_fixed_size_list(field.type):
-        dim = field.type.list_size
+        dim, dtype = field.type.list_size, _NAMES[field.type.value_type]
         iter_rows = _Column(path, field.name, dim).iter_rows
-        return SourceTensor(field.name, (num_rows, dim), _NAMES[field.type.value_type], iter_rows, is_vectors=True)
-    return SourceTensor(field.name, (num_rows,), _NAMES[field.type], _Column(path, field.name).iter_rows)
+        return SourceTensor(field.name, (num_rows, dim), dtype, iter_rows, source, is_vectors=True)
+    return SourceTensor(field.name, (num_rows,), _NAMES[field.type], _Column(path, field.name).iter_rows, source)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from embpack.errors import FormatError
 from embpack.formats.atomic import new_folder
 from embpack.formats.base import Checkpoint, OutShard, Shard
-from embpack.formats.safetensors import map_shard, parse_object, write_safetensors
+from embpack.formats.safetensors import parse_object, read_shard, write_safetensors
+from embpack.formats.source import SourceFile
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -24,9 +25,16 @@ def open_sharded(path: Path) -> Iterator[Checkpoint]:
         FormatError: index and files do not agree, or one of them is damaged.
     """
     weight_map, left_out = _read_index(path)
-    shards = [map_shard(path.parent / name, name) for name in sorted(set(weight_map.values()))]
+    shards = [_read_shard(path.parent / name, name) for name in sorted(set(weight_map.values()))]
     _check_weight_map(path, weight_map, shards)
     yield Checkpoint(path, tuple(shards), path.name, left_out)
+
+
+def _read_shard(path: Path, name: str) -> Shard:
+    # It is opened again when its tensors are read: of many files, one is open at a time.
+    source = SourceFile(path)
+    with source:
+        return read_shard(source, name)
 
 
 def find_index(folder: Path) -> Path:
