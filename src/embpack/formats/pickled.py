@@ -138,6 +138,12 @@ def _as_key(key: Any) -> Any:
     return key if isinstance(key, str | int | float) else Made(Named("builtins", type(key).__name__))
 
 
+def _make_dict(machine: _Machine) -> None:
+    flat = machine.pop_mark()
+    machine.push({})
+    machine.set_items(flat)
+
+
 def _make_of_mark(machine: _Machine) -> None:
     maker, *arguments = machine.pop_mark()
     machine.make(maker, tuple(arguments))
@@ -173,7 +179,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], object]] = {
     "APPEND": lambda m, a: m.extend(m.pop_many(1)),
     "APPENDS": lambda m, a: m.extend(m.pop_mark()),
     "EMPTY_DICT": lambda m, a: m.push({}),
-    "DICT": lambda m, a: (flat := m.pop_mark(), m.push({}), m.set_items(flat)),
+    "DICT": lambda m, a: _make_dict(m),
     "SETITEM": lambda m, a: m.set_items(m.pop_many(2)),
     "SETITEMS": lambda m, a: m.set_items(m.pop_mark()),
     "EMPTY_SET": lambda m, a: m.make(_SET, ()),

@@ -1,8 +1,7 @@
 """State dicts of torch.save; no pickle is ever run."""
 
 import math
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +23,7 @@ from embpack.formats.base import (
 from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.formats.pickled import Made, Named, Outside
 from embpack.formats.source import SourceFile
-from embpack.formats.torch_file import ADVICE, SavedFile, read_saved
+from embpack.formats.torch_file import ADVICE, read_saved
 from embpack.formats.torch_tensor import NAMES, View, ViewReader, describe_tensor, is_tensor, view_tensor
 
 DTYPES: dict[str, torch.dtype] = {tag: getattr(torch, name) for tag, name in NAMES.items()}
@@ -50,7 +49,7 @@ def open_torch(path: Path) -> Iterator[Checkpoint]:
         state, left_out = _choose_state(path, saved.value)
         views: dict[str, View] = {}
         for name, value in state.items():
-            view = _find_view(path, saved, name, value)
+            view = view_tensor(saved, name, value) if is_tensor(value) else _describe(value)
             if isinstance(view, str):
                 left_out.append(f"entry {_name_entry(name)} ({view})")
             elif not isinstance(name, str):
@@ -93,10 +92,10 @@ def _find_items(value: object) -> dict[Any, Any] | None:
         case dict():
             return value
         # As Python 2 wrote it.
-        case Made(Named("collections", "OrderedDict"), ([*pairs],)) if all(
-            isinstance(p, list) and len(p) == 2 for p in pairs
-        ):
-            return {key: item for key, item in pairs if isinstance(key, str)} | value.items
+        case Made(Named("collections", "OrderedDict"), (list(pairs),)):
+            return dict(
+                pair for pair in pairs if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+            )
         case Made(maker=Named("collections", "OrderedDict" | "defaultdict"), items=items):
             return items
         case Made(items=items) if items:
@@ -124,18 +123,8 @@ def _describe(value: object) -> str:
 
 def _advise(values: Iterable[object]) -> str:
     if any(isinstance(value, Made) and not is_tensor(value) for value in values):
-        return f"only running its pickle would make such objects, and pickles are never run; where their classes are installed, {ADVICE}"
+        return f"objects take running a pickle, and none is ever run; where their classes are installed, {ADVICE}"
     return ADVICE
-
-
-def _find_view(path: Path, saved: SavedFile, name: object, value: object) -> View | str:
-    """Return what a tensor is a view of, or why an entry is left out."""
-    if not is_tensor(value):
-        return _describe(value)
-    try:
-        return view_tensor(saved, value)
-    except FormatError as error:
-        raise FormatError(f"{path}: entry {_name_entry(name)}: {error}") from error
 
 
 def _refuse_expanded(source: SourceFile, views: dict[str, View]) -> None:
@@ -145,9 +134,9 @@ def _refuse_expanded(source: SourceFile, views: dict[str, View]) -> None:
     if total > max(_MOST_TIMES * source.size, _ALWAYS_BYTES):
         name = max(sizes, key=lambda name: sizes[name] - views[name].storage.nbytes)
         raise FormatError(
-            f"{source.path}: its tensors take {total} bytes, more than {_MOST_TIMES} times the {source.size} bytes of the file; "
-            f"{name!r} of shape {list(views[name].shape)} alone takes {sizes[name]}, and {views[name].storage.nbytes} are "
-            "there of it; save the .contiguous() of what was expanded"
+            f"{source.path}: its tensors take {total} bytes, over {_MOST_TIMES} times the {source.size} of the file; "
+            f"{name!r} of shape {list(views[name].shape)} takes {sizes[name]}, but has {views[name].storage.nbytes} in "
+            "the file; save the .contiguous() of what was expanded"
         )
 
 

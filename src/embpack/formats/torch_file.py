@@ -1,7 +1,7 @@
 """Files of torch.save: what they hold, and where the values of their tensors lie.
 
-Since PyTorch 1.6 these are zip files; before, pickles with the values after them. PyTorch's own reader is not used: with
-weights_only it refuses pickles of protocol 4, and any file that holds an object of another class beside its tensors.
+Since PyTorch 1.6 these are zip files; before, pickles with the values after them. PyTorch's own reader is not used:
+with weights_only it refuses pickles of protocol 4, and any file that holds an object of another class beside tensors.
 """
 
 import io
@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from embpack.errors import FormatError
@@ -82,12 +83,14 @@ class SavedFile:
     """What a file holds.
 
     Attributes:
+        path: of the file.
         value: as read_pickle gives it.
         byte_order: of all values, "<" or ">".
-        find_storage: returns the storage that an Outside of the value means, None if it is none; raises FormatError where
-            the file does not have all of it.
+        find_storage: returns the storage that an Outside of the value means, None if it is none; raises FormatError
+            where the file does not have all of it.
     """
 
+    path: Path
     value: Any
     byte_order: str
     find_storage: Callable[[Outside], Storage | None]
@@ -101,7 +104,7 @@ def read_saved(source: SourceFile) -> SavedFile:
     """
     if source.read(0, len(_ZIP_MAGIC)) == _ZIP_MAGIC:
         archive = _Archive(source)
-        return SavedFile(archive.read_value(), archive.read_byte_order(), archive.find_storage)
+        return SavedFile(source.path, archive.read_value(), archive.read_byte_order(), archive.find_storage)
     if source.read(257, 5) == b"ustar":
         raise FormatError(
             f"{source.path}: a tar file, as PyTorch wrote before 0.1.10; save it again with a later PyTorch"
@@ -109,10 +112,10 @@ def read_saved(source: SourceFile) -> SavedFile:
     return _read_stream(source)
 
 
-def _parse_id(outside: Outside) -> tuple[str, str, int, int] | None:
+def _parse_id(outside: Outside) -> tuple[str, str, int] | None:
     """Return a storage's key, the type of its values and its bytes; None if it is no storage."""
     match outside.key:
-        # Where it was in memory does not matter, nor that before 1.6 it could say that it was a view of another storage.
+        # The device does not matter. Before PyTorch 0.4 a storage could be a view of another, which comes last.
         case ("storage", Named(name=name), str(key), str(), int(count), *rest) if name in _STORAGES and not any(rest):
             return key, _STORAGES[name], count * ITEM_BYTES[_STORAGES[name]]
     return None
@@ -206,7 +209,8 @@ class _Archive:
         member = self._members[name]
         header = self._source.read(member.header_offset, _LOCAL_HEADER.size)
         if len(header) == _LOCAL_HEADER.size and header.startswith(_ZIP_MAGIC):
-            start = member.header_offset + len(header) + sum(_LOCAL_HEADER.unpack(header)[1:])
+            _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+            start = member.header_offset + len(header) + int(name_bytes) + int(extra_bytes)
             if start + member.file_size <= self._source.size:
                 return start
         raise self._refuse(f"{name} is not where its directory says; the file is damaged, copy it again")
@@ -235,7 +239,7 @@ def _read_stream(source: SourceFile) -> SavedFile:
         )
     storages = dict(_iter_storages(source, file.tell(), [found[key] for key in keys]))
     # Values are little-endian on every machine.
-    return SavedFile(value, "<", lambda wanted: _look_up(storages, wanted))
+    return SavedFile(source.path, value, "<", lambda wanted: _look_up(storages, wanted))
 
 
 def _iter_storages(source: SourceFile, start: int, wanted: list[tuple[str, str, int]]) -> Iterator[tuple[str, Storage]]:
@@ -245,7 +249,7 @@ def _iter_storages(source: SourceFile, start: int, wanted: list[tuple[str, str, 
         start += _COUNT_BYTES
         if count * ITEM_BYTES[dtype] != nbytes or start + nbytes > source.size:
             raise FormatError(
-                f"{source.path}: the {nbytes} bytes of storage {key!r} are not all there; the file is truncated or damaged, "
+                f"{source.path}: the {nbytes} bytes of storage {key!r} are not all there; it is truncated or damaged, "
                 "copy it again"
             )
         yield key, Storage(dtype, start, nbytes)

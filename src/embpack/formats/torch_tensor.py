@@ -92,24 +92,24 @@ def describe_tensor(tensor: object) -> str:
     return "tensor"
 
 
-def view_tensor(saved: SavedFile, tensor: object) -> View | str:
-    """Return what a tensor is a view of, or in words why it cannot be read.
+def view_tensor(saved: SavedFile, name: object, tensor: object) -> View | str:
+    """Return what a tensor is a view of, or in words why it cannot be read; name: what errors call it.
 
     Raises:
         FormatError: it is a view of values that the file does not have.
     """
     match _unwrap(tensor):
         case Made(Named("torch._utils", "_rebuild_tensor"), (storage, *place)):
-            return _make_view(saved, storage, place, None, None)
+            return _make_view(saved, name, storage, place, None, None)
         case Made(Named("torch._utils", "_rebuild_tensor_v2"), (storage, offset, shape, strides, _, _, *rest)):
-            return _make_view(saved, storage, [offset, shape, strides], None, *rest[:1])
+            return _make_view(saved, name, storage, [offset, shape, strides], None, *rest[:1])
         case Made(
             Named("torch._utils", "_rebuild_tensor_v3"),
             (storage, offset, shape, strides, _, _, Named("torch", dtype), *rest),
         ):
-            return _make_view(saved, storage, [offset, shape, strides], dtype, *rest[:1])
-        case Made(Named(_, name)) if name in _REASONS:
-            return _REASONS[name]
+            return _make_view(saved, name, storage, [offset, shape, strides], dtype, *rest[:1])
+        case Made(Named(_, maker)) if maker in _REASONS:
+            return _REASONS[maker]
         case Made(Named("torch._tensor", _), (_, tensor_class, *_)):
             return f"tensor of the class {tensor_class}"
     return "tensor of a class of its own, or of another device; save a plain one"
@@ -129,7 +129,7 @@ def _unwrap(tensor: object) -> object:
 
 
 def _make_view(
-    saved: SavedFile, outside: object, place: list[object], dtype: str | None, metadata: object = None
+    saved: SavedFile, name: object, outside: object, place: list[object], dtype: str | None, metadata: object = None
 ) -> View | str:
     storage = saved.find_storage(outside) if isinstance(outside, Outside) else None
     match place:
@@ -144,8 +144,8 @@ def _make_view(
     last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     if 0 not in shape and (last + 1) * item_bytes > storage.nbytes:
         raise FormatError(
-            f"a tensor of shape {list(shape)} and strides {list(strides)} ends at byte {(last + 1) * item_bytes} of "
-            f"{storage.nbytes}; the file is damaged, copy it again"
+            f"{saved.path}: tensor {name!r} of shape {list(shape)} and strides {list(strides)} ends at byte "
+            f"{(last + 1) * item_bytes} of {storage.nbytes}; the file is damaged, copy it again"
         )
     marks = metadata if isinstance(metadata, dict) else {}
     byte_strides = tuple(stride * item_bytes for stride in strides)
@@ -202,8 +202,8 @@ class ViewReader:
             yield rows
         if size and size == self.view.storage.nbytes and checksum != self.view.storage.checksum:
             raise FormatError(
-                f"{self.source.path}: the {size} bytes at {self.view.offset} do not agree with their checksum; the file is "
-                "damaged, copy it again"
+                f"{self.source.path}: the {size} bytes from {self.view.offset} on do not agree with their checksum; "
+                "the file is damaged, copy it again"
             )
 
     def _iter_strided(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
