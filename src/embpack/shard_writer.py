@@ -17,7 +17,7 @@ from embpack.chunks import chunk_rows
 from embpack.files import TableEntry, format_checksum, make_metadata
 from embpack.formats import OutShard, OutTensor, SourceTensor
 from embpack.formats.base import as_bytes
-from embpack.formats.dtypes import count_bytes, name_dtype
+from embpack.formats.dtypes import name_dtype
 from embpack.layouts import RowFormat
 from embpack.methods import Method, measure_loss
 from embpack.packing import iter_packed
@@ -207,7 +207,4 @@ def _check_loss(name: str, loss: float, max_loss: float) -> None:
 
 def copy_tensor(tensor: SourceTensor) -> OutTensor:
     """Pass a tensor through, a few megabytes at a time."""
-    entries = tensor.shape[0] if tensor.shape else 1
-    entry_bytes = max(1, count_bytes(tensor.dtype, tensor.shape) // max(1, entries))
-    step = max(1, _COPY_BYTES // entry_bytes)
-    return OutTensor(tensor.name, tensor.dtype, tensor.shape, lambda: tensor.chunks(step))
+    return OutTensor(tensor.name, tensor.dtype, tensor.shape, partial(tensor.pieces, _COPY_BYTES))

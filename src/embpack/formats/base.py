@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from embpack.formats.stored import StoredArray
 class SourceTensor:
     """A tensor of which any range of rows can be read; rows are entries of axis 0, a 0-d tensor is one row.
 
-    What is read is C-contiguous, aligned and of the machine's byte order; it may be read-only. BF16 is uint16, 8-bit
-    floats are uint8. Types smaller than a byte come as 1-D uint8, the tensor's bytes, and their ranges must begin
+    What is read is C-contiguous, aligned and of the machine's byte order; it may be read-only. A chunk may be
+    overwritten by the next one. BF16 is uint16, 8-bit floats are uint8. Types smaller than a byte come as 1-D uint8, the tensor's bytes, and their ranges must begin
     and end at whole bytes.
 
     Attributes:
@@ -60,7 +61,7 @@ class SourceTensor:
         if start == stop or not self.nbytes:
             shape = (0,) if self.dtype in PACKED_DTYPES else (stop - start, *self.shape[1:])
             return np.empty(shape, ARRAY_DTYPES[self.dtype])
-        [rows] = self._iter_unchanged(start, stop, stop - start)
+        [rows] = self._iter_unchanged(partial(self.iter_rows, start, stop, stop - start))
         return rows
 
     def whole(self, *, mapped: bool) -> NDArray[Any]:
@@ -82,21 +83,34 @@ class SourceTensor:
                 [view] = self.iter_rows(0, length, length)
         return view
 
+    def pieces(self, num_bytes: int) -> Iterator[NDArray[Any]]:
+        """Yield all values in order, about num_bytes at a time: some rows, or values of one, 1-D, where that has more.
+
+        Raises:
+            FormatError: when it comes to where the file is damaged, or was changed.
+        """
+        length = self.shape[0] if self.shape else 1
+        if self.stored is not None and self.nbytes > num_bytes * length:
+            flat = self.stored.flatten()
+            n = max(1, num_bytes // flat.dtype.itemsize)
+            return self._iter_unchanged(partial(flat.iter_rows, 0, flat.shape[0], n))
+        return self.chunks(max(1, num_bytes * length // max(1, self.nbytes)))
+
     def chunks(self, n: int, start: int = 0, stop: int | None = None) -> Iterator[NDArray[Any]]:
         """Yield rows [start, stop), or all from start on, in order: n at a time but the last, in bounded memory.
 
         Raises:
-            FormatError: when it comes to where the file is damaged.
+            FormatError: when it comes to where the file is damaged, or was changed.
             ValueError: there are no such rows, or n is not positive.
         """
         start, stop = self._check_range(start, stop)
         if n < 1:
             raise ValueError(f"tensor {self.name!r} is to be read {n} rows at a time; give a positive number")
-        return self._iter_unchanged(start, stop, n) if start < stop else iter(())
+        return self._iter_unchanged(partial(self.iter_rows, start, stop, n)) if start < stop else iter(())
 
-    def _iter_unchanged(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
+    def _iter_unchanged(self, read: Callable[[], Iterator[NDArray[Any]]]) -> Iterator[NDArray[Any]]:
         with self._unchanged():
-            yield from self.iter_rows(start, stop, n)
+            yield from read()
 
     def _unchanged(self, *, by_name: bool = True) -> AbstractContextManager[None]:
         if self.source is None:

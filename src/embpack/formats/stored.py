@@ -30,10 +30,12 @@ class StoredArray:
     dtype: np.dtype[Any]
 
     def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
-        """Yield rows [start, stop), n at a time, in memory of their own and the machine's byte order."""
+        """Yield rows [start, stop), n at a time, in the machine's byte order; the next ones overwrite them."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        # Memory that is new has to be cleared by the system, which takes as long as reading into it.
+        room = np.empty((min(n, stop - start), *self.shape[1:]) if self.shape else (), self.dtype)
         for rows in iter_slices(start, stop, n):
-            out = np.empty((rows.stop - rows.start, *self.shape[1:]) if self.shape else (), self.dtype)
+            out = room[: rows.stop - rows.start] if self.shape else room
             self.source.read_into(self.offset + rows.start * row_bytes, out)
             yield as_native(out)
 
@@ -88,5 +90,5 @@ class FortranArray:
 
 
 def as_native(array: NDArray[Any]) -> NDArray[Any]:
-    """Bring an array that nobody else has into the machine's byte order, in place."""
+    """Bring an array that may be overwritten into the machine's byte order, in place."""
     return array if array.dtype.isnative else array.byteswap(inplace=True).view(array.dtype.newbyteorder("="))
