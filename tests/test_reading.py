@@ -915,26 +915,99 @@ def test_parquet_leaves_out_other_columns(tmp_path, statistics):
     table = pa.table(
         {
             "word": ["a", "b"],
-            "list": [[1.0], [2.0]],
-            "large": pa.array([[1.0], [2.0]], pa.large_list(pa.float32())),
+            "list": [[1.0], [2.0, 3.0]],
+            "large": pa.array([[1.0], [2.0, 3.0]], pa.large_list(pa.float32())),
+            "integers": [[1], [2]],
+            "nested": [[[1.0]], [[2.0]]],
             "ints": pa.array([[1, 2], [3, 4]], pa.list_(pa.int8(), 2)),
             "gaps": [1, None],
             "when": pa.array([1, 2], pa.date32()),
             "record": [{"x": 1}, {"x": 2}],
+            "permuted": pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((2, 2, 3), np.float32).transpose(0, 2, 1)),
         }
     )
     pq.write_table(table, tmp_path / "a.parquet", write_statistics=statistics)
-    hint = "for vectors cast it to a fixed-size list, column.cast(pa.list_(pa.float32(), d))"
+    why = "of several lengths; only vectors of one length are read"
     assert names(tmp_path / "a.parquet") == []
     assert [note.replace("item:", "element:") for note in notes(tmp_path / "a.parquet")] == [
         "column 'word' (string)",
-        f"column 'list' (list<element: double>; {hint})",
-        f"column 'large' (large_list<element: float>; {hint})",
+        f"column 'list' (list<element: double>, {why})",
+        f"column 'large' (large_list<element: float>, {why})",
+        "column 'integers' (list<element: int64>)",
+        "column 'nested' (list<element: list<element: double>>)",
         "column 'ints' (fixed_size_list<element: int8>[2])",
         "column 'gaps' (int64, with nulls)",
         "column 'when' (date32[day])",
         "column 'record' (struct<x: int64>)",
+        "column 'permuted' (extension<arrow.fixed_shape_tensor[value_type=float, shape=[2,3], permutation=[1,0]]>)",
     ]
+
+
+LISTS = {
+    "list": lambda rows: pa.array(list(rows), pa.list_(pa.float32())),
+    "large": lambda rows: pa.array(list(rows), pa.large_list(pa.float32())),
+    "tensor": pa.FixedShapeTensorArray.from_numpy_ndarray,
+}
+
+
+@pytest.mark.parametrize("n", CHUNKS)
+@pytest.mark.parametrize("kind", LISTS)
+def test_parquet_lists_of_one_length(tmp_path, kind, n):
+    array = np.random.default_rng(0).standard_normal((20, 3), np.float32)
+    # Columns of the file before it are as many as their types have parts.
+    record = pa.array([{"x": 1, "y": [{"z": "w"}], "m": [2.5, 3.5]}] * 20)
+    columns = {"record": record, "a": LISTS[kind](array), "last": range(20)}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=7)
+    found, dtype = read_all(tmp_path / "a.parquet", "a", n)
+    assert dtype == "F32"
+    assert same_bits(found, array)
+    with open_checkpoint(tmp_path / "a.parquet") as checkpoint:
+        assert find_tensor(checkpoint, "a").is_vectors
+
+
+def test_parquet_as_pandas_and_duckdb_write_vectors(tmp_path):
+    # Lists, each an array of its own, and without Arrow's schema, which would say what kind of lists they are.
+    array = np.random.default_rng(0).standard_normal((20, 16), np.float32)
+    table = pa.table({"id": range(20), "a": pa.array(list(array))})
+    pq.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    assert same_bits(read_all(tmp_path / "a.parquet", "a")[0], array)
+    pq.write_table(pa.table({"a": vectors(array)}), tmp_path / "b.parquet", store_schema=False)
+    assert same_bits(read_all(tmp_path / "b.parquet", "a")[0], array)
+
+
+def test_parquet_tensors_of_more_dimensions(tmp_path):
+    array = np.random.default_rng(0).standard_normal((20, 2, 3), np.float32)
+    pq.write_table(pa.table({"a": LISTS["tensor"](array)}), tmp_path / "a.parquet")
+    assert same_bits(read_all(tmp_path / "a.parquet", "a")[0], array)
+    with open_checkpoint(tmp_path / "a.parquet") as checkpoint:
+        assert not find_tensor(checkpoint, "a").is_vectors
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [[1, 2], [3], [4, 5, 6], [7, 8]],
+            "has 1 values in row 1, and on average 2; only vectors of one length are read",
+        ),
+        ([[1], [2], [3], None], "is null in row 3; drop such rows or fill them"),
+        ([[1, 2], [3, None]], r"is null at \[1, 1\]; drop such rows or fill them"),
+        ([[1], [2], []], "has 0 values in row 2, and on average 1; only vectors"),
+    ],
+)
+def test_parquet_lists_that_only_look_as_if_of_one_length(tmp_path, rows, message):
+    pq.write_table(pa.table({"a": pa.array(rows, pa.list_(pa.float32()))}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=f"a.parquet: column 'a' {message}"):
+        read_all(tmp_path / "a.parquet", "a", 2)
+
+
+def test_parquet_rows_that_are_too_long_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("embpack.formats.parquet.MOST_LIST_VALUES", 3)
+    table = pa.table({"a": vectors(np.zeros((2, 4), np.float32)), "b": vectors(np.zeros((2, 3), np.float32))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert names(tmp_path / "a.parquet") == ["b"]
+    [note] = notes(tmp_path / "a.parquet")
+    assert note.endswith("[4], 4 values a row; at most 3 are read, a row is in memory whole)")
 
 
 def test_parquet_names_with_dots(tmp_path):
