@@ -99,6 +99,8 @@ def _open_file(source: SourceFile) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(source.reader(), buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             yield file
+    except MemoryError:  # Arrow's is one of its own exceptions, too
+        raise
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

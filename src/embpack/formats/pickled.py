@@ -8,7 +8,7 @@ objects of any class beside their tensors.
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import IO, Any, Protocol, cast
 
 # A step takes up to some 100 bytes of memory, many times what it takes in the file.
 MOST_STEPS = 1 << 22
@@ -54,11 +54,24 @@ class Outside:
     key: object
 
 
-def read_pickle(file: BinaryIO, outside: list[Outside] | None = None) -> Any:
+class Readable(Protocol):
+    """What a pickle is read from."""
+
+    def tell(self) -> int:
+        """Return the position."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to size bytes."""
+
+    def readline(self) -> bytes:
+        """Return bytes to the end of a line."""
+
+
+def read_pickle(file: Readable, outside: list[Outside] | None = None) -> Any:
     """Read one pickle of any protocol, and leave the file after it.
 
     Args:
-        file: no longer than what may be in memory at once, for a single string may take all of it.
+        file: a single string may take all of it, so it is to refuse, with ValueError, what memory is not to hold.
         outside: gets all that the pickle refers to by a persistent id.
 
     Raises:
@@ -66,7 +79,7 @@ def read_pickle(file: BinaryIO, outside: list[Outside] | None = None) -> Any:
     """
     machine = _Machine([] if outside is None else outside)
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], file))):
             if count == MOST_STEPS:
                 raise PickleError(f"its pickle takes more than {MOST_STEPS:,} steps")
             _STEPS[opcode.name](machine, argument)

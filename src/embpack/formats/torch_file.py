@@ -216,9 +216,27 @@ class _Archive:
         raise self._refuse(f"{name} is not where its directory says; the file is damaged, copy it again")
 
 
+class _Start:
+    """The beginning of a file, of which pickles may be so much and no more."""
+
+    def __init__(self, source: SourceFile) -> None:
+        self._file = source.reader()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int) -> bytes:
+        if self.tell() + size > _MOST_PICKLE_BYTES:
+            raise ValueError(f"its pickles take more than {_MOST_PICKLE_BYTES} bytes")
+        return self._file.read(size)
+
+    def readline(self) -> bytes:
+        return self._file.readline(max(0, _MOST_PICKLE_BYTES - self.tell()))
+
+
 def _read_stream(source: SourceFile) -> SavedFile:
     """Read a file of before PyTorch 1.6, which torch.save still writes if asked to: five pickles, then all values."""
-    file = io.BytesIO(source.read(0, _MOST_PICKLE_BYTES))
+    file = _Start(source)
     outside: list[Outside] = []
     try:
         magic = read_pickle(file)
