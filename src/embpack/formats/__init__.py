@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from embpack.errors import FormatError, MissingExtraError
 from embpack.formats.atomic import new_file
 from embpack.formats.base import Checkpoint, OutShard, OutTensor, Shard, SourceTensor, find_repeated
-from embpack.formats.sharded import INDEX_SUFFIX, find_index, open_sharded, write_sharded
+from embpack.formats.sharded import INDEX_SUFFIX, explain_other, find_index, open_sharded, write_sharded
 
 __all__ = [
     "FORMATS",
@@ -111,13 +111,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     path = Path(path)
     readable = f"what can be read: {', '.join(FORMATS)}, *{INDEX_SUFFIX} and a folder with one of those"
     if path.is_dir():
-        path = find_index(path)
+        path = find_index(path, FORMATS)
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file; {readable}")
     file_format = FORMATS.get(path.suffix.lower())
     is_index = path.name.lower().endswith(INDEX_SUFFIX)
     if file_format is None and not is_index:
-        raise ValueError(f"{path}: the end of its name says no format that is known; {readable}")
+        advice = explain_other(path) or f"the end of its name says no format that is known; {readable}"
+        raise ValueError(f"{path}: {advice}")
     if path.stat().st_size == 0:
         raise FormatError(f"{path}: the file is empty, 0 bytes; copy it again")
     with open_sharded(path) if file_format is None else file_format.open(path) as checkpoint:

@@ -22,8 +22,8 @@ class SourceTensor:
     """A tensor of which any range of rows can be read; rows are entries of axis 0, a 0-d tensor is one row.
 
     What is read is C-contiguous, aligned and of the machine's byte order; it may be read-only. A chunk may be
-    overwritten by the next one. BF16 is uint16, 8-bit floats are uint8. Types smaller than a byte come as 1-D uint8, the tensor's bytes, and their ranges must begin
-    and end at whole bytes.
+    overwritten by the next one. BF16 is uint16, 8-bit floats are uint8. Types smaller than a byte come as 1-D uint8,
+    the tensor's bytes, and their ranges must begin and end at whole bytes.
 
     Attributes:
         name: under which the checkpoint has it.

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 # Python names it since 3.13. Without it the system may refuse a file that would not fit in memory if written to.
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
+# Since 3.13 a map can do without a descriptor of its own.
+_UNTRACKED: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 # What systems say of files that cannot be mapped (some of networks and containers), and where a limit is reached.
 _REFUSED = {errno.ENODEV, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.ENOMEM}
 
@@ -29,12 +31,12 @@ def map_file(descriptor: int, size: int) -> mmap.mmap:
     """
     try:
         private = mmap.MAP_PRIVATE | _NORESERVE
-        return PrivateMap(descriptor, size, flags=private, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return PrivateMap(descriptor, size, flags=private, prot=mmap.PROT_READ | mmap.PROT_WRITE, **_UNTRACKED)
     except OSError as error:
         if not was_refused(error):
             raise
     # Pages that cannot be written to do not count towards `ulimit -d`, and some file systems map no others.
-    return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+    return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, **_UNTRACKED)
 
 
 def was_refused(error: OSError) -> bool:

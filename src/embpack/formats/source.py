@@ -143,7 +143,7 @@ class SourceFile:
                         stacklevel=2,
                     )
                     return None
-                advice = "each mapped file keeps a descriptor: allow more, ulimit -n"
+                advice = "each mapped file keeps a descriptor; allow more (ulimit -n), or load with in_memory=True"
                 raise OSError(error.errno, f"cannot be mapped: {error.strerror}; {advice}", str(self.path)) from None
         return self._map
 
