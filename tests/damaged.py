@@ -330,7 +330,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         _npy_bytes(np.zeros(2, [("x", "f4"), ("y", "f4")])),
         r"the array is of type \[\('x', '<f4'\), \('y', '<f4'\)\]; only arrays of numbers are read",
     ),
-    "npy-bfloat16": ("a.npy", _npy_bytes(np.zeros(2, "V2")), "raw bytes; save bfloat16 as .safetensors"),
+    "npy-raw": ("a.npy", _npy_bytes(np.zeros(2, "V2")), "raw bytes, of which only bfloat16 is read; save it as"),
     "npy-version-3": (
         "a.npy",
         b"\x93NUMPY\x03\x00" + b"\0" * 20,

@@ -880,6 +880,21 @@ def test_npz_arrays_may_be_read_in_turns(tmp_path):
     assert same_bits(np.concatenate([pair[1] for pair in pairs]), b)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npy_and_npz_of_bfloat16(tmp_path, order):
+    array = np.asarray(TABLE.astype(ml_dtypes.bfloat16), order=order)
+    np.save(tmp_path / "a.npy", array)
+    np.savez(tmp_path / "stored.npz", a=array)
+    np.savez_compressed(tmp_path / "compressed.npz", a=array, fp8=TABLE.astype(ml_dtypes.float8_e4m3fn))
+    for name in ("a.npy", "stored.npz", "compressed.npz"):
+        found, dtype = read_all(tmp_path / name, "a")
+        assert dtype == "BF16"
+        assert same_bits(found.view(ml_dtypes.bfloat16), np.ascontiguousarray(array))
+    assert notes(tmp_path / "compressed.npz") == (
+        "array 'fp8' (of type |V1, raw bytes, of which only bfloat16 is read; save it as .safetensors)",
+    )
+
+
 # Parquet
 
 
