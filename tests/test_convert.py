@@ -354,6 +354,7 @@ LOADERS = {
     ".pt": load_torch,
     ".pth": load_torch,
     ".bin": load_torch,
+    ".ckpt": load_torch,
     ".npy": lambda path: {"vectors": np.load(path)},
     ".npz": load_npz,
     ".parquet": load_parquet,

@@ -1,8 +1,11 @@
 """Other people's checkpoints: every format and type comes out bit for bit, damage is told in one message."""
 
+import io
 import itertools
 import json
+import tempfile
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import ml_dtypes
@@ -103,7 +106,6 @@ def names(path):
         return [tensor.name for shard in checkpoint.shards for tensor in shard.tensors]
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("key", sorted(FILES))
 def test_damaged_file(tmp_path, key):
     path, message = write_damaged(tmp_path, key)
@@ -191,7 +193,7 @@ def write_groups(path):
 TENSOR = torch.from_numpy(TABLE)
 # A name of a file, and what writes TABLE into it under the name a; each goes its own way through a reader.
 # These suffixes are .pt's.
-SAME_READERS = {".pth", ".bin"}
+SAME_READERS = {".pth", ".bin", ".ckpt"}
 SOURCES = {
     "aligned.safetensors": lambda path: save_file({"a": TABLE}, path),
     "unaligned.safetensors": write_unaligned,
@@ -583,7 +585,7 @@ TORCH_DTYPES = {
 def test_torch_types(tmp_path, tag, shape):
     array = random_bits(tag, shape)
     tensor = torch.from_numpy(array.copy()).view(TORCH_DTYPES[tag])
-    for suffix in (".pt", ".pth", ".bin"):
+    for suffix in (".pt", ".pth", ".bin", ".ckpt"):
         torch.save({"a": tensor}, tmp_path / f"a{suffix}")
         found, dtype = read_all(tmp_path / f"a{suffix}", "a")
         assert dtype == tag
@@ -629,11 +631,154 @@ def test_torch_state_dict_of_a_module(tmp_path):
     assert notes(tmp_path / "a.pt") == ()
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+# Where training scripts put the state dict.
+WRAPPERS = ["state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params"]
+
+
+@pytest.mark.parametrize("key", WRAPPERS)
 def test_torch_state_dict_in_a_checkpoint(tmp_path, key):
-    torch.save({"epoch": 3, key: {"a": torch.zeros(2)}, "optimizer": {}}, tmp_path / "a.pt")
+    beside = {"epoch": 3, "optimizer": {}, "best_acc1": torch.tensor(71.2), "pos_emb": torch.zeros(20, 4)}
+    torch.save({**beside, key: {"a": torch.zeros(2)}}, tmp_path / "a.pt")
     assert names(tmp_path / "a.pt") == ["a"]
-    assert notes(tmp_path / "a.pt") == ("entry 'epoch' (int)", "entry 'optimizer' (dict)")
+    assert notes(tmp_path / "a.pt") == (
+        "entry 'epoch' (int)",
+        "entry 'optimizer' (dict)",
+        "entry 'best_acc1' (tensor of shape [])",
+        "entry 'pos_emb' (tensor of shape [20, 4])",
+    )
+
+
+def test_torch_dict_of_tensors_under_a_name_that_is_not_known(tmp_path):
+    torch.save({"teacher": {"a": torch.zeros(2)}, "epoch": 3}, tmp_path / "a.pt")
+    message = (
+        r"holds dicts of tensors under 'teacher'; save the one that is meant by itself: "
+        r"torch.save\(torch.load\(path, weights_only=True\)\['teacher'\], 'weights.pt'\)"
+    )
+    with pytest.raises(FormatError, match=message):
+        names(tmp_path / "a.pt")
+    torch.save({"teacher": {"a": torch.zeros(2)}, "b": torch.zeros(3)}, tmp_path / "a.pt")
+    assert names(tmp_path / "a.pt") == ["b"]
+    assert notes(tmp_path / "a.pt") == ("entry 'teacher' (dict with tensors)",)
+
+
+class AttributeDict(dict):
+    """Lightning's class for hyperparameters: a dict with an attribute for each item."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+def lightning_checkpoint(state):
+    """What Lightning's Trainer.save_checkpoint writes, with objects that torch.load refuses."""
+    return {
+        "epoch": 1,
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": state,
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_path": "", "best_k_models": {}}},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(4)}}}],
+        "hparams_name": "kwargs",
+        "hyper_parameters": AttributeDict(lr=0.1, folder=Path("data"), activation=torch.nn.ReLU, scale=np.float32(2)),
+    }
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_torch_state_dict_beside_objects_of_any_class(tmp_path, protocol, is_zip):
+    base = torch.randn(20, 4)
+    state = OrderedDict(
+        {
+            "emb.weight": base,
+            "emb.tied": base,
+            "head.weight": torch.nn.Parameter(base.t()),
+            "f8": base.to(torch.float8_e5m2),
+        }
+    )
+    state._metadata = {"": {"version": 1}}
+    kwargs = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": is_zip}
+    torch.save(lightning_checkpoint(state), tmp_path / "a.ckpt", **kwargs)
+    for name in state:
+        expected = np.ascontiguousarray(
+            state[name].detach().view(torch.uint8 if name == "f8" else torch.float32).numpy()
+        )
+        assert same_bits(read_all(tmp_path / "a.ckpt", name)[0], expected)
+    assert [note.split()[1] for note in notes(tmp_path / "a.ckpt")] == [
+        *("'epoch'", "'pytorch-lightning_version'", "'loops'", "'callbacks'", "'optimizer_states'", "'hparams_name'"),
+        "'hyper_parameters'",
+    ]
+    assert notes(tmp_path / "a.ckpt")[-1] == "entry 'hyper_parameters' (test_reading.AttributeDict object)"
+
+
+def test_torch_state_dict_of_python_2(tmp_path):
+    torch.save({"a": torch.arange(3)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    raw = (tmp_path / "a.pt").read_bytes()
+    # A dict {"a": x} becomes OrderedDict([["a", x]]), as Python 2 pickled it, and its string one of bytes.
+    pair = raw[raw.index(b"X\x01\x00\x00\x00a") : raw.index(b"s.", raw.index(b"ctorch._utils"))]
+    start = raw.index(b"}q\x00" + pair)
+    old = b"ccollections\nOrderedDict\n(((U\x01a" + pair.removeprefix(b"X\x01\x00\x00\x00a") + b"lltR."
+    (tmp_path / "a.pt").write_bytes(raw[:start] + old + raw[start + len(b"}q\x00" + pair + b"s.") :])
+    assert same_bits(read_all(tmp_path / "a.pt", "a")[0], np.arange(3))
+
+
+def test_torch_parameters_with_attributes(tmp_path):
+    parameter = torch.nn.Parameter(TENSOR)
+    parameter.tag = "user"
+    tensor = TENSOR.clone()
+    tensor.tag = "item"
+    torch.save({"a": parameter, "b": tensor, "c": torch.nn.Buffer(TENSOR)}, tmp_path / "a.pt")
+    for name in "abc":
+        assert same_bits(read_all(tmp_path / "a.pt", name)[0], TABLE)
+
+
+def test_torch_without_checksums(tmp_path):
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        torch.save({"a": TENSOR}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(compute_crc32=True)
+    assert same_bits(read_all(tmp_path / "a.pt", "a")[0], TABLE)
+
+
+def test_torch_from_a_big_endian_machine(tmp_path):
+    torch.save({"a": TENSOR, "rows": TENSOR[::2].bfloat16()}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as saved, zipfile.ZipFile(tmp_path / "b.pt", "w") as swapped:
+        for name in saved.namelist():
+            raw = saved.read(name)
+            if "/data/" in name:
+                raw = np.frombuffer(raw, "<u4" if name.endswith("0") else "<u2").byteswap().tobytes()
+            swapped.writestr(name, b"big" if name.endswith("byteorder") else raw)
+    assert torch.equal(torch.load(tmp_path / "b.pt", weights_only=True)["a"], TENSOR)
+    for name in ("a", "rows"):
+        assert same_bits(read_all(tmp_path / "b.pt", name)[0], read_all(tmp_path / "a.pt", name)[0])
+
+
+@given(st.data())
+def test_torch_views_of_any_strides(data):
+    """Of a storage that is larger than what is read at once: near values and far ones, in any order of dimensions."""
+    storage = torch.arange(120_000, dtype=torch.int32)
+    shape = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
+    strides = [data.draw(st.sampled_from([0, 1, 2, 3, 5, 25, 700, 6_000])) for _ in shape]
+    view = storage.as_strided(shape, strides, data.draw(st.integers(0, 1000)))
+    file = io.BytesIO()
+    torch.save({"a": view, "whole": storage}, file)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.pt")
+        path.write_bytes(file.getvalue())
+        assert same_bits(read_all(path, "a", data.draw(st.integers(1, 6)))[0], np.ascontiguousarray(view.numpy()))
+
+
+def test_torch_columns_of_a_large_table(tmp_path):
+    table = torch.randn(50_000, 6)
+    state = {"columns": table.t(), "steps": table[::7, 1:4], "plain": table.t().contiguous().t()}
+    torch.save(state, tmp_path / "a.pt")
+    for name, view in state.items():
+        assert same_bits(read_all(tmp_path / "a.pt", name, 10_000)[0], np.ascontiguousarray(view.numpy()))
+
+
+def test_torch_expanded_and_tied_tensors_may_be_larger_than_the_file(tmp_path):
+    torch.save({"mask": torch.ones(1).expand(1000, 1000), "a": TENSOR, "b": TENSOR}, tmp_path / "a.pt")
+    assert same_bits(read_all(tmp_path / "a.pt", "mask", 100)[0], np.ones((1000, 1000), np.float32))
+    assert same_bits(read_all(tmp_path / "a.pt", "b")[0], TABLE)
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:Sparse CSR", "ignore:TypedStorage")
@@ -652,23 +797,13 @@ def test_torch_leaves_out_what_is_no_plain_tensor(tmp_path):
     assert names(tmp_path / "a.pt") == ["a"]
     assert notes(tmp_path / "a.pt") == (
         "entry 'epoch' (int)",
-        "entry 'nested' (dict)",
+        "entry 'nested' (dict with tensors)",
         "entry 'sparse' (sparse or nested tensor; save its .to_dense())",
         "entry 'csr' (sparse or nested tensor; save its .to_dense())",
         "entry 'quantized' (quantized tensor; save its .dequantize())",
         "entry 'meta' (tensor on the meta device, without values)",
         "entry 'complex' (tensor of complex128)",
     )
-
-
-def test_what_pytorch_warns_of_is_for_those_who_program(tmp_path, embpack_command):
-    torch.save({"embedding.weight": torch.rand(20, 4)}, tmp_path / "a.pt", pickle_protocol=3)
-    with pytest.warns(UserWarning, match="Detected pickle protocol 3"):
-        assert names(tmp_path / "a.pt") == ["embedding.weight"]
-    with pytest.raises(UserWarning, match="Detected pickle protocol 3"):  # an error here, and no damage of the file
-        names(tmp_path / "a.pt")
-    code, _, err = embpack_command("quantize", tmp_path / "a.pt", tmp_path / "b.safetensors")
-    assert (code, err) == (0, "")
 
 
 # NumPy
@@ -745,6 +880,21 @@ def test_npz_arrays_may_be_read_in_turns(tmp_path):
     assert same_bits(np.concatenate([pair[1] for pair in pairs]), b)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npy_and_npz_of_bfloat16(tmp_path, order):
+    array = np.asarray(TABLE.astype(ml_dtypes.bfloat16), order=order)
+    np.save(tmp_path / "a.npy", array)
+    np.savez(tmp_path / "stored.npz", a=array)
+    np.savez_compressed(tmp_path / "compressed.npz", a=array, fp8=TABLE.astype(ml_dtypes.float8_e4m3fn))
+    for name in ("a.npy", "stored.npz", "compressed.npz"):
+        found, dtype = read_all(tmp_path / name, "a")
+        assert dtype == "BF16"
+        assert same_bits(found.view(ml_dtypes.bfloat16), np.ascontiguousarray(array))
+    assert notes(tmp_path / "compressed.npz") == (
+        "array 'fp8' (of type |V1, raw bytes, of which only bfloat16 is read; save it as .safetensors)",
+    )
+
+
 # Parquet
 
 
@@ -780,26 +930,99 @@ def test_parquet_leaves_out_other_columns(tmp_path, statistics):
     table = pa.table(
         {
             "word": ["a", "b"],
-            "list": [[1.0], [2.0]],
-            "large": pa.array([[1.0], [2.0]], pa.large_list(pa.float32())),
+            "list": [[1.0], [2.0, 3.0]],
+            "large": pa.array([[1.0], [2.0, 3.0]], pa.large_list(pa.float32())),
+            "integers": [[1], [2]],
+            "nested": [[[1.0]], [[2.0]]],
             "ints": pa.array([[1, 2], [3, 4]], pa.list_(pa.int8(), 2)),
             "gaps": [1, None],
             "when": pa.array([1, 2], pa.date32()),
             "record": [{"x": 1}, {"x": 2}],
+            "permuted": pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((2, 2, 3), np.float32).transpose(0, 2, 1)),
         }
     )
     pq.write_table(table, tmp_path / "a.parquet", write_statistics=statistics)
-    hint = "for vectors cast it to a fixed-size list, column.cast(pa.list_(pa.float32(), d))"
+    why = "of several lengths; only vectors of one length are read"
     assert names(tmp_path / "a.parquet") == []
     assert [note.replace("item:", "element:") for note in notes(tmp_path / "a.parquet")] == [
         "column 'word' (string)",
-        f"column 'list' (list<element: double>; {hint})",
-        f"column 'large' (large_list<element: float>; {hint})",
+        f"column 'list' (list<element: double>, {why})",
+        f"column 'large' (large_list<element: float>, {why})",
+        "column 'integers' (list<element: int64>)",
+        "column 'nested' (list<element: list<element: double>>)",
         "column 'ints' (fixed_size_list<element: int8>[2])",
         "column 'gaps' (int64, with nulls)",
         "column 'when' (date32[day])",
         "column 'record' (struct<x: int64>)",
+        "column 'permuted' (extension<arrow.fixed_shape_tensor[value_type=float, shape=[2,3], permutation=[1,0]]>)",
     ]
+
+
+LISTS = {
+    "list": lambda rows: pa.array(list(rows), pa.list_(pa.float32())),
+    "large": lambda rows: pa.array(list(rows), pa.large_list(pa.float32())),
+    "tensor": pa.FixedShapeTensorArray.from_numpy_ndarray,
+}
+
+
+@pytest.mark.parametrize("n", CHUNKS)
+@pytest.mark.parametrize("kind", LISTS)
+def test_parquet_lists_of_one_length(tmp_path, kind, n):
+    array = np.random.default_rng(0).standard_normal((20, 3), np.float32)
+    # Columns of the file before it are as many as their types have parts.
+    record = pa.array([{"x": 1, "y": [{"z": "w"}], "m": [2.5, 3.5]}] * 20)
+    columns = {"record": record, "a": LISTS[kind](array), "last": range(20)}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=7)
+    found, dtype = read_all(tmp_path / "a.parquet", "a", n)
+    assert dtype == "F32"
+    assert same_bits(found, array)
+    with open_checkpoint(tmp_path / "a.parquet") as checkpoint:
+        assert find_tensor(checkpoint, "a").is_vectors
+
+
+def test_parquet_as_pandas_and_duckdb_write_vectors(tmp_path):
+    # Lists, each an array of its own, and without Arrow's schema, which would say what kind of lists they are.
+    array = np.random.default_rng(0).standard_normal((20, 16), np.float32)
+    table = pa.table({"id": range(20), "a": pa.array(list(array))})
+    pq.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    assert same_bits(read_all(tmp_path / "a.parquet", "a")[0], array)
+    pq.write_table(pa.table({"a": vectors(array)}), tmp_path / "b.parquet", store_schema=False)
+    assert same_bits(read_all(tmp_path / "b.parquet", "a")[0], array)
+
+
+def test_parquet_tensors_of_more_dimensions(tmp_path):
+    array = np.random.default_rng(0).standard_normal((20, 2, 3), np.float32)
+    pq.write_table(pa.table({"a": LISTS["tensor"](array)}), tmp_path / "a.parquet")
+    assert same_bits(read_all(tmp_path / "a.parquet", "a")[0], array)
+    with open_checkpoint(tmp_path / "a.parquet") as checkpoint:
+        assert not find_tensor(checkpoint, "a").is_vectors
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [[1, 2], [3], [4, 5, 6], [7, 8]],
+            "has 1 values in row 1, and on average 2; only vectors of one length are read",
+        ),
+        ([[1], [2], [3], None], "is null in row 3; drop such rows or fill them"),
+        ([[1, 2], [3, None]], r"is null at \[1, 1\]; drop such rows or fill them"),
+        ([[1], [2], []], "has 0 values in row 2, and on average 1; only vectors"),
+    ],
+)
+def test_parquet_lists_that_only_look_as_if_of_one_length(tmp_path, rows, message):
+    pq.write_table(pa.table({"a": pa.array(rows, pa.list_(pa.float32()))}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=f"a.parquet: column 'a' {message}"):
+        read_all(tmp_path / "a.parquet", "a", 2)
+
+
+def test_parquet_rows_that_are_too_long_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("embpack.formats.parquet.MOST_LIST_VALUES", 3)
+    table = pa.table({"a": vectors(np.zeros((2, 4), np.float32)), "b": vectors(np.zeros((2, 3), np.float32))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert names(tmp_path / "a.parquet") == ["b"]
+    [note] = notes(tmp_path / "a.parquet")
+    assert note.endswith("[4], 4 values a row; at most 3 are read, a row is in memory whole)")
 
 
 def test_parquet_names_with_dots(tmp_path):

@@ -4,7 +4,10 @@ import json
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from checkpoints import run_python, write_sparse_table
 
 import embpack
@@ -100,3 +103,51 @@ def test_unpacking(packed, tmp_path, suffix):
     plain = tmp_path / f"plain{suffix}"
     check(measure("dequantize_file", packed, plain))
     assert plain.stat().st_size > TABLE_BYTES
+
+
+# Reads every tensor of files, about a megabyte at a time, where no more than some memory can be had, mapped or not.
+READ_WITHIN = """
+import resource, sys
+from pathlib import Path
+from embpack.formats import open_checkpoint
+import embpack.formats.parquet, embpack.formats.torch
+
+status = Path("/proc/self/status").read_text()
+most = int(status.split("VmSize:")[1].split()[0]) * 1024 + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+for path in sys.argv[2:]:
+    with open_checkpoint(path) as checkpoint:
+        for tensor in checkpoint.shards[0].tensors:
+            assert sum(piece.nbytes for piece in tensor.pieces(1 << 20)) == tensor.nbytes
+            print(path, tensor.nbytes)
+"""
+
+
+def write_constant_vectors(path, rows, dim):
+    """Vectors that are all the same, in one row group: a thousandth of their bytes."""
+    column = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(rows * dim, np.float32)), dim)
+    pq.write_table(pa.table({"a": column}), path, row_group_size=1 << 40)
+    assert path.stat().st_size < 4 * rows * dim / 1000
+
+
+# Files that stand for much more than they have, or whose rows lie far apart.
+SPREAD = {
+    "rows.parquet": lambda path: write_constant_vectors(path, 500_000, 64),
+    "wide.parquet": lambda path: write_constant_vectors(path, 8, 1 << 22),
+    "numbers.parquet": lambda path: pq.write_table(pa.table({"a": np.zeros(16_000_000)}), path, row_group_size=1 << 40),
+    "expanded.pt": lambda path: torch.save({"a": torch.zeros(1).expand(4000, 4000)}, path),
+    "tied.pt": lambda path: torch.save(dict.fromkeys(map(str, range(90)), torch.zeros(300_000)), path),
+    "columns.pt": lambda path: torch.save({"a": torch.zeros(64, 500_000).t()}, path),
+    "steps.pt": lambda path: torch.save({"a": torch.zeros(40_000_000)[::2].view(-1, 4)}, path),
+    "old.pt": lambda path: torch.save({"a": torch.zeros(32_000_000)}, path, _use_new_zipfile_serialization=False),
+}
+
+
+def test_reading_takes_less_memory_than_what_is_read(tmp_path):
+    for name, write in SPREAD.items():
+        write(tmp_path / name)
+    done = run_python(READ_WITHIN, 200_000_000, *(tmp_path / name for name in SPREAD))
+    assert done.returncode == 0, done.stderr
+    read = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(read) == len(SPREAD) + 89
+    assert sum(read) > 800_000_000

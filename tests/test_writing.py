@@ -171,7 +171,7 @@ def test_chunks_that_are_not_what_was_promised(tmp_path, suffix, chunks, message
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tag", sorted(TORCH_DTYPES))
 def test_torch(tmp_path, tag, shape, suffix):

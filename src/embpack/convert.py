@@ -72,7 +72,7 @@ def quantize_file(
     """Pack the embedding tables of a checkpoint, streaming: memory is bounded whatever the size.
 
     Args:
-        src: .safetensors, a folder or index of sharded ones, a .pt, .pth or .bin state dict, .npy, .npz, or
+        src: .safetensors, a folder or index of sharded ones, a .pt, .pth, .bin or .ckpt state dict, .npy, .npz, or
             Parquet with fixed-size lists of floats.
         dst: a .safetensors file, replaced if it exists; for a sharded src a folder, which must not exist or be
             empty. It is there only once it is whole.
@@ -171,7 +171,7 @@ def dequantize_file(
 
     Args:
         src: what quantize_file or save wrote; a file, or a folder of shards.
-        dst: .safetensors, .pt, .pth, .bin, .npy, .npz or .parquet, by its suffix; for a sharded src a folder.
+        dst: .safetensors, .pt, .pth, .bin, .ckpt, .npy, .npz or .parquet, by its suffix; for a sharded src a folder.
         progress: called with a table's name and a number of rows as they are done.
 
     Raises:

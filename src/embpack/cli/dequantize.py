@@ -19,7 +19,7 @@ def dequantize(
     dst: Annotated[
         Path,
         typer.Argument(
-            help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin, .npy, .npz or "
+            help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin/.ckpt, .npy, .npz or "
             ".parquet; for a sharded SRC a new folder.",
             show_default=False,
         ),

@@ -83,6 +83,7 @@ FORMATS = {
     ".pt": _TORCH,
     ".pth": _TORCH,
     ".bin": _TORCH,
+    ".ckpt": _TORCH,
     ".npy": Format("npy", "open_npy", "write_npy"),
     ".npz": Format("npy", "open_npz", "write_npz"),
     ".parquet": Format("parquet", "open_parquet", "write_parquet", "PyArrow", "parquet"),
@@ -130,7 +131,7 @@ def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], i
     Args:
         path: of the file, replaced if it exists, whose suffix (one of FORMATS) chooses the format; with
             index_name of the folder, which must be new or empty.
-        shards: the files of the folder; without index_name just one. Only .pt, .pth and .bin need all of its
+        shards: the files of the folder; without index_name just one. Only PyTorch's (.pt and the like) need all of its
             tensors in memory. Only safetensors files have a place for metadata.
         index_name: of the index of a checkpoint in shards, "model.safetensors.index.json".
 

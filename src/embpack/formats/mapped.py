@@ -1,10 +1,8 @@
 """Files mapped into memory: what packed tables are looked up from."""
 
-import ctypes
 import errno
 import mmap
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,24 +50,3 @@ def is_mapped(array: NDArray[Any]) -> bool:
     while isinstance(base, np.ndarray):
         base = base.base
     return isinstance(base, PrivateMap)
-
-
-def find_mappings(path: Path) -> list[range]:
-    """Addresses at which this process has mapped a file; none where the system does not tell."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    name = str(path.resolve())
-    # Address range, permissions, offset, device, inode, name.
-    entries = [line.split(maxsplit=5) for line in lines]
-    bounds = [entry[0].split("-") for entry in entries if len(entry) == 6 and entry[5] == name]
-    return [range(int(start, 16), int(stop, 16)) for start, stop in bounds]
-
-
-def release_addresses(start: int, stop: int) -> None:
-    """Let go of pages by address; only for memory that a file is mapped to, anything else would be lost."""
-    first = start - start % mmap.PAGESIZE
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    madvise(first, stop - first, mmap.MADV_DONTNEED)

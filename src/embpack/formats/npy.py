@@ -47,12 +47,14 @@ _WAYS_OUT = "write .safetensors or .pt"
 
 @dataclass(frozen=True)
 class _Header:
-    """What an .npy file says of its array; is_fortran: columns lie together, not rows."""
+    """What an .npy file says of its array; is_fortran: columns lie together, not rows; tag: the safetensors name
+    of its type, None if that has none."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     is_fortran: bool
     bytes_before: int
+    tag: str | None
 
     @property
     def payload(self) -> int:
@@ -62,10 +64,6 @@ class _Header:
         """Say where the array lies in a file."""
         kind = FortranArray if self.is_fortran else StoredArray
         return kind(source, offset, self.shape, self.dtype)
-
-    @property
-    def tag(self) -> str | None:
-        return None if self.dtype.hasobject else name_dtype(self.dtype)
 
 
 @contextmanager
@@ -142,7 +140,7 @@ def _describe(dtype: np.dtype[Any]) -> str:
     if dtype.hasobject:
         return "of Python objects, which take a pickle to read, and pickles are never run"
     if dtype.kind == "V" and dtype.names is None:
-        return f"of type {dtype}, raw bytes; save bfloat16 as .safetensors"
+        return f"of type {dtype}, raw bytes, of which only bfloat16 is read; save it as .safetensors"
     return f"of type {dtype}"
 
 
@@ -161,7 +159,12 @@ def _read_header(file: IO[bytes], where: str) -> _Header:
         raise FormatError(f"{where}: not an .npy file, or damaged: {cause:.200}") from error
     if any(length < 0 for length in shape):
         raise FormatError(f"{where}: the header has shape {list(shape)}; the file is damaged")
-    return _Header(shape, dtype, is_fortran and len(shape) > 1, start.tell())
+    # NumPy reads both as raw bytes: bfloat16, as ml_dtypes and JAX save it, and raw bytes.
+    if dtype == "V2" and b"'<V2'" in start.getvalue()[: start.tell()]:
+        dtype, tag = np.dtype(np.uint16), "BF16"
+    else:
+        tag = None if dtype.hasobject else name_dtype(dtype)
+    return _Header(shape, dtype, is_fortran and len(shape) > 1, start.tell(), tag)
 
 
 def _check_size(where: str, header: _Header, size: int) -> None:
