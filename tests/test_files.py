@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import ml_dtypes
@@ -183,6 +184,36 @@ def test_loaded_tables_outlive_their_file(saved, then):
         saved.unlink()
     for name, rows in expected.items():
         assert loaded[name].dequantize().tobytes() == rows.tobytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"verify": True}, {"in_memory": True}], ids=str)
+def test_a_file_that_is_replaced_while_it_is_loaded_is_one_of_both(tmp_path, options):
+    path = tmp_path / "tables.safetensors"
+    tables = [{"a": make_table(300, 16, seed=1), "b": make_table(seed=2)}, {"a": make_table(200, 32, seed=3)}]
+
+    def replace():
+        while not done.is_set():
+            for each in tables:
+                embpack.save(path, each)
+
+    embpack.save(path, tables[0])
+    done = threading.Event()
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        loads = [embpack.load(path, **options) for _ in range(40)]
+    finally:
+        done.set()
+        writer.join()
+    expected = [{name: table.packed.tobytes() for name, table in each.items()} for each in tables]
+    for loaded in loads:
+        assert {name: table.packed.tobytes() for name, table in loaded.items()} in expected
+
+
+def test_a_table_in_memory_is_not_mapped(saved):
+    table = embpack.load(saved, in_memory=True)["user"]
+    os.truncate(saved, 0)
+    assert table.packed.tobytes() == make_table().packed.tobytes()
 
 
 def test_opening_many_gigabytes_reads_none_of_them(tmp_path):
