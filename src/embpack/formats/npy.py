@@ -45,8 +45,7 @@ _WAYS_OUT = "write .safetensors or .pt"
 
 @dataclass(frozen=True)
 class _Header:
-    """What an .npy file says of its array; is_fortran: columns lie together, not rows; tag: the safetensors name
-    of its type, None if that has none."""
+    """What an .npy file says of its array; is_fortran: columns lie together, not rows; tag: safetensors' type."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -157,11 +156,10 @@ def _read_header(file: IO[bytes], where: str) -> _Header:
         raise FormatError(f"{where}: not an .npy file, or damaged: {cause:.200}") from error
     if any(length < 0 for length in shape):
         raise FormatError(f"{where}: the header has shape {list(shape)}; the file is damaged")
+    tag = None if dtype.hasobject else name_dtype(dtype)
     # NumPy reads both as raw bytes: bfloat16, as ml_dtypes and JAX save it, and raw bytes.
     if dtype == "V2" and b"'<V2'" in start.getvalue()[: start.tell()]:
         dtype, tag = np.dtype(np.uint16), "BF16"
-    else:
-        tag = None if dtype.hasobject else name_dtype(dtype)
     return _Header(shape, dtype, is_fortran and len(shape) > 1, start.tell(), tag)
 
 

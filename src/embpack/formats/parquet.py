@@ -25,6 +25,7 @@ from embpack.formats.base import (
     rechunk,
     refuse_dtypes,
 )
+from embpack.formats.parquet_footer import ColumnChunk, read_columns
 from embpack.formats.source import SourceFile
 
 DTYPES = {
@@ -77,12 +78,12 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
     tensors, left_out = [], []
     with source:
         with _open_file(source) as file:
-            schema, num_rows = file.schema_arrow, file.metadata.num_rows
+            schema, num_rows, columns = file.schema_arrow, file.metadata.num_rows, read_columns(source)
             repeated = find_repeated(schema.names)
             if repeated is not None:
                 raise FormatError(f"{path}: column {repeated!r} is there twice; rename one")
             for field in schema:
-                kind = _find_kind(source, file, field)
+                kind = _find_kind(source, field, columns.get(field.name, []))
                 if isinstance(kind, _Kind):
                     column = _Column(source, field.name, kind.shape)
                     shape, is_vectors = (num_rows, *kind.shape), len(kind.shape) == 1
@@ -101,25 +102,25 @@ def _open_file(source: SourceFile) -> Iterator[pq.ParquetFile]:
             yield file
     except MemoryError:  # Arrow's is one of its own exceptions, too
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         cause = " ".join(str(error).split())  # Thrift's are of several lines
         raise FormatError(f"{source.path}: not a Parquet file, or damaged: {cause}") from error
 
 
-def _find_kind(source: SourceFile, file: pq.ParquetFile, field: pa.Field) -> _Kind | str:
-    """Return what a column is, or why it cannot be carried over."""
+def _find_kind(source: SourceFile, field: pa.Field, chunks: list[ColumnChunk]) -> _Kind | str:
+    """Return what a column is, or why it cannot be carried over; chunks: of the column in each row group."""
     dtype = field.type
     if dtype in _NAMES:
-        return f"{dtype}, with nulls" if _has_nulls(source, file, field.name) else _Kind(_NAMES[dtype])
+        return f"{dtype}, with nulls" if _has_nulls(source, field.name, chunks) else _Kind(_NAMES[dtype])
     shape: tuple[int, ...] | None
     if isinstance(dtype, pa.FixedShapeTensorType) and list(dtype.permutation or ()) == sorted(dtype.permutation or ()):
         shape = tuple(dtype.shape)
     elif pa.types.is_fixed_size_list(dtype):
         shape = (dtype.list_size,)
     elif pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
-        shape = _find_length(file, field)
+        shape = _find_length(chunks)
     else:
         return str(dtype)
     tag = _NAMES.get(dtype.value_type)
@@ -134,33 +135,21 @@ def _find_kind(source: SourceFile, file: pq.ParquetFile, field: pa.Field) -> _Ki
     return _Kind(tag, shape)
 
 
-def _find_length(file: pq.ParquetFile, field: pa.Field) -> tuple[int] | None:
+def _find_length(chunks: list[ColumnChunk]) -> tuple[int] | None:
     """Return the length that all lists of a column must have, if they have one, going by the number of values."""
-    schema, metadata = file.schema_arrow, file.metadata
-    leaf = sum(_count_leaves(schema.field(i).type) for i in range(schema.get_field_index(field.name)))
-    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    lengths = {divmod(group.column(leaf).num_values, group.num_rows) for group in groups if group.num_rows}
+    lengths = {divmod(chunk.num_values, chunk.num_rows) for chunk in chunks if chunk.num_rows > 0}
     if len(lengths) != 1:
         return None if lengths else (0,)
     [(length, rest)] = lengths
     return None if rest else (length,)
 
 
-def _count_leaves(dtype: pa.DataType) -> int:
-    """Columns of a Parquet file that a type of Arrow's is made of."""
-    if isinstance(dtype, pa.BaseExtensionType):
-        dtype = dtype.storage_type
-    return sum(_count_leaves(dtype.field(i).type) for i in range(dtype.num_fields)) or 1
-
-
-def _has_nulls(source: SourceFile, file: pq.ParquetFile, name: str) -> bool:
+def _has_nulls(source: SourceFile, name: str, chunks: list[ColumnChunk]) -> bool:
     """Ask the statistics of a column, or read it where a row group has none."""
-    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    statistics = [column.statistics for column in columns if column.path_in_schema == name]
-    if all(known is not None and known.has_null_count for known in statistics):
-        return any(known.null_count for known in statistics)
-    return any(column.null_count for column in _Column(source, name).iter_arrow(0, file.metadata.num_rows))
+    if all(chunk.null_count is not None for chunk in chunks):
+        return any(chunk.null_count for chunk in chunks)
+    num_rows = sum(chunk.num_rows for chunk in chunks)
+    return any(column.null_count for column in _Column(source, name).iter_arrow(0, num_rows))
 
 
 @dataclass(frozen=True)
