@@ -25,7 +25,7 @@ from embpack.formats.base import (
     rechunk,
     refuse_dtypes,
 )
-from embpack.formats.parquet_footer import ColumnChunk, read_columns
+from embpack.formats.parquet_footer import ColumnChunk, read_columns, refuse_large_pages
 from embpack.formats.source import SourceFile
 
 DTYPES = {
@@ -49,6 +49,10 @@ VECTOR_DTYPES = ("F16", "F32", "F64")
 
 MOST_LIST_VALUES = 1 << 22
 """Values of a list at most: Arrow reads no part of one."""
+
+MOST_PAGE_BYTES = 1 << 28
+"""Bytes of a page at most, which Arrow has in memory whole, compressed and not; may be set. Writers' pages have 1 MB,
+DuckDB's up to 100."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Without a small buffer, or with pre_buffer, Arrow reads columns of row groups whole.
@@ -82,10 +86,15 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
             repeated = find_repeated(schema.names)
             if repeated is not None:
                 raise FormatError(f"{path}: column {repeated!r} is there twice; rename one")
+            lengths = _find_lengths(file.metadata)
+            if sum(lengths) != num_rows or any(length < 0 for length in lengths):
+                raise FormatError(f"{path}: it has {num_rows} rows, its row groups {sum(lengths)}; it is damaged")
+            if any(len(columns.get(name, ())) < file.metadata.num_row_groups for name in schema.names):
+                raise FormatError(f"{path}: its row groups do not all have the columns of its schema; it is damaged")
             for field in schema:
-                kind = _find_kind(source, field, columns.get(field.name, []))
+                kind = _find_kind(source, field, columns[field.name])
                 if isinstance(kind, _Kind):
-                    column = _Column(source, field.name, kind.shape)
+                    column = _Column(source, field.name, columns[field.name], kind.shape)
                     shape, is_vectors = (num_rows, *kind.shape), len(kind.shape) == 1
                     tensors.append(
                         SourceTensor(field.name, shape, kind.tag, column.iter_rows, source, is_vectors=is_vectors)
@@ -149,15 +158,16 @@ def _has_nulls(source: SourceFile, name: str, chunks: list[ColumnChunk]) -> bool
     if all(chunk.null_count is not None for chunk in chunks):
         return any(chunk.null_count for chunk in chunks)
     num_rows = sum(chunk.num_rows for chunk in chunks)
-    return any(column.null_count for column in _Column(source, name).iter_arrow(0, num_rows))
+    return any(column.null_count for column in _Column(source, name, chunks).iter_arrow(0, num_rows))
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of a file; shape: of an entry."""
+    """A column of a file; chunks: of it in each row group; shape: of an entry."""
 
     source: SourceFile
     name: str
+    chunks: list[ColumnChunk]
     shape: tuple[int, ...] = ()
 
     def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
@@ -171,6 +181,8 @@ class _Column:
         """Yield rows [start, stop) as Arrow arrays, some values at a time: Arrow takes several times their memory."""
         with _open_file(self.source) as file:
             at, groups = _find_groups(file.metadata, start, stop)
+            for group in groups:
+                refuse_large_pages(self.source, self.chunks[group], MOST_PAGE_BYTES)
             batch_rows = max(1, _BATCH_VALUES // max(1, math.prod(self.shape)))
             for batch in file.iter_batches(batch_rows, groups, columns=[self.name], use_threads=False):
                 # A name with a dot in it may select other columns, too.
@@ -181,6 +193,8 @@ class _Column:
                     yield column.slice(first, last - first)
                 if at >= stop:
                     return
+        if at < stop:
+            raise FormatError(f"{self.source.path}: column {self.name!r} ends {stop - at} rows early; it is damaged")
 
     def _iter_vectors(self, columns: Iterable[pa.Array], row: int) -> Iterator[NDArray[Any]]:
         """Yield vectors, row being the first one's."""
@@ -210,9 +224,14 @@ class _Column:
             )
 
 
+def _find_lengths(metadata: pq.FileMetaData) -> list[int]:
+    """Return the number of rows of each row group."""
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
 def _find_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[int, list[int]]:
     """Return the row groups that hold rows [start, stop), and the row that the first of them begins with."""
-    lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    lengths = _find_lengths(metadata)
     ends = list(accumulate(lengths))
     groups = [group for group, end in enumerate(ends) if start < end and end - lengths[group] < stop]
     return ends[groups[0]] - lengths[groups[0]] if groups else 0, groups

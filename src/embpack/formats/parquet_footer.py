@@ -1,7 +1,7 @@
-"""What the footer of a Parquet file says of its columns.
+"""What the footer of a Parquet file says of its columns, and the headers of their pages of them.
 
 Arrow ends the process where some of this is damaged (ParquetFile.metadata's column() throws where C++ must not), so it
-is read here. It is in Thrift's compact protocol, of the structure that parquet.thrift has:
+is read here. All is in Thrift's compact protocol, of the structure that parquet.thrift has:
 https://github.com/apache/parquet-format
 """
 
@@ -12,6 +12,8 @@ from embpack.errors import FormatError
 from embpack.formats.source import SourceFile
 
 _TAIL_BYTES = 8  # the footer's length and "PAR1"
+# Of a page: most are short, and Arrow reads none that are longer.
+_HEADER_BYTES = (1 << 10, 1 << 24)
 _MOST_DEPTH = 16
 _MOST_SHIFT = 63  # of integers of 64 bits
 
@@ -27,11 +29,14 @@ class ColumnChunk:
         num_rows: of the row group.
         num_values: numbers in it, nulls and empty lists counted, too.
         null_count: of these; None where the file does not say.
+        start, stop: where its pages lie in the file.
     """
 
     num_rows: int
     num_values: int
     null_count: int | None
+    start: int
+    stop: int
 
 
 def read_columns(source: SourceFile) -> dict[str, list[ColumnChunk]]:
@@ -49,10 +54,46 @@ def read_columns(source: SourceFile) -> dict[str, list[ColumnChunk]]:
                 about = chunk[3]
                 name = about[3][0].decode()
                 null_count = about.get(12, {}).get(3)
-                columns.setdefault(name, []).append(ColumnChunk(int(group[3]), int(about[5]), null_count))
+                # The dictionary is the first page, if there is one.
+                start = min(int(about[9]), int(about.get(11) or about[9]))
+                stop = start + int(about[7])
+                found = ColumnChunk(int(group[3]), int(about[5]), null_count, start, stop)
+                columns.setdefault(name, []).append(found)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise FormatError(f"{source.path}: its footer does not say what its columns are; it is damaged") from error
     return columns
+
+
+def refuse_large_pages(source: SourceFile, chunk: ColumnChunk, most_bytes: int) -> None:
+    """Raise FormatError if a page of a column takes more than so many bytes, for Arrow makes room for what it says.
+
+    Where a page's header is damaged it stops: Arrow will say so, if it comes to that page.
+    """
+    at = chunk.start
+    while 0 <= at < min(chunk.stop, source.size):
+        found = _read_page_header(source, at)
+        if found is None:
+            return
+        size, uncompressed, compressed = found
+        most = max(uncompressed, compressed)
+        if most > most_bytes:
+            raise FormatError(
+                f"{source.path}: the page at byte {at} takes {most} bytes, and at most {most_bytes} may be in memory "
+                "(embpack.formats.parquet.MOST_PAGE_BYTES); the file is damaged, or is to be written with smaller pages"
+            )
+        at += size + max(0, compressed)
+
+
+def _read_page_header(source: SourceFile, at: int) -> tuple[int, int, int] | None:
+    """Return the bytes of a page's header, and what it says that the page takes uncompressed and compressed."""
+    for room in _HEADER_BYTES:
+        reader = _Compact(source.read(at, room))
+        try:
+            header = reader.read_struct()
+            return reader.position, int(header[2]), int(header[3])
+        except (LookupError, TypeError, ValueError):  # longer, or damaged
+            continue
+    return None
 
 
 class _Compact:
@@ -60,7 +101,7 @@ class _Compact:
 
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
-        self._at = 0
+        self.position = 0
 
     def read_struct(self, depth: int = 0) -> dict[int, Any]:
         if depth > _MOST_DEPTH:
@@ -95,10 +136,10 @@ class _Compact:
         return [self._read(kind, depth + 1) for _ in range(length)]
 
     def _take(self, size: int) -> bytes:
-        taken = self._raw[self._at : self._at + size]
+        taken = self._raw[self.position : self.position + size]
         if len(taken) != size:
             raise ValueError
-        self._at += size
+        self.position += size
         return taken
 
     def _read_byte(self) -> int:
