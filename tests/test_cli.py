@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import json
+import os
 import re
 
 import numpy as np
@@ -18,6 +19,7 @@ from checkpoints import (
     write_safetensors,
     write_shards,
 )
+from golden.make import PACKED
 
 import embpack
 from embpack import formats
@@ -506,6 +508,15 @@ def test_compare_of_what_cannot_be_packed_exits_1(embpack_command, tmp_path, pac
     assert "no such file" in err
 
 
+def test_compare_writes_a_page_of_names_that_are_no_text(embpack_command, tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.npy")
+    with path.open("wb") as file:
+        np.save(file, np.ones((20, 8), np.float32))
+    page = tmp_path / "page.html"
+    assert embpack_command("compare", path, "--methods", "asym", "--html", page, "--json")[0] == 0
+    assert "caf\\udce9" in page.read_text()
+
+
 def test_compare_into_a_folder_that_is_not_there_exits_1(embpack_command, tmp_path, model):
     code, _, err = embpack_command("compare", model, "--methods", "asym", "--html", tmp_path / "no" / "report.html")
     assert code == 1
@@ -544,9 +555,29 @@ def test_inspect_prints_json(embpack_command, packed):
 def test_inspect_verifies(embpack_command, packed):
     code, out, _ = embpack_command("inspect", packed, "--verify")
     assert code == 0
-    assert "every checksum agrees" in out
+    assert "checksums of 2 tables, 2 other tensors and the header agree\n" in out
     _, out, _ = embpack_command("inspect", packed, "--verify", "--json")
-    assert json.loads(out)["verified"] is True
+    value = json.loads(out)
+    assert value["verified"] is True
+    assert value["checked"] == {"tables": 2, "other_tensors": 2, "headers": 1}
+    assert value["unchecked"] == {"tables": 0, "other_tensors": 0, "headers": 0}
+
+
+def test_inspect_says_what_version_1_has_no_checksums_of(embpack_command):
+    path = PACKED / "uniform-optimal-4bits-float16-d64.safetensors"
+    assert (
+        "checksums of 1 table agree; version 1 has none for 1 other tensor and the header\n"
+        in (embpack_command("inspect", path, "--verify")[1])
+    )
+    value = json.loads(embpack_command("inspect", path, "--verify", "--json")[1])
+    assert value["checked"] == {"tables": 1, "other_tensors": 0, "headers": 0}
+    assert value["unchecked"] == {"tables": 0, "other_tensors": 1, "headers": 1}
+
+
+def test_inspect_counts_the_headers_of_shards(embpack_command, tmp_path):
+    embpack.quantize_file(write_shards(tmp_path, make_arrays()), tmp_path / "packed")
+    _, out, _ = embpack_command("inspect", tmp_path / "packed", "--verify")
+    assert "checksums of 2 tables, 2 other tensors and 4 headers agree\n" in out
 
 
 def test_inspect_finds_an_altered_table(embpack_command, altered):

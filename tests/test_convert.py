@@ -33,7 +33,7 @@ from checkpoints import (
     write_torch,
     write_wrapped_torch,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import embpack
 from embpack import FormatError, chunks
@@ -233,7 +233,7 @@ def test_shards_stay_shards(tmp_path):
 def test_every_shard_has_the_version(tmp_path):
     for file in pack(KINDS["shards in a folder"], tmp_path).files:
         value = json.loads(read_raw(file).metadata["embpack"])
-        assert value["version"] == 1
+        assert value["version"] == 2
         assert set(value["tables"]) <= set(read_raw(file).tensors)
 
 
@@ -446,6 +446,24 @@ def test_shards_are_not_unpacked_into_a_file(tmp_path, suffix):
     with pytest.raises(ValueError, match="is sharded, so the destination is a folder"):
         embpack.dequantize_file(packed.dst, tmp_path / f"plain{suffix}")
     assert names_in(tmp_path) == {packed.src.name, packed.dst.name}
+
+
+# Names
+
+
+def test_a_name_that_is_no_text_is_refused_before_anything_is_written(tmp_path):
+    """A file's name in Latin-1; in a state dict any string may be a name."""
+    weight = make_weight()
+    npy, pt = tmp_path / os.fsdecode(b"caf\xe9.npy"), tmp_path / "model.pt"
+    with npy.open("wb") as file:
+        np.save(file, weight)
+    torch.save({"emb.weight": torch.from_numpy(weight), "\ud800": torch.ones(3)}, pt)
+    for src, name in ((npy, r"caf\\udce9"), (pt, r"\\ud800")):
+        with pytest.raises(
+            ValueError, match=f"out.safetensors: tensor '{name}' has a name that is not Unicode, .*rename"
+        ):
+            embpack.quantize_file(src, tmp_path / "out.safetensors", method="asym")
+    assert names_in(tmp_path) == {npy.name, pt.name}
 
 
 # Destinations
@@ -764,3 +782,34 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(PermissionError, match="no permission to write"):
         embpack.quantize_file(src, tmp_path / "closed" / "packed.safetensors")
+
+
+CHANGES = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "rewritten": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_source_that_changes_while_it_is_converted(tmp_path, small_chunks, change, packed):
+    """Once it has packed or unpacked its first rows."""
+    src, dst = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file({f"{name}_emb": torch.from_numpy(make_weight()) for name in "ab"}, src)
+    if packed:
+        embpack.quantize_file(src, dst, method="asym")
+        dst.replace(src)
+    os.utime(src, (1, 1))
+    left = [1]
+
+    def progress(name, rows):
+        if left:
+            left.pop()
+            CHANGES[change](src)
+
+    convert = embpack.dequantize_file if packed else embpack.quantize_file
+    with pytest.raises(FormatError, match=r"model.safetensors: was .* while tensor 'a_emb' was read; run again when"):
+        convert(src, dst, progress=progress)
+    assert names_in(tmp_path) <= {src.name}

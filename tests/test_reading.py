@@ -1,9 +1,15 @@
 """Other people's checkpoints: every format and type comes out bit for bit, damage is told in one message."""
 
+import copy
+import errno
 import io
 import itertools
 import json
+import os
+import re
+import shutil
 import tempfile
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -25,6 +31,7 @@ from damaged import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
@@ -193,6 +200,7 @@ def write_groups(path):
 TENSOR = torch.from_numpy(TABLE)
 # A name of a file, and what writes TABLE into it under the name a; each goes its own way through a reader.
 # These suffixes are .pt's.
+SHARDS_OF_TWO = {"m-1.safetensors": ["a"], "m-2.safetensors": ["b"]}
 SAME_READERS = {".pth", ".bin", ".ckpt"}
 SOURCES = {
     "aligned.safetensors": lambda path: save_file({"a": TABLE}, path),
@@ -203,6 +211,7 @@ SOURCES = {
     "stored.npz": lambda path: np.savez(path, a=TABLE),
     "deflated.npz": lambda path: np.savez_compressed(path, a=TABLE),
     "columns.npz": lambda path: np.savez_compressed(path, a=np.asfortranarray(TABLE)),
+    "columns-stored.npz": lambda path: np.savez(path, a=np.asfortranarray(TABLE)),
     "mapped.pt": lambda path: torch.save({"a": TENSOR}, path),
     "columns.pt": lambda path: torch.save({"a": TENSOR.t().contiguous().t()}, path),
     "old.pt": lambda path: torch.save({"a": TENSOR}, path, _use_new_zipfile_serialization=False),
@@ -233,6 +242,121 @@ def check_range(tensor, start, stop, n):
         check_array(chunk)
     assert [len(chunk) for chunk in chunks] == [min(n, len(expected) - at) for at in range(0, len(expected), n)]
     assert same_bits(np.concatenate([TABLE[:0], *chunks]), expected)
+
+
+CHANGES = {
+    "changed from [0-9]+ to [0-9]+ bytes": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "changed from [0-9]+ to 0 bytes": lambda path: os.truncate(path, 0),
+    "written to": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "replaced by another file": lambda path: (
+        shutil.copy(path, path.with_name("new")) and path.with_name("new").replace(path)
+    ),
+    "deleted or moved": lambda path: path.unlink(),
+}
+
+
+def read_while(path, change):
+    """Read a tensor, and change its file after the first chunk."""
+    with open_checkpoint(path) as checkpoint:
+        chunks = find_tensor(checkpoint, "a").chunks(3)
+        next(chunks)
+        change()
+        list(chunks)
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, name, how):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    SOURCES[name](path)
+    os.utime(path, (1, 1))  # the clock of a file system may stand still for some milliseconds
+    message = f"{path}: was {how} while tensor 'a' was read; run again when nobody writes to it"
+    with pytest.raises(FormatError, match=f"^{message}$"):
+        read_while(path, lambda: CHANGES[how](path))
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_file_that_changes_before_it_is_opened_again_is_refused(tmp_path, how):
+    index = write_shards(tmp_path, {"a": "m-1.safetensors", "b": "m-2.safetensors"}, SHARDS_OF_TWO)
+    path = tmp_path / "m-2.safetensors"
+    os.utime(path, (1, 1))
+    with open_checkpoint(index) as checkpoint, pytest.raises(FormatError, match=f"m-2.safetensors: was {how} while"):
+        assert find_tensor(checkpoint, "a").read().shape == (2,)
+        CHANGES[how](path)
+        find_tensor(checkpoint, "b").read()
+
+
+@pytest.mark.parametrize("how", ["replaced by another file", "deleted or moved"])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_what_was_opened_is_read_whole_whatever_lies_under_its_name(tmp_path, how, mapped):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": TABLE}, path)
+    with open_checkpoint(path) as checkpoint:
+        CHANGES[how](path)
+        assert same_bits(find_tensor(checkpoint, "a").whole(mapped=mapped), TABLE)
+
+
+def test_an_error_of_a_file_that_did_not_change_is_told_as_it_is(tmp_path):
+    path, message = write_damaged(tmp_path, "npz-checksum")
+    with pytest.raises(FormatError, match=message):
+        read_while(path, lambda: None)
+
+
+def test_a_file_that_cannot_be_mapped_is_read_into_memory(tmp_path, monkeypatch):
+    def refuse(descriptor, size):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr("embpack.formats.source.map_file", refuse)
+    path = tmp_path / "a.safetensors"
+    save_file({"a": TABLE}, path)
+    with (
+        open_checkpoint(path) as checkpoint,
+        pytest.warns(
+            RuntimeWarning, match=f"{path}: cannot be mapped here .No such device., so it is read into memory"
+        ),
+    ):
+        rows = find_tensor(checkpoint, "a").whole(mapped=True)
+    assert not is_mapped(rows)
+    assert same_bits(rows, TABLE)
+
+
+def count_open():
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_no_more_files_are_open_than_are_read(tmp_path):
+    index = write_shards(tmp_path, {"a": "m-1.safetensors", "b": "m-2.safetensors"}, SHARDS_OF_TWO)
+    before = count_open()
+    with open_checkpoint(index) as checkpoint:
+        assert count_open() == before
+        chunks = find_tensor(checkpoint, "a").chunks(1)
+        next(chunks)
+        assert count_open() == before + 1
+        del chunks
+        assert count_open() == before
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.npy", "a.npz"])
+def test_no_permission_to_read(tmp_path, monkeypatch, name):
+    def refuse(path, flags):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setattr("embpack.formats.source.os.open", refuse)
+    with pytest.raises(PermissionError, match=f"no permission to read it; change its mode: '{tmp_path / name}'"):
+        open_checkpoint(tmp_path / name).__enter__()
+
+
+def test_no_permission_to_read_a_shard(tmp_path, monkeypatch):
+    index = write_shards(tmp_path, {"a": "m-1.safetensors", "b": "m-2.safetensors"}, SHARDS_OF_TWO)
+
+    def refuse(path, flags):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("embpack.formats.source.os.open", refuse)
+    with pytest.raises(PermissionError, match=r"no permission to read it; change its mode: .*m-1.safetensors"):
+        open_checkpoint(index).__enter__()
 
 
 @pytest.mark.parametrize("n", [1, 3, 100])
@@ -481,6 +605,103 @@ def test_a_file_that_is_read_in_chunks_is_not_mapped(tmp_path, start):
     assert most < 1024
 
 
+HEADER = {
+    "__metadata__": {"k": "v"},
+    "a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]},
+    "b": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [8, 11]},
+}
+
+
+def change_header(path, value):
+    """Headers of which one value, at any depth, is another."""
+
+    def alter(part):
+        yield value
+        if isinstance(part, dict):
+            for key in part:
+                for altered in alter(part[key]):
+                    yield {**part, key: altered}
+                yield {name: item for name, item in part.items() if name != key}
+        if isinstance(part, list):
+            for i in range(len(part)):
+                for altered in alter(part[i]):
+                    yield [*part[:i], altered, *part[i + 1 :]]
+            yield part[1:]
+            yield [*part, value]
+
+    for header in alter(HEADER):
+        path.write_bytes(safetensors_bytes(header, bytes(11)))
+        yield header
+
+
+def is_valid(path):
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def is_read(path):
+    try:
+        with open_checkpoint(path) as checkpoint:
+            for tensor in checkpoint.shards[0].tensors:
+                tensor.read()
+            return True
+    except FormatError as error:
+        assert str(error).startswith(f"{path}: ")
+        return False
+
+
+VALUES = [
+    None,
+    True,
+    0,
+    1,
+    2,
+    8,
+    11,
+    12,
+    -1,
+    1.0,
+    1 << 62,
+    1 << 63,
+    1 << 64,
+    "F32",
+    "F64",
+    "x",
+    [],
+    [0],
+    [1 << 62, 4],
+    {},
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_a_header_is_valid_where_the_library_says_so(tmp_path, value):
+    path = tmp_path / "a.safetensors"
+    for header in change_header(path, value):
+        assert is_read(path) == is_valid(path), header
+
+
+def test_any_byte_of_a_header_altered_is_judged_as_by_the_library(tmp_path):
+    path = tmp_path / "a.safetensors"
+    whole = safetensors_bytes(HEADER, bytes(11))
+    for at, byte in itertools.product(range(len(whole) - 11), b'\x00 "0}]\x80'):
+        path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+        assert is_read(path) == is_valid(path), (at, byte)
+
+
+@pytest.mark.parametrize(
+    "text", [b'{"a": NaN}', b'{"\\ud800": {}}', b'{"__metadata__": {"k": "\\udc80"}}', b"\xff\xfe{\0}\0"]
+)
+def test_a_header_that_is_json_to_python_alone(tmp_path, text):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(safetensors_bytes(text, b""))
+    assert not is_valid(path)
+    assert not is_read(path)
+
+
 # shards
 
 
@@ -541,11 +762,42 @@ def test_damaged_shard(tmp_path):
         open_checkpoint(index).__enter__()
 
 
+def test_a_folder_of_torch_distributed(tmp_path):
+    for name in (".metadata", "__0_0.distcp"):
+        (tmp_path / name).touch()
+    advice = (
+        "this is a checkpoint of torch.distributed.checkpoint; make one file of it: torch.distributed.checkpoint."
+        f"format_utils.dcp_to_torch_save({str(tmp_path)!r}, 'model.pt')"
+    )
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"{tmp_path}: no *.safetensors.index.json in this folder; {advice}")
+    ):
+        open_checkpoint(tmp_path).__enter__()
+    for name in (".metadata", "__0_0.distcp"):
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}: {advice}")):
+            open_checkpoint(tmp_path / name).__enter__()
+
+
+def test_an_index_of_files_of_pytorch(tmp_path):
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text("{}")
+    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
+    advice = (
+        "pytorch_model.bin.index.json is the index of PyTorch's .bin files; pack these one by one, or load the model"
+    )
+    for path, kind in ((tmp_path, FileNotFoundError), (index, ValueError)):
+        with pytest.raises(kind, match=re.escape(advice)):
+            open_checkpoint(path).__enter__()
+
+
 def test_folder_without_index(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no \*.safetensors.index.json in this folder; it has no files"):
+    with pytest.raises(FileNotFoundError, match=r"no \*.safetensors.index.json in this folder; it has no file to read"):
+        open_checkpoint(tmp_path).__enter__()
+    (tmp_path / "config.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"in this folder; it has no file to read"):
         open_checkpoint(tmp_path).__enter__()
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(FileNotFoundError, match=r"choose one of its files: model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"choose one of its files: model.safetensors$"):
         open_checkpoint(tmp_path).__enter__()
 
 
@@ -831,8 +1083,88 @@ def test_npy_shapes(tmp_path, shape, order):
     array = np.asarray(random_bits("F32", shape), order=order)
     np.save(tmp_path / "a.npy", array)
     np.savez(tmp_path / "a.npz", a=array)
-    for name in ("a.npy", "a.npz"):
+    np.savez_compressed(tmp_path / "compressed.npz", a=array)
+    for name in ("a.npy", "a.npz", "compressed.npz"):
         assert same_bits(read_all(tmp_path / name, "a", 2)[0], array)
+
+
+@pytest.mark.parametrize("columns_bytes", [1, 64, 1 << 16])
+def test_columns_are_read_one_or_several_at_a_time(tmp_path, monkeypatch, columns_bytes):
+    monkeypatch.setattr("embpack.formats.stored._COLUMNS_BYTES", columns_bytes)
+    array = np.asfortranarray(random_bits("F32", (11, 5, 3)))
+    np.save(tmp_path / "a.npy", array)
+    np.savez(tmp_path / "a.npz", a=array)
+    for name, n in itertools.product(("a.npy", "a.npz"), (1, 4, 11)):
+        assert same_bits(read_all(tmp_path / name, "a", n)[0], np.ascontiguousarray(array))
+
+
+def test_a_compressed_array_in_fortran_order_is_in_memory_once(tmp_path, monkeypatch):
+    array = np.zeros((1 << 20, 16), np.float32, order="F")
+    np.savez_compressed(tmp_path / "a.npz", a=array)
+    tracemalloc.start()
+    with open_checkpoint(tmp_path / "a.npz") as checkpoint:
+        tensor = find_tensor(checkpoint, "a")
+        assert sum(chunk.nbytes for chunk in tensor.chunks(1 << 10)) == array.nbytes
+        assert array.nbytes < tracemalloc.get_traced_memory()[1] < 1.1 * array.nbytes
+        tracemalloc.stop()
+        monkeypatch.setattr("embpack.formats.npy.MOST_WHOLE_BYTES", array.nbytes - 1)
+        message = f"a.npz: a.npy: is compressed and in Fortran order, so that all of its {array.nbytes} bytes would be"
+        with pytest.raises(FormatError, match=message):
+            next(tensor.chunks(1))
+
+
+def test_any_byte_of_a_header_of_numpy_altered(tmp_path):
+    np.save(tmp_path / "a.npy", TABLE)
+    np.savez(tmp_path / "b.npz", a=TABLE)
+    for path, length in ((tmp_path / "a.npy", 128), (tmp_path / "b.npz", 200)):
+        content = path.read_bytes()
+        for at, byte in itertools.product(range(length), b"\x00\x01(['{9,\xff"):
+            path.write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])
+            try:
+                with open_checkpoint(path) as checkpoint:
+                    for tensor in checkpoint.shards[0].tensors:
+                        tensor.read()
+            except FormatError as error:
+                assert str(error).startswith(f"{path}: ")
+
+
+PROMISES = {"stored": zipfile.ZIP_STORED, "deflated": zipfile.ZIP_DEFLATED, "lzma": zipfile.ZIP_LZMA}
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("how", PROMISES)
+def test_a_member_that_promises_gigabytes_takes_no_memory(tmp_path, how, order):
+    header = io.BytesIO()
+    # 3.9 GB, in the header and in the directory.
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": order == "F", "shape": (975_000_000 // 4, 4)}
+    )
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", PROMISES[how]) as archive:
+        archive.writestr("a.npy", header.getvalue() + bytes(1000))
+        archive.infolist()[0].file_size = len(header.getvalue()) + 3_900_000_000
+    tracemalloc.start()
+    with (
+        pytest.raises(FormatError, match=r"a.npz: a.npy: ") as caught,
+        open_checkpoint(tmp_path / "a.npz") as checkpoint,
+    ):
+        find_tensor(checkpoint, "a").read()
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    if how != "lzma":
+        assert re.search(r"promises 3900000128 bytes, in [0-9]+ of a file of [0-9]+", str(caught.value))
+
+
+def test_members_that_share_their_bytes(tmp_path):
+    np.savez(tmp_path / "a.npz", a=TABLE)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        [info] = archive.infolist()
+        again = copy.copy(info)
+        again.filename = "b.npy"
+        archive.filelist.append(again)
+        archive.NameToInfo["b.npy"] = again
+        archive._didModify = True
+    with pytest.raises(FormatError, match=r"a.npz: b.npy: lies where another member lies; the file is damaged"):
+        open_checkpoint(tmp_path / "a.npz").__enter__()
 
 
 def test_npy_holds_vectors(tmp_path):

@@ -1,6 +1,7 @@
 """Memory stays bounded: a 400 MB table is packed and unpacked in a fraction of that."""
 
 import json
+import sys
 import zipfile
 
 import numpy as np
@@ -140,6 +141,9 @@ SPREAD = {
     "columns.pt": lambda path: torch.save({"a": torch.zeros(64, 500_000).t()}, path),
     "steps.pt": lambda path: torch.save({"a": torch.zeros(40_000_000)[::2].view(-1, 4)}, path),
     "old.pt": lambda path: torch.save({"a": torch.zeros(32_000_000)}, path, _use_new_zipfile_serialization=False),
+    "columns.npy": lambda path: np.lib.format.open_memmap(path, "w+", "<f4", (500_000, 128), fortran_order=True),
+    "columns.npz": lambda path: np.savez(path, a=np.zeros((128, 500_000), np.float32).T),
+    "entry.safetensors": lambda path: write_sparse_table(path, "a", 1, 1 << 26),
 }
 
 
@@ -151,3 +155,63 @@ def test_reading_takes_less_memory_than_what_is_read(tmp_path):
     read = [int(line.split()[1]) for line in done.stdout.splitlines()]
     assert len(read) == len(SPREAD) + 89
     assert sum(read) > 800_000_000
+
+
+# Runs one function after it has set a limit on this process, to so much more than it has.
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import embpack, embpack.formats.safetensors
+
+limit, more, function, *paths = sys.argv[1:]
+status = Path("/proc/self/status").read_text()
+now = {"RLIMIT_AS": "VmSize:", "RLIMIT_DATA": "VmData:"}.get(limit)
+most = int(more) + (int(status.split(now)[1].split()[0]) * 1024 if now else 0)
+resource.setrlimit(getattr(resource, limit), (most, most))
+options = {"method": "asym"} if function == "quantize_file" else {}
+returned = getattr(embpack, function)(*paths, **options)
+if function == "load":
+    print(sum(float(table[[0, len(table) - 1]].sum()) for table in returned.values()))
+"""
+
+
+def check_limited(*args):
+    done = run_python(LIMITED, *args, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_a_file_larger_than_the_limit_of_memory_is_packed(table, tmp_path, limit):
+    check_limited(limit, 120_000_000, "quantize_file", table, tmp_path / "packed.safetensors")
+
+
+def test_mapped_tables_do_not_count_as_data(packed):
+    assert packed.stat().st_size > 50_000_000
+    check_limited("RLIMIT_DATA", 20_000_000, "load", packed)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A checkpoint in two hundred files, and a packed one in sixty."""
+    folder = tmp_path_factory.mktemp("shards")
+    for name, count in (("plain", 200), ("few", 60)):
+        (folder / name).mkdir()
+        files = {f"m-{i}.safetensors": f"emb.{i}.weight" for i in range(count)}
+        for file_name, tensor in files.items():
+            write_sparse_table(folder / name / file_name, tensor, 16, 8)
+        index = {"weight_map": {tensor: file_name for file_name, tensor in files.items()}}
+        (folder / name / "model.safetensors.index.json").write_text(json.dumps(index))
+    embpack.quantize_file(folder / "few", folder / "packed", method="asym")
+    return folder
+
+
+def test_many_shards_need_few_descriptors(shards, tmp_path):
+    check_limited("RLIMIT_NOFILE", 50, "quantize_file", shards / "plain", tmp_path / "packed")
+    check_limited("RLIMIT_NOFILE", 50, "dequantize_file", tmp_path / "packed", tmp_path / "unpacked")
+    check_limited("RLIMIT_NOFILE", 100, "load", shards / "packed")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="maps need no descriptors")
+def test_too_many_mapped_files(shards):
+    done = run_python(LIMITED, "RLIMIT_NOFILE", 50, "load", shards / "packed")
+    assert "cannot be mapped: Too many open files; each mapped file keeps a descriptor; allow more" in done.stderr

@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
-from embpack.files import METADATA_KEY, TableEntry, check_digest, read_entries, split_shard
+from embpack.files import METADATA_KEY, Contents, TableEntry, check_bytes, read_contents, split_shard
 from embpack.formats import (
     FORMATS,
     Checkpoint,
@@ -186,14 +186,16 @@ def dequantize_file(
         shards, unpacked = [], []
         for shard in checkpoint.shards:
             path = checkpoint.path.parent / shard.file_name
-            entries = read_entries(path, shard)
-            parts, others = split_shard(shard, entries)
-            unpacked += [_unpacked_table(parts[name], entry) for name, entry in entries.items()]
+            contents = read_contents(path, shard)
+            parts, others = split_shard(shard, contents.tables)
+            unpacked += [_unpacked_table(parts[name], entry) for name, entry in contents.tables.items()]
             copied = {tensor.name for tensor in others}
             tensors = tuple(
-                copy_tensor(tensor) if tensor.name in copied else _unpack(path, parts[tensor.name], entries, progress)
+                copy_tensor(tensor, partial(_check_other, path, tensor.name, contents))
+                if tensor.name in copied
+                else _unpack(path, parts[tensor.name], contents.tables[tensor.name], progress)
                 for tensor in shard.tensors
-                if tensor.name in copied or tensor.name in entries
+                if tensor.name in copied or tensor.name in contents.tables
             )
             plain = {key: value for key, value in shard.metadata.items() if key != METADATA_KEY}
             name = dst.name if checkpoint.index_name is None else shard.file_name
@@ -202,29 +204,31 @@ def dequantize_file(
     return tuple(unpacked)
 
 
-def _unpack(
-    path: Path, parts: Sequence[SourceTensor], entries: Mapping[str, TableEntry], progress: Progress
-) -> OutTensor:
+def _check_other(path: Path, name: str, contents: Contents, digest: "hashlib._Hash") -> None:
+    """Compare the checksum of a tensor that is no table's, which version 1 has not."""
+    if contents.others is not None:
+        check_bytes(path, f"tensor {name!r}", digest, contents.others[name])
+
+
+def _unpack(path: Path, parts: Sequence[SourceTensor], entry: TableEntry, progress: Progress) -> OutTensor:
     """Decode a table chunk by chunk; its checksum is compared at the end, before the output gets its name."""
     tensor, *beside = parts
-    entry = entries[tensor.name]
 
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
-        arrays = [part.read() for part in beside]
-        names = {spec.name: array for spec, array in zip(entry.beside, arrays, strict=True)}
-        clusters, codebooks = names.get("clusters"), names.get("codebooks")
+        named = {spec.name: part for spec, part in zip(entry.beside, beside, strict=True)}
+        clusters, codebooks = named.get("clusters"), named["codebooks"].read() if "codebooks" in named else None
         done = 0
         for packed in tensor.chunks(chunk_rows(entry.embedding_dim)):
             digest.update(packed.data)
-            own = None if clusters is None else clusters[done : done + len(packed)]
+            own = None if clusters is None else clusters.read(done, done + len(packed))
             table = PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks)
             yield narrow(table.dequantize(), entry.dtype)
             done += len(packed)
             progress(tensor.name, len(packed))
-        for array in arrays:
-            digest.update(as_bytes(array))
-        check_digest(path, tensor.name, entry, digest)
+        for piece in chain.from_iterable(part.pieces() for part in beside):
+            digest.update(as_bytes(piece))
+        check_bytes(path, f"table {tensor.name!r}", digest, entry.checksum)
 
     shape = (entry.num_embeddings, entry.embedding_dim)
     return OutTensor(tensor.name, _SAFETENSORS_DTYPE[entry.dtype], shape, chunks)

@@ -161,7 +161,7 @@ def compare(
     report = FileComparison(src, tuple(tables), rules.include, rules.exclude, get_num_threads())
     if html is not None:
         with new_file(html) as file:
-            file.write(make_page(report).encode())
+            file.write(make_page(report).encode(errors="backslashreplace"))
     if as_json:
         show.print_json(_as_json(report))
     else:

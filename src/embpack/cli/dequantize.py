@@ -30,7 +30,8 @@ def dequantize(
 
     [dim]embpack dequantize model-4bit.safetensors model-restored.safetensors[/]
     """
-    totals = {name: entry.num_embeddings for packed in open_packed(src) for name, entry in packed.entries.items()}
+    with open_packed(src) as files:
+        totals = {name: entry.num_embeddings for packed in files for name, entry in packed.entries.items()}
     with show.row_progress(totals, shown=not as_json) as progress:
         tables = dequantize_file(src, dst, progress=progress)
     if as_json:

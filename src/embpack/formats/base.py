@@ -16,6 +16,9 @@ from embpack.formats.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes
 from embpack.formats.source import SourceFile
 from embpack.formats.stored import StoredArray
 
+# What is read at a time of what is not read by rows.
+PIECE_BYTES = 1 << 24
+
 
 @dataclass(frozen=True)
 class SourceTensor:
@@ -83,8 +86,12 @@ class SourceTensor:
                 [view] = self.iter_rows(0, length, length)
         return view
 
-    def pieces(self, num_bytes: int) -> Iterator[NDArray[Any]]:
+    def pieces(self, num_bytes: int = PIECE_BYTES, *, by_name: bool = True) -> Iterator[NDArray[Any]]:
         """Yield all values in order, about num_bytes at a time: some rows, or values of one, 1-D, where that has more.
+
+        Args:
+            num_bytes: at least a value's.
+            by_name: refuse a file that was replaced or deleted, too; its bytes are there as long as it is open.
 
         Raises:
             FormatError: when it comes to where the file is damaged, or was changed.
@@ -92,9 +99,10 @@ class SourceTensor:
         length = self.shape[0] if self.shape else 1
         if self.stored is not None and self.nbytes > num_bytes * length:
             flat = self.stored.flatten()
-            n = max(1, num_bytes // flat.dtype.itemsize)
-            return self._iter_unchanged(partial(flat.iter_rows, 0, flat.shape[0], n))
-        return self.chunks(max(1, num_bytes * length // max(1, self.nbytes)))
+            read = partial(flat.iter_rows, 0, flat.shape[0], max(1, num_bytes // flat.dtype.itemsize))
+        else:
+            read = partial(self.iter_rows, 0, length, max(1, num_bytes * length // max(1, self.nbytes)))
+        return self._iter_unchanged(read, by_name=by_name) if length else iter(())
 
     def chunks(self, n: int, start: int = 0, stop: int | None = None) -> Iterator[NDArray[Any]]:
         """Yield rows [start, stop), or all from start on, in order: n at a time but the last, in bounded memory.
@@ -108,11 +116,13 @@ class SourceTensor:
             raise ValueError(f"tensor {self.name!r} is to be read {n} rows at a time; give a positive number")
         return self._iter_unchanged(partial(self.iter_rows, start, stop, n)) if start < stop else iter(())
 
-    def _iter_unchanged(self, read: Callable[[], Iterator[NDArray[Any]]]) -> Iterator[NDArray[Any]]:
-        with self._unchanged():
+    def _iter_unchanged(
+        self, read: Callable[[], Iterator[NDArray[Any]]], *, by_name: bool = True
+    ) -> Iterator[NDArray[Any]]:
+        with self._unchanged(by_name=by_name):
             yield from read()
 
-    def _unchanged(self, *, by_name: bool = True) -> AbstractContextManager[None]:
+    def _unchanged(self, *, by_name: bool) -> AbstractContextManager[None]:
         if self.source is None:
             return nullcontext()
         return self.source.unchanged(f"tensor {self.name!r}", by_name=by_name)
@@ -177,6 +187,15 @@ def find_repeated(names: Iterable[str]) -> str | None:
             return name
         seen.add(name)
     return None
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text can be written as UTF-8; not if it has lone surrogates, as a file's name in Latin-1 gets them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def refuse_repeated(path: Path, names: Iterable[str]) -> None:

@@ -40,12 +40,19 @@ _MEMBER_HEADER_BYTES = 30
 _MOST_RATIOS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 _BLOCK_BYTES = 1 << 20
 _MOST_HEADER_BYTES = 1 << 16
+# Of a member of a zip file.
+_MAX_NAME_BYTES = (1 << 16) - 1
 _WAYS_OUT = "write .safetensors or .pt"
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What an .npy file says of its array; is_fortran: columns lie together, not rows; tag: safetensors' type."""
+    """What an .npy file says of its array.
+
+    Attributes:
+        is_fortran: columns lie together, not rows.
+        tag: the safetensors name of its type; None if it has none.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -65,7 +72,7 @@ class _Header:
 
 @contextmanager
 def open_npy(path: Path) -> Iterator[Checkpoint]:
-    """Map an .npy file: one tensor, named like the file.
+    """Open an .npy file: one tensor, named like the file.
 
     Raises:
         FormatError: it is not one, is damaged, or its values are not numbers.
@@ -269,9 +276,15 @@ def write_npz(file: BinaryIO, path: Path, shard: OutShard) -> None:
     """Write an uncompressed .npz file.
 
     Raises:
-        ValueError: NumPy has no such type.
+        ValueError: NumPy has no such type, or a zip file no such name.
     """
     refuse_dtypes(path, shard, NUMPY_DTYPES, _WAYS_OUT)
+    for tensor in shard.tensors:
+        if "\0" in tensor.name or len(f"{tensor.name}.npy".encode()) > _MAX_NAME_BYTES:
+            raise ValueError(
+                f"{path}: tensor {tensor.name!r:.80} has a name that an .npz file cannot have, with a NUL in it or of "
+                f"more than {_MAX_NAME_BYTES} bytes; {_WAYS_OUT}"
+            )
     with zipfile.ZipFile(file, "w") as archive:
         for tensor in shard.tensors:
             with archive.open(f"{tensor.name}.npy", "w", force_zip64=True) as member:

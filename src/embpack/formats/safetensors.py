@@ -1,7 +1,6 @@
 """Safetensors files: checked and read through one descriptor, written as a stream."""
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,17 +10,27 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from embpack.errors import FormatError
-from embpack.formats.base import Checkpoint, OutShard, Shard, SourceTensor, as_bytes, iter_checked, refuse_repeated
+from embpack.formats.base import (
+    Checkpoint,
+    OutShard,
+    Shard,
+    SourceTensor,
+    as_bytes,
+    is_utf8,
+    iter_checked,
+    refuse_repeated,
+)
 from embpack.formats.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes, is_whole
 from embpack.formats.source import SourceFile
 from embpack.formats.stored import StoredArray
 
 _LENGTH_BYTES = 8
-_MOST_HEADER_BYTES = 100_000_000
+# The library opens no file with a longer one.
+_MAX_HEADER_BYTES = 100_000_000
 _ALIGNMENT = 8
+# NumPy has no more.
 _MOST_DIMENSIONS = 64
 _METADATA_KEY = "__metadata__"
-_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @contextmanager
@@ -75,9 +84,9 @@ def _read_length(source: SourceFile) -> int:
             f"{path}: {rest} bytes are left for a header of {header_bytes}; the file is truncated or not a safetensors "
             "file"
         )
-    if header_bytes > _MOST_HEADER_BYTES:
+    if header_bytes > _MAX_HEADER_BYTES:
         raise FormatError(
-            f"{path}: its header has {header_bytes} bytes, and safetensors allows {_MOST_HEADER_BYTES}; it is not a "
+            f"{path}: its header has {header_bytes} bytes, and safetensors allows {_MAX_HEADER_BYTES}; it is not a "
             "safetensors file, or damaged"
         )
     return header_bytes
@@ -95,7 +104,7 @@ def _sort_entries(path: Path, header: dict[str, Any]) -> list[tuple[str, dict[st
 
 def _is_text(value: object) -> bool:
     """Whether JSON's value is a string of Unicode; its escapes can name halves of characters."""
-    return isinstance(value, str) and not _HALVES.search(value)
+    return isinstance(value, str) and is_utf8(value)
 
 
 def _are_sizes(value: object) -> bool:
@@ -178,6 +187,11 @@ def write_safetensors(file: BinaryIO, path: Path, shard: OutShard) -> None:
     """
     entries = _place_tensors(path, shard)
     reserved = _reserve(entries, shard.metadata_room)
+    if reserved > _MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{path}: {len(entries)} tensors take a header of {reserved} bytes, but a safetensors file has at most "
+            f"{_MAX_HEADER_BYTES}; write several files"
+        )
     file.write(reserved.to_bytes(_LENGTH_BYTES, "little") + b" " * reserved)
     for tensor in shard.tensors:
         for chunk in iter_checked(tensor):

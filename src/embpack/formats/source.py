@@ -46,7 +46,7 @@ class SourceFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: io.FileIO | None = None
+        self._descriptor: int | None = None
         self._blocks = 0
         self._seen: _State | None = None
         self._map: mmap.mmap | None = None
@@ -58,20 +58,28 @@ class SourceFile:
             FormatError: it was opened before and is another file by now, or was changed.
             OSError: there is no such file, or it cannot be read.
         """
-        if self._file is None:
-            self._file = self._open()
+        if self._descriptor is None:
+            self._descriptor = self._open()
         self._blocks += 1
         return self
 
     def __exit__(self, *_: object) -> None:
         self._blocks -= 1
-        if not self._blocks and self._file is not None:
-            self._file.close()
-            self._file = None
+        if not self._blocks:
+            self._close()
 
-    def _open(self) -> io.FileIO:
+    def __del__(self) -> None:
+        # A block may be within a generator that nobody runs to its end.
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self) -> int:
         try:
-            file = io.FileIO(self.path)
+            descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             if self._seen is not None:
                 raise FormatError(self._describe_change()) from error
@@ -79,13 +87,13 @@ class SourceFile:
                 advice = "no permission to read it; change its mode"
                 raise PermissionError(error.errno, advice, str(self.path)) from None
             raise
-        state = _State.of(os.fstat(file.fileno()))
+        state = _State.of(os.fstat(descriptor))
         if self._seen is None:
             self._seen = state
         elif state != self._seen:
-            file.close()
+            os.close(descriptor)
             raise FormatError(self._describe_change())
-        return file
+        return descriptor
 
     @property
     def size(self) -> int:
@@ -96,8 +104,8 @@ class SourceFile:
     @property
     def descriptor(self) -> int:
         """The open file's number, for libraries that take one; it belongs to the ``with`` block."""
-        assert self._file is not None  # it is open
-        return self._file.fileno()
+        assert self._descriptor is not None  # it is open
+        return self._descriptor
 
     def read_into(self, offset: int, out: NDArray[Any]) -> None:
         """Fill a C-contiguous array with the bytes from an offset on; several threads may read at once.
