@@ -469,6 +469,33 @@ def test_a_name_that_is_no_text_is_refused_before_anything_is_written(tmp_path):
 # Destinations
 
 
+@pytest.mark.parametrize("name_it", ["folder", "link", "dot"])
+def test_shards_go_into_an_empty_folder_however_it_is_named(tmp_path, monkeypatch, name_it):
+    packed = pack(KINDS["shards in a folder"], tmp_path)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    src, dst = packed.src.absolute(), {"folder": folder, "link": tmp_path / "link", "dot": Path()}[name_it]
+    monkeypatch.chdir(folder)
+    report = embpack.quantize_file(src, dst)
+    assert names_in(folder) == names_in(packed.dst)
+    assert report.file_bytes_after == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert embpack.load(dst, verify=True).keys() == embpack.load(packed.dst).keys()
+
+
+def test_a_file_that_is_a_link_is_written_through_and_keeps_its_mode(tmp_path):
+    src = write_safetensors(tmp_path, Arrays({"emb.weight": make_weight()}))
+    dst, store = tmp_path / "dst.safetensors", tmp_path / "store"
+    store.write_bytes(b"old")
+    store.chmod(0o600)
+    dst.symlink_to("store")
+    embpack.quantize_file(src, dst)
+    assert dst.is_symlink()
+    assert store.stat().st_mode & 0o777 == 0o600
+    assert list(embpack.load(dst, verify=True)) == ["emb.weight"]
+    assert names_in(tmp_path) == {src.name, "dst.safetensors", "store"}
+
+
 def content_of(path: Path):
     if path.is_dir():
         return {file.name: file.read_bytes() for file in path.iterdir()}
@@ -742,8 +769,11 @@ def test_a_kill_leaves_what_was_there(tmp_path, function, old):
     done = run_python(KILLED, function, src, dst)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (dst.read_bytes() if dst.exists() else None) == old
-    left = names_in(tmp_path) - visible
-    assert all(name.startswith(".embpack-") and name.endswith(".tmp") for name in left)
+    [left] = names_in(tmp_path) - visible - {dst.name}
+    assert left.startswith(".embpack-")
+    assert left.endswith(".tmp")
+    getattr(embpack, function)(src, dst)
+    assert names_in(tmp_path) == visible | {dst.name}
 
 
 LIMITED = """

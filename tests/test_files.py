@@ -341,9 +341,18 @@ DAMAGED_METADATA = {
     "no version": (lambda value: {"tables": value["tables"]}, "'embpack' metadata is damaged.*version"),
     "no tables": (lambda value: {"version": 1}, "'embpack' metadata is damaged.*tables"),
     "version 3": (lambda value: {**value, "version": 3}, "format version 3, .* reads versions 1 to 2; update embpack"),
-    "version 1 with what is new": (lambda value: {**value, "version": 1}, "version 1 has tables, version; found check"),
-    "no others": (lambda value: without(value, "others"), "version 2 has checksum, others, .*; found checksum, tables"),
-    "no checksum": (lambda value: without(value, "checksum"), "version 2 has checksum, .*; found others, tables"),
+    "version 1 with what is new": (
+        lambda value: {**value, "version": 1},
+        r"version 1 has \['tables', 'version'\], found \['checksum'",
+    ),
+    "no others": (
+        lambda value: without(value, "others"),
+        r"version 2 has \['checksum', 'others', .*, found \['checksum', 'tables'",
+    ),
+    "no checksum": (
+        lambda value: without(value, "checksum"),
+        r"version 2 has \['checksum', .*, found \['others', 'tables'",
+    ),
     "others are a list": (lambda value: {**value, "others": []}, "others must be checksums by name"),
     "a checksum is a number": (lambda value: {**value, "others": {"a": 1}}, "others must be checksums by name"),
     "checksum is a number": (lambda value: {**value, "checksum": 1}, "its header was altered.* promises 1;"),

@@ -24,6 +24,7 @@ from embpack.formats import (
     open_checkpoint,
     write_checkpoint,
 )
+from embpack.formats.atomic import refuse_occupied
 from embpack.formats.base import as_bytes
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.rows import ROW_DTYPES, narrow
@@ -113,9 +114,7 @@ def pack_checkpoint(
     dst, started = Path(dst), time.perf_counter()
     if max_loss is not None:
         check_max_loss(max_loss)
-    if checkpoint.index_name is None and dst.suffix != ".safetensors":
-        raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors")
-    _check_place(checkpoint, dst)
+    check_destination(checkpoint, dst)
     limit, remaining = math.inf if max_loss is None else max_loss, iter(decisions)
     writers, shards = [], []
     for shard in checkpoint.shards:
@@ -140,12 +139,26 @@ def check_max_loss(max_loss: float) -> None:
         raise ValueError(f"max_loss is {max_loss}; give a positive, finite number")
 
 
+def check_destination(checkpoint: Checkpoint, dst: Path) -> None:
+    """Raise what pack_checkpoint would of its destination, for those who have much to do before.
+
+    Raises:
+        FileExistsError: it is a folder that is not empty, or is to be one and is a file.
+        ValueError: it is the source, or has the wrong suffix.
+    """
+    if checkpoint.index_name is None and dst.suffix != ".safetensors":
+        raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors")
+    _check_place(checkpoint, dst)
+
+
 def _check_place(checkpoint: Checkpoint, dst: Path) -> None:
     if checkpoint.index_name is not None and dst.suffix.lower() in {*FORMATS, ".json"}:
         raise ValueError(f"{dst}: {checkpoint.path} is sharded, so the destination is a folder; leave {dst.suffix} out")
     sources = [checkpoint.path] if checkpoint.index_name is None else [checkpoint.path, checkpoint.path.parent]
     if dst.exists() and any(source.samefile(dst) for source in sources):
         raise ValueError(f"{dst}: the destination is the source; choose another name")
+    if checkpoint.index_name is not None:
+        refuse_occupied(dst.absolute())
 
 
 def _bytes_on_disk(folder: Path, shards: Sequence[OutShard]) -> int:

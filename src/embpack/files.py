@@ -175,8 +175,7 @@ def read_contents(path: Path, shard: Shard) -> Contents:
             f"{path}: format version {version}, but this embpack reads versions 1 to {FORMAT_VERSION}; update embpack"
         )
     if set(value) != _KEYS[version]:
-        wanted = ", ".join(sorted(_KEYS[version]))
-        raise FormatError(f"{damaged} (version {version} has {wanted}; found {', '.join(sorted(value))})")
+        raise FormatError(f"{damaged} (version {version} has {sorted(_KEYS[version])}, found {sorted(value)})")
     if not isinstance(tables, dict):
         raise FormatError(f"{damaged} (tables are {type(tables).__name__})")
     tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
