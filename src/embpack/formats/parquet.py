@@ -92,9 +92,10 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
             if any(len(columns.get(name, ())) < file.metadata.num_row_groups for name in schema.names):
                 raise FormatError(f"{path}: its row groups do not all have the columns of its schema; it is damaged")
             for field in schema:
-                kind = _find_kind(source, field, columns[field.name])
+                chunks = columns.get(field.name, [])  # none where there are no row groups
+                kind = _find_kind(source, field, chunks)
                 if isinstance(kind, _Kind):
-                    column = _Column(source, field.name, columns[field.name], kind.shape)
+                    column = _Column(source, field.name, chunks, kind.shape)
                     shape, is_vectors = (num_rows, *kind.shape), len(kind.shape) == 1
                     tensors.append(
                         SourceTensor(field.name, shape, kind.tag, column.iter_rows, source, is_vectors=is_vectors)
