@@ -90,7 +90,7 @@ def quantize_file(
 
     Raises:
         FileNotFoundError: there is no src.
-        FormatError: src is damaged.
+        FormatError: src is damaged, or was changed, replaced or deleted while it was read.
         ValueError: no tensor is a table; dst is src or has the wrong suffix; a value is NaN or infinite, or a
             parameter overflows; there is no such method, bits or rotation; max_loss is not positive and finite, or a
             table's loss is larger.
@@ -189,7 +189,7 @@ def dequantize_file(
 
     Raises:
         FileNotFoundError: there is no src.
-        FormatError: src is damaged, altered, or not packed.
+        FormatError: src is damaged, altered, not packed, or was changed while it was read.
         ValueError: dst is src, or its format cannot hold the tensors.
         OSError: dst cannot be written.
     """
