@@ -303,8 +303,8 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "torch-module": (
         "a.pt",
         _torch_bytes(torch.nn.Linear(2, 2)),
-        "holds a torch.nn.modules.linear.Linear object, not a dict of tensors by name; objects take running a pickle, "
-        "and none is ever run; where their classes are installed, save the weights alone",
+        "holds a torch.nn.modules.linear.Linear object, not a dict of tensors by name; only a pickle makes such "
+        "objects, and pickles are never run; where their classes are installed, save the weights alone",
     ),
     "torch-legacy-pickle": ("a.pt", pickle.dumps({"a": print}), "a pickle, but not one of torch.save"),
     "npy-garbage": ("a.npy", b"x" * 100, "not an .npy file, or damaged: the magic string is not correct"),

@@ -1393,6 +1393,34 @@ def test_parquet_with_a_name_twice(tmp_path):
         open_checkpoint(tmp_path / "a.parquet").__enter__()
 
 
+def test_parquet_pages_that_are_too_large_are_told(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": vectors(TABLE), "b": range(ROWS)}), path, use_dictionary=False, compression="none")
+    assert same_bits(read_all(path, "a")[0], TABLE)
+    monkeypatch.setattr("embpack.formats.parquet.MOST_PAGE_BYTES", TABLE.nbytes)
+    with pytest.raises(FormatError, match=r"the page at byte 4 takes \d+ bytes, and at most 240 may be in memory"):
+        read_all(path, "a")
+    assert same_bits(read_all(path, "b")[0], np.arange(ROWS))
+
+
+def test_parquet_with_a_damaged_footer(tmp_path):
+    # Arrow opens some of these, and ends the process when it is asked of their columns.
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": np.arange(50), "b": [[1.0]] * 50}), path, row_group_size=20)
+    raw = path.read_bytes()
+    refused = 0
+    for at in range(len(raw) - 8 - int.from_bytes(raw[-8:-4], "little"), len(raw) - 8):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        try:
+            with open_checkpoint(path) as checkpoint:
+                for tensor in checkpoint.shards[0].tensors:
+                    list(tensor.chunks(20))
+        except ValueError as error:  # a FormatError, or a column that is another by now
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+    assert refused > 100
+
+
 def test_readers_are_reached(tmp_path):
     for suffix in (*FORMATS, INDEX_SUFFIX):
         (tmp_path / f"a{suffix}").write_bytes(b"x")

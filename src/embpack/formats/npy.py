@@ -28,7 +28,7 @@ from embpack.formats.base import (
 )
 from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
 from embpack.formats.source import SourceFile
-from embpack.formats.stored import FortranArray, StoredArray, as_native, iter_slices
+from embpack.formats.stored import StoredArray, StridedArray, as_native, iter_slices
 
 MOST_WHOLE_BYTES = 1 << 30
 """Bytes of an array in Fortran order that is compressed, and so must be in memory whole; may be set."""
@@ -64,10 +64,10 @@ class _Header:
     def payload(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def place(self, source: SourceFile, offset: int) -> "StoredArray | FortranArray":
+    def place(self, source: SourceFile, offset: int) -> StoredArray | StridedArray:
         """Say where the array lies in a file."""
-        kind = FortranArray if self.is_fortran else StoredArray
-        return kind(source, offset, self.shape, self.dtype)
+        make = StridedArray.in_fortran_order if self.is_fortran else StoredArray
+        return make(source, offset, self.shape, self.dtype)
 
 
 @contextmanager

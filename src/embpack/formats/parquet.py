@@ -25,6 +25,7 @@ from embpack.formats.base import (
     rechunk,
     refuse_dtypes,
 )
+from embpack.formats.parquet_footer import ColumnChunk, read_columns, refuse_large_pages
 from embpack.formats.source import SourceFile
 
 DTYPES = {
@@ -48,6 +49,10 @@ VECTOR_DTYPES = ("F16", "F32", "F64")
 
 MOST_LIST_VALUES = 1 << 22
 """Values of a list at most: Arrow reads no part of one."""
+
+MOST_PAGE_BYTES = 1 << 28
+"""Bytes of a page at most, which Arrow has in memory whole, compressed and not; may be set. Writers' pages have 1 MB,
+DuckDB's up to 100."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Without a small buffer, or with pre_buffer, Arrow reads columns of row groups whole.
@@ -77,14 +82,20 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
     tensors, left_out = [], []
     with source:
         with _open_file(source) as file:
-            schema, num_rows = file.schema_arrow, file.metadata.num_rows
+            schema, num_rows, columns = file.schema_arrow, file.metadata.num_rows, read_columns(source)
             repeated = find_repeated(schema.names)
             if repeated is not None:
                 raise FormatError(f"{path}: column {repeated!r} is there twice; rename one")
+            lengths = _find_lengths(file.metadata)
+            if sum(lengths) != num_rows or any(length < 0 for length in lengths):
+                raise FormatError(f"{path}: it has {num_rows} rows, its row groups {sum(lengths)}; it is damaged")
+            if any(len(columns.get(name, ())) < file.metadata.num_row_groups for name in schema.names):
+                raise FormatError(f"{path}: its row groups do not all have the columns of its schema; it is damaged")
             for field in schema:
-                kind = _find_kind(source, file, field)
+                chunks = columns.get(field.name, [])  # none where there are no row groups
+                kind = _find_kind(source, field, chunks)
                 if isinstance(kind, _Kind):
-                    column = _Column(source, field.name, kind.shape)
+                    column = _Column(source, field.name, chunks, kind.shape)
                     shape, is_vectors = (num_rows, *kind.shape), len(kind.shape) == 1
                     tensors.append(
                         SourceTensor(field.name, shape, kind.tag, column.iter_rows, source, is_vectors=is_vectors)
@@ -101,25 +112,25 @@ def _open_file(source: SourceFile) -> Iterator[pq.ParquetFile]:
             yield file
     except MemoryError:  # Arrow's is one of its own exceptions, too
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         cause = " ".join(str(error).split())  # Thrift's are of several lines
         raise FormatError(f"{source.path}: not a Parquet file, or damaged: {cause}") from error
 
 
-def _find_kind(source: SourceFile, file: pq.ParquetFile, field: pa.Field) -> _Kind | str:
-    """Return what a column is, or why it cannot be carried over."""
+def _find_kind(source: SourceFile, field: pa.Field, chunks: list[ColumnChunk]) -> _Kind | str:
+    """Return what a column is, or why it cannot be carried over; chunks: of the column in each row group."""
     dtype = field.type
     if dtype in _NAMES:
-        return f"{dtype}, with nulls" if _has_nulls(source, file, field.name) else _Kind(_NAMES[dtype])
+        return f"{dtype}, with nulls" if _has_nulls(source, field.name, chunks) else _Kind(_NAMES[dtype])
     shape: tuple[int, ...] | None
     if isinstance(dtype, pa.FixedShapeTensorType) and list(dtype.permutation or ()) == sorted(dtype.permutation or ()):
         shape = tuple(dtype.shape)
     elif pa.types.is_fixed_size_list(dtype):
         shape = (dtype.list_size,)
     elif pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
-        shape = _find_length(file, field)
+        shape = _find_length(chunks)
     else:
         return str(dtype)
     tag = _NAMES.get(dtype.value_type)
@@ -134,41 +145,30 @@ def _find_kind(source: SourceFile, file: pq.ParquetFile, field: pa.Field) -> _Ki
     return _Kind(tag, shape)
 
 
-def _find_length(file: pq.ParquetFile, field: pa.Field) -> tuple[int] | None:
+def _find_length(chunks: list[ColumnChunk]) -> tuple[int] | None:
     """Return the length that all lists of a column must have, if they have one, going by the number of values."""
-    schema, metadata = file.schema_arrow, file.metadata
-    leaf = sum(_count_leaves(schema.field(i).type) for i in range(schema.get_field_index(field.name)))
-    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    lengths = {divmod(group.column(leaf).num_values, group.num_rows) for group in groups if group.num_rows}
+    lengths = {divmod(chunk.num_values, chunk.num_rows) for chunk in chunks if chunk.num_rows > 0}
     if len(lengths) != 1:
         return None if lengths else (0,)
     [(length, rest)] = lengths
     return None if rest else (length,)
 
 
-def _count_leaves(dtype: pa.DataType) -> int:
-    """Columns of a Parquet file that a type of Arrow's is made of."""
-    if isinstance(dtype, pa.BaseExtensionType):
-        dtype = dtype.storage_type
-    return sum(_count_leaves(dtype.field(i).type) for i in range(dtype.num_fields)) or 1
-
-
-def _has_nulls(source: SourceFile, file: pq.ParquetFile, name: str) -> bool:
+def _has_nulls(source: SourceFile, name: str, chunks: list[ColumnChunk]) -> bool:
     """Ask the statistics of a column, or read it where a row group has none."""
-    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    statistics = [column.statistics for column in columns if column.path_in_schema == name]
-    if all(known is not None and known.has_null_count for known in statistics):
-        return any(known.null_count for known in statistics)
-    return any(column.null_count for column in _Column(source, name).iter_arrow(0, file.metadata.num_rows))
+    if all(chunk.null_count is not None for chunk in chunks):
+        return any(chunk.null_count for chunk in chunks)
+    num_rows = sum(chunk.num_rows for chunk in chunks)
+    return any(column.null_count for column in _Column(source, name, chunks).iter_arrow(0, num_rows))
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of a file; shape: of an entry."""
+    """A column of a file; chunks: of it in each row group; shape: of an entry."""
 
     source: SourceFile
     name: str
+    chunks: list[ColumnChunk]
     shape: tuple[int, ...] = ()
 
     def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
@@ -182,6 +182,8 @@ class _Column:
         """Yield rows [start, stop) as Arrow arrays, some values at a time: Arrow takes several times their memory."""
         with _open_file(self.source) as file:
             at, groups = _find_groups(file.metadata, start, stop)
+            for group in groups:
+                refuse_large_pages(self.source, self.chunks[group], MOST_PAGE_BYTES)
             batch_rows = max(1, _BATCH_VALUES // max(1, math.prod(self.shape)))
             for batch in file.iter_batches(batch_rows, groups, columns=[self.name], use_threads=False):
                 # A name with a dot in it may select other columns, too.
@@ -192,6 +194,8 @@ class _Column:
                     yield column.slice(first, last - first)
                 if at >= stop:
                     return
+        if at < stop:
+            raise FormatError(f"{self.source.path}: column {self.name!r} ends {stop - at} rows early; it is damaged")
 
     def _iter_vectors(self, columns: Iterable[pa.Array], row: int) -> Iterator[NDArray[Any]]:
         """Yield vectors, row being the first one's."""
@@ -221,9 +225,14 @@ class _Column:
             )
 
 
+def _find_lengths(metadata: pq.FileMetaData) -> list[int]:
+    """Return the number of rows of each row group."""
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
 def _find_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[int, list[int]]:
     """Return the row groups that hold rows [start, stop), and the row that the first of them begins with."""
-    lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    lengths = _find_lengths(metadata)
     ends = list(accumulate(lengths))
     groups = [group for group, end in enumerate(ends) if start < end and end - lengths[group] < stop]
     return ends[groups[0]] - lengths[groups[0]] if groups else 0, groups

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from embpack.formats.source import SourceFile
 
-# Columns that are shorter are read several at a time, whole.
-_COLUMNS_BYTES = 1 << 16
+# Spans of a file that are read whole for the few values in them that are wanted.
+_SPAN_BYTES = 1 << 16
 
 
 def iter_slices(start: int, stop: int, n: int) -> Iterator[slice]:
@@ -60,33 +60,49 @@ class StoredArray:
 
 
 @dataclass(frozen=True)
-class FortranArray:
-    """An array of two or more dimensions whose columns, not rows, lie together at an offset of a file."""
+class StridedArray:
+    """An array of any strides and byte order that lies at an offset of a file.
+
+    Attributes:
+        strides: bytes from one entry to the next, in each dimension; none is negative.
+    """
 
     source: SourceFile
     offset: int
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     dtype: np.dtype[Any]
+
+    @classmethod
+    def in_fortran_order(
+        cls, source: SourceFile, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> "StridedArray":
+        """Make one whose columns, not rows, lie together."""
+        strides = tuple(math.prod(shape[:i]) * dtype.itemsize for i in range(len(shape)))
+        return cls(source, offset, shape, strides, dtype)
 
     def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
         """Yield rows [start, stop), n at a time, in memory of their own and the machine's byte order."""
-        length, columns = self.shape[0], math.prod(self.shape[1:])
-        size = self.dtype.itemsize
-        step = max(1, _COLUMNS_BYTES // (length * size))
         for rows in iter_slices(start, stop, n):
-            count = rows.stop - rows.start
-            out = np.empty((count, columns), self.dtype)
-            for some in iter_slices(0, columns, step):
-                # From the first of the rows in the first of the columns to the last in the last.
-                width = some.stop - some.start
-                span = np.empty((width - 1) * length + count, self.dtype)
-                self.source.read_into(self.offset + (some.start * length + rows.start) * size, span)
-                strides = (size, length * size)
-                out[:, some] = np.lib.stride_tricks.as_strided(span, (count, width), strides)
-            # Columns are numbered with the first index fastest.
-            dims = self.shape[1:]
-            ordered = out.reshape(count, *dims[::-1]).transpose(0, *range(len(dims), 0, -1))
-            yield as_native(np.ascontiguousarray(ordered))
+            out = np.empty((rows.stop - rows.start, *self.shape[1:]) if self.shape else (), self.dtype)
+            if out.size:
+                self._fill(out, self.offset + (rows.start * self.strides[0] if self.shape else 0))
+            yield as_native(out)
+
+    def _fill(self, out: NDArray[Any], offset: int) -> None:
+        """Read values from an offset on; where they lie far apart, one half after the other."""
+        reach = [(length - 1) * stride for length, stride in zip(out.shape, self.strides, strict=True)]
+        span = sum(reach) + self.dtype.itemsize
+        if span <= max(_SPAN_BYTES, out.nbytes):
+            raw = np.empty(span, np.uint8)
+            self.source.read_into(offset, raw)
+            out[...] = np.ndarray(out.shape, self.dtype, raw, strides=self.strides)
+            return
+        axis = int(np.argmax(reach))
+        half = out.shape[axis] // 2
+        first, second = np.split(out, [half], axis)
+        self._fill(first, offset)
+        self._fill(second, offset + half * self.strides[axis])
 
 
 def as_native(array: NDArray[Any]) -> NDArray[Any]:

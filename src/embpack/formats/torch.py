@@ -123,7 +123,9 @@ def _describe(value: object) -> str:
 
 def _advise(values: Iterable[object]) -> str:
     if any(isinstance(value, Made) and not is_tensor(value) for value in values):
-        return f"objects take running a pickle, and none is ever run; where their classes are installed, {ADVICE}"
+        return (
+            f"only a pickle makes such objects, and pickles are never run; where their classes are installed, {ADVICE}"
+        )
     return ADVICE
 
 

@@ -207,7 +207,8 @@ class _Archive:
     def _find(self, name: str) -> int:
         """Return where a member's bytes begin, which only the header in front of them says."""
         member = self._members[name]
-        header = self._source.read(member.header_offset, _LOCAL_HEADER.size)
+        is_inside = 0 <= member.header_offset < self._source.size
+        header = self._source.read(member.header_offset, _LOCAL_HEADER.size) if is_inside else b""
         if len(header) == _LOCAL_HEADER.size and header.startswith(_ZIP_MAGIC):
             _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
             start = member.header_offset + len(header) + int(name_bytes) + int(extra_bytes)

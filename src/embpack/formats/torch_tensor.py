@@ -12,7 +12,7 @@ from embpack.errors import FormatError
 from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.formats.pickled import Made, Named, Outside
 from embpack.formats.source import SourceFile
-from embpack.formats.stored import StoredArray, as_native, iter_slices
+from embpack.formats.stored import StoredArray, StridedArray
 from embpack.formats.torch_file import SavedFile, Storage
 
 NAMES = {
@@ -48,8 +48,6 @@ _REASONS = {
     "_rebuild_qtensor": "quantized tensor; save its .dequantize()",
     "_rebuild_meta_tensor_no_storage": "tensor on the meta device, without values",
 }
-# Spans of a file that are read whole for the few values in them that are wanted.
-_SPAN_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -209,28 +207,10 @@ class ViewReader:
 
     def _iter_strided(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
         view = self.view
-        for rows in iter_slices(start, stop, n):
-            out = np.empty((rows.stop - rows.start, *view.shape[1:]) if view.shape else (), self.dtype)
-            if out.size:
-                self._fill(out, view.offset + (rows.start * view.strides[0] if view.shape else 0))
-            native = as_native(out)
+        strided = StridedArray(self.source, view.offset, view.shape, view.strides, self.dtype)
+        for rows in strided.iter_rows(start, stop, n):
             if view.conjugated:
-                np.conjugate(native, out=native)
+                np.conjugate(rows, out=rows)
             if view.negated:
-                np.negative(native, out=native)
-            yield native
-
-    def _fill(self, out: NDArray[Any], offset: int) -> None:
-        """Read values from an offset on; where they lie far apart, one half after the other."""
-        reach = [(length - 1) * stride for length, stride in zip(out.shape, self.view.strides, strict=True)]
-        span = sum(reach) + self.dtype.itemsize
-        if span <= max(_SPAN_BYTES, out.nbytes):
-            raw = np.empty(span, np.uint8)
-            self.source.read_into(offset, raw)
-            out[...] = np.ndarray(out.shape, self.dtype, raw, strides=self.view.strides)
-            return
-        axis = int(np.argmax(reach))
-        half = out.shape[axis] // 2
-        first, second = np.split(out, [half], axis)
-        self._fill(first, offset)
-        self._fill(second, offset + half * self.view.strides[axis])
+                np.negative(rows, out=rows)
+            yield rows
