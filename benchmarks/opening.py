@@ -49,7 +49,9 @@ def write_sparse_checkpoint(path: Path, rows: int) -> None:
         source, small = Path(folder) / "float.safetensors", Path(folder) / "small.safetensors"
         save_model(Recommender(SMALL_ROWS), str(source))
         embpack.quantize_file(source, small)
-        content, [packed_file] = small.read_bytes(), open_packed(small)
+        content = small.read_bytes()
+        with open_packed(small) as [packed_file]:
+            metadata = packed_file.contents
     end = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     header: dict[str, Any] = json.loads(content[LENGTH_BYTES:end])
     header[TABLE]["shape"][0] = rows
@@ -64,8 +66,8 @@ def write_sparse_checkpoint(path: Path, rows: int) -> None:
         for name, entry in header.items()
         if name != "__metadata__"
     ]
-    entries = {TABLE: replace(packed_file.entries[TABLE], num_embeddings=rows)}
-    header["__metadata__"] |= make_metadata(entries, packed_file.contents.others or {}, tensors)
+    entries = {TABLE: replace(metadata.tables[TABLE], num_embeddings=rows)}
+    header["__metadata__"] |= make_metadata(entries, metadata.others or {}, tensors)
     packed = json.dumps(header).encode()
     packed += b" " * (-len(packed) % LENGTH_BYTES)
     with path.open("wb") as file:

@@ -4,7 +4,10 @@ import io
 import json
 import pickle
 import struct
+import tarfile
+import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,8 +88,93 @@ def _corrupt_parquet() -> bytes:
     return bytes(raw)
 
 
+_STATE = {"a": torch.arange(1000.0)}
+
+
 def _truncated_zip() -> bytes:
     return _torch_bytes({"a": torch.zeros(1000)})[:2000]
+
+
+def _old_torch_bytes(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+def _zipped_torch(compression: int = zipfile.ZIP_STORED, **members: bytes | None) -> bytes:
+    """A file of torch.save as a zip tool packs it, with some of its members replaced, or removed."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(_torch_bytes(_STATE))) as saved, zipfile.ZipFile(file, "w", compression) as archive:
+        kept = {name.removeprefix("archive/"): saved.read(name) for name in saved.namelist()}
+        for name, raw in (kept | members).items():
+            if raw is not None:
+                archive.writestr(f"archive/{name}", raw)
+    return file.getvalue()
+
+
+def _twice_in_zip() -> bytes:
+    file = io.BytesIO(_zipped_torch())
+    with zipfile.ZipFile(file, "a") as archive, warnings.catch_warnings(action="ignore"):
+        archive.writestr("archive/data/0", b"")
+    return file.getvalue()
+
+
+def _corrupt(raw: bytes, found: bytes, instead: bytes) -> bytes:
+    assert found in raw
+    assert len(found) == len(instead)
+    return raw.replace(found, instead)
+
+
+class _Script(torch.nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+def _script_bytes() -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.save(torch.jit.script(_Script()), file)
+    return file.getvalue()
+
+
+def _tar_bytes() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("pickle"))
+    return file.getvalue()
+
+
+class _View:
+    """Pickled as a tensor that is a view of the only storage of _STATE."""
+
+    def __init__(self, offset: int, shape: tuple[int, ...]) -> None:
+        strides = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
+        self.arguments = (self, offset, shape, strides, False, OrderedDict())
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+class _Pickler(pickle.Pickler):
+    """The first time that it meets a view it pickles that, the second time its storage."""
+
+    seen = False
+
+    def persistent_id(self, value: object) -> object:
+        if not isinstance(value, _View):
+            return None
+        again, self.seen = self.seen, True
+        return ("storage", torch.FloatStorage, "0", "cpu", 1000) if again else None
+
+
+def _pickle_of_view(offset: int, shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, 2).dump({"a": _View(offset, shape)})
+    return file.getvalue()
+
+
+def _expanded_bytes() -> bytes:
+    return _torch_bytes({"a": torch.zeros(1).expand(1 << 30, 1 << 10), "b": torch.zeros(3)})
 
 
 _TWO = f32_entry([2])
@@ -114,19 +202,81 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "safetensors-hole": (
         "a.safetensors",
         safetensors_bytes({"a": f32_entry([2], start=4)}, b"\0" * 12),
-        "invalid offset for tensor `a`",
+        "tensor 'a' begins at byte 4 of the payload, but what is before it ends at 0",
     ),
     "safetensors-not-json": (
         "a.safetensors",
         safetensors_bytes(b"{'a': 1}", b""),
-        "invalid JSON in header",
+        "not valid JSON: Expecting property name",
     ),
     "safetensors-twice": ("a.safetensors", _safetensors_twice(), "'a' is there twice"),
-    "torch-garbage": ("a.pt", b"neither zip nor pickle", "not a"),
+    "torch-garbage": ("a.pt", b"neither zip nor pickle", "not a file of torch.save, or damaged: at position 0, opcode"),
     "torch-truncated": (
         "a.pt",
         _truncated_zip(),
-        "not a file of torch.save, or damaged: PytorchStreamReader",
+        r"begins as a zip file, but its directory cannot be read \(File is not a zip file\); copy it again",
+    ),
+    "torch-deflated": (
+        "a.pt",
+        _zipped_torch(zipfile.ZIP_DEFLATED),
+        r"data.pkl in it was compressed, which torch.save never does; write it again with torch.save\(torch.load\("
+        r"path, weights_only=True\), path\)",
+    ),
+    "torch-twice": ("a.pt", _twice_in_zip(), "'data/0' is in it twice, and which one is meant cannot be told"),
+    "torch-no-pickle": ("a.pt", _zipped_torch(**{"data.pkl": None}), "not one of torch.save: it has no data.pkl"),
+    "torch-no-storage": ("a.pt", _zipped_torch(**{"data/0": None}), "it has no data/0, where values of"),
+    "torch-short-storage": (
+        "a.pt",
+        _zipped_torch(**{"data/0": b"x" * 3999}),
+        "data/0 has 3999 bytes, its pickle promises 4000; the file is damaged",
+    ),
+    "torch-long-storage": (
+        "a.pt",
+        _zipped_torch(**{"data/0": b"x" * 4001}),
+        "data/0 has 4001 bytes, its pickle promises",
+    ),
+    "torch-byte-order": ("a.pt", _zipped_torch(byteorder=b"pdp-11"), "its byte order is b'pdp-11', not little or big"),
+    "torch-checksum": (
+        "a.pt",
+        _corrupt(_torch_bytes(_STATE), np.float32(999).tobytes(), b"\0\0\0\0"),
+        "the 4000 bytes from .* on do not agree with their checksum; the file is damaged, copy it again",
+    ),
+    "torch-pickle-checksum": (
+        "a.pt",
+        _corrupt(_torch_bytes(_STATE), b"FloatStorage", b"IntStorageXX"),
+        "the bytes of data.pkl do not agree with its checksum",
+    ),
+    "torch-local-header": (
+        "a.pt",
+        b"PK" + _corrupt(_zipped_torch()[2:], b"PK\x03\x04", b"PK\x03\x05"),
+        "is not where its directory says; the file is damaged",
+    ),
+    "torch-script": (
+        "a.pt",
+        _script_bytes(),
+        "holds a TorchScript module, not a state dict; open it with torch.jit.load",
+    ),
+    "torch-tar": (
+        "a.pt",
+        _tar_bytes(),
+        "a tar file, as PyTorch wrote before 0.1.10; save it again with a later PyTorch",
+    ),
+    "torch-old-truncated": (
+        "a.pt",
+        _old_torch_bytes(_STATE)[:-1],
+        "the 4000 bytes of storage .* are not all there; it is truncated or damaged",
+    ),
+    "torch-old-cut": ("a.pt", _old_torch_bytes(_STATE)[:200], "not a file of torch.save, or damaged: "),
+    "torch-out-of-storage": (
+        "a.pt",
+        _zipped_torch(**{"data.pkl": _pickle_of_view(500, (100, 6))}),
+        r"tensor 'a' of shape \[100, 6\] and strides \[6, 1\] ends at byte 4400 of 4000; the file is damaged",
+    ),
+    "torch-expanded": (
+        "a.pt",
+        _expanded_bytes(),
+        r"its tensors take 4398046511116 bytes, over 100 times the \d+ of the file; 'a' of shape \[1073741824, 1024\] "
+        r"takes 4398046511104, but has 4 in the file; save the .contiguous\(\) of what was expanded",
     ),
     "torch-tensor": (
         "a.pt",
@@ -137,12 +287,13 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "torch-numbers": (
         "a.pt",
         _torch_bytes({"epoch": 3, "model": {"lr": 0.1}}),
-        "holds a dict with no tensors, but 'epoch', 'model'; save the weights alone",
+        "holds a dict with no tensors, but 'epoch' \\(int\\), 'model' \\(dict\\); save the weights alone",
     ),
     "torch-two-models": (
         "a.pt",
         _torch_bytes({"model": {"a": torch.zeros(2)}, "state_dict": {"a": torch.zeros(2)}}),
-        r"holds a dict with dicts of tensors under \['state_dict', 'model'\]",
+        r"holds dicts of tensors under 'model' and 'state_dict'; save the one that is meant by itself: "
+        r"torch.save\(torch.load\(path, weights_only=True\)\['model'\], 'weights.pt'\)",
     ),
     "torch-number-as-name": (
         "a.pt",
@@ -152,9 +303,10 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "torch-module": (
         "a.pt",
         _torch_bytes(torch.nn.Linear(2, 2)),
-        "not a plain state dict: it holds torch.nn.modules.linear.Linear, and arbitrary pickles are never",
+        "holds a torch.nn.modules.linear.Linear object, not a dict of tensors by name; only a pickle makes such "
+        "objects, and pickles are never run; where their classes are installed, save the weights alone",
     ),
-    "torch-legacy-pickle": ("a.pt", pickle.dumps({"a": print}), "arbitrary pickles are never run"),
+    "torch-legacy-pickle": ("a.pt", pickle.dumps({"a": print}), "a pickle, but not one of torch.save"),
     "npy-garbage": ("a.npy", b"x" * 100, "not an .npy file, or damaged: the magic string is not correct"),
     "npy-truncated": (
         "a.npy",
@@ -178,7 +330,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         _npy_bytes(np.zeros(2, [("x", "f4"), ("y", "f4")])),
         r"the array is of type \[\('x', '<f4'\), \('y', '<f4'\)\]; only arrays of numbers are read",
     ),
-    "npy-bfloat16": ("a.npy", _npy_bytes(np.zeros(2, "V2")), "raw bytes; save bfloat16 as .safetensors"),
+    "npy-raw": ("a.npy", _npy_bytes(np.zeros(2, "V2")), "raw bytes, of which only bfloat16 is read; save it as"),
     "npy-version-3": (
         "a.npy",
         b"\x93NUMPY\x03\x00" + b"\0" * 20,

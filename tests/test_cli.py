@@ -713,7 +713,16 @@ HELP = {
     "quantize": [
         *("SRC", "DST", "--method", "--bits", "--param-dtype", "--include", "--exclude", "--dry-run", "--threads"),
         "--max-loss",
-        *("--json", ".safetensors", ".pt/.pth/.bin", ".npy", ".npz", ".parquet", "2, 4 or 8", "float16 or float32"),
+        *(
+            "--json",
+            ".safetensors",
+            ".pt/.pth/.bin/.ckpt",
+            ".npy",
+            ".npz",
+            ".parquet",
+            "2, 4 or 8",
+            "float16 or float32",
+        ),
         *(f"{name}: {method.summary}" for name, method in METHODS.items()),
         "embpack quantize model.safetensors model-4bit.safetensors",
     ],

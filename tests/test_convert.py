@@ -33,7 +33,7 @@ from checkpoints import (
     write_torch,
     write_wrapped_torch,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import embpack
 from embpack import FormatError, chunks
@@ -355,6 +355,7 @@ LOADERS = {
     ".pt": load_torch,
     ".pth": load_torch,
     ".bin": load_torch,
+    ".ckpt": load_torch,
     ".npy": lambda path: {"vectors": np.load(path)},
     ".npz": load_npz,
     ".parquet": load_parquet,
@@ -836,3 +837,34 @@ def test_progress_is_told_while_a_chunk_is_packed(tmp_path, rng):
     )
     assert sum(told) == 192
     assert len(told) > 1
+
+
+CHANGES = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "rewritten": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_source_that_changes_while_it_is_converted(tmp_path, small_chunks, change, packed):
+    """Once it has packed or unpacked its first rows."""
+    src, dst = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file({f"{name}_emb": torch.from_numpy(make_weight()) for name in "ab"}, src)
+    if packed:
+        embpack.quantize_file(src, dst, method="asym")
+        dst.replace(src)
+    os.utime(src, (1, 1))
+    left = [1]
+
+    def progress(name, rows):
+        if left:
+            left.pop()
+            CHANGES[change](src)
+
+    convert = embpack.dequantize_file if packed else embpack.quantize_file
+    with pytest.raises(FormatError, match=r"model.safetensors: was .* while tensor 'a_emb' was read; run again when"):
+        convert(src, dst, progress=progress)
+    assert names_in(tmp_path) <= {src.name}

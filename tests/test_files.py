@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import ml_dtypes
@@ -183,6 +184,36 @@ def test_loaded_tables_outlive_their_file(saved, then):
         saved.unlink()
     for name, rows in expected.items():
         assert loaded[name].dequantize().tobytes() == rows.tobytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"verify": True}, {"in_memory": True}], ids=str)
+def test_a_file_that_is_replaced_while_it_is_loaded_is_one_of_both(tmp_path, options):
+    path = tmp_path / "tables.safetensors"
+    tables = [{"a": make_table(300, 16, seed=1), "b": make_table(seed=2)}, {"a": make_table(200, 32, seed=3)}]
+
+    def replace():
+        while not done.is_set():
+            for each in tables:
+                embpack.save(path, each)
+
+    embpack.save(path, tables[0])
+    done = threading.Event()
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        loads = [embpack.load(path, **options) for _ in range(40)]
+    finally:
+        done.set()
+        writer.join()
+    expected = [{name: table.packed.tobytes() for name, table in each.items()} for each in tables]
+    for loaded in loads:
+        assert {name: table.packed.tobytes() for name, table in loaded.items()} in expected
+
+
+def test_a_table_in_memory_is_not_mapped(saved):
+    table = embpack.load(saved, in_memory=True)["user"]
+    os.truncate(saved, 0)
+    assert table.packed.tobytes() == make_table().packed.tobytes()
 
 
 def test_opening_many_gigabytes_reads_none_of_them(tmp_path):
@@ -539,9 +570,8 @@ def alter_other(path):
 def test_altered_bytes_of_another_tensor_are_found_where_it_is_read(checkpoint):
     alter_other(checkpoint)
     assert set(embpack.load(checkpoint, verify=True)) == {"a_emb", "b_emb", "r_emb", "k_emb"}
-    [file] = open_packed(checkpoint)
     message = f"{checkpoint}: tensor 'linear' was altered: its bytes are sha256:.*; copy it again"
-    with pytest.raises(FormatError, match=message):
+    with open_packed(checkpoint) as [file], pytest.raises(FormatError, match=message):
         file.verify_all()
     for suffix in (".safetensors", ".pt", ".npz"):
         with pytest.raises(FormatError, match=message):
@@ -554,8 +584,8 @@ def test_a_file_that_another_program_wrote_again_is_read(checkpoint):
     before = {name: table.packed.tobytes() for name, table in embpack.load(checkpoint).items()}
     metadata = {"of": "another", **read_raw(checkpoint).metadata}
     safetensors.numpy.save_file(safetensors.numpy.load_file(checkpoint), checkpoint, metadata)
-    [file] = open_packed(checkpoint)
-    file.verify_all()
+    with open_packed(checkpoint) as [file]:
+        file.verify_all()
     assert {name: table.packed.tobytes() for name, table in embpack.load(checkpoint).items()} == before
 
 
@@ -566,14 +596,14 @@ def test_a_file_of_version_1_is_verified_with_what_it_has(checkpoint):
 
     change_header(checkpoint, change)
     alter_other(checkpoint)
-    [file] = open_packed(checkpoint)
-    file.verify_all()
+    with open_packed(checkpoint) as [file]:
+        file.verify_all()
     embpack.dequantize_file(checkpoint, checkpoint.with_name("plain.safetensors"))
     content = bytearray(checkpoint.read_bytes())
     content[content.index(read_raw(checkpoint).tensors["r_emb"].payload)] ^= 1
     checkpoint.write_bytes(content)
-    with pytest.raises(FormatError, match="table 'r_emb' was altered"):
-        open_packed(checkpoint)[0].verify_all()
+    with open_packed(checkpoint) as [file], pytest.raises(FormatError, match="table 'r_emb' was altered"):
+        file.verify_all()
 
 
 # Damage of every kind: a file is either read or refused.

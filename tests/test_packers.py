@@ -97,8 +97,8 @@ def test_how_often_a_file_is_read(tmp_path, weight, method, times):
 
     path = tmp_path / "model.npy"
     path.touch()
-    tensor = SourceTensor("user_emb.weight", weight.shape, "F32", iter_rows)
-    checkpoint = Checkpoint(path, (Shard(path.name, (tensor,)),))
+    tensor = SourceTensor("user_emb.weight", weight.shape, "F32", iter_rows, None)
+    checkpoint = Checkpoint(path, (Shard(path.name, weight.nbytes, (tensor,)),))
     decisions = decide_all(checkpoint, Rules(variant=Variant(method)))
     pack_checkpoint(checkpoint, decisions, tmp_path / "packed.safetensors")
     assert len(reads) == times

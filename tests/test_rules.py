@@ -58,11 +58,11 @@ def test_names_that_do_not(name):
 
 
 def make_tensor(name, shape=(100, 64), dtype="F32", **kwargs):
-    return SourceTensor(name, shape, dtype, lambda start, stop, n: iter(()), **kwargs)
+    return SourceTensor(name, shape, dtype, lambda start, stop, n: iter(()), None, **kwargs)
 
 
 def make_checkpoint(*tensors):
-    return Checkpoint(Path("model.safetensors"), (Shard("model.safetensors", tensors, {}),), None, ())
+    return Checkpoint(Path("model.safetensors"), (Shard("model.safetensors", 0, tensors, {}),), None, ())
 
 
 def decide(tensor, **rules):

@@ -1,6 +1,7 @@
 """embpack.torch: operators and modules against PyTorch's own over the same values."""
 
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -481,8 +482,21 @@ def test_a_mapped_table_is_taken_without_a_warning_and_kept(tmp_path):
     assert done.stdout == f"{wanted}\n", done.stderr
 
 
+def test_memory_that_cannot_be_written_to_is_copied(tmp_path):
+    """To write to a file that is mapped for reading alone would end the process."""
+    embpack.save(tmp_path / "tables.safetensors", {"rows": make_table()})
+    raw = np.memmap(tmp_path / "tables.safetensors", mode="r")
+    shape = make_table().packed.shape
+    packed = raw[len(raw) - shape[0] * shape[1] :].reshape(shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module = PackedEmbedding.from_table(dataclasses.replace(make_table(), packed=packed))
+    before = packed.copy()
+    module.packed.zero_()
+    assert np.array_equal(packed, before)
+
+
 def test_it_is_known_whose_memory_may_be_written_to(tmp_path):
-    """PyTorch warns of other read-only arrays, rightly: once in a process."""
     table = make_table()
     table.packed.flags.writeable = False
     embpack.save(tmp_path / "tables.safetensors", {"rows": table})

@@ -11,6 +11,7 @@ from torch import nn
 
 import embpack
 from benchmarks import opening
+from embpack.formats import SourceTensor
 from embpack.torch import PackedEmbedding, PackedEmbeddingBag, load_checkpoint, quantize_
 
 
@@ -54,6 +55,24 @@ def test_a_model_has_its_tables_packed_and_all_else_as_it_was(tmp_path, method, 
         getattr(trained, name).weight.data = torch.from_numpy(tables[f"{name}.weight"].dequantize())
     users, items = torch.randint(0, 100, (5, 4)), torch.randint(0, 50, (5,))
     torch.testing.assert_close(model(users, items), trained(users, items))
+
+
+def test_a_file_that_is_replaced_after_it_was_opened_is_loaded_as_it_was(tmp_path, monkeypatch):
+    first, second = Recommender().eval(), Recommender().eval()
+    other = make_checkpoint(tmp_path, second).replace(tmp_path / "other.safetensors")
+    path = make_checkpoint(tmp_path, first)
+    whole = SourceTensor.whole
+
+    def replace_first(tensor, *, mapped):
+        if other.exists():
+            other.replace(path)
+        return whole(tensor, mapped=mapped)
+
+    monkeypatch.setattr(SourceTensor, "whole", replace_first)
+    model = load_checkpoint(Recommender(), path)
+    assert torch.equal(model.top.weight, first.top.weight)
+    assert not torch.equal(model.top.weight, second.top.weight)
+    model.top.weight.data.zero_()  # it is this process's own
 
 
 def test_a_model_with_ten_gigabytes_of_tables_opens_without_reading_them(tmp_path):

@@ -21,8 +21,10 @@ def span_rows(embedding_dim: int) -> int:
 
 
 def chunk_rows(embedding_dim: int) -> int:
-    """Rows of a chunk of a file."""
-    return SPANS_OF_A_FILE * span_rows(embedding_dim)
+    """Rows of a chunk of a file; of very wide ones fewer spans, so that a chunk is not many times as large."""
+    rows = span_rows(embedding_dim)
+    spans = SPANS_OF_A_FILE * SPAN_VALUES // (rows * embedding_dim)
+    return min(max(1, spans), SPANS_OF_A_FILE) * rows
 
 
 def iter_chunks(rows: NDArray[Any], rotation: str | None) -> Iterator[NDArray[Any]]:

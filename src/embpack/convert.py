@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from embpack.formats import (
     Checkpoint,
     OutShard,
     OutTensor,
-    Shard,
     SourceTensor,
     open_checkpoint,
     write_checkpoint,
@@ -74,7 +73,7 @@ def quantize_file(
     """Pack the embedding tables of a checkpoint, streaming: memory is bounded whatever the size.
 
     Args:
-        src: .safetensors, a folder or index of sharded ones, a .pt, .pth or .bin state dict, .npy, .npz, or
+        src: .safetensors, a folder or index of sharded ones, a .pt, .pth, .bin or .ckpt state dict, .npy, .npz, or
             Parquet with fixed-size lists of floats.
         dst: a .safetensors file, replaced if it exists; for a sharded src a folder, which must not exist or be
             empty. It is there only once it is whole.
@@ -91,7 +90,7 @@ def quantize_file(
 
     Raises:
         FileNotFoundError: there is no src.
-        FormatError: src is damaged.
+        FormatError: src is damaged, or was changed, replaced or deleted while it was read.
         ValueError: no tensor is a table; dst is src or has the wrong suffix; a value is NaN or infinite, or a
             parameter overflows; there is no such method, bits or rotation; max_loss is not positive and finite, or a
             table's loss is larger.
@@ -128,7 +127,7 @@ def pack_checkpoint(
         tables=tuple(table.report for writer in writers for table in writer.tables if table.report is not None),
         passed_through=tuple(each.tensor.name for each in decisions if each.variant is None),
         left_out=checkpoint.left_out,
-        file_bytes_before=_bytes_on_disk(checkpoint.path.parent, checkpoint.shards),
+        file_bytes_before=sum(shard.num_bytes for shard in checkpoint.shards),
         file_bytes_after=_bytes_on_disk(dst if checkpoint.index_name else dst.parent, shards),
         seconds=time.perf_counter() - started,
     )
@@ -162,7 +161,7 @@ def _check_place(checkpoint: Checkpoint, dst: Path) -> None:
         refuse_occupied(dst.absolute())
 
 
-def _bytes_on_disk(folder: Path, shards: Sequence[Shard | OutShard]) -> int:
+def _bytes_on_disk(folder: Path, shards: Sequence[OutShard]) -> int:
     return sum((folder / shard.file_name).stat().st_size for shard in shards)
 
 
@@ -185,12 +184,12 @@ def dequantize_file(
 
     Args:
         src: what quantize_file or save wrote; a file, or a folder of shards.
-        dst: .safetensors, .pt, .pth, .bin, .npy, .npz or .parquet, by its suffix; for a sharded src a folder.
+        dst: .safetensors, .pt, .pth, .bin, .ckpt, .npy, .npz or .parquet, by its suffix; for a sharded src a folder.
         progress: called with a table's name and a number of rows as they are done.
 
     Raises:
         FileNotFoundError: there is no src.
-        FormatError: src is damaged, altered, or not packed.
+        FormatError: src is damaged, altered, not packed, or was changed while it was read.
         ValueError: dst is src, or its format cannot hold the tensors.
         OSError: dst cannot be written.
     """
@@ -230,19 +229,18 @@ def _unpack(path: Path, parts: Sequence[SourceTensor], entry: TableEntry, progre
 
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
-        arrays = [part.read() for part in beside]
-        names = {spec.name: array for spec, array in zip(entry.beside, arrays, strict=True)}
-        clusters, codebooks = names.get("clusters"), names.get("codebooks")
+        named = {spec.name: part for spec, part in zip(entry.beside, beside, strict=True)}
+        clusters, codebooks = named.get("clusters"), named["codebooks"].read() if "codebooks" in named else None
         done = 0
         for packed in tensor.chunks(chunk_rows(entry.embedding_dim)):
             digest.update(packed.data)
-            own = None if clusters is None else clusters[done : done + len(packed)]
+            own = None if clusters is None else clusters.read(done, done + len(packed))
             table = PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks)
             yield narrow(table.dequantize(), entry.dtype)
             done += len(packed)
             progress(tensor.name, len(packed))
-        for array in arrays:
-            digest.update(as_bytes(array))
+        for piece in chain.from_iterable(part.pieces() for part in beside):
+            digest.update(as_bytes(piece))
         check_bytes(path, f"table {tensor.name!r}", digest, entry.checksum)
 
     shape = (entry.num_embeddings, entry.embedding_dim)

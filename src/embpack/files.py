@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -240,17 +241,17 @@ def _check_beside(where: str, spec: ArraySpec, found: tuple[str, tuple[int, ...]
 
 @dataclass(frozen=True)
 class PackedFile:
-    """One file of ours, mapped and checked.
+    """One file of ours, checked, which can be read until the block of open_packed ends.
 
     Attributes:
         contents: what it says of itself.
-        arrays: of each table, its bytes first: views of the file.
+        parts: the tensors of each table, its packed rows first.
         others: its other tensors, by name.
     """
 
     path: Path
     contents: Contents
-    arrays: dict[str, list[NDArray[Any]]]
+    parts: dict[str, list[SourceTensor]]
     others: dict[str, SourceTensor]
 
     @property
@@ -258,10 +259,14 @@ class PackedFile:
         """What it says of its tables."""
         return self.contents.tables
 
-    def table(self, name: str) -> PackedTable:
-        """Return a table whose bytes stay in the file."""
+    def table(self, name: str, *, mapped: bool = True) -> PackedTable:
+        """Return a table whose bytes stay in the file if mapped, and are read into memory otherwise.
+
+        Raises:
+            FormatError: the file was changed, or the arrays beside the rows are not what they should be.
+        """
         entry = self.entries[name]
-        packed, *arrays = self.arrays[name]
+        packed, *arrays = (tensor.whole(mapped=mapped) for tensor in self.parts[name])
         beside = {spec.name: array for spec, array in zip(entry.beside, arrays, strict=True)}
         try:
             return PackedTable(packed, entry.row_format, entry.dtype, entry.method, entry.loss, **beside)
@@ -274,7 +279,7 @@ class PackedFile:
         Raises:
             FormatError: the bytes are not those that were written.
         """
-        check_bytes(self.path, f"table {name!r}", _digest(self.arrays[name]), self.entries[name].checksum)
+        check_bytes(self.path, f"table {name!r}", _digest_tensors(self.parts[name]), self.entries[name].checksum)
 
     def verify_all(self) -> None:
         """Read everything through and compare all checksums that there are.
@@ -285,7 +290,11 @@ class PackedFile:
         for name in self.entries:
             self.verify(name)
         for name, promised in (self.contents.others or {}).items():
-            check_bytes(self.path, f"tensor {name!r}", _digest(iter_pieces(self.others[name])), promised)
+            check_bytes(self.path, f"tensor {name!r}", _digest_tensors([self.others[name]]), promised)
+
+
+def _digest_tensors(tensors: Iterable[SourceTensor]) -> "hashlib._Hash":
+    return _digest(piece for tensor in tensors for piece in tensor.pieces(by_name=False))
 
 
 def _digest(arrays: Iterable[NDArray[Any]]) -> "hashlib._Hash":
@@ -310,14 +319,11 @@ def check_bytes(path: Path, what: str, digest: "hashlib._Hash", promised: str) -
         )
 
 
-def iter_pieces(tensor: SourceTensor) -> Iterator[NDArray[Any]]:
-    """Read a tensor, a few megabytes at a time."""
-    rows = max(1, tensor.shape[0] if tensor.shape else 1)
-    return tensor.chunks(max(1, _PIECE_BYTES // max(1, tensor.nbytes // rows)))
+@contextmanager
+def open_packed(path: str | Path) -> Iterator[list[PackedFile]]:
+    """Open a file of ours, or each shard of a folder of them.
 
-
-def open_packed(path: str | Path) -> list[PackedFile]:
-    """Map a file of ours, or each shard of a folder of them.
+    A file that is replaced or deleted from then on is read as it was; shards, opened one at a time, must stay.
 
     Raises:
         FileNotFoundError: there is nothing at path.
@@ -327,15 +333,13 @@ def open_packed(path: str | Path) -> list[PackedFile]:
     if path.is_file() and not path.name.endswith((".safetensors", INDEX_SUFFIX)):
         raise FormatError(f"{path}: a file of packed tables ends in .safetensors; pack this one: embpack quantize")
     with open_checkpoint(path) as checkpoint:
-        return [_map_shard(checkpoint.path.parent / shard.file_name, shard) for shard in checkpoint.shards]
+        yield [_check_shard(checkpoint.path.parent / shard.file_name, shard) for shard in checkpoint.shards]
 
 
-def _map_shard(path: Path, shard: Shard) -> PackedFile:
+def _check_shard(path: Path, shard: Shard) -> PackedFile:
     contents = read_contents(path, shard)
     parts, others = split_shard(shard, contents.tables)
-    # A tensor that is read whole is a view of the mapped file, and keeps it mapped.
-    arrays = {name: [tensor.read() for tensor in own] for name, own in parts.items()}
-    return PackedFile(path, contents, arrays, {tensor.name: tensor for tensor in others})
+    return PackedFile(path, contents, parts, {tensor.name: tensor for tensor in others})
 
 
 def split_shard(
@@ -363,19 +367,25 @@ def load(path: str | Path, *, verify: bool = False, in_memory: bool = False) -> 
 
     Returns:
         Name to table. The tables' bytes are read-only and mapped, unless in_memory; they live as long as the tables
-        do, also when the file is replaced (but not when it is overwritten in place).
+        do, also when the file is replaced, as save does it, or deleted. But never write into a file that is mapped:
+        that changes the tables, and if it is made shorter, the process ends (SIGBUS) when it looks up a row that is
+        gone; a check before each lookup could not prevent it. Replace such files, or load them with in_memory. Where
+        the file system allows no maps, tables are read into memory, with a RuntimeWarning. Before Python 3.13 a mapped
+        file keeps a descriptor open.
 
     Raises:
         FileNotFoundError: there is nothing at path.
-        FormatError: the file is damaged, truncated, not ours or of a future version, or says of its bytes what was not
-            written; with verify, a table's bytes were altered.
+        FormatError: the file is damaged, truncated, not ours or of a future version, says of its bytes what was not
+            written, or was changed while it was read; with verify, a table's bytes were altered.
+        OSError: the file cannot be read, or too many files are open.
     """
     tables = {}
-    for file in open_packed(path):
-        for name in file.entries:
-            if verify:
-                file.verify(name)
-            tables[name] = file.table(name).copy() if in_memory else file.table(name)
+    with open_packed(path) as files:
+        for file in files:
+            for name in file.entries:
+                if verify:
+                    file.verify(name)
+                tables[name] = file.table(name, mapped=not in_memory)
     return tables
 
 

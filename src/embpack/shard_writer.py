@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
-from embpack.files import TableEntry, format_checksum, iter_pieces, make_metadata
+from embpack.files import TableEntry, format_checksum, make_metadata
 from embpack.formats import OutShard, OutTensor, SourceTensor
 from embpack.formats.base import as_bytes
 from embpack.formats.dtypes import name_dtype
@@ -226,7 +226,7 @@ def copy_tensor(tensor: SourceTensor, finish: Callable[["hashlib._Hash"], None])
 
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
-        for piece in iter_pieces(tensor):
+        for piece in tensor.pieces():
             digest.update(as_bytes(piece))
             yield piece
         finish(digest)

@@ -19,7 +19,7 @@ def dequantize(
     dst: Annotated[
         Path,
         typer.Argument(
-            help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin, .npy, .npz or "
+            help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin/.ckpt, .npy, .npz or "
             ".parquet; for a sharded SRC a new or empty folder.",
             show_default=False,
         ),
@@ -30,7 +30,8 @@ def dequantize(
 
     [dim]embpack dequantize model-4bit.safetensors model-restored.safetensors[/]
     """
-    totals = {name: entry.num_embeddings for packed in open_packed(src) for name, entry in packed.entries.items()}
+    with open_packed(src) as files:
+        totals = {name: entry.num_embeddings for packed in files for name, entry in packed.entries.items()}
     with show.row_progress(totals, shown=not as_json) as progress:
         tables = dequantize_file(src, dst, progress=progress)
     if as_json:

@@ -24,10 +24,10 @@ def inspect(
 
     [dim]embpack inspect model-4bit.safetensors --verify[/]
     """
-    files = open_packed(file)
-    if verify:
-        for packed in files:
-            packed.verify_all()
+    with open_packed(file) as files:
+        if verify:
+            for packed in files:
+                packed.verify_all()
     if as_json:
         checked, unchecked = _count_checked(files, verified=verify)
         show.print_json({"verified": verify, "checked": checked, "unchecked": unchecked, **_as_json(files)})
@@ -53,7 +53,7 @@ def _print(path: str, files: list[PackedFile], *, verified: bool) -> None:
     table = show.start_table(path, columns, text_columns=3)
     for packed in files:
         for name, entry in packed.entries.items():
-            nbytes = packed.table(name).nbytes
+            nbytes = sum(tensor.nbytes for tensor in packed.parts[name])
             original = entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize
             table.add_row(
                 name,

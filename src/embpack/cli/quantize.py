@@ -67,8 +67,8 @@ def quantize(
     src: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint: .safetensors, a folder or index of sharded ones, .pt/.pth/.bin, .npy, .npz or "
-            ".parquet.",
+            help="A checkpoint: .safetensors, a folder or index of sharded ones, .pt/.pth/.bin/.ckpt, .npy, .npz "
+            "or .parquet.",
             show_default=False,
         ),
     ],

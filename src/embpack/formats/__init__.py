@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from embpack.errors import FormatError, MissingExtraError
 from embpack.formats.atomic import new_file
 from embpack.formats.base import Checkpoint, OutShard, OutTensor, Shard, SourceTensor, find_repeated, is_utf8
-from embpack.formats.sharded import INDEX_SUFFIX, find_index, open_sharded, write_sharded
+from embpack.formats.sharded import INDEX_SUFFIX, explain_other, find_index, open_sharded, write_sharded
 
 __all__ = [
     "FORMATS",
@@ -83,6 +83,7 @@ FORMATS = {
     ".pt": _TORCH,
     ".pth": _TORCH,
     ".bin": _TORCH,
+    ".ckpt": _TORCH,
     ".npy": Format("npy", "open_npy", "write_npy"),
     ".npz": Format("npy", "open_npz", "write_npz"),
     ".parquet": Format("parquet", "open_parquet", "write_parquet", "PyArrow", "parquet"),
@@ -110,13 +111,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     path = Path(path)
     readable = f"what can be read: {', '.join(FORMATS)}, *{INDEX_SUFFIX} and a folder with one of those"
     if path.is_dir():
-        path = find_index(path)
+        path = find_index(path, FORMATS)
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file; {readable}")
     file_format = FORMATS.get(path.suffix.lower())
     is_index = path.name.lower().endswith(INDEX_SUFFIX)
     if file_format is None and not is_index:
-        raise ValueError(f"{path}: the end of its name says no format that is known; {readable}")
+        advice = explain_other(path) or f"the end of its name says no format that is known; {readable}"
+        raise ValueError(f"{path}: {advice}")
     if path.stat().st_size == 0:
         raise FormatError(f"{path}: the file is empty, 0 bytes; copy it again")
     with open_sharded(path) if file_format is None else file_format.open(path) as checkpoint:
@@ -129,7 +131,7 @@ def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], i
     Args:
         path: of the file, replaced if it exists, whose suffix (one of FORMATS) chooses the format; with
             index_name of the folder, which must be new or empty.
-        shards: the files of the folder; without index_name just one. Only .pt, .pth and .bin need all of its
+        shards: the files of the folder; without index_name just one. Only PyTorch's (.pt and the like) need all of its
             tensors in memory. Only safetensors files have a place for metadata.
         index_name: of the index of a checkpoint in shards, "model.safetensors.index.json".
 

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +13,40 @@ from numpy.typing import NDArray
 
 from embpack.errors import FormatError
 from embpack.formats.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes
+from embpack.formats.source import SourceFile
+from embpack.formats.stored import StoredArray
+
+# What is read at a time of what is not read by rows.
+PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class SourceTensor:
     """A tensor of which any range of rows can be read; rows are entries of axis 0, a 0-d tensor is one row.
 
-    What is read is C-contiguous, aligned, of the machine's byte order, and may be read-only. BF16 is uint16, 8-bit
-    floats are uint8. Types smaller than a byte come as 1-D uint8, the tensor's bytes, and their ranges must begin
-    and end at whole bytes.
+    What is read is C-contiguous, aligned and of the machine's byte order; it may be read-only. A chunk may be
+    overwritten by the next one. BF16 is uint16, 8-bit floats are uint8. Types smaller than a byte come as 1-D uint8,
+    the tensor's bytes, and their ranges must begin and end at whole bytes.
 
     Attributes:
         name: under which the checkpoint has it.
         shape: of the whole tensor.
         dtype: its safetensors name, such as "F32" or "BF16".
         iter_rows: what a format provides, and read and chunks are made of: called with start < stop and n, yields
-            rows [start, stop), n at a time but the last; a 0-d tensor as one 0-d array.
+            rows [start, stop), n at a time but the last; a 0-d tensor as one 0-d array. The source is open then.
+        source: the file that it is read from, refused if it changes meanwhile; None if it is of no file.
         is_vectors: the format itself says that these are vectors: the array of an .npy file, a column of
             fixed-size lists in a Parquet file.
+        stored: where its values lie in the source, if they do so as in memory.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     iter_rows: Callable[[int, int, int], Iterator[NDArray[Any]]]
+    source: SourceFile | None
     is_vectors: bool = False
+    stored: StoredArray | None = None
 
     @property
     def nbytes(self) -> int:
@@ -43,30 +54,78 @@ class SourceTensor:
         return count_bytes(self.dtype, self.shape)
 
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Read rows [start, stop), or all from start on, as one array: a view of a mapped file where that can be.
+        """Read rows [start, stop), or all from start on, as one array.
 
         Raises:
-            FormatError: the file is damaged.
+            FormatError: the file is damaged, or was changed.
             ValueError: there are no such rows.
         """
         start, stop = self._check_range(start, stop)
         if start == stop or not self.nbytes:
             shape = (0,) if self.dtype in PACKED_DTYPES else (stop - start, *self.shape[1:])
             return np.empty(shape, ARRAY_DTYPES[self.dtype])
-        [rows] = self.iter_rows(start, stop, stop - start)
+        [rows] = self._iter_unchanged(partial(self.iter_rows, start, stop, stop - start))
         return rows
+
+    def whole(self, *, mapped: bool) -> NDArray[Any]:
+        """Return all of it, also of a file that was replaced or deleted since it was opened, if that is open still.
+
+        Args:
+            mapped: as a read-only view of the mapped file, which outlives the checkpoint; it is read where it cannot be
+                mapped. Otherwise it is read into memory of its own.
+
+        Raises:
+            FormatError: the file is damaged, or was changed.
+        """
+        if not self.nbytes:
+            return self.read()
+        length = self.shape[0] if self.shape else 1
+        with self._unchanged(by_name=False):
+            view = self.stored.view() if mapped and self.stored is not None else None
+            if view is None:
+                [view] = self.iter_rows(0, length, length)
+        return view
+
+    def pieces(self, num_bytes: int = PIECE_BYTES, *, by_name: bool = True) -> Iterator[NDArray[Any]]:
+        """Yield all values in order, about num_bytes at a time: some rows, or values of one, 1-D, where that has more.
+
+        Args:
+            num_bytes: at least a value's.
+            by_name: refuse a file that was replaced or deleted, too; its bytes are there as long as it is open.
+
+        Raises:
+            FormatError: when it comes to where the file is damaged, or was changed.
+        """
+        length = self.shape[0] if self.shape else 1
+        if self.stored is not None and self.nbytes > num_bytes * length:
+            flat = self.stored.flatten()
+            read = partial(flat.iter_rows, 0, flat.shape[0], max(1, num_bytes // flat.dtype.itemsize))
+        else:
+            read = partial(self.iter_rows, 0, length, max(1, num_bytes * length // max(1, self.nbytes)))
+        return self._iter_unchanged(read, by_name=by_name) if length else iter(())
 
     def chunks(self, n: int, start: int = 0, stop: int | None = None) -> Iterator[NDArray[Any]]:
         """Yield rows [start, stop), or all from start on, in order: n at a time but the last, in bounded memory.
 
         Raises:
-            FormatError: when it comes to where the file is damaged.
+            FormatError: when it comes to where the file is damaged, or was changed.
             ValueError: there are no such rows, or n is not positive.
         """
         start, stop = self._check_range(start, stop)
         if n < 1:
             raise ValueError(f"tensor {self.name!r} is to be read {n} rows at a time; give a positive number")
-        return self.iter_rows(start, stop, n) if start < stop else iter(())
+        return self._iter_unchanged(partial(self.iter_rows, start, stop, n)) if start < stop else iter(())
+
+    def _iter_unchanged(
+        self, read: Callable[[], Iterator[NDArray[Any]]], *, by_name: bool = True
+    ) -> Iterator[NDArray[Any]]:
+        with self._unchanged(by_name=by_name):
+            yield from read()
+
+    def _unchanged(self, *, by_name: bool) -> AbstractContextManager[None]:
+        if self.source is None:
+            return nullcontext()
+        return self.source.unchanged(f"tensor {self.name!r}", by_name=by_name)
 
     def _check_range(self, start: int, stop: int | None) -> tuple[int, int]:
         length = self.shape[0] if self.shape else 1
@@ -92,11 +151,13 @@ class Shard:
 
     Attributes:
         file_name: "model-00001-of-00002.safetensors"; relative to the checkpoint's folder.
+        num_bytes: of the file.
         tensors: in the order in which they lie in the file.
         metadata: of a safetensors header; elsewhere empty.
     """
 
     file_name: str
+    num_bytes: int
     tensors: tuple[SourceTensor, ...]
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -142,12 +203,6 @@ def refuse_repeated(path: Path, names: Iterable[str]) -> None:
     repeated = find_repeated(names)
     if repeated is not None:
         raise FormatError(f"{path}: {repeated!r} is there twice, and which one is meant cannot be told")
-
-
-def iter_slices(start: int, stop: int, n: int) -> Iterator[slice]:
-    """Cut [start, stop) into slices of n, but the last."""
-    for first in range(start, stop, n):
-        yield slice(first, min(first + n, stop))
 
 
 def rechunk(chunks: Iterable[NDArray[Any]], n: int) -> Iterator[NDArray[Any]]:

@@ -55,3 +55,8 @@ def count_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     if dtype in PACKED_DTYPES:
         return math.prod(shape) * _BITS_OF_RAW[dtype] // 8
     return math.prod(shape) * int(ARRAY_DTYPES[dtype].itemsize)
+
+
+def is_whole(dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is whole bytes."""
+    return dtype not in PACKED_DTYPES or math.prod(shape) * _BITS_OF_RAW[dtype] % 8 == 0

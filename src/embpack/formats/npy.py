@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -24,14 +23,23 @@ from embpack.formats.base import (
     SourceTensor,
     as_bytes,
     iter_checked,
-    iter_slices,
     refuse_dtypes,
     refuse_repeated,
 )
 from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
-from embpack.formats.mapped import FileMap, MappedArray
+from embpack.formats.source import SourceFile
+from embpack.formats.stored import StoredArray, StridedArray, as_native, iter_slices
+
+MOST_WHOLE_BYTES = 1 << 30
+"""Bytes of an array in Fortran order that is compressed, and so must be in memory whole; may be set."""
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+# Of a member of a zip file, before its name.
+_MEMBER_HEADER_BYTES = 30
+# Bytes that can come of a compressed one, where there is a limit: in deflate 258 of two bits.
+_MOST_RATIOS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
+_BLOCK_BYTES = 1 << 20
+_MOST_HEADER_BYTES = 1 << 16
 # Of a member of a zip file.
 _MAX_NAME_BYTES = (1 << 16) - 1
 _WAYS_OUT = "write .safetensors or .pt"
@@ -39,92 +47,127 @@ _WAYS_OUT = "write .safetensors or .pt"
 
 @dataclass(frozen=True)
 class _Header:
-    """What an .npy file says of its array; is_fortran: columns lie together, not rows."""
+    """What an .npy file says of its array.
+
+    Attributes:
+        is_fortran: columns lie together, not rows.
+        tag: the safetensors name of its type; None if it has none.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     is_fortran: bool
     bytes_before: int
+    tag: str | None
 
     @property
     def payload(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
-    def tag(self) -> str | None:
-        return None if self.dtype.hasobject else name_dtype(self.dtype)
+    def place(self, source: SourceFile, offset: int) -> StoredArray | StridedArray:
+        """Say where the array lies in a file."""
+        make = StridedArray.in_fortran_order if self.is_fortran else StoredArray
+        return make(source, offset, self.shape, self.dtype)
 
 
 @contextmanager
 def open_npy(path: Path) -> Iterator[Checkpoint]:
-    """Map an .npy file: one tensor, named like the file.
+    """Open an .npy file: one tensor, named like the file.
 
     Raises:
         FormatError: it is not one, is damaged, or its values are not numbers.
     """
-    with path.open("rb") as file:
-        header = _read_header(file, str(path))
-    _check_size(str(path), header, path.stat().st_size)
-    if header.tag is None:
-        raise FormatError(f"{path}: the array is {_describe(header.dtype)}; only arrays of numbers are read")
-    read = partial(_iter_npy, FileMap(path), header)
-    tensor = SourceTensor(path.stem, header.shape, header.tag, read, is_vectors=True)
-    yield Checkpoint(path, (Shard(path.name, (tensor,)),))
+    source = SourceFile(path)
+    with source:
+        header = _read_header(source.reader(), str(path))
+        _check_size(str(path), header, source.size)
+        if header.tag is None:
+            raise FormatError(f"{path}: the array is {_describe(header.dtype)}; only arrays of numbers are read")
+        stored = header.place(source, header.bytes_before)
+        tensor = SourceTensor(path.stem, header.shape, header.tag, stored.iter_rows, source, is_vectors=True)
+        yield Checkpoint(path, (Shard(path.name, source.size, (tensor,)),))
 
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[Checkpoint]:
     """Open an .npz file, whose arrays are read, and decompressed, as a stream.
 
-    An array of two or more dimensions in Fortran order is read whole: its rows cannot be had from a stream.
+    The rows of an array in Fortran order cannot be had from a stream: if it is compressed, it is read whole, and
+    refused if it has more than MOST_WHOLE_BYTES.
 
     Raises:
         FormatError: it is not one, or damaged.
     """
-    with _explain_damage(str(path)), zipfile.ZipFile(path) as archive:
-        pass
-    with zipfile.ZipFile(path) as archive:
-        found = [_open_member(path, archive, info) for info in archive.infolist()]
+    source = SourceFile(path)
+    with source:
+        with _explain_damage(str(path)):
+            archive = zipfile.ZipFile(source.reader())
+        _check_members(path, archive.infolist(), source.size)
+        found = [_open_member(source, archive, info) for info in archive.infolist()]
         refuse_repeated(path, archive.namelist())
         tensors = tuple(item for item in found if isinstance(item, SourceTensor))
         left_out = tuple(item for item in found if isinstance(item, str))
-        yield Checkpoint(path, (Shard(path.name, tensors),), left_out=left_out)
+        yield Checkpoint(path, (Shard(path.name, source.size, tensors),), left_out=left_out)
 
 
-def _open_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> SourceTensor | str:
+def _check_members(path: Path, members: list[zipfile.ZipInfo], size: int) -> None:
+    """Refuse members that promise more than the file can hold, before anything is made room for."""
+    end = 0
+    for info in sorted(members, key=lambda info: info.header_offset):
+        where = f"{path}: {info.filename}"
+        if info.header_offset < end:
+            raise FormatError(f"{where}: lies where another member lies; the file is damaged")
+        end = info.header_offset + _MEMBER_HEADER_BYTES + info.compress_size
+        most = info.compress_size * _MOST_RATIOS.get(info.compress_type, math.inf)
+        if end > size or info.file_size > most:
+            raise FormatError(
+                f"{where}: promises {info.file_size} bytes, in {info.compress_size} of a file of {size}; it is "
+                "truncated or damaged, copy it again"
+            )
+
+
+def _open_member(source: SourceFile, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> SourceTensor | str:
     """Return an array, or a note on why it is left out."""
     if not info.filename.endswith(".npy"):
         return f"member {info.filename!r} (not an array)"
-    where, name = f"{path}: {info.filename}", info.filename.removesuffix(".npy")
+    where, name = f"{source.path}: {info.filename}", info.filename.removesuffix(".npy")
     with _explain_damage(where), archive.open(info) as stream:
         header = _read_header(stream, where)
     _check_size(where, header, info.file_size)
     if header.tag is None:
         return f"array {name!r} ({_describe(header.dtype)})"
-    return SourceTensor(name, header.shape, header.tag, _Member(where, archive, info, header).iter_rows)
+    member = _Member(where, source, archive, info, header)
+    return SourceTensor(name, header.shape, header.tag, member.iter_rows, source)
 
 
 def _describe(dtype: np.dtype[Any]) -> str:
     if dtype.hasobject:
         return "of Python objects, which take a pickle to read, and pickles are never run"
     if dtype.kind == "V" and dtype.names is None:
-        return f"of type {dtype}, raw bytes; save bfloat16 as .safetensors"
+        return f"of type {dtype}, raw bytes, of which only bfloat16 is read; save it as .safetensors"
     return f"of type {dtype}"
 
 
 def _read_header(file: IO[bytes], where: str) -> _Header:
+    # A longer one that is wanted is not read: of a compressed file it might be gigabytes.
+    start = io.BytesIO(file.read(_MOST_HEADER_BYTES))
     try:
-        version = npy.read_magic(file)
+        version = npy.read_magic(start)
         if version not in _HEADERS:  # (3, 0) is for field names in other alphabets
             raise FormatError(f"{where}: .npy version {version[0]}.{version[1]} holds no plain array of numbers")
-        shape, is_fortran, dtype = _HEADERS[version](file)
+        shape, is_fortran, dtype = _HEADERS[version](start)
     except FormatError:
         raise
-    except (ValueError, EOFError) as error:
-        raise FormatError(f"{where}: not an .npy file, or damaged: {error}") from error
+    except Exception as error:  # whatever parsing garbage may raise
+        cause = " ".join(str(error).split())
+        raise FormatError(f"{where}: not an .npy file, or damaged: {cause:.200}") from error
     if any(length < 0 for length in shape):
         raise FormatError(f"{where}: the header has shape {list(shape)}; the file is damaged")
-    return _Header(shape, dtype, is_fortran and len(shape) > 1, file.tell())
+    tag = None if dtype.hasobject else name_dtype(dtype)
+    # NumPy reads both as raw bytes: bfloat16, as ml_dtypes and JAX save it, and raw bytes.
+    if dtype == "V2" and b"'<V2'" in start.getvalue()[: start.tell()]:
+        dtype, tag = np.dtype(np.uint16), "BF16"
+    return _Header(shape, dtype, is_fortran and len(shape) > 1, start.tell(), tag)
 
 
 def _check_size(where: str, header: _Header, size: int) -> None:
@@ -132,22 +175,6 @@ def _check_size(where: str, header: _Header, size: int) -> None:
     if not header.dtype.hasobject and payload != header.payload:
         verdict = "it is truncated, copy it again" if payload < header.payload else "is it several arrays?"
         raise FormatError(f"{where}: payload is {payload} bytes, header promises {header.payload}; {verdict}")
-
-
-def _as_native(array: NDArray[Any]) -> NDArray[Any]:
-    """Make an array C-contiguous and of the machine's byte order; a copy only where it is not."""
-    return np.asarray(array, array.dtype.newbyteorder("="), order="C")
-
-
-def _iter_npy(mapped: FileMap, header: _Header, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
-    if not header.is_fortran:
-        array = MappedArray(mapped, header.bytes_before, header.shape, header.dtype)
-        yield from map(_as_native, array.iter_rows(start, stop, n))
-        return
-    columns = mapped.view(header.bytes_before, header.shape[::-1], header.dtype).T
-    for rows in iter_slices(start, stop, n):
-        yield np.require(_as_native(columns[rows]), requirements="A")
-        mapped.release(0, header.bytes_before + header.payload)
 
 
 @contextmanager
@@ -166,6 +193,7 @@ class _Member:
     """An array of an .npz file; where: what errors call it."""
 
     where: str
+    source: SourceFile
     archive: zipfile.ZipFile
     info: zipfile.ZipInfo
     header: _Header
@@ -173,21 +201,38 @@ class _Member:
     def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
         """Yield rows from a stream, which compares the checksum if it is read from its start to its end."""
         with _explain_damage(self.where), self.archive.open(self.info) as stream:
+            if self.header.is_fortran and self.info.compress_type == zipfile.ZIP_STORED:
+                if stop - start == self.header.shape[0]:
+                    _read_through(stream)
+                yield from self.header.place(self.source, self._find_array()).iter_rows(start, stop, n)
+                return
             stream.read(self.header.bytes_before)
-            is_whole = self.header.is_fortran or not self.header.shape
-            read = self._iter_whole if is_whole else self._iter_stream
-            yield from map(_as_native, read(stream, start, stop, n))
+            read = self._iter_whole if self.header.is_fortran else self._iter_stream
+            yield from read(stream, start, stop, n)
             # At its end the stream checks the sum of all bytes.
             stream.read(1)
 
+    def _find_array(self) -> int:
+        """Return where the array begins in the file, if nothing is compressed."""
+        at = self.info.header_offset
+        lengths = np.frombuffer(self.source.read(at + 26, 4), "<u2")
+        return at + _MEMBER_HEADER_BYTES + int(lengths.sum()) + self.header.bytes_before
+
     def _iter_whole(self, stream: IO[bytes], start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
-        whole = np.frombuffer(_read_exactly(stream, self.header.payload, self.where), self.header.dtype)
-        array = whole.reshape(self.header.shape, order="F")
-        if not array.shape:
-            yield array
-            return
+        payload = self.header.payload
+        if payload > MOST_WHOLE_BYTES:
+            raise FormatError(
+                f"{self.where}: is compressed and in Fortran order, so that all of its {payload} bytes would be in "
+                f"memory, and at most {MOST_WHOLE_BYTES} may be (embpack.formats.npy.MOST_WHOLE_BYTES); save it in C "
+                "order, numpy.ascontiguousarray(array), or with numpy.savez"
+            )
+        whole = np.empty(payload, np.uint8)
+        for block in iter_slices(0, payload, _BLOCK_BYTES):
+            size = block.stop - block.start
+            whole[block] = np.frombuffer(_read_exactly(stream, size, self.where), np.uint8)
+        array = whole.view(self.header.dtype).reshape(self.header.shape, order="F")
         for rows in iter_slices(start, stop, n):
-            yield array[rows]
+            yield as_native(np.array(array[rows], order="C"))
 
     def _iter_stream(self, stream: IO[bytes], start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
         row_shape = self.header.shape[1:]
@@ -197,8 +242,15 @@ class _Member:
             stream.seek(start * row_bytes, io.SEEK_CUR)
         for rows in iter_slices(start, stop, n):
             count = rows.stop - rows.start
-            raw = _read_exactly(stream, count * row_bytes, self.where)
-            yield np.frombuffer(raw, self.header.dtype).reshape(count, *row_shape)
+            shape = (count, *row_shape) if self.header.shape else ()
+            array = np.frombuffer(_read_exactly(stream, count * row_bytes, self.where), self.header.dtype)
+            yield np.asarray(array.reshape(shape), array.dtype.newbyteorder("="))
+
+
+def _read_through(stream: IO[bytes]) -> None:
+    """Read a stream to its end, where it compares its checksum."""
+    while stream.read(_BLOCK_BYTES):
+        pass
 
 
 def _read_exactly(stream: IO[bytes], size: int, where: str) -> bytes:

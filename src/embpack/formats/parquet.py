@@ -1,5 +1,6 @@
 """Parquet files, whose columns are tensors."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -23,6 +25,8 @@ from embpack.formats.base import (
     rechunk,
     refuse_dtypes,
 )
+from embpack.formats.parquet_footer import ColumnChunk, read_columns, refuse_large_pages
+from embpack.formats.source import SourceFile
 
 DTYPES = {
     "BOOL": pa.bool_(),
@@ -43,98 +47,144 @@ DTYPES = {
 VECTOR_DTYPES = ("F16", "F32", "F64")
 """What the values of vectors can be."""
 
+MOST_LIST_VALUES = 1 << 22
+"""Values of a list at most: Arrow reads no part of one."""
+
+MOST_PAGE_BYTES = 1 << 28
+"""Bytes of a page at most, which Arrow has in memory whole, compressed and not; may be set. Writers' pages have 1 MB,
+DuckDB's up to 100."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Without a small buffer, or with pre_buffer, Arrow reads columns of row groups whole.
 _BUFFER_BYTES = 1 << 20
-# Rows that are only checked, or skipped, come in batches of about this many values.
 _BATCH_VALUES = 1 << 16
 _GROUP_BYTES = 1 << 24
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What a column is: numbers, or lists of them that all have one shape, () for numbers."""
+
+    tag: str
+    shape: tuple[int, ...] = ()
+
+
 @contextmanager
 def open_parquet(path: Path) -> Iterator[Checkpoint]:
-    """Open a Parquet file: fixed-size lists of floats are 2-D tensors, columns of numbers 1-D ones.
+    """Open a Parquet file: lists of floats that have one length are 2-D tensors, columns of numbers 1-D ones.
+
+    Whether lists of any length have the same is known only when all are read: a row of another length is an error then.
 
     Raises:
         FormatError: it is not one, or damaged.
     """
+    source = SourceFile(path)
     tensors, left_out = [], []
-    with _open_file(path) as file:
-        schema, num_rows = file.schema_arrow, file.metadata.num_rows
-        repeated = find_repeated(schema.names)
-        if repeated is not None:
-            raise FormatError(f"{path}: column {repeated!r} is there twice; rename one")
-        for field in schema:
-            reason = _why_left_out(path, file, field)
-            if reason:
-                left_out.append(f"column {field.name!r} ({reason})")
-            else:
-                tensors.append(_make_tensor(path, field, num_rows))
-    yield Checkpoint(path, (Shard(path.name, tuple(tensors)),), left_out=tuple(left_out))
+    with source:
+        with _open_file(source) as file:
+            schema, num_rows, columns = file.schema_arrow, file.metadata.num_rows, read_columns(source)
+            repeated = find_repeated(schema.names)
+            if repeated is not None:
+                raise FormatError(f"{path}: column {repeated!r} is there twice; rename one")
+            lengths = _find_lengths(file.metadata)
+            if sum(lengths) != num_rows or any(length < 0 for length in lengths):
+                raise FormatError(f"{path}: it has {num_rows} rows, its row groups {sum(lengths)}; it is damaged")
+            if any(len(columns.get(name, ())) < file.metadata.num_row_groups for name in schema.names):
+                raise FormatError(f"{path}: its row groups do not all have the columns of its schema; it is damaged")
+            for field in schema:
+                chunks = columns.get(field.name, [])  # none where there are no row groups
+                kind = _find_kind(source, field, chunks)
+                if isinstance(kind, _Kind):
+                    column = _Column(source, field.name, chunks, kind.shape)
+                    shape, is_vectors = (num_rows, *kind.shape), len(kind.shape) == 1
+                    tensors.append(
+                        SourceTensor(field.name, shape, kind.tag, column.iter_rows, source, is_vectors=is_vectors)
+                    )
+                else:
+                    left_out.append(f"column {field.name!r} ({kind})")
+        yield Checkpoint(path, (Shard(path.name, source.size, tuple(tensors)),), left_out=tuple(left_out))
 
 
 @contextmanager
-def _open_file(path: Path) -> Iterator[pq.ParquetFile]:
+def _open_file(source: SourceFile) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        with pq.ParquetFile(source.reader(), buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except MemoryError:  # Arrow's is one of its own exceptions, too
+        raise
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         cause = " ".join(str(error).split())  # Thrift's are of several lines
-        raise FormatError(f"{path}: not a Parquet file, or damaged: {cause}") from error
+        raise FormatError(f"{source.path}: not a Parquet file, or damaged: {cause}") from error
 
 
-def _why_left_out(path: Path, file: pq.ParquetFile, field: pa.Field) -> str | None:
-    """Say why a column cannot be carried over; None if it can."""
+def _find_kind(source: SourceFile, field: pa.Field, chunks: list[ColumnChunk]) -> _Kind | str:
+    """Return what a column is, or why it cannot be carried over; chunks: of the column in each row group."""
     dtype = field.type
-    if pa.types.is_fixed_size_list(dtype):
-        return None if _NAMES.get(dtype.value_type) in VECTOR_DTYPES else str(dtype)
-    if pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
-        return f"{dtype}; for vectors cast it to a fixed-size list, column.cast(pa.list_(pa.float32(), d))"
-    if dtype not in _NAMES:
+    if dtype in _NAMES:
+        return f"{dtype}, with nulls" if _has_nulls(source, field.name, chunks) else _Kind(_NAMES[dtype])
+    shape: tuple[int, ...] | None
+    if isinstance(dtype, pa.FixedShapeTensorType) and list(dtype.permutation or ()) == sorted(dtype.permutation or ()):
+        shape = tuple(dtype.shape)
+    elif pa.types.is_fixed_size_list(dtype):
+        shape = (dtype.list_size,)
+    elif pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
+        shape = _find_length(chunks)
+    else:
         return str(dtype)
-    return f"{dtype}, with nulls" if _has_nulls(path, file, field.name) else None
+    tag = _NAMES.get(dtype.value_type)
+    if tag not in VECTOR_DTYPES:
+        return str(dtype)
+    if shape is None:
+        return f"{dtype}, of several lengths; only vectors of one length are read"
+    if math.prod(shape) > MOST_LIST_VALUES:
+        return (
+            f"{dtype}, {math.prod(shape)} values a row; at most {MOST_LIST_VALUES} are read, a row is in memory whole"
+        )
+    return _Kind(tag, shape)
 
 
-def _has_nulls(path: Path, file: pq.ParquetFile, name: str) -> bool:
+def _find_length(chunks: list[ColumnChunk]) -> tuple[int] | None:
+    """Return the length that all lists of a column must have, if they have one, going by the number of values."""
+    lengths = {divmod(chunk.num_values, chunk.num_rows) for chunk in chunks if chunk.num_rows > 0}
+    if len(lengths) != 1:
+        return None if lengths else (0,)
+    [(length, rest)] = lengths
+    return None if rest else (length,)
+
+
+def _has_nulls(source: SourceFile, name: str, chunks: list[ColumnChunk]) -> bool:
     """Ask the statistics of a column, or read it where a row group has none."""
-    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    statistics = [column.statistics for column in columns if column.path_in_schema == name]
-    if all(known is not None and known.has_null_count for known in statistics):
-        return any(known.null_count for known in statistics)
-    return any(column.null_count for column in _Column(path, name).iter_arrow(0, file.metadata.num_rows, 1))
-
-
-def _make_tensor(path: Path, field: pa.Field, num_rows: int) -> SourceTensor:
-    if pa.types.is_fixed_size_list(field.type):
-        dim = field.type.list_size
-        iter_rows = _Column(path, field.name, dim).iter_rows
-        return SourceTensor(field.name, (num_rows, dim), _NAMES[field.type.value_type], iter_rows, is_vectors=True)
-    return SourceTensor(field.name, (num_rows,), _NAMES[field.type], _Column(path, field.name).iter_rows)
+    if all(chunk.null_count is not None for chunk in chunks):
+        return any(chunk.null_count for chunk in chunks)
+    num_rows = sum(chunk.num_rows for chunk in chunks)
+    return any(column.null_count for column in _Column(source, name, chunks).iter_arrow(0, num_rows))
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of a file; list_size: of its vectors, None where it is numbers."""
+    """A column of a file; chunks: of it in each row group; shape: of an entry."""
 
-    path: Path
+    source: SourceFile
     name: str
-    list_size: int | None = None
+    chunks: list[ColumnChunk]
+    shape: tuple[int, ...] = ()
 
     def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
         """Yield rows [start, stop), n at a time; row groups without any of them are not read."""
-        columns = self.iter_arrow(start, stop, n)
-        if self.list_size is None:
+        columns = self.iter_arrow(start, stop)
+        if not self.shape:
             return rechunk((column.to_numpy(zero_copy_only=False) for column in columns), n)
-        return rechunk(self._iter_vectors(columns, start, self.list_size), n)
+        return rechunk(self._iter_vectors(columns, start), n)
 
-    def iter_arrow(self, start: int, stop: int, n: int) -> Iterator[pa.Array]:
-        """Yield rows [start, stop) as Arrow arrays, of n rows at most unless these are few values."""
-        with _open_file(self.path) as file:
+    def iter_arrow(self, start: int, stop: int) -> Iterator[pa.Array]:
+        """Yield rows [start, stop) as Arrow arrays, some values at a time: Arrow takes several times their memory."""
+        with _open_file(self.source) as file:
             at, groups = _find_groups(file.metadata, start, stop)
-            batch_rows = max(n, _BATCH_VALUES // (self.list_size or 1))
+            for group in groups:
+                refuse_large_pages(self.source, self.chunks[group], MOST_PAGE_BYTES)
+            batch_rows = max(1, _BATCH_VALUES // max(1, math.prod(self.shape)))
             for batch in file.iter_batches(batch_rows, groups, columns=[self.name], use_threads=False):
                 # A name with a dot in it may select other columns, too.
                 column = batch.column(batch.schema.get_field_index(self.name))
@@ -144,25 +194,45 @@ class _Column:
                     yield column.slice(first, last - first)
                 if at >= stop:
                     return
+        if at < stop:
+            raise FormatError(f"{self.source.path}: column {self.name!r} ends {stop - at} rows early; it is damaged")
 
-    def _iter_vectors(self, columns: Iterable[pa.Array], row: int, dim: int) -> Iterator[NDArray[Any]]:
+    def _iter_vectors(self, columns: Iterable[pa.Array], row: int) -> Iterator[NDArray[Any]]:
         """Yield vectors, row being the first one's."""
-        where = f"{self.path}: column {self.name!r}"
-        for column in columns:
+        where, dim = f"{self.source.path}: column {self.name!r}", math.prod(self.shape)
+        for each in columns:
+            column = each.storage if isinstance(each, pa.ExtensionArray) else each
             if column.null_count:
                 at = row + column.is_null().index(True).as_py()
                 raise ValueError(f"{where} is null in row {at}; drop such rows or fill them")
+            self._check_lengths(column, row, where, dim)
             values = column.flatten()
             if values.null_count:
                 at, element = divmod(values.is_null().index(True).as_py(), dim)
                 raise ValueError(f"{where} is null at [{row + at}, {element}]; drop such rows or fill them")
-            yield values.to_numpy().reshape(len(column), dim)
+            yield values.to_numpy().reshape(len(column), *self.shape)
             row += len(column)
+
+    def _check_lengths(self, column: pa.Array, row: int, where: str, dim: int) -> None:
+        if pa.types.is_fixed_size_list(column.type):
+            return
+        lengths = np.diff(column.offsets.to_numpy())
+        others = np.flatnonzero(lengths != dim)
+        if len(others):
+            raise ValueError(
+                f"{where} has {lengths[others[0]]} values in row {row + others[0]}, and on average {dim}; only vectors "
+                "of one length are read, so drop or pad such rows, or drop the column"
+            )
+
+
+def _find_lengths(metadata: pq.FileMetaData) -> list[int]:
+    """Return the number of rows of each row group."""
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
 def _find_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[int, list[int]]:
     """Return the row groups that hold rows [start, stop), and the row that the first of them begins with."""
-    lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    lengths = _find_lengths(metadata)
     ends = list(accumulate(lengths))
     groups = [group for group, end in enumerate(ends) if start < end and end - lengths[group] < stop]
     return ends[groups[0]] - lengths[groups[0]] if groups else 0, groups

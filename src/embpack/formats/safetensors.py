@@ -1,4 +1,4 @@
-"""Safetensors files: mapped where they are read, written as a stream."""
+"""Safetensors files: checked and read through one descriptor, written as a stream."""
 
 import json
 from collections.abc import Iterator
@@ -8,100 +8,145 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from embpack.errors import FormatError
-from embpack.formats.base import Checkpoint, OutShard, Shard, SourceTensor, as_bytes, iter_checked, refuse_repeated
-from embpack.formats.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes
-from embpack.formats.mapped import FileMap, MappedArray
+from embpack.formats.base import (
+    Checkpoint,
+    OutShard,
+    Shard,
+    SourceTensor,
+    as_bytes,
+    is_utf8,
+    iter_checked,
+    refuse_repeated,
+)
+from embpack.formats.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes, is_whole
+from embpack.formats.source import SourceFile
+from embpack.formats.stored import StoredArray
 
 _LENGTH_BYTES = 8
-_ALIGNMENT = 8
 # The library opens no file with a longer one.
 _MAX_HEADER_BYTES = 100_000_000
+_ALIGNMENT = 8
+# NumPy has no more.
+_MOST_DIMENSIONS = 64
 _METADATA_KEY = "__metadata__"
 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Checkpoint]:
-    """Map a safetensors file; its tensors are views of it.
+    """Open a safetensors file.
 
     Raises:
         FormatError: it is not a safetensors file, or a damaged one.
     """
-    yield Checkpoint(path, (map_shard(path, path.name),))
+    source = SourceFile(path)
+    with source:
+        yield Checkpoint(path, (read_shard(source, path.name),))
 
 
-def map_shard(path: Path, file_name: str) -> Shard:
-    """Check a safetensors file and map it, as the part file_name of a checkpoint.
+def read_shard(source: SourceFile, file_name: str) -> Shard:
+    """Check a safetensors file that is open, and make it the part file_name of a checkpoint.
 
     Raises:
         FormatError: it is not a safetensors file, or a damaged one.
     """
-    try:
-        # The library is the judge of what is valid: offsets, shapes, types, overlaps.
-        with safe_open(path, framework="np"):
-            pass
-    except SafetensorError as error:
-        raise FormatError(f"{path}: {_diagnose(path, error)}") from error
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        header = parse_object(path, file.read(header_bytes))
-    metadata = header.pop(_METADATA_KEY, None) or {}
-    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    mapped, data_start = FileMap(path), _LENGTH_BYTES + header_bytes
-    tensors = [_make_tensor(path, mapped, data_start, name, entry) for name, entry in entries]
-    return Shard(file_name, tuple(tensors), metadata)
+    path, header_bytes = source.path, _read_length(source)
+    header = parse_object(path, source.read(_LENGTH_BYTES, header_bytes))
+    metadata = header.pop(_METADATA_KEY, None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
+        raise FormatError(f"{path}: {_METADATA_KEY} in its header is no object of strings; the file is damaged")
+    start, end = _LENGTH_BYTES + header_bytes, 0
+    tensors = []
+    for name, entry in _sort_entries(path, header):
+        tensors.append(_make_tensor(source, start, end, name, entry))
+        end += tensors[-1].nbytes
+    payload = source.size - start
+    if payload != end:
+        verdict = "truncated" if payload < end else "damaged"
+        raise FormatError(
+            f"{path}: payload is {payload} bytes, header promises {end}; the file is {verdict}, copy it again"
+        )
+    return Shard(file_name, source.size, tuple(tensors), metadata)
 
 
-def _make_tensor(path: Path, mapped: FileMap, data_start: int, name: str, entry: dict[str, Any]) -> SourceTensor:
-    dtype, shape, start = entry["dtype"], tuple(entry["shape"]), data_start + entry["data_offsets"][0]
+def _read_length(source: SourceFile) -> int:
+    """Read how many bytes the header has, which are there."""
+    path, rest = source.path, source.size - _LENGTH_BYTES
+    if rest < 0:
+        raise FormatError(
+            f"{path}: the file has {source.size} bytes, a safetensors file at least {_LENGTH_BYTES}; copy it again"
+        )
+    header_bytes = int.from_bytes(source.read(0, _LENGTH_BYTES), "little")
+    if header_bytes > rest:
+        raise FormatError(
+            f"{path}: {rest} bytes are left for a header of {header_bytes}; the file is truncated or not a safetensors "
+            "file"
+        )
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise FormatError(
+            f"{path}: its header has {header_bytes} bytes, and safetensors allows {_MAX_HEADER_BYTES}; it is not a "
+            "safetensors file, or damaged"
+        )
+    return header_bytes
+
+
+def _sort_entries(path: Path, header: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the tensors' entries in the order in which they lie in the file."""
+    for name, entry in header.items():
+        known = _is_text(name) and isinstance(entry, dict) and _is_text(entry.get("dtype"))
+        sizes = known and all(_are_sizes(entry.get(key)) for key in ("shape", "data_offsets"))
+        if not sizes or len(entry["data_offsets"]) != 2:
+            raise FormatError(f"{path}: the header's entry of tensor {name!r} is damaged: {entry!r:.200}")
+    return sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+
+
+def _is_text(value: object) -> bool:
+    """Whether JSON's value is a string of Unicode; its escapes can name halves of characters."""
+    return isinstance(value, str) and is_utf8(value)
+
+
+def _are_sizes(value: object) -> bool:
+    """Whether JSON's value is a list of sizes, of no more dimensions than NumPy has."""
+    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
+        return False
+    return all(type(each) is int and 0 <= each < 1 << 64 for each in value)
+
+
+def _make_tensor(source: SourceFile, data_start: int, begin: int, name: str, entry: dict[str, Any]) -> SourceTensor:
+    """Make the tensor whose bytes must follow those before it, which end at begin."""
+    path, dtype, shape, (start, stop) = source.path, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if dtype not in ARRAY_DTYPES:
-        raise FormatError(f"{path}: tensor {name!r} is {dtype}, which this embpack does not know; update it")
+        raise FormatError(f"{path}: tensor {name!r} is {dtype!r:.50}, which this embpack does not know; update it")
+    if start != begin:
+        raise FormatError(
+            f"{path}: tensor {name!r} begins at byte {start} of the payload, but what is before it ends at {begin}; "
+            "the file is damaged"
+        )
+    size = count_bytes(dtype, shape)
+    if stop - start != size or not is_whole(dtype, shape):
+        raise FormatError(
+            f"{path}: tensor {name!r} has {stop - start} bytes, but {dtype} of shape {list(shape)} takes {size}; the "
+            "file is damaged"
+        )
     if dtype in PACKED_DTYPES:
-        data = MappedArray(mapped, start, (count_bytes(dtype, shape),), ARRAY_DTYPES[dtype])
-        return SourceTensor(name, shape, dtype, partial(_iter_packed, data, shape[0] if shape else 1))
-    return SourceTensor(name, shape, dtype, MappedArray(mapped, start, shape, ARRAY_DTYPES[dtype]).iter_rows)
+        stored = StoredArray(source, data_start + start, (size,), ARRAY_DTYPES[dtype])
+        read = partial(_iter_packed, stored, shape[0] if shape else 1)
+        return SourceTensor(name, shape, dtype, read, source, stored=stored)
+    stored = StoredArray(source, data_start + start, shape, ARRAY_DTYPES[dtype])
+    return SourceTensor(name, shape, dtype, stored.iter_rows, source, stored=stored)
 
 
-def _iter_packed(data: MappedArray, num_rows: int, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
+def _iter_packed(stored: StoredArray, num_rows: int, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
     """Yield the bytes of rows [start, stop) of a type smaller than a byte, about n rows at a time."""
-    [num_bytes] = data.shape
+    [num_bytes] = stored.shape
     step = max(1, n * num_bytes // num_rows)
-    return data.iter_rows(start * num_bytes // num_rows, stop * num_bytes // num_rows, step)
-
-
-def _diagnose(path: Path, cause: SafetensorError) -> str:
-    """Say what the library's error leaves out: sizes."""
-    size = path.stat().st_size
-    if size < _LENGTH_BYTES:
-        return f"the file has {size} bytes, a safetensors file at least {_LENGTH_BYTES}; copy it again"
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        rest = size - _LENGTH_BYTES
-        if header_bytes > rest:
-            return (
-                f"{rest} bytes are left for a header of {header_bytes}; the file is truncated or not a safetensors file"
-            )
-        header = file.read(header_bytes)
-    payload, promised = rest - header_bytes, _promised_bytes(header)
-    if promised is None or payload == promised:
-        return str(cause)
-    verdict = "truncated" if payload < promised else "damaged"
-    return f"payload is {payload} bytes, header promises {promised}; the file is {verdict}, copy it again"
-
-
-def _promised_bytes(header: bytes) -> int | None:
-    """Return where the last tensor ends; None where the header does not say."""
-    try:
-        entries = json.loads(header).items()
-        return int(max((entry["data_offsets"][1] for name, entry in entries if name != _METADATA_KEY), default=0))
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        return None
+    return stored.iter_rows(start * num_bytes // num_rows, stop * num_bytes // num_rows, step)
 
 
 def parse_object(path: Path, text: bytes) -> dict[str, Any]:
-    """Parse JSON that must be an object in which no name is there twice.
+    """Parse JSON, UTF-8, that must be an object in which no name is there twice.
 
     Raises:
         FormatError: it is not.
@@ -111,8 +156,11 @@ def parse_object(path: Path, text: bytes) -> dict[str, Any]:
         refuse_repeated(path, [name for name, _ in pairs])
         return dict(pairs)
 
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
     try:
-        parsed = json.loads(text, object_pairs_hook=make_object)
+        parsed = json.loads(text.decode(), object_pairs_hook=make_object, parse_constant=refuse_constant)
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:

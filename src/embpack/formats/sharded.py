@@ -1,16 +1,19 @@
 """Checkpoints in several safetensors files with an index."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from embpack.errors import FormatError
 from embpack.formats.atomic import new_folder
 from embpack.formats.base import Checkpoint, OutShard, Shard
-from embpack.formats.safetensors import map_shard, parse_object, write_safetensors
+from embpack.formats.safetensors import parse_object, read_shard, write_safetensors
+from embpack.formats.source import SourceFile
 
 INDEX_SUFFIX = ".safetensors.index.json"
+_BIN_INDEX_SUFFIX = ".bin.index.json"
+_MOST_NAMED = 8
 
 
 @contextmanager
@@ -24,13 +27,24 @@ def open_sharded(path: Path) -> Iterator[Checkpoint]:
         FormatError: index and files do not agree, or one of them is damaged.
     """
     weight_map, left_out = _read_index(path)
-    shards = [map_shard(path.parent / name, name) for name in sorted(set(weight_map.values()))]
+    shards = [_read_shard(path.parent / name, name) for name in sorted(set(weight_map.values()))]
     _check_weight_map(path, weight_map, shards)
     yield Checkpoint(path, tuple(shards), path.name, left_out)
 
 
-def find_index(folder: Path) -> Path:
+def _read_shard(path: Path, name: str) -> Shard:
+    # It is opened again when its tensors are read: of many files, one is open at a time.
+    source = SourceFile(path)
+    with source:
+        return read_shard(source, name)
+
+
+def find_index(folder: Path, suffixes: Container[str]) -> Path:
     """Find the index in a folder.
+
+    Args:
+        folder: of a checkpoint.
+        suffixes: of files that can be read, for the error.
 
     Raises:
         FileNotFoundError: there is none.
@@ -39,12 +53,31 @@ def find_index(folder: Path) -> Path:
     found = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if not found:
         files = sorted(file.name for file in folder.iterdir() if file.is_file())
-        has = f"choose one of its files: {', '.join(files[:8])}" if files else "it has no files"
-        raise FileNotFoundError(f"{folder}: no *{INDEX_SUFFIX} in this folder; {has}")
+        readable = [name for name in files if Path(name).suffix.lower() in suffixes]
+        advice = next(filter(None, map(explain_other, map(folder.joinpath, files))), "")
+        if not advice and readable:
+            more = f" and {len(readable) - _MOST_NAMED} more" if len(readable) > _MOST_NAMED else ""
+            advice = f"choose one of its files: {', '.join(readable[:_MOST_NAMED])}{more}"
+        raise FileNotFoundError(f"{folder}: no *{INDEX_SUFFIX} in this folder; {advice or 'it has no file to read'}")
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise ValueError(f"{folder}: {len(found)} indices in this folder; choose one: {names}")
     return found[0]
+
+
+def explain_other(path: Path) -> str | None:
+    """Say what to do with a file of a checkpoint of another kind; None if it is not known for one."""
+    if path.name.endswith(_BIN_INDEX_SUFFIX):
+        return (
+            f"{path.name} is the index of PyTorch's .bin files; pack these one by one, or load the model and save it "
+            "as safetensors: model.save_pretrained(folder, safe_serialization=True)"
+        )
+    if path.name == ".metadata" or path.suffix == ".distcp":
+        return (
+            "this is a checkpoint of torch.distributed.checkpoint; make one file of it: "
+            f"torch.distributed.checkpoint.format_utils.dcp_to_torch_save({str(path.parent)!r}, 'model.pt')"
+        )
+    return None
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:

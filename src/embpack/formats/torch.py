@@ -1,16 +1,13 @@
-"""State dicts of torch.save and torch.load; only plain weights, no pickle is ever run."""
+"""State dicts of torch.save; no pickle is ever run."""
 
-import pickle
-import re
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from embpack.errors import FormatError
 from embpack.formats.base import (
@@ -21,153 +18,133 @@ from embpack.formats.base import (
     SourceTensor,
     as_bytes,
     iter_checked,
-    iter_slices,
     refuse_dtypes,
 )
 from embpack.formats.dtypes import ARRAY_DTYPES
-from embpack.formats.mapped import find_mappings, release_addresses
+from embpack.formats.pickled import Made, Named, Outside
+from embpack.formats.source import SourceFile
+from embpack.formats.torch_file import ADVICE, read_saved
+from embpack.formats.torch_tensor import NAMES, View, ViewReader, describe_tensor, is_tensor, view_tensor
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "BF16": torch.bfloat16,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}
+DTYPES: dict[str, torch.dtype] = {tag: getattr(torch, name) for tag, name in NAMES.items()}
 """PyTorch's type of each safetensors name that it can hold."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_RAW = {torch.bfloat16: torch.uint16} | {dtype: torch.uint8 for name, dtype in DTYPES.items() if name.startswith("F8")}
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_ZIP_MAGIC = b"PK\x03\x04"
-_ADVICE = "save the weights alone with torch.save(model.state_dict(), path)"
+# Where training scripts put a state dict that they save with other things: PyTorch's examples, fairseq and nanoGPT,
+# Lightning and OpenMMLab, DeepSpeed, and others.
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")
+# Expanded and tied tensors take more than the file has: so many times its bytes, and no less than the second.
+_MOST_TIMES, _ALWAYS_BYTES = 100, 1 << 26
 
 
 @contextmanager
 def open_torch(path: Path) -> Iterator[Checkpoint]:
-    """Load a state dict, mapped from the file unless that is of the format before PyTorch 1.6.
+    """Open a state dict, which may be one entry of a dict with other things, as training scripts save it.
 
     Raises:
-        FormatError: it is not a plain dict of tensors, or damaged.
+        FormatError: it is not a dict of tensors, or damaged.
     """
-    state, left_out = _choose_state(path, _load(path))
-    mappings = find_mappings(path)
-    tensors = []
-    for name, value in state.items():
-        reason = _why_left_out(value)
-        if reason:
-            left_out.append(f"entry {name!r} ({reason})")
-            continue
-        if not isinstance(name, str):
-            raise FormatError(f"{path}: the name of a tensor is {name!r}, not a string; rename it and save again")
-        tensors.append(_make_tensor(name, value.detach(), mappings))
-    yield Checkpoint(path, (Shard(path.name, tuple(tensors)),), left_out=tuple(left_out))
+    source = SourceFile(path)
+    with source:
+        saved = read_saved(source)
+        state, left_out = _choose_state(path, saved.value)
+        views: dict[str, View] = {}
+        for name, value in state.items():
+            view = view_tensor(saved, name, value) if is_tensor(value) else _describe(value)
+            if isinstance(view, str):
+                left_out.append(f"entry {_name_entry(name)} ({view})")
+            elif not isinstance(name, str):
+                raise FormatError(
+                    f"{path}: the name of a tensor is {_name_entry(name)}, not a string; rename it and save again"
+                )
+            else:
+                views[name] = view
+        _refuse_expanded(source, views)
+        tensors = tuple(_make_tensor(source, saved.byte_order, name, view) for name, view in views.items())
+        yield Checkpoint(path, (Shard(path.name, source.size, tensors),), left_out=tuple(left_out))
 
 
-def _load(path: Path) -> object:
-    with path.open("rb") as file:
-        is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (OSError, MemoryError, Warning):  # PyTorch's warnings are errors to those who want it so
-        raise
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds {found[1]}" if found else "it holds more than tensors, or is damaged"
-        raise FormatError(
-            f"{path}: not a plain state dict: {what}, and arbitrary pickles are never run; {_ADVICE}"
-        ) from error
-    except Exception as error:  # whatever reading garbage may raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"{path}: not a file of torch.save, or damaged: {first_line}") from error
-
-
-def _choose_state(path: Path, loaded: object) -> tuple[dict[Any, Any], list[str]]:
+def _choose_state(path: Path, value: object) -> tuple[dict[Any, Any], list[str]]:
     """Find the dict of tensors, and note what is beside it."""
-    if not isinstance(loaded, dict):
-        raise FormatError(f"{path}: holds a {_describe(loaded)}, not a dict of tensors by name; {_ADVICE}")
-    if _has_tensors(loaded):
-        return loaded, []
-    wrappers = [key for key in _WRAPPERS if _has_tensors(loaded.get(key))]
-    if len(wrappers) != 1:
-        keys = ", ".join(repr(key) for key in list(loaded)[:8]) or "nothing"
-        found = f"dicts of tensors under {wrappers}" if wrappers else f"no tensors, but {keys}"
-        raise FormatError(f"{path}: holds a dict with {found}; {_ADVICE}")
-    beside = [f"entry {key!r} ({_describe(value)})" for key, value in loaded.items() if key != wrappers[0]]
-    return loaded[wrappers[0]], beside
+    items = _find_items(value)
+    if items is None:
+        raise FormatError(f"{path}: holds a {_describe(value)}, not a dict of tensors by name; {_advise([value])}")
+    with_tensors = [key for key, item in items.items() if _has_tensors(item)]
+    wrappers = [key for key in with_tensors if key in _WRAPPERS]
+    if not wrappers and _has_tensors(items):
+        return items, []
+    if len(wrappers) == 1:
+        beside = [f"entry {_name_entry(key)} ({_describe(item)})" for key, item in items.items() if key != wrappers[0]]
+        return _find_items(items[wrappers[0]]) or {}, beside
+    chosen = wrappers or with_tensors
+    if chosen:
+        names = " and ".join(map(_name_entry, chosen))
+        raise FormatError(
+            f"{path}: holds dicts of tensors under {names}; save the one that is meant by itself: "
+            f"torch.save(torch.load(path, weights_only=True)[{_name_entry(chosen[0])}], 'weights.pt')"
+        )
+    held = ", ".join(f"{_name_entry(key)} ({_describe(item)})" for key, item in list(items.items())[:8]) or "nothing"
+    raise FormatError(f"{path}: holds a dict with no tensors, but {held}; {_advise(items.values())}")
 
 
-def _has_tensors(value: object) -> bool:
-    return isinstance(value, dict) and any(isinstance(item, torch.Tensor) for item in value.values())
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"tensor of shape {list(value.shape)}"
-    return type(value).__name__
-
-
-def _why_left_out(value: object) -> str | None:
-    """Say why a value of a state dict cannot be carried over; None if it can."""
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    if value.is_quantized:
-        return "quantized tensor; save its .dequantize()"
-    if value.layout != torch.strided or value.is_nested:
-        return "sparse or nested tensor; save its .to_dense()"
-    if value.device.type != "cpu":
-        return f"tensor on the {value.device.type} device, without values"
-    if value.dtype not in _NAMES:
-        return f"tensor of {str(value.dtype).removeprefix('torch.')}"
+def _find_items(value: object) -> dict[Any, Any] | None:
+    """Return what is in a dict of any class; None if the value is no dict."""
+    match value:
+        case dict():
+            return value
+        # As Python 2 wrote it.
+        case Made(Named("collections", "OrderedDict"), (list(pairs),)):
+            return dict(
+                pair for pair in pairs if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+            )
+        case Made(maker=Named("collections", "OrderedDict" | "defaultdict"), items=items):
+            return items
+        case Made(items=items) if items:
+            return items
     return None
 
 
-def _make_tensor(name: str, tensor: torch.Tensor, mappings: list[range]) -> SourceTensor:
-    storage = tensor.untyped_storage()
-    start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    is_mapped = any(mapping.start <= start and stop <= mapping.stop for mapping in mappings)
-    read = partial(_iter_tensor, tensor, is_mapped=is_mapped)
-    return SourceTensor(name, tuple(tensor.shape), _NAMES[tensor.dtype], read)
+def _has_tensors(value: object) -> bool:
+    return any(map(is_tensor, (_find_items(value) or {}).values()))
 
 
-def _iter_tensor(tensor: torch.Tensor, start: int, stop: int, n: int, *, is_mapped: bool) -> Iterator[NDArray[Any]]:
-    if tensor.ndim == 0:
-        yield _as_array(tensor)
-        return
-    for rows in iter_slices(start, stop, n):
-        chunk = tensor[rows]
-        yield _as_array(chunk)
-        if is_mapped:
-            _release(chunk)
+def _name_entry(key: object) -> str:
+    return str(key) if isinstance(key, Made) else repr(key)
 
 
-def _as_array(tensor: torch.Tensor) -> NDArray[Any]:
-    plain = tensor.resolve_conj().resolve_neg().contiguous()
-    raw = _RAW.get(tensor.dtype)
-    return plain.numpy() if raw is None else plain.view(raw).numpy()
+def _describe(value: object) -> str:
+    if is_tensor(value):
+        return describe_tensor(value)
+    if _has_tensors(value):
+        return "dict with tensors"
+    if isinstance(value, Made):
+        return str(value)
+    return "storage" if isinstance(value, Outside) else type(value).__name__
 
 
-def _release(chunk: torch.Tensor) -> None:
-    if chunk.is_contiguous():
-        start, size = chunk.data_ptr(), chunk.nbytes
-    else:  # strided: its values are spread over all of the storage
-        storage = chunk.untyped_storage()
-        start, size = storage.data_ptr(), storage.nbytes()
-    if size:
-        release_addresses(start, start + size)
+def _advise(values: Iterable[object]) -> str:
+    if any(isinstance(value, Made) and not is_tensor(value) for value in values):
+        return (
+            f"only a pickle makes such objects, and pickles are never run; where their classes are installed, {ADVICE}"
+        )
+    return ADVICE
+
+
+def _refuse_expanded(source: SourceFile, views: dict[str, View]) -> None:
+    """Raise FormatError where a small file stands for very much."""
+    sizes = {name: math.prod(view.shape) * ARRAY_DTYPES[view.tag].itemsize for name, view in views.items()}
+    total = sum(sizes.values())
+    if total > max(_MOST_TIMES * source.size, _ALWAYS_BYTES):
+        name = max(sizes, key=lambda name: sizes[name] - views[name].storage.nbytes)
+        raise FormatError(
+            f"{source.path}: its tensors take {total} bytes, over {_MOST_TIMES} times the {source.size} of the file; "
+            f"{name!r} of shape {list(views[name].shape)} takes {sizes[name]}, but has {views[name].storage.nbytes} in "
+            "the file; save the .contiguous() of what was expanded"
+        )
+
+
+def _make_tensor(source: SourceFile, byte_order: str, name: str, view: View) -> SourceTensor:
+    reader = ViewReader(view, source, ARRAY_DTYPES[view.tag].newbyteorder(byte_order))
+    return SourceTensor(name, view.shape, view.tag, reader.iter_rows, source, stored=reader.stored)
 
 
 def write_torch(file: BinaryIO, path: Path, shard: OutShard) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from embpack.errors import kind_of
 from embpack.files import open_packed
+from embpack.formats import SourceTensor
+from embpack.formats.torch import DTYPES
 from embpack.table import PackedTable
 from embpack.torch.convert import (
     PACKED,
@@ -55,10 +56,10 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
     _check_model(model)
     tables: dict[str, PackedTable] = {}
     floats: dict[str, Tensor] = {}
-    for file in open_packed(path):
-        tables |= {name: file.table(name) for name in file.entries}
-        with safe_open(file.path, "pt") as opened:
-            floats |= {name: opened.get_tensor(name) for name in file.others}
+    with open_packed(path) as files:
+        for file in files:
+            tables |= {name: file.table(name) for name in file.entries}
+            floats |= {name: _read(file.path, tensor) for name, tensor in file.others.items()}
     groups, places = group_names(model), _find_places(model)
     chosen = _choose_tables(places, groups, tables, floats)
     packed = {place.name for module in chosen for place in places[module]}
@@ -94,6 +95,13 @@ def _load_floats(model: nn.Module, floats: Mapping[str, Tensor], packed: tuple[s
             f"{', '.join(unmade)}: still on the meta device, for no checkpoint has buffers that are not persistent; "
             "make them after loading, or make the model elsewhere"
         )
+
+
+def _read(path: Path, tensor: SourceTensor) -> Tensor:
+    """Read a tensor into memory of its own."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which load_checkpoint cannot load")
+    return torch.from_numpy(tensor.whole(mapped=False)).view(DTYPES[tensor.dtype])
 
 
 def _check_model(model: nn.Module) -> None:

@@ -438,6 +438,8 @@ def _as_tensor(array: NDArray[Any]) -> Tensor:
         # PyTorch warns of arrays that are read-only. Writing to this one's memory does no harm.
         entries = entries.view()
         entries.flags.writeable = True
+    elif not entries.flags.writeable:
+        entries = entries.copy()  # PyTorch has no tensors that cannot be written to
     return torch.from_numpy(entries)
 
 

@@ -1,0 +1,247 @@
+"""Files that are read: through one descriptor, and refused if they change meanwhile."""
+
+import errno
+import io
+import mmap
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.errors import FormatError
+from embpack.formats.mapped import map_file, was_refused
+
+_READER_BYTES = 1 << 16
+
+
+class _State(NamedTuple):
+    """What a file is known by, and by what it is seen to have changed."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> "_State":
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+class SourceFile:
+    """A file whose bytes are all read through one descriptor, and which must stay what it was when first opened.
+
+    It is open while a ``with`` block of it runs; blocks may lie within each other and overlap. Between blocks it has
+    no descriptor, so that a checkpoint of many files needs one at a time. When it is opened again, it must be the same
+    file, unchanged: device, inode, size and time of modification. A file that is written to through a shared mapping
+    keeps its time for a while, and such a change may not be seen.
+
+    Attributes:
+        path: what errors call it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+        self._blocks = 0
+        self._seen: _State | None = None
+        self._map: mmap.mmap | None = None
+
+    def __enter__(self) -> "SourceFile":
+        """Open it, unless it is open.
+
+        Raises:
+            FormatError: it was opened before and is another file by now, or was changed.
+            OSError: there is no such file, or it cannot be read.
+        """
+        if self._descriptor is None:
+            self._descriptor = self._open()
+        self._blocks += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._blocks -= 1
+        if not self._blocks:
+            self._close()
+
+    def __del__(self) -> None:
+        # A block may be within a generator that nobody runs to its end.
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self) -> int:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            if self._seen is not None:
+                raise FormatError(self._describe_change()) from error
+            if isinstance(error, PermissionError):
+                advice = "no permission to read it; change its mode"
+                raise PermissionError(error.errno, advice, str(self.path)) from None
+            raise
+        state = _State.of(os.fstat(descriptor))
+        if self._seen is None:
+            self._seen = state
+        elif state != self._seen:
+            os.close(descriptor)
+            raise FormatError(self._describe_change())
+        return descriptor
+
+    @property
+    def size(self) -> int:
+        """Bytes that the file had when it was first opened."""
+        assert self._seen is not None  # it was opened
+        return self._seen.size
+
+    @property
+    def descriptor(self) -> int:
+        """The open file's number, for libraries that take one; it belongs to the ``with`` block."""
+        assert self._descriptor is not None  # it is open
+        return self._descriptor
+
+    def read_into(self, offset: int, out: NDArray[Any]) -> None:
+        """Fill a C-contiguous array with the bytes from an offset on; several threads may read at once.
+
+        Raises:
+            FormatError: the file ends before.
+            OSError: the bytes cannot be read.
+        """
+        view = out.reshape(-1).view(np.uint8).data
+        while len(view):
+            count = self._read_some(offset, view)
+            if not count:
+                raise FormatError(
+                    f"{self.path}: ends at {offset} bytes, and {len(view)} more were to be read; it is truncated, copy "
+                    "it again"
+                )
+            view, offset = view[count:], offset + count
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Return bytes from an offset on, as many as there are up to num_bytes; none are made room for but those."""
+        room = np.empty(max(0, min(num_bytes, self.size - offset)), np.uint8)
+        self.read_into(offset, room)
+        return room.tobytes()
+
+    def reader(self) -> BinaryIO:
+        """Return a file object with a position of its own, which reads through the descriptor while that is open."""
+        return io.BufferedReader(_Reader(self), _READER_BYTES)
+
+    def map(self) -> mmap.mmap | None:
+        """Map the open file, once; None, and a warning, where that is not allowed.
+
+        Raises:
+            OSError: too many files are open.
+        """
+        if self._map is None:
+            try:
+                self._map = map_file(self.descriptor, self.size)
+            except OSError as error:
+                if was_refused(error):
+                    warnings.warn(
+                        f"{self.path}: cannot be mapped here ({error.strerror}), so it is read into memory",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    return None
+                advice = "each mapped file keeps a descriptor; allow more (ulimit -n), or load with in_memory=True"
+                raise OSError(error.errno, f"cannot be mapped: {error.strerror}; {advice}", str(self.path)) from None
+        return self._map
+
+    def _read_some(self, offset: int, view: memoryview) -> int:
+        try:
+            return os.preadv(self.descriptor, [view], offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    @contextmanager
+    def unchanged(self, what: str, *, by_name: bool = True) -> Iterator[None]:
+        """Keep it open, and refuse what was read in the block if the file was changed before or meanwhile.
+
+        Args:
+            what: is being read, "tensor 'a'", for the error.
+            by_name: the file under its path must still be the same, too; else a file that was replaced or deleted may
+                be read to its end.
+
+        Raises:
+            FormatError: it was changed; also in place of an error that the block raises then.
+        """
+        with self:
+            self.check(what, by_name=by_name)
+            try:
+                yield
+            except Exception as error:
+                if self._has_changed(by_name=by_name):
+                    raise FormatError(self._describe_change(what)) from error
+                raise
+            self.check(what, by_name=by_name)
+
+    def check(self, what: str = "", *, by_name: bool = True) -> None:
+        """Raise FormatError if the open file is not what it was when first opened; arguments as of unchanged."""
+        if self._has_changed(by_name=by_name):
+            raise FormatError(self._describe_change(what))
+
+    def _has_changed(self, *, by_name: bool) -> bool:
+        if _State.of(os.fstat(self.descriptor)) != self._seen:
+            return True
+        return by_name and self._state_by_name() != self._seen
+
+    def _state_by_name(self) -> _State | None:
+        try:
+            return _State.of(self.path.stat())
+        except OSError:
+            return None
+
+    def _describe_change(self, what: str = "") -> str:
+        now, seen = self._state_by_name(), self._seen
+        assert seen is not None  # it was opened
+        if now is None:
+            change = "deleted or moved"
+        elif now[:2] != seen[:2]:
+            change = "replaced by another file"
+        elif now.size != seen.size:
+            change = f"changed from {seen.size} to {now.size} bytes"
+        else:
+            change = "written to"
+        during = f"{what} was read" if what else "it was read"
+        return f"{self.path}: was {change} while {during}; run again when nobody writes to it"
+
+
+class _Reader(io.RawIOBase):
+    """The bytes of a source as they come, for libraries that take a file object."""
+
+    def __init__(self, source: SourceFile) -> None:
+        self._source = source
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, "seeking before the beginning", str(self._source.path))
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        left = max(0, self._source.size - self._position)
+        count = self._source._read_some(self._position, view[:left]) if left and len(view) else 0
+        if left and len(view) and not count:
+            self._source.check()
+        self._position += count
+        return count
