@@ -140,6 +140,8 @@ def compare(
 
     [dim]embpack compare model.safetensors --html report.html[/]
     """
+    if html is not None:
+        show.go_on_unread()
     if threads is not None:
         set_num_threads(threads)
     try:
@@ -158,7 +160,7 @@ def compare(
         totals = {d.tensor.name: count_rows(d, most_rows) * len(variants) for d in decisions}
         with show.row_progress(totals, shown=not as_json) as progress:
             tables = [compare_table(decision, variants, most_rows, progress) for decision in decisions]
-    report = FileComparison(src, tuple(tables), rules.include, rules.exclude, get_num_threads())
+    report = FileComparison(src, tuple(tables), tuple(rules.include), tuple(rules.exclude), get_num_threads())
     if html is not None:
         with new_file(html) as file:
             file.write(make_page(report).encode())
@@ -242,4 +244,5 @@ def _print_choices(report: FileComparison) -> None:
     for result in report.front:
         mark = "  (recommended)" if result == recommended else ""
         size = f"{100 * result.share_of_float32:.2f} % of float32, loss {show.loss_text(result.loss)}{mark}"
-        show.output.print(f"{size}\n  {report.write_command(result)}", soft_wrap=True)
+        show.output.print(size)
+        show.output.print(f"  {report.write_command(result)}", soft_wrap=True)
