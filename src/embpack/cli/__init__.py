@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Pack trained embedding tables to 4 bits a value, an eighth of their size.",
+    help="Pack trained embedding tables to 4 bits a value, about an eighth of their size.",
     epilog="Try it on data it makes itself: [bold]embpack demo[/bold]",
 )
 for command in (quantize.quantize, compare.compare, inspect.inspect, dequantize.dequantize, demo.demo):

@@ -13,6 +13,7 @@ from embpack.packing import pack
 from embpack.rules import MIN_ROWS
 from embpack.shard_writer import Progress, TableReport
 from embpack.table import PackedTable
+from embpack.text import printable
 from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported
 from embpack.torch.private import has_hooks
@@ -43,7 +44,7 @@ class ModelReport:
             lines.append("  ".join([name.ljust(widths[0]), *numbers]))
         before, after = (sum(getattr(table, name) for table in self.tables) for name in ("bytes_before", "bytes_after"))
         lines.append(f"{before:,} -> {after:,} bytes" + (f" ({after / before:.2%})" if before else ""))
-        lines += [f"left alone: {name}, {reason}" for name, reason in self.left_alone]
+        lines += [f"left alone: {printable(name)}, {printable(reason)}" for name, reason in self.left_alone]
         return "\n".join(lines)
 
 
@@ -263,4 +264,4 @@ def _describe(table: TableReport) -> tuple[str, ...]:
     before, after = table.bytes_before, table.bytes_after
     ratio = f"{after / before:.2%}" if before else "-"
     shape = (f"{table.num_embeddings:,}", str(table.embedding_dim))
-    return (table.name, *shape, f"{before:,}", f"{after:,}", ratio, f"{table.loss:.5f}")
+    return (printable(table.name), *shape, f"{before:,}", f"{after:,}", ratio, f"{table.loss:.5f}")
