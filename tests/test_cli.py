@@ -1,6 +1,7 @@
 """The command line: what is printed where, exit codes, and that it does what the library does."""
 
 import importlib.metadata
+import io
 import itertools
 import json
 import os
@@ -120,6 +121,8 @@ def test_debug_shows_the_traceback(tmp_path):
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
     assert "FileNotFoundError" in done.stderr
+    done = run_embpack("--debug", "inspect", tmp_path / "\x1b[31mmissing.safetensors")
+    assert r"\x1b[31mmissing.safetensors: no such file" in done.stderr and "\x1b" not in done.stderr
 
 
 def test_demo_needs_no_torch():
@@ -461,6 +464,14 @@ def test_what_a_file_says_of_itself_is_escaped(embpack_command, tmp_path):
     check_printed(out)
 
 
+def test_a_progress_bar_shows_names_that_can_be_seen(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(show, "errors", show.Printer(file=terminal, force_terminal=True, width=100))
+    with show.row_progress({"[red]\x1b]0;owned\x07": 3}, shown=True) as progress:
+        progress("[red]\x1b]0;owned\x07", 2)
+    assert r"[red]\x1b]0;owned\x07" in terminal.getvalue() and "\x1b]" not in terminal.getvalue()
+
+
 @pytest.mark.filterwarnings("default:.*look")
 def test_warnings_are_lines_on_stderr(embpack_command, monkeypatch, tmp_path, model):
     def warn(*args, **kwargs):
@@ -693,7 +704,7 @@ def test_inspect_prints_a_table(embpack_command, packed):
         rf"13\.89 % of float32 +{loss:.5f}",
         out,
     )
-    assert "2 other tensors, not packed" in out
+    assert "2 other tensors, as they were" in out
     assert "checksum" not in out
 
 

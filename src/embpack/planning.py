@@ -36,6 +36,8 @@ VARIANTS = tuple(
 SAMPLE_ROWS = 20_000
 # Sums of choices that are kept after each table. Models of few tables never have more; others lose next to nothing.
 MOST_SUMS = 1 << 14
+# Larger ones are taken for a mistake, or mean no limit, and their squares and sums might overflow.
+_MOST_COUNT, _MOST_LOSS = 1e18, 1e9
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -249,7 +251,7 @@ def _choose_variants(
         chosen = [_choose_alone(each) for each in measured]
     else:
         most_bytes = None if max_bytes is None else parse_size(max_bytes, float32_bytes)
-        most_error = None if max_loss is None else max_loss**2 * square
+        most_error = None if max_loss is None else min(max_loss, _MOST_LOSS) ** 2 * square
         best = choose([(each.sizes, each.errors) for each in measured], most_bytes, most_error)
         if best is None:
             raise ValueError(
@@ -282,8 +284,8 @@ def check_counts(access_counts: Mapping[str, float], names: Sequence[str]) -> No
         if isinstance(number, bool) or not isinstance(number, Real):
             kind = type(number).__name__
             raise TypeError(f"{what} of type {kind}; give a number: how often rows of the table are looked up in all")
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{what} {number}; give a finite number, at least 0")
+        if not 0 <= number <= _MOST_COUNT:
+            raise ValueError(f"{what} {number}; give a number from 0 to {_MOST_COUNT:g}")
     if names and all(access_counts.get(name) == 0 for name in names):
         raise ValueError("access_counts are all 0, so no error counts; leave them out, and each row counts the same")
 

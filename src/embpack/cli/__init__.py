@@ -41,22 +41,18 @@ def _options(
 def main() -> None:
     """Run the command line. Exit code 2 for wrong usage, 1 for a failure, which is one line on stderr."""
     show.mend_streams()
-    on_broken_pipe = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        with warnings.catch_warnings():
-            _choose_warnings()
-            app()
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        if "--debug" in sys.argv:
-            raise
-        show.print_error(str(error) or type(error).__name__)
-        sys.exit(1)
-    finally:
-        signal.signal(signal.SIGPIPE, on_broken_pipe)
-
-
-def _choose_warnings() -> None:
     if not sys.warnoptions:
         # PyTorch warns of pickle protocols and storages in checkpoints; a user who packs one can do nothing about them.
         warnings.filterwarnings("ignore", module="torch")
     warnings.showwarning = show.print_warning
+    on_broken_pipe = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        if "--debug" in sys.argv:
+            show.print_traceback(error)
+        else:
+            show.print_error(str(error) or type(error).__name__)
+        sys.exit(1)
+    finally:
+        signal.signal(signal.SIGPIPE, on_broken_pipe)

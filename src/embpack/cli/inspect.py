@@ -69,6 +69,6 @@ def _print(path: str, files: list[PackedFile], *, verified: bool) -> None:
     show.output.print(table)
     others = _others(files)
     if others:
-        show.output.print(f"{show.count(len(others), 'other tensor')}, not packed", style="dim")
+        show.output.print(f"{len(others)} other tensors, as they were", style="dim")
     if verified:
         show.output.print("every checksum agrees", style="green")

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ from embpack.shard_writer import Progress as OnRows
 from embpack.text import printable
 
 
-class _Console(Console):
+class Printer(Console):
     """Prints each string as a line of plain text, or a cell of a table.
 
     Names of tensors and files, and what a file says of itself, do nothing to a terminal: nor do "[red]" and ":smile:".
@@ -53,8 +54,8 @@ class _Console(Console):
 
 _has_terminal = sys.stdout is not None and sys.stdout.isatty()
 # If no terminal sets a width, lines are long enough for the names of tensors.
-output = _Console(width=None if _has_terminal else 160)
-errors = _Console(stderr=True)
+output = Printer(width=None if _has_terminal else 160)
+errors = Printer(stderr=True)
 
 
 def mend_streams() -> None:
@@ -78,6 +79,12 @@ def go_on_unread() -> None:
 def print_error(message: object) -> None:
     """Print on stderr why a command failed, in one line."""
     errors.print(Text.assemble(("error:", "bold red"), f" {printable(message)}"), soft_wrap=True)
+
+
+def print_traceback(error: BaseException) -> None:
+    """Print on stderr where a command failed."""
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        errors.print(line, soft_wrap=True)
 
 
 def print_warning(message: object, *_: object, **__: object) -> None:
