@@ -269,6 +269,11 @@ def test_tables_that_fbgemm_cannot_hold_are_refused(rng, options, message):
         fbgemm.to_tbe([refused(rng), refused(rng, **options)])
 
 
+def test_what_is_no_packed_table_is_refused(rng):
+    with pytest.raises(TypeError, match=r"tables\[1\] is ndarray, not PackedTable; pack its weights"):
+        fbgemm.to_tbe([refused(rng), np.zeros((20, 16), np.float32)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -350,7 +355,7 @@ def of_floats():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: torch.nn.EmbeddingBag(3, 4), TypeError, "module is a EmbeddingBag; from_tbe reads FBGEMM's IntNBit"),
+        (lambda: torch.nn.EmbeddingBag(3, 4), TypeError, "module is an EmbeddingBag; from_tbe reads FBGEMM's IntNBit"),
         (
             lambda: Subclass([("", 20, 16, SparseType.INT4, EmbeddingLocation.HOST)], device="cpu"),
             TypeError,

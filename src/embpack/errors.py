@@ -1,4 +1,7 @@
-"""The exceptions that are embpack's own; arguments raise Python's built-in ones."""
+"""The exceptions that are embpack's own, and what messages say of values; arguments raise Python's built-in ones."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from embpack.text import printable
 
@@ -11,6 +14,21 @@ class FormatError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+def kind_of(value: object) -> str:
+    """Name the type of a value, with an article, for a message."""
+    kind = type(value).__name__
+    return f"an {kind}" if kind[0] in "aeiouAEIOU" else f"a {kind}"
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put the name of what something is done with in front of an error's message."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{printable(what)}: {error}") from error
 
 
 class MissingExtraError(ImportError):

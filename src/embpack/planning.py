@@ -17,6 +17,7 @@ from embpack.comparison.array import Comparison, Sample
 from embpack.comparison.checkpoint import ABOUT, TableComparison, compare_sample, compare_table
 from embpack.comparison.front import find_front
 from embpack.convert import check_max_loss
+from embpack.errors import naming
 from embpack.formats import open_checkpoint
 from embpack.layouts import LAYOUTS, ROTATIONS, RowFormat
 from embpack.methods import DEFAULT_METHOD
@@ -205,10 +206,8 @@ def plan(
     check_counts(access_counts or {}, list(src))
     tables = []
     for name, weight in src.items():
-        try:
+        with naming(name):
             rows, dtype = as_rows(weight)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{printable(name)}: {error}") from error
         numbers = spread_rows(len(rows), min(len(rows), SAMPLE_ROWS))
         sample = Sample.make(name, rows[numbers], dtype, numbers, len(rows))
         tables.append(compare_sample(sample, variants, progress))

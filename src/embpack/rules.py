@@ -119,9 +119,10 @@ class Decision:
     @property
     def bytes_after(self) -> int:
         """Bytes of the tensor in the output, and of what lies beside it."""
-        if self.row_format is None:
+        if self.variant is None:
             return self.bytes_before
-        return self.tensor.shape[0] * self.row_format.row_bytes + sum(spec.nbytes for spec in self.beside)
+        num_embeddings, embedding_dim = self.tensor.shape
+        return self.variant.count_bytes(num_embeddings, embedding_dim)
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,15 @@ class Rules:
         if reason is not None:
             return Decision(tensor, None, reason, path)
         included = _match(tensor.name, self.include)
-        decision = Decision(tensor, self.variants.get(tensor.name, self.variant), "included", path)
-        before, after = count_bytes(tensor.dtype, tensor.shape[1:]), _count_row_bytes(decision)
-        if after >= before and not included:
-            return Decision(tensor, None, f"a packed row is not smaller: {after} of {before} bytes", path)
+        variant = self.variants.get(tensor.name, self.variant)
+        decision = Decision(tensor, variant, "included", path)
+        try:
+            growth = explain_growth(decision.bytes_before, variant, *tensor.shape)
+        except (TypeError, ValueError) as error:
+            advice = f"leave it as it is with --exclude {quote(glob.escape(tensor.name))}"
+            raise type(error)(f"{decision.place}: {error}; {advice}") from error
+        if growth is not None and not included:
+            return Decision(tensor, None, growth, path)
         reason = "format holds vectors" if tensor.is_vectors else "name says embedding"
         return decision if included else replace(decision, reason=reason)
 
@@ -190,13 +196,20 @@ class Rules:
         return replace(self, include=(*self.include, glob.escape(tensor.name))).why_no_table(tensor) is None
 
 
-def _count_row_bytes(decision: Decision) -> int:
-    try:
-        assert decision.row_format is not None  # it is to be packed
-        return decision.row_format.row_bytes
-    except ValueError as error:
-        name = glob.escape(decision.tensor.name)
-        raise ValueError(f"{decision.place}: {error}; leave it as it is with --exclude {quote(name)}") from None
+def explain_growth(before: int, variant: Variant, num_embeddings: int, embedding_dim: int) -> str | None:
+    """Say why a table is left as it is if packing makes it no smaller; None if it does.
+
+    Args:
+        before: bytes of its weights.
+        variant: how it would be packed.
+        num_embeddings: its rows.
+        embedding_dim: values a row.
+
+    Raises:
+        TypeError, ValueError: it has no rows of this embedding_dim, as Variant.make_row_format says.
+    """
+    after = variant.count_bytes(num_embeddings, embedding_dim)
+    return None if after < before else f"packed rows would be no smaller: {before:,} -> {after:,} bytes"
 
 
 def _match(name: str, globs: Iterable[str]) -> bool:

@@ -179,7 +179,7 @@ def print_decisions(path: str, decisions: Sequence[Decision], left_out: Sequence
     for note in left_out:
         output.print(f"left out: {note}", style="yellow", soft_wrap=True)
     output.print(
-        f"A table is a 2-D tensor of float32, float16 or bfloat16 with at least {MIN_ROWS} rows that get smaller; its "
+        f"A table is a 2-D tensor of float32, float16 or bfloat16 with at least {MIN_ROWS} rows that gets smaller; its "
         "name says embedding (word_embeddings.weight, wte.weight, user_emb.weight, embed_tokens.weight), or the format "
         "says that it holds vectors. Change that with --include and --exclude.",
         style="dim",
