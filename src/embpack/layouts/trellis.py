@@ -241,6 +241,7 @@ class TrellisLayout(Layout):
         "embpack alone reads these rows, and sums them at .6 to .9 of uniform rows' speed on CPUs with AVX-512 and "
         "GFNI, slower on others"
     )
+    unsized_bits: ClassVar[tuple[int, ...]] = ()  # rows of one size are read in one way
 
     @classmethod
     def read_bits(cls, bits: Any) -> int | float:
