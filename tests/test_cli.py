@@ -1,11 +1,16 @@
 """The command line: what is printed where, exit codes, and that it does what the library does."""
 
 import importlib.metadata
+import io
 import itertools
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +31,7 @@ import embpack
 from embpack import formats
 from embpack.cli import compare, quantize, show
 from embpack.methods import METHODS
+from embpack.text import printable
 
 
 def flat(text: str) -> str:
@@ -129,6 +135,8 @@ def test_debug_shows_the_traceback(tmp_path):
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
     assert "FileNotFoundError" in done.stderr
+    done = run_embpack("--debug", "inspect", tmp_path / "\x1b[31mmissing.safetensors")
+    assert r"\x1b[31mmissing.safetensors: no such file" in done.stderr and "\x1b" not in done.stderr
 
 
 def test_a_demo_removes_what_one_that_was_killed_left(tmp_path):
@@ -222,7 +230,7 @@ def test_a_dry_run_writes_nothing(embpack_command, tmp_path, monkeypatch, model,
     code, out, err = embpack_command("quantize", model, *destination, "--dry-run")
     assert (code, err) == (0, "")
     assert re.search(r"^item_emb\.weight +40 x 16 +float16 +name says embedding$", out, re.MULTILINE)
-    assert "A table is a 2-D float tensor of at least 16 rows whose name ends in a word for embedding" in flat(out)
+    assert "A table is a 2-D tensor of float32, float16 or bfloat16 with at least 16 rows" in flat(out)
     assert "--include" in out
     assert names_in(tmp_path) == {model.name}
 
@@ -315,6 +323,9 @@ def test_threads(embpack_command, tmp_path, model, restore_threads):
         (["--bits", "3"], "3; choose 2, 4 or 8"),
         (["--bits", "four"], "Invalid value for '--bits'"),
         (["--param-dtype", "float64"], "'float64'; choose float16 or float32"),
+        (["--param-dtype", "float16", "--method", "trellis"], "param_dtype is 'float16'; the trellis layout has"),
+        (["--auto", "--max-bytes", "much"], "'much'; give bytes, a size such as '2 GB', or a share of float32"),
+        (["--auto", "--max-bytes", "1 MB", "--max-loss", "1"], "does not go with --max-loss; give one of them"),
         (["--max-loss", "0"], "0.0; give a positive, finite number"),
         (["--max-loss", "nan"], "nan; give a positive, finite number"),
         (["--threads", "0"], "Invalid value for '--threads'"),
@@ -351,14 +362,19 @@ def test_quantize_names_a_nan(embpack_command, tmp_path):
     src = write_npy(tmp_path, Arrays({"vectors": weight}))
     code, _, err = embpack_command("quantize", src, tmp_path / "p.safetensors")
     assert code == 1
-    assert err == "error: vectors[33, 5] is nan; NaN and infinity cannot be packed, replace them first\n"
+    assert err == f"error: {src}: vectors[33, 5] is nan; NaN and infinity cannot be packed, replace them first\n"
+    code, _, err = embpack_command("compare", src, "--methods", "asym")
+    assert code == 1
+    assert err == f"error: {src}: vectors[33, 5] is nan; NaN and infinity cannot be packed, replace them first\n"
 
 
 def test_max_loss_refuses_and_writes_nothing(embpack_command, tmp_path, model):
     loss = embpack.quantize(make_arrays().tables["user_emb.weight"]).loss
     code, _, err = embpack_command("quantize", model, tmp_path / "p.safetensors", "--max-loss", "0.08")
     assert code == 1
-    assert err.startswith(f"error: user_emb.weight: its normalized l2 loss is {loss:.6g}, over the limit of 0.08, ")
+    assert err.startswith(
+        f"error: {model}: user_emb.weight: its normalized l2 loss is {loss:.6g}, over the limit of 0.08, "
+    )
     assert "use a better method or more bits, leave it as it is with --exclude user_emb.weight" in err
     assert err.count("\n") == 1
     assert names_in(tmp_path) == {model.name}
@@ -397,6 +413,168 @@ def test_names_are_printed_as_they_are(embpack_command, tmp_path, name):
     assert set(json.loads(out)["tables"]) == {name}
     _, _, err = embpack_command("inspect", folder / f"{name.replace('/', '')}.safetensors")
     assert f"[dim]folder/{name.replace('/', '')}.safetensors: no such file" in err
+
+
+NASTY = {
+    "color": "\x1b[31mred",
+    "title": "\x1b]0;owned\x07",
+    "clear screen": "\x1b[2J\x1b[H",
+    "forged line": "a\nerror: forged",
+    "carriage return": "a\rb",
+    "C1": "\x9b31m",
+    "DEL": "a\x7f",
+    "direction": "\u202etxet\u2066 \u2069",
+    "line separator": "a\u2028b\u2029c\x85d",
+    "markup": "[red]:smile:[bold]",
+    "tags": "<b>&amp;",
+}
+
+
+def check_printed(*texts):
+    """What was printed has nothing but characters to look at, and no line that is not ours."""
+    for text in texts:
+        assert [c for c in text if not c.isprintable() and c != "\n"] == []
+        assert not any(line.startswith("error: forged") for line in text.split("\n"))
+
+
+@pytest.mark.parametrize("nasty", NASTY.values(), ids=NASTY)
+def test_no_name_does_anything_to_a_terminal(embpack_command, tmp_path, nasty):
+    folder = tmp_path / nasty
+    folder.mkdir()
+    name, odd = f"{nasty}_emb", f"{nasty}_{nasty}.weight"
+    arrays = Arrays({name: make_arrays().tables["item_emb.weight"]}, {odd: np.ones((20, 8), np.float32)})
+    src, dst = write_safetensors(folder, arrays), folder / "packed.safetensors"
+    for command in (
+        ["quantize", src, dst],
+        ["quantize", src, dst, "--auto"],
+        ["quantize", src, "--dry-run"],
+        ["compare", src, "--methods", "asym", "--html", folder / "report.html"],
+        ["inspect", dst, "--verify"],
+        ["dequantize", dst, folder / "plain.npz"],
+    ):
+        code, out, err = embpack_command(*command)
+        assert (code, err) == (0, "")
+        assert printable(name) in out and printable(folder) in out
+        check_printed(out)
+    _, out, _ = embpack_command("inspect", dst, "--json")
+    assert set(json.loads(out)["tables"]) == {name}
+    assert out.isascii()
+    check_printed(out)
+    page = (folder / "report.html").read_text()
+    check_printed(page.replace("\xa0", " "))
+    assert "<b>" not in page
+    for command in (
+        ["quantize", src, dst, "--max-loss", "0.001"],
+        ["quantize", src, dst, "--exclude", nasty],
+        ["quantize", src, dst, "--include", "\x1b[31m"],
+        ["quantize", src, dst, "--auto", "--access-counts", folder / "none.json"],
+        ["quantize", src, folder / "no" / "packed.safetensors"],
+        ["quantize", src, src],
+        ["quantize", src, folder / "packed.npz"],
+        ["compare", dst],
+        ["inspect", src],
+        ["inspect", folder / "none.safetensors"],
+        ["dequantize", dst, folder / "plain.xyz"],
+    ):
+        code, out, err = embpack_command(*command)
+        assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
+        assert printable(folder) in err
+        check_printed(out, err)
+
+
+def test_what_a_file_says_of_itself_is_escaped(embpack_command, tmp_path):
+    table = embpack.quantize(make_arrays().tables["user_emb.weight"])
+    packed = embpack.PackedTable(table.packed, table.row_format, "float32", "\x1b[31masym\nerror: forged")
+    embpack.save(tmp_path / "p.safetensors", {"emb": packed})
+    code, out, _ = embpack_command("inspect", tmp_path / "p.safetensors")
+    assert code == 0 and r"\x1b[31masym\nerror: forged" in out
+    check_printed(out)
+
+
+def test_a_progress_bar_shows_names_that_can_be_seen(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(show, "errors", show.Printer(file=terminal, force_terminal=True, width=100))
+    with show.row_progress({"[red]\x1b]0;owned\x07": 3}, shown=True) as progress:
+        progress("[red]\x1b]0;owned\x07", 2)
+    assert r"[red]\x1b]0;owned\x07" in terminal.getvalue() and "\x1b]" not in terminal.getvalue()
+
+
+@pytest.mark.filterwarnings("default:.*look")
+def test_warnings_are_lines_on_stderr(embpack_command, monkeypatch, tmp_path, model):
+    def warn(*args, **kwargs):
+        warnings.warn("\x1b[31mlook\nout", stacklevel=1)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("embpack.cli.quantize.pack_checkpoint", warn)
+    code, _, err = embpack_command("quantize", model, tmp_path / "p.safetensors")
+    assert (code, err) == (1, "warning: \\x1b[31mlook\\nout\nerror: enough\n")
+
+
+# Streams that take nothing, or not everything
+
+
+def run_in_shell(command, *args):
+    """Run embpack in a shell; command has a place for it."""
+    program = " ".join(["embpack", *map(str, args)])
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    if "PYTHONPATH" in os.environ:
+        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    return subprocess.run(
+        ["bash", "-c", command.format(program)], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("closing", ["{} >&-", "{} <&- >&- 2>&-"])
+def test_closed_streams_are_no_failure(tmp_path, model, closing):
+    dst = tmp_path / "p.safetensors"
+    for code, args in ((0, ["quantize", model, dst]), (0, ["--help"]), (1, ["inspect", "none"]), (2, ["nonsense"])):
+        done = run_in_shell(closing, *args)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert set(embpack.load(dst, verify=True)) == set(make_arrays().tables)
+
+
+def run_unread(*args):
+    """Run embpack while nobody reads what it prints."""
+    command = [Path(sys.executable).with_name("embpack"), *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    with process.stderr as errors:
+        return process.wait(120), errors.read()
+
+
+def test_what_writes_a_file_does_so_though_nobody_reads_what_it_prints(tmp_path, model):
+    dst, plain, page = (tmp_path / name for name in ("p.safetensors", "plain.npz", "page.html"))
+    assert run_unread("quantize", model, dst) == (0, "")
+    assert run_unread("dequantize", dst, plain, "--json") == (0, "")
+    assert run_unread("compare", model, "--methods", "asym", "--html", page) == (0, "")
+    assert names_in(tmp_path) == {model.name, dst.name, plain.name, page.name}
+    assert set(embpack.load(dst, verify=True)) == set(make_arrays().tables)
+    assert run_unread("quantize", tmp_path / "none.npy", dst)[0] == 1
+
+
+def test_what_only_prints_ends_as_other_programs_of_a_shell_do(packed):
+    for args in (["inspect", packed], ["inspect", packed, "--json"], ["--help"]):
+        assert run_unread(*args) == (-signal.SIGPIPE, "")
+
+
+def test_an_encoding_that_lacks_characters_is_no_failure(tmp_path):
+    name = "été_emb"
+    src = write_safetensors(tmp_path, Arrays({name: np.ones((40, 64), np.float32)}))
+    dst = tmp_path / "packed.safetensors"
+    for args in (
+        ["quantize", src, dst, "--auto"],
+        ["inspect", dst],
+        ["compare", src, "--methods", "asym"],
+        ["dequantize", dst, tmp_path / "plain.npz"],
+    ):
+        done = run_embpack(*args, PYTHONIOENCODING="ascii")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.isascii() and r"\xe9t\xe9_emb" in done.stdout
+    for args in (["--help"], ["quantize", "--help"]):
+        done = run_embpack(*args, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0 and done.stdout.isascii() and "quantize" in done.stdout
+    done = run_embpack("inspect", tmp_path / "où.safetensors", PYTHONIOENCODING="ascii")
+    assert done.returncode == 1 and r"o\xf9.safetensors: no such file" in done.stderr
 
 
 # compare
@@ -571,7 +749,7 @@ def test_inspect_prints_a_table(embpack_command, packed):
         rf"13\.89 % of float32 +{loss:.5f}",
         out,
     )
-    assert "2 other tensors, as they were" in out
+    assert "2 other tensors, not packed" in out
     assert "checksum" not in out
 
 

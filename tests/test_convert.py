@@ -651,7 +651,7 @@ def test_a_table_over_the_largest_loss_is_named_and_nothing_is_written(tmp_path,
     losses = embpack.quantize(fine).loss, embpack.quantize(worse).loss
     limit = sum(losses) / 2
     assert losses[0] < limit < losses[1]
-    message = f"user[0]_emb: its normalized l2 loss is {losses[1]:.6g}, over the limit of {limit:.6g}, so nothing was"
+    message = f": user[0]_emb: its normalized l2 loss is {losses[1]:.6g}, over the limit of {limit:.6g}, so nothing was"
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         embpack.quantize_file(src, tmp_path / f"packed{kind.suffix}", max_loss=limit)
     assert names_in(tmp_path) == before
@@ -663,7 +663,7 @@ def test_a_table_over_the_largest_loss_is_named_and_nothing_is_written(tmp_path,
 def test_a_table_over_the_largest_loss_leaves_what_was_there(tmp_path):
     src, dst = write_npy(tmp_path, Arrays({"vectors": make_weight()})), tmp_path / "packed.safetensors"
     dst.write_bytes(b"old")
-    with pytest.raises(ValueError, match="vectors: its normalized l2 loss is "):
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(src))}: vectors: its normalized l2 loss is "):
         embpack.quantize_file(src, dst, max_loss=1e-3)
     assert dst.read_bytes() == b"old"
     assert names_in(tmp_path) == {src.name, dst.name}
@@ -706,6 +706,8 @@ def test_a_float64_table_says_why_it_is_not_packed(tmp_path):
         ({"param_dtype": "float64"}, "param_dtype is 'float64'"),
         ({"include": ["nothing*"]}, r"include 'nothing\*' matches no tensor"),
         ({"exclude": ["*"]}, "nothing to pack"),
+        ({"exclude": ["nothing*"]}, r"exclude 'nothing\*' matches no tensor; nearest: emb\.weight"),
+        ({"variants": {"nothing": embpack.Variant()}}, "variants name 'nothing', but there is no such tensor"),
         ({"max_loss": 0}, "max_loss is 0; give a positive, finite number"),
         ({"max_loss": -0.1}, r"max_loss is -0\.1; give a positive, finite number"),
         ({"max_loss": np.inf}, "max_loss is inf; give a positive, finite number"),

@@ -235,5 +235,5 @@ def test_parts_that_do_not_fit_are_refused(rng, change, message):
     parts = {"clusters": table.clusters, "codebooks": table.codebooks} | change
     with pytest.raises(ValueError, match=f"^{message}"):
         embpack.PackedTable(table.packed, table.row_format, **parts)
-    with pytest.raises(ValueError, match=r"^clusters and codebooks go with the clustered layout, not with 'uniform'"):
+    with pytest.raises(ValueError, match=r"^clusters are given, which the uniform layout lacks; leave them out"):
         embpack.PackedTable(np.zeros((90, 15), np.uint8), RowFormat(21), clusters=table.clusters)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import embpack
+import embpack.torch
 from embpack import chunks
 from embpack.layouts import RowFormat
 
@@ -209,3 +209,26 @@ def test_a_transposed_tensor_packs(rng, dtype):
     table = embpack.quantize(tensor)
     np.testing.assert_array_equal(table.packed, embpack.quantize(tensor.contiguous()).packed)
     assert table.shape == (40, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": 3}, "method is 3; give a name, such as 'optimal', or a Method"),
+        ({"method": None}, "method is None; give a name, such as 'optimal', or a Method"),
+        ({"bits": "4"}, "bits is '4'; choose 2, 4 or 8"),
+        ({"bits": None}, "bits is None; choose 2, 4 or 8"),
+        ({"bits": 4.0}, "bits is 4.0; choose 2, 4 or 8"),
+        ({"method": "trellis", "bits": "4"}, "bits is '4'; give a number from 2 to 7"),
+        ({"method": "trellis", "bits": None}, "bits is None; give a number from 2 to 7"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(arguments, message):
+    assert message_of(TypeError, np.ones((20, 8), np.float32), **arguments) == message
+    with pytest.raises(TypeError, match=message):
+        embpack.torch.quantize_(torch.nn.Sequential(torch.nn.Embedding(20, 8)), **arguments)
+
+
+def test_a_param_dtype_of_another_type_is_named():
+    message = "param_dtype is ['float32']; choose 'float16' or 'float32'"
+    assert message_of(ValueError, np.ones((20, 8), np.float32), param_dtype=["float32"]) == message

@@ -1,6 +1,7 @@
 """Which tensors are packed."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,20 +123,84 @@ def test_plan_keeps_every_tensor_in_order():
     assert [d.tensor.name for d in decide_all(checkpoint, Rules())] == ["linear.weight", "emb.weight"]
 
 
-def test_nothing_to_pack_names_the_candidates():
-    checkpoint = make_checkpoint(make_tensor("linear.weight"), make_tensor("bias", (3,)))
-    with pytest.raises(ValueError, match=r"nothing to pack among 2 tensors; its 2-D tensors are linear\.weight"):
-        decide_all(checkpoint, Rules())
-    with pytest.raises(ValueError, match="it has no 2-D tensor"):
-        decide_all(make_checkpoint(make_tensor("bias", (3,))), Rules())
+def refuse(*tensors, left_out=(), **rules):
+    """What decide_all says of a checkpoint."""
+    checkpoint = replace(make_checkpoint(*tensors), left_out=left_out)
+    with pytest.raises(ValueError, match=r"^model\.safetensors: ") as refused:
+        decide_all(checkpoint, Rules(**rules))
+    return str(refused.value).removeprefix("model.safetensors: ")
+
+
+def test_nothing_to_pack_names_what_include_would_pack():
+    linear, bias, double = make_tensor("linear.weight"), make_tensor("bias", (3,)), make_tensor("emb", dtype="F64")
+    few = make_tensor("type_emb", (4, 64))
+    assert refuse(linear, bias) == (
+        "nothing to pack; name those that are tables with --include: linear.weight (name does not say embedding)"
+    )
+    assert refuse(double) == (
+        "nothing to pack; convert to float32 what is a table: emb (F64, not float32, float16 or bfloat16)"
+    )
+    assert refuse(few, double) == (
+        "nothing to pack; name those that are tables with --include: type_emb (fewer than 16 rows: much used, and "
+        "little to save); convert to float32 what is a table: emb (F64, not float32, float16 or bfloat16)"
+    )
+    assert refuse(bias, left_out=("column 'a\nb' (string)",)) == (
+        r"nothing to pack; its tensors are bias (1-D, a table is 2-D); left out: column 'a\nb' (string)"
+    )
+    assert refuse() == "nothing to pack; it has no tensor that can be read"
+    assert refuse(make_tensor("emb"), exclude=["e*"]) == "nothing to pack; its tensors are emb (excluded)"
+    for tensor in (linear, few):
+        assert decide(tensor, include=(tensor.name,)).variant is not None
+
+
+def test_the_longest_of_many_tensors_is_named_first():
+    tensors = [make_tensor(f"layer.{i}.weight", (64, 64)) for i in range(20)]
+    assert "--include: shared.weight (" in refuse(*tensors, make_tensor("shared.weight", (3000, 64)))
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_glob_that_matches_nothing_is_an_error(option):
+    tensors = [make_tensor(f"{name}.weight") for name in ("user_emb", "item_emb", "linear")]
+    said = refuse(*tensors, **{option: ["*", "usr_*"]})
+    assert said.startswith(f"{option} 'usr_*' matches no tensor; nearest: user_emb.weight, ")
+    with pytest.raises(TypeError, match=rf"{option} is 'user\*'; give a list of globs: \['user\*'\]"):
+        Rules(**{option: "user*"})
 
 
 def test_an_include_that_packs_nothing_is_an_error():
-    checkpoint = make_checkpoint(make_tensor("emb.weight"), make_tensor("ids", (9,), "I64"))
-    with pytest.raises(ValueError, match=r"include 'user\*' matches no tensor"):
-        decide_all(checkpoint, Rules(include=("user*",)))
-    with pytest.raises(ValueError, match=r"include 'ids' only matches ids \(1-D, a table is 2-D\)"):
-        decide_all(checkpoint, Rules(include=("ids",)))
+    tensors = make_tensor("emb.weight"), make_tensor("ids", (9,), "I64"), make_tensor("a_emb", dtype="F64")
+    assert refuse(*tensors, include=["ids"]) == "include 'ids' only matches ids (1-D, a table is 2-D)"
+    assert refuse(*tensors, include=["a*"]) == (
+        "include 'a*' only matches a_emb (F64, not float32, float16 or bfloat16); convert to float32 what is a table"
+    )
+
+
+def test_variants_of_what_is_no_table_are_an_error():
+    tensors, variant = (make_tensor("emb.weight"), make_tensor("linear.weight")), Variant(bits=8)
+    assert refuse(*tensors, variants={"emb.wieght": variant}) == (
+        "variants name 'emb.wieght', but there is no such tensor; nearest: emb.weight, linear.weight"
+    )
+    assert refuse(*tensors, variants={"linear.weight": variant}) == (
+        "variants name 'linear.weight', which is not packed (name does not say embedding); include or drop it"
+    )
+    # A plan of more tables than are packed, and one with a table that is better left alone.
+    variants = {"emb.weight": variant, "linear.weight": variant, "b_emb": variant}
+    checkpoint = make_checkpoint(*tensors, make_tensor("b_emb", (100, 2)))
+    rules = Rules(include=["lin*"], exclude=["emb*"], variants=variants)
+    assert [each.variant for each in decide_all(checkpoint, rules)] == [None, variant, None]
+
+
+def test_a_table_of_which_a_method_has_no_rows_is_named():
+    said = refuse(make_tensor("emb"), make_tensor("a b_emb", (100, 3)), variant=Variant("trellis"))
+    assert said == (
+        "a b_emb: embedding_dim is 3; a row of the trellis layout has 4 to 4096 values; leave it as it is with "
+        "--exclude 'a b_emb'"
+    )
+
+
+def test_names_in_messages_are_printable():
+    said = refuse(make_tensor("\x1b[31ma\nb"))
+    assert r"--include: \x1b[31ma\nb (name" in said and said.isprintable()
 
 
 def test_bits_and_parameters_reach_the_rows():

@@ -582,7 +582,9 @@ def test_what_lies_beside_the_rows_must_be_the_layouts():
         look_up(module.packed, row_format, ONE, module.clusters.repeat(1, 3), module.codebooks)
     with pytest.raises(ValueError, match="the clustered layout needs clusters and codebooks"):
         look_up(module.packed, row_format, ONE, None, module.codebooks)
-    with pytest.raises(ValueError, match="clusters and codebooks go with the clustered layout, not with 'uniform'"):
+    with pytest.raises(
+        ValueError, match="clusters and codebooks are given, which the uniform layout lacks; leave them out"
+    ):
         look_up(BAG.packed, str(BAG.row_format), ONE, module.clusters, module.codebooks)
 
 

@@ -321,6 +321,13 @@ def test_a_subclass_is_left_alone_and_said_so():
     assert str(report).splitlines()[1] == "0 -> 0 bytes"
 
 
+def test_a_printed_report_has_names_that_can_be_seen():
+    model = torch.nn.ModuleDict({"\x1b[31ma\nb": torch.nn.Embedding(40, 8), "c\nd": torch.nn.Embedding(2, 8)})
+    lines = str(quantize_(model)).split("\n")
+    assert lines[1].startswith(r"\x1b[31ma\nb  ") and lines[-1].startswith(r"left alone: c\nd, ")
+    assert all(line.isprintable() for line in lines)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="the model is itself an embedding"):
         quantize_(nn.Embedding(20, 4))

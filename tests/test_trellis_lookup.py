@@ -217,7 +217,7 @@ def test_tables_check_what_rows_share(rng):
         embpack.PackedTable(table.packed, table.row_format, codebooks=table.codebooks[:, 1:])
     with pytest.raises(ValueError, match="they must be float32"):
         embpack.PackedTable(table.packed, table.row_format, codebooks=table.codebooks.astype(np.float64))
-    with pytest.raises(ValueError, match="clusters go with the clustered layout"):
+    with pytest.raises(ValueError, match="clusters are given, which the trellis layout lacks"):
         embpack.PackedTable(table.packed, table.row_format, clusters=np.zeros(40, np.uint8), codebooks=table.codebooks)
 
 

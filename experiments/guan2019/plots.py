@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from experiments.guan2019.figure2 import KERNEL, NUMPY
 from experiments.guan2019.figure2 import PAPER as FIGURE2
 from experiments.guan2019.report import Entry, Result
-from experiments.guan2019.series import LLOYD, OUR_DEFAULT
+from experiments.guan2019.series import LLOYD, OUR_GREEDY
 
 # One look a series, in both figures: color, marker.
 STYLES = {
@@ -28,7 +28,7 @@ STYLES = {
     "GREEDY (opt)": ("#e377c2", "+"),
     "KMEANS": ("#2ca02c", "*"),
     LLOYD: ("#98df8a", "h"),
-    OUR_DEFAULT: ("#0b7a75", "P"),
+    OUR_GREEDY: ("#0b7a75", "P"),
 }
 WIDTHS = "embedding_dim (log2)"
 

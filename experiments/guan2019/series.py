@@ -29,7 +29,7 @@ class Series:
         return embpack.quantize(weight, self.method, self.bits, self.param_dtype)
 
 
-OUR_DEFAULT, LLOYD = "greedy, our default", "KMEANS by Lloyd"
+OUR_GREEDY, LLOYD = "greedy, ours", "KMEANS by Lloyd"
 
 # GREEDY is the search behind the paper's figures, which stops at its limit r. KMEANS is the best codebook there is, by
 # dynamic programming, whose time grows with the square of embedding_dim. The paper says that its centres start at the
@@ -49,7 +49,7 @@ SERIES = {
         Series("GREEDY", "greedy-paper"),
         Series("GREEDY (FP16)", "greedy-paper", param_dtype="float16"),
         Series("GREEDY (opt)", "greedy-opt"),
-        Series(OUR_DEFAULT, "greedy", param_dtype="float16"),
+        Series(OUR_GREEDY, "greedy", param_dtype="float16"),
         Series("KMEANS-CLS (FP16)", "kmeans-cls", param_dtype="float16"),
         Series("KMEANS", "kmeans", widest=1 << 12),
         Series("KMEANS (FP16)", "kmeans", param_dtype="float16"),

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,13 @@ def quantize_file(
     Raises:
         FileNotFoundError: there is no src.
         FormatError: src is damaged, or was changed, replaced or deleted while it was read.
-        ValueError: no tensor is a table; dst is src or has the wrong suffix; a value is NaN or infinite, or a
-            parameter overflows; there is no such method, bits or rotation; max_loss is not positive and finite, or a
-            table's loss is larger.
+        TypeError: a glob, or max_loss, is of another type.
+        ValueError: no tensor is a table; a glob or a name in variants matches nothing; dst is src or has the wrong
+            suffix; a value is NaN or infinite, or a parameter overflows; there is no such method, bits or rotation;
+            max_loss is not positive and finite, or a table's loss is larger.
         OSError: dst cannot be written.
     """
-    rules = Rules(tuple(include), tuple(exclude), Variant(method, bits, param_dtype, rotate), variants or {})
+    rules = Rules(include, exclude, Variant(method, bits, param_dtype, rotate), variants or {})
     with open_checkpoint(src) as checkpoint:
         decisions = decide_all(checkpoint, rules)
         return pack_checkpoint(checkpoint, decisions, dst, max_loss=max_loss, progress=progress)
@@ -134,7 +136,9 @@ def pack_checkpoint(
 
 
 def check_max_loss(max_loss: float) -> None:
-    """Raise ValueError unless a limit is positive and finite."""
+    """Raise unless a limit is a number, positive and finite."""
+    if not isinstance(max_loss, Real):
+        raise TypeError(f"max_loss is {max_loss!r}; give a positive, finite number")
     if not (max_loss > 0 and math.isfinite(max_loss)):
         raise ValueError(f"max_loss is {max_loss}; give a positive, finite number")
 

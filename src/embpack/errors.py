@@ -3,9 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from embpack.text import printable
+
 
 class FormatError(ValueError):
-    """A file is not what it should be: damaged, truncated, of another kind or of a future version."""
+    """A file is not what it should be: damaged, truncated, of another kind or of a future version.
+
+    The message is one line, whatever names and contents of the file are in it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def kind_of(value: object) -> str:
@@ -20,7 +28,7 @@ def naming(what: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{what}: {error}") from error
+        raise type(error)(f"{printable(what)}: {error}") from error
 
 
 class MissingExtraError(ImportError):

@@ -423,7 +423,9 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
     tensors = [tensor for name, table in tables.items() for tensor in _out_tensors(name, table)]
     shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     if len(shapes) < len(tensors):
-        raise ValueError(f"{path}: two tensors have one name; do not call a table what another's clusters are called")
+        raise ValueError(
+            f"{path}: two tensors have one name; call no table what another's clusters or codebooks are called"
+        )
     for name, entry in entries.items():
         # What load would refuse is not written.
         _read_entry(f"{path}: table {name!r}", entry.as_json(), name, shapes)

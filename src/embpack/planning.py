@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from embpack.comparison.array import Comparison, Sample
 from embpack.comparison.checkpoint import ABOUT, TableComparison, compare_sample, compare_table
 from embpack.comparison.front import find_front
 from embpack.convert import check_max_loss
+from embpack.errors import naming
 from embpack.formats import open_checkpoint
 from embpack.layouts import LAYOUTS, ROTATIONS, RowFormat
 from embpack.methods import DEFAULT_METHOD
 from embpack.rows import as_rows, spread_rows
-from embpack.rules import Decision, Rules, decide_all
+from embpack.rules import Decision, Rules, decide_all, list_names, suggest
+from embpack.text import printable
 from embpack.variant import Variant
 
 # The variants that are measured by default.
@@ -33,6 +37,8 @@ VARIANTS = tuple(
 SAMPLE_ROWS = 20_000
 # Sums of choices that are kept after each table. Models of few tables never have more; others lose next to nothing.
 MOST_SUMS = 1 << 14
+# Larger ones are taken for a mistake, or mean no limit, and their squares and sums might overflow.
+_MOST_COUNT, _MOST_LOSS = 1e18, 1e9
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -84,7 +90,7 @@ class Plan:
         rows = [("table", "rows", "dim", "method", "bits", "bytes", "l2 loss", "why")]
         rows += [
             (
-                table.name,
+                printable(table.name),
                 f"{table.num_embeddings:,}",
                 str(table.embedding_dim),
                 table.variant.name,
@@ -180,18 +186,28 @@ def plan(
         FileNotFoundError: there is no src.
         FormatError: src is damaged.
         ValueError: no tensor is a table; a value is NaN or infinite; max_bytes or max_loss is no size or loss, or
-            cannot be kept (the message says what can), or both are given; access_counts name something that is no
-            table.
+            cannot be kept (the message says what can), or both are given; a glob matches nothing, or src is weights,
+            among which they do not choose; access_counts name something that is no table, or are not finite, or are
+            negative or all 0; there are no weights or no variants.
+        TypeError: a weight, a glob or a count is of another type.
     """
     limits = max_bytes, max_loss
     _check_limits(*limits)
+    if not variants:
+        raise ValueError("there are no variants to measure; give at least one")
     if not isinstance(src, Mapping):
         with open_checkpoint(Path(src)) as checkpoint:
-            decisions = decide_all(checkpoint, Rules(tuple(include), tuple(exclude)))
+            decisions = decide_all(checkpoint, Rules(include, exclude))
             return plan_decided(decisions, *limits, variants, access_counts, progress)
+    if include or exclude:
+        raise ValueError("include and exclude choose among tensors of a checkpoint; leave weights out of src instead")
+    if not src:
+        raise ValueError("src has no weights; give at least one")
+    check_counts(access_counts or {}, list(src))
     tables = []
     for name, weight in src.items():
-        rows, dtype = as_rows(weight)
+        with naming(name):
+            rows, dtype = as_rows(weight)
         numbers = spread_rows(len(rows), min(len(rows), SAMPLE_ROWS))
         sample = Sample.make(name, rows[numbers], dtype, numbers, len(rows))
         tables.append(compare_sample(sample, variants, progress))
@@ -208,7 +224,9 @@ def plan_decided(
 ) -> Plan:
     """Do what plan does, for those tensors of an open checkpoint that are tables."""
     _check_limits(max_bytes, max_loss)
-    tables = [compare_table(each, variants, SAMPLE_ROWS, progress) for each in decisions if each.variant]
+    decided = [each for each in decisions if each.variant]
+    check_counts(access_counts or {}, [each.tensor.name for each in decided])
+    tables = [compare_table(each, variants, SAMPLE_ROWS, progress) for each in decided]
     return _choose_variants(tables, max_bytes, max_loss, access_counts or {})
 
 
@@ -225,34 +243,65 @@ def _choose_variants(
     max_loss: float | None,
     access_counts: Mapping[str, float],
 ) -> Plan:
-    unknown = set(access_counts) - {table.name for table in tables}
-    if unknown:
-        names = ", ".join(table.name for table in tables)
-        raise ValueError(f"access_counts are of {sorted(unknown)[0]!r}, but the tables are {names}")
     measured = [_Measured.make(table, access_counts) for table in tables]
     float32_bytes = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
     square = sum(each.weight * each.square_norm for each in measured)
-    most_bytes = None if max_bytes is None else parse_size(max_bytes, float32_bytes)
     if max_bytes is None and max_loss is None:
         chosen = [_choose_alone(each) for each in measured]
     else:
-        most_error = None if max_loss is None else max_loss**2 * square
-        options = [(each.sizes, each.errors) for each in measured]
-        best = choose(options, most_bytes, most_error)
+        most_bytes = None if max_bytes is None else parse_size(max_bytes, float32_bytes)
+        most_error = None if max_loss is None else min(max_loss, _MOST_LOSS) ** 2 * square
+        best = choose([(each.sizes, each.errors) for each in measured], most_bytes, most_error)
         if best is None:
-            least = sum(min(sizes) for sizes, _ in options)
-            least_loss = math.sqrt(sum(min(errors) for _, errors in options) / square)
-            can = (
-                f"the tables take at least {least:,} bytes"
-                if max_loss is None
-                else f"the least loss is {least_loss:.5f}"
+            raise ValueError(
+                f"max_loss is {max_loss}, but the least loss is {_least_loss(measured, square):.5f}; allow that much"
+                if max_bytes is None
+                else _explain_max_bytes(max_bytes, measured, float32_bytes)
             )
-            limit = f"max_bytes is {most_bytes:,}" if max_loss is None else f"max_loss is {max_loss}"
-            raise ValueError(f"{limit}, but {can}")
         chosen = best
     total = sum(each.errors[i] for each, i in zip(measured, chosen, strict=True))
     planned = tuple(_describe(each, i, total) for each, i in zip(measured, chosen, strict=True))
     return Plan(planned, math.sqrt(total / square) if square else 0.0, float32_bytes)
+
+
+def check_counts(access_counts: Mapping[str, float], names: Sequence[str]) -> None:
+    """Check how often tables are looked up.
+
+    Args:
+        access_counts: as plan takes them.
+        names: of the tables.
+
+    Raises:
+        TypeError: a count is no number.
+        ValueError: a count is of something else, negative or not finite, or all are 0.
+    """
+    for name, number in access_counts.items():
+        if name not in names:
+            tables = list_names(names)
+            raise ValueError(f"access_counts are of {name!r}, but the tables are {tables}; {suggest(name, names)}")
+        what = f"access_counts[{name!r}] is"
+        if isinstance(number, bool) or not isinstance(number, Real):
+            kind = type(number).__name__
+            raise TypeError(f"{what} of type {kind}; give a number: how often rows of the table are looked up in all")
+        if not 0 <= number <= _MOST_COUNT:
+            raise ValueError(f"{what} {number}; give a number from 0 to {_MOST_COUNT:g}")
+    if names and all(access_counts.get(name) == 0 for name in names):
+        raise ValueError("access_counts are all 0, so no error counts; leave them out, and each row counts the same")
+
+
+def _explain_max_bytes(max_bytes: int | str, measured: Sequence[_Measured], float32_bytes: int) -> str:
+    """Say which max_bytes can be kept, in the unit in which it was given."""
+    least = sum(min(each.sizes) for each in measured)
+    can, limit = f"{least:,} bytes", f"{max_bytes:,}" if isinstance(max_bytes, int) else str(max_bytes)
+    if limit.rstrip().endswith("%"):
+        # Rounded up, so that it can be kept.
+        can += f", {math.ceil(least * 10_000 / float32_bytes) / 100} % of float32"
+    return f"max_bytes is {limit}, but the tables take at least {can}; allow that much, or exclude some"
+
+
+def _least_loss(measured: Sequence[_Measured], square: float) -> float:
+    """The least loss that there is, rounded up so that it can be kept."""
+    return math.ceil(1e5 * math.sqrt(sum(min(each.errors) for each in measured) / square)) / 1e5
 
 
 def parse_size(size: int | str, whole: int) -> int:
@@ -264,7 +313,7 @@ def parse_size(size: int | str, whole: int) -> int:
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Z]*|%)\s*", str(size).upper())
     if not match or (match[2] not in _UNITS and match[2] != "%"):
         raise ValueError(f"max_bytes is {size!r}; give bytes, a size such as '2 GB', or a share of float32, '12.5 %'")
-    number = float(match[1])
+    number = Fraction(match[1])
     return int(whole * number / 100 if match[2] == "%" else number * _UNITS[match[2]])
 
 
@@ -318,14 +367,18 @@ def _choose_alone(measured: _Measured) -> int:
 def _describe(measured: _Measured, chosen: int, total: float) -> PlannedTable:
     table, sizes, errors = measured.table, measured.sizes, measured.errors
     result, size, error = measured.front[chosen], sizes[chosen], errors[chosen]
-    reason = f"{error / total:.0%} of the squared error" if total else "no error"
-    if chosen + 1 < len(measured.front):
-        better = measured.front[chosen + 1]
-        less = (error - errors[chosen + 1]) / total if total else 0.0
-        more = sizes[chosen + 1] - size
-        reason += f"; {better.variant.name} at {better.bits} bits: {less:.0%} less for {more:,} bytes more"
+    if not measured.weight:
+        reason = "never looked up"
+    elif not error:
+        reason = "no error"
     else:
-        reason += "; nothing measured has less"
+        reason = f"{error / total:.0%} of the squared error; "
+        if chosen + 1 < len(measured.front):
+            better = measured.front[chosen + 1]
+            less, more = (error - errors[chosen + 1]) / total, sizes[chosen + 1] - size
+            reason += f"{better.variant.name} at {better.bits} bits: {less:.0%} less for {more:,} bytes more"
+        else:
+            reason += "nothing measured has less"
     return PlannedTable(
         name=table.name,
         num_embeddings=table.num_embeddings,

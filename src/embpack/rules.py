@@ -5,17 +5,20 @@ format says that it holds vectors, or the user names it; and, unless the user na
 and packing makes them smaller.
 """
 
+import glob
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 
-from embpack.errors import naming
 from embpack.files import METADATA_KEY
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.formats.dtypes import count_bytes
 from embpack.layouts import ArraySpec, RowFormat
+from embpack.text import printable, quote
 from embpack.variant import Variant
 
 # The types that can be packed, by their safetensors names.
@@ -75,11 +78,19 @@ class Decision:
     Attributes:
         variant: how it is packed; None if it is passed through as it is.
         reason: for the user to read.
+        path: of the file that has it, if it is known.
     """
 
     tensor: SourceTensor
     variant: Variant | None
     reason: str
+    path: Path | None = None
+
+    @property
+    def place(self) -> str:
+        """The file and the tensor, for messages."""
+        name = printable(self.tensor.name)
+        return name if self.path is None else f"{printable(self.path)}: {name}"
 
     @cached_property
     def row_format(self) -> RowFormat | None:
@@ -123,35 +134,66 @@ class Rules:
         exclude: globs of names never to pack.
         variant: how tables are packed.
         variants: by name, how tables are packed that have a variant of their own.
+
+    Raises:
+        TypeError: include or exclude is one string.
     """
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     variant: Variant = field(default_factory=Variant)
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
-    def decide(self, tensor: SourceTensor) -> Decision:
-        """Decide on one tensor."""
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            globs = getattr(self, name)
+            if isinstance(globs, str):
+                raise TypeError(f"{name} is {globs!r}; give a list of globs: [{globs!r}]")
+            object.__setattr__(self, name, tuple(globs))
+
+    def decide(self, tensor: SourceTensor, path: Path | None = None) -> Decision:
+        """Decide on one tensor, which is in the file at path.
+
+        Raises:
+            ValueError: it is a table, but its variant has no rows of this embedding_dim.
+        """
+        reason = self.why_no_table(tensor)
+        if reason is not None:
+            return Decision(tensor, None, reason, path)
         included = _match(tensor.name, self.include)
-        if _match(tensor.name, self.exclude):
-            return Decision(tensor, None, "excluded")
-        if len(tensor.shape) != 2:
-            return Decision(tensor, None, f"{len(tensor.shape)}-D, a table is 2-D")
-        if 0 in tensor.shape:
-            return Decision(tensor, None, "empty")
-        if tensor.dtype not in PACKABLE_DTYPES:
-            return Decision(tensor, None, f"{tensor.dtype}, not float32, float16 or bfloat16")
-        if not (included or tensor.is_vectors or says_embedding(tensor.name)):
-            return Decision(tensor, None, "name does not say embedding")
         variant = self.variants.get(tensor.name, self.variant)
-        if tensor.shape[0] < MIN_ROWS and not (included or tensor.is_vectors):
-            return Decision(tensor, None, f"fewer than {MIN_ROWS} rows: much used, and little to save")
-        with naming(tensor.name):
-            growth = explain_growth(count_bytes(tensor.dtype, tensor.shape), variant, *tensor.shape)
+        decision = Decision(tensor, variant, "included", path)
+        try:
+            growth = explain_growth(decision.bytes_before, variant, *tensor.shape)
+        except (TypeError, ValueError) as error:
+            advice = f"leave it as it is with --exclude {quote(glob.escape(tensor.name))}"
+            raise type(error)(f"{decision.place}: {error}; {advice}") from error
         if growth is not None and not included:
-            return Decision(tensor, None, growth)
+            return Decision(tensor, None, growth, path)
         reason = "format holds vectors" if tensor.is_vectors else "name says embedding"
-        return Decision(tensor, variant, "included" if included else reason)
+        return decision if included else replace(decision, reason=reason)
+
+    def why_no_table(self, tensor: SourceTensor) -> str | None:
+        """Say why a tensor is not to be packed, in whatever way; None if it is."""
+        if _match(tensor.name, self.exclude):
+            return "excluded"
+        if len(tensor.shape) != 2:
+            return f"{len(tensor.shape)}-D, a table is 2-D"
+        if 0 in tensor.shape:
+            return "empty"
+        if tensor.dtype not in PACKABLE_DTYPES:
+            return f"{tensor.dtype}, not float32, float16 or bfloat16"
+        if tensor.is_vectors or _match(tensor.name, self.include):
+            return None
+        if not says_embedding(tensor.name):
+            return "name does not say embedding"
+        if tensor.shape[0] < MIN_ROWS:
+            return f"fewer than {MIN_ROWS} rows: much used, and little to save"
+        return None
+
+    def can_include(self, tensor: SourceTensor) -> bool:
+        """Whether a tensor would be packed if it were named."""
+        return replace(self, include=(*self.include, glob.escape(tensor.name))).why_no_table(tensor) is None
 
 
 def explain_growth(before: int, variant: Variant, num_embeddings: int, embedding_dim: int) -> str | None:
@@ -171,36 +213,89 @@ def explain_growth(before: int, variant: Variant, num_embeddings: int, embedding
 
 
 def _match(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
+    return any(fnmatchcase(name, pattern) for pattern in globs)
 
 
 def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
     """Decide on every tensor of a checkpoint that is to be packed, in file order.
 
     Raises:
-        ValueError: the checkpoint is packed already, a glob of ``include`` matches nothing that can be packed, or there
-            is no table at all.
+        ValueError: the checkpoint is packed already; a glob of ``include`` or ``exclude``, or a name in ``variants``,
+            matches nothing; what ``include`` or ``variants`` name is not packed; or there is no table at all.
     """
+    path = printable(checkpoint.path)
     if any(METADATA_KEY in shard.metadata for shard in checkpoint.shards):
-        raise ValueError(f"{checkpoint.path}: is packed already; unpack it first with: embpack dequantize")
-    decisions = [rules.decide(tensor) for shard in checkpoint.shards for tensor in shard.tensors]
-    packed = [decision.tensor.name for decision in decisions if decision.variant]
-    for glob in rules.include:
-        if not _match_any(glob, packed):
-            named = [f"{d.tensor.name} ({d.reason})" for d in decisions if fnmatchcase(d.tensor.name, glob)]
-            what = f"only matches {_list(named)}" if named else "matches no tensor"
-            raise ValueError(f"{checkpoint.path}: include {glob!r} {what}")
-    if not packed:
-        tables = [f"{d.tensor.name} ({d.reason})" for d in decisions if len(d.tensor.shape) == 2]
-        hint = f"its 2-D tensors are {_list(tables)}; name tables with --include" if tables else "it has no 2-D tensor"
-        raise ValueError(f"{checkpoint.path}: nothing to pack among {len(decisions)} tensors; {hint}")
+        raise ValueError(f"{path}: is packed already; unpack it first with: embpack dequantize")
+    _check_rules(path, rules, [tensor.name for shard in checkpoint.shards for tensor in shard.tensors])
+    folder, single = checkpoint.path.parent, checkpoint.index_name is None
+    decisions = [
+        rules.decide(tensor, checkpoint.path if single else folder / shard.file_name)
+        for shard in checkpoint.shards
+        for tensor in shard.tensors
+    ]
+    for pattern in rules.include:
+        matched = [each for each in decisions if fnmatchcase(each.tensor.name, pattern)]
+        if not any(each.variant for each in matched):
+            advice = "; convert to float32 what is a table" if any(map(_is_other_float, matched)) else ""
+            raise ValueError(f"{path}: include {pattern!r} only matches {_list_reasons(matched)}{advice}")
+    for each in decisions:
+        # A plan may have a table that is better left alone, and be used without some of its tables.
+        reason = rules.why_no_table(each.tensor)
+        if each.tensor.name in rules.variants and reason not in (None, "excluded"):
+            name = each.tensor.name
+            raise ValueError(f"{path}: variants name {name!r}, which is not packed ({reason}); include or drop it")
+    if not any(each.variant for each in decisions):
+        raise ValueError(f"{path}: nothing to pack; {_explain_none(rules, decisions, checkpoint.left_out)}")
     return decisions
 
 
-def _match_any(glob: str, names: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for name in names)
+def _explain_none(rules: Rules, decisions: Sequence[Decision], left_out: Sequence[str]) -> str:
+    """Say why no tensor of a checkpoint is packed, and what to do: first of those that would be if they were named."""
+    can: list[Decision] = []
+    convert: list[Decision] = []
+    others: list[Decision] = []
+    for each in decisions:
+        (can if rules.can_include(each.tensor) else convert if _is_other_float(each) else others).append(each)
+    # Of many tensors the likely ones come first: tables are longer than they are wide.
+    can.sort(key=lambda each: each.tensor.shape[1] / each.tensor.shape[0])
+    said = [f"name those that are tables with --include: {_list_reasons(can)}"] if can else []
+    said += [f"convert to float32 what is a table: {_list_reasons(convert)}"] if convert else []
+    if not said:
+        said = [f"its tensors are {_list_reasons(others)}" if others else "it has no tensor that can be read"]
+    said += [f"left out: {list_names(left_out)}"] if left_out else []
+    return "; ".join(said)
 
 
-def _list(names: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
+def _is_other_float(decision: Decision) -> bool:
+    """Whether a tensor would be a table if it were of another type."""
+    dtype = decision.tensor.dtype
+    return dtype.startswith("F") and dtype not in PACKABLE_DTYPES and len(decision.tensor.shape) == 2
+
+
+def _check_rules(path: str, rules: Rules, names: Sequence[str]) -> None:
+    """Raise ValueError if globs or names match no tensor: somebody has mistyped them."""
+    for option in ("include", "exclude"):
+        for pattern in getattr(rules, option):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"{path}: {option} {pattern!r} matches no tensor; {suggest(pattern, names)}")
+    for name in rules.variants:
+        if name not in names:
+            raise ValueError(f"{path}: variants name {name!r}, but there is no such tensor; {suggest(name, names)}")
+
+
+def suggest(wrong: str, names: Sequence[str]) -> str:
+    """Say which names are most like one that is not there."""
+    if not names:
+        return "there are none"
+    like = sorted(names, key=lambda name: SequenceMatcher(None, wrong, name).ratio(), reverse=True)
+    return f"nearest: {', '.join(map(printable, like[:3]))}"
+
+
+def _list_reasons(decisions: Sequence[Decision]) -> str:
+    return list_names([f"{each.tensor.name} ({each.reason})" for each in decisions])
+
+
+def list_names(names: Sequence[str], most: int = 8) -> str:
+    """List names for a message, if there are many the first of them."""
+    shown = ", ".join(map(printable, names[:most]))
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from embpack.methods.base import Sums, find_warning
 from embpack.packing import iter_packed
 from embpack.rotation import rotate_chunks
 from embpack.rules import Decision
+from embpack.text import quote
 
 # Told of rows as they are done: the table's name and how many more.
 Progress = Callable[[str, int], None]
@@ -106,9 +106,9 @@ class TableWriter:
 
     def _pack(self) -> Iterator[NDArray[np.uint8]]:
         started = time.perf_counter()
-        tensor, row_format = self.decision.tensor, self._row_format
-        read = partial(_read_rows, tensor, row_format)
-        packer = self._method.fit(read, tensor.shape[0], row_format, tensor.name)
+        tensor, row_format, place = self.decision.tensor, self._row_format, self.decision.place
+        read = partial(_read_rows, tensor, row_format, place)
+        packer = self._method.fit(read, tensor.shape[0], row_format, place)
         self.beside |= packer.beside()
         digest, sums = hashlib.sha256(), list[Sums]()
         for packed, own in iter_packed(packer, read(), on_rows=partial(self.progress, tensor.name)):
@@ -118,7 +118,7 @@ class TableWriter:
         for array in self.beside.values():
             digest.update(as_bytes(array))
         loss = measure_loss(sums)
-        _check_loss(tensor.name, loss, self.max_loss)
+        _check_loss(self.decision, loss, self.max_loss)
         self.entry = self._make_entry(packer.spec, loss, format_checksum(digest))
         self.report = self._make_report(self.entry, loss, time.perf_counter() - started, find_warning(sums))
 
@@ -150,9 +150,9 @@ class TableWriter:
         )
 
 
-def _read_rows(tensor: SourceTensor, row_format: RowFormat) -> Iterator[NDArray[Any]]:
+def _read_rows(tensor: SourceTensor, row_format: RowFormat, place: str) -> Iterator[NDArray[Any]]:
     """Read a table in chunks, as they are to be packed."""
-    return rotate_chunks(tensor.chunks(chunk_rows(row_format.embedding_dim)), row_format.rotation, tensor.name)
+    return rotate_chunks(tensor.chunks(chunk_rows(row_format.embedding_dim)), row_format.rotation, place)
 
 
 @dataclass(frozen=True)
@@ -207,17 +207,17 @@ def _check_names(tensors: Sequence[OutTensor]) -> None:
     for tensor in tensors:
         if tensor.name in seen:
             raise ValueError(
-                f"tensor {tensor.name!r} would be there twice: a clustered table needs that name; rename it"
+                f"tensor {tensor.name!r} would be there twice: what lies beside a table needs that name; rename it"
             )
         seen.add(tensor.name)
 
 
-def _check_loss(name: str, loss: float, max_loss: float) -> None:
+def _check_loss(decision: Decision, loss: float, max_loss: float) -> None:
     if loss > max_loss:
         raise ValueError(
-            f"{name}: its normalized l2 loss is {loss:.6g}, over the limit of {max_loss:.6g}, so nothing was written; "
-            "use a better method or more bits, leave it as it is with --exclude "
-            f"{shlex.quote(escape(name))}, or raise the limit"
+            f"{decision.place}: its normalized l2 loss is {loss:.6g}, over the limit of {max_loss:.6g}, so nothing was "
+            "written; use a better method or more bits, leave it as it is with --exclude "
+            f"{quote(escape(decision.tensor.name))}, or raise the limit"
         )
 
 

@@ -71,9 +71,7 @@ class Variant:
         """Say why no row can be packed in this way, whatever its width and values; None if some can."""
         try:
             self.make_row_format(LAYOUTS[self.parsed_method.layout].least_dim)
-        except TypeError:
-            return f"bits is {self.bits}; choose 2, 4 or 8"
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             return str(error)
         return None
 

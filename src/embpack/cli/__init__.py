@@ -1,14 +1,13 @@
 """The command line: parses and prints; everything else is the library's."""
 
+import signal
 import sys
 import warnings
 
 import typer
-from rich.markup import escape
 
 import embpack
-from embpack.cli import compare, demo, dequantize, inspect, quantize
-from embpack.cli.show import errors
+from embpack.cli import compare, demo, dequantize, inspect, quantize, show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Pack trained embedding tables to 4 bits a value, an eighth of their size.",
+    help="Pack trained embedding tables to 4 bits a value, about an eighth of their size.",
     epilog="Try it on data it makes itself: [bold]embpack demo[/bold]",
 )
 for command in (quantize.quantize, compare.compare, inspect.inspect, dequantize.dequantize, demo.demo):
@@ -41,13 +40,19 @@ def _options(
 
 def main() -> None:
     """Run the command line. Exit code 2 for wrong usage, 1 for a failure, which is one line on stderr."""
+    show.mend_streams()
     if not sys.warnoptions:
         # PyTorch warns of pickle protocols and storages in checkpoints; a user who packs one can do nothing about them.
         warnings.filterwarnings("ignore", module="torch")
+    warnings.showwarning = show.print_warning
+    on_broken_pipe = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         if "--debug" in sys.argv:
-            raise
-        errors.print(f"[bold red]error:[/] {escape(str(error) or type(error).__name__)}", markup=True, soft_wrap=True)
+            show.print_traceback(error)
+        else:
+            show.print_error(str(error) or type(error).__name__)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGPIPE, on_broken_pipe)

@@ -17,6 +17,7 @@ from embpack.comparison.variants import make_variants
 from embpack.formats import open_checkpoint
 from embpack.formats.atomic import new_file
 from embpack.rules import Rules, decide_all
+from embpack.text import printable
 from embpack.threads import get_num_threads, set_num_threads
 from embpack.variant import parse_bits
 
@@ -141,6 +142,8 @@ def compare(
 
     [dim]embpack compare model.safetensors --html report.html[/]
     """
+    if html is not None:
+        show.go_on_unread()
     if threads is not None:
         set_num_threads(threads)
     try:
@@ -154,17 +157,17 @@ def compare(
         raise typer.BadParameter(str(error), param_hint="--bits") from None
     most_rows = _parse_rows(rows)
     rules = Rules(tuple(include or ()), tuple(exclude or ()))
-    if html is not None and html.exists() and html.samefile(src):
-        raise typer.BadParameter(f"{html} is the checkpoint; choose another name", param_hint="--html")
+    if html is not None and html.exists() and src.exists() and html.samefile(src):
+        raise typer.BadParameter(f"{printable(html)} is the checkpoint; choose another name", param_hint="--html")
     # The page's place is taken before anything is measured: whoever cannot write there learns it at once.
     with open_checkpoint(src) as checkpoint, nullcontext() if html is None else new_file(html) as page:
         decisions = [decision for decision in decide_all(checkpoint, rules) if decision.variant]
         totals = {d.tensor.name: count_rows(d, most_rows) * len(variants) for d in decisions}
         with show.row_progress(totals, shown=not as_json) as progress:
             tables = [compare_table(decision, variants, most_rows, progress) for decision in decisions]
-        report = FileComparison(src, tuple(tables), rules.include, rules.exclude, get_num_threads())
+        report = FileComparison(src, tuple(tables), tuple(rules.include), tuple(rules.exclude), get_num_threads())
         if page is not None:
-            page.write(make_page(report).encode(errors="backslashreplace"))
+            page.write(make_page(report).encode())
     if as_json:
         show.print_json(_as_json(report))
     else:
@@ -245,4 +248,5 @@ def _print_choices(report: FileComparison) -> None:
     for result in report.front:
         mark = "  (recommended)" if result == recommended else ""
         size = f"{100 * result.share_of_float32:.2f} % of float32, loss {show.loss_text(result.loss)}{mark}"
-        show.output.print(f"{size}\n  {report.write_command(result)}", soft_wrap=True)
+        show.output.print(size)
+        show.output.print(f"  {report.write_command(result)}", soft_wrap=True)

@@ -17,6 +17,7 @@ from embpack.table import PackedTable
 
 def demo() -> None:
     """Make a checkpoint of embedding tables that look trained, pack it, and read rows back; under a minute."""
+    show.go_on_unread()  # and remove the folder
     # What a demo that was killed left there, the next one removes.
     with temporary_folder(Path(tempfile.gettempdir()), mode=0o700) as folder:
         src, dst = folder / "model.safetensors", folder / "model-4bit.safetensors"
@@ -24,13 +25,15 @@ def demo() -> None:
         tensors = make_checkpoint(np.random.default_rng(0))
         save_file(tensors, src)
 
-        show.output.print("\n$ embpack quantize model.safetensors model-4bit.safetensors", style="bold cyan")
+        show.output.print()
+        show.output.print("$ embpack quantize model.safetensors model-4bit.safetensors", style="bold cyan")
         totals = {name: len(weight) for name, weight in tensors.items() if says_embedding(name)}
         with show.row_progress(totals, shown=True) as progress:
             report = quantize_file(src, dst, progress=progress)
         show.print_report(dst.name, report)
 
-        show.output.print('\n>>> tables = embpack.load("model-4bit.safetensors")', style="bold cyan")
+        show.output.print()
+        show.output.print('>>> tables = embpack.load("model-4bit.safetensors")', style="bold cyan")
         tables = embpack.load(dst, verify=True)
         _print_rows(tensors["user_embedding.weight"], tables["user_embedding.weight"])
         _print_bag(tensors["user_embedding.weight"], tables["user_embedding.weight"])
@@ -54,7 +57,8 @@ def _print_bag(weight: np.ndarray, table: PackedTable) -> None:
     indices = rng.integers(0, len(weight), (1000, 20))
     pooled = table.embedding_bag(indices, mode="sum")
     cosine = _cosine(weight[indices].sum(axis=1).ravel(), pooled.ravel())
-    show.output.print(f"1,000 bags of 20 rows, summed from packed bytes: cosine {cosine:.5f} to the trained table's\n")
+    show.output.print(f"1,000 bags of 20 rows, summed from packed bytes: cosine {cosine:.5f} to the trained table's")
+    show.output.print()
 
 
 def _print_methods(weight: np.ndarray) -> None:

@@ -30,6 +30,7 @@ def dequantize(
 
     [dim]embpack dequantize model-4bit.safetensors model-restored.safetensors[/]
     """
+    show.go_on_unread()
     with open_packed(src) as files:
         totals = {name: entry.num_embeddings for packed in files for name, entry in packed.entries.items()}
     with show.row_progress(totals, shown=not as_json) as progress:

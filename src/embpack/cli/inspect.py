@@ -69,7 +69,7 @@ def _print(path: str, files: list[PackedFile], *, verified: bool) -> None:
     show.output.print(table)
     others = _others(files)
     if others:
-        show.output.print(f"{_count(len(others), 'other tensor')}, as they were", style="dim")
+        show.output.print(f"{show.count(len(others), 'other tensor')}, not packed", style="dim")
     if verified:
         show.output.print(_say_checked(files), style="green")
 
@@ -97,15 +97,11 @@ def _say_checked(files: list[PackedFile]) -> str:
 
 def _list_counted(counts: dict[str, int], num_files: int) -> str:
     """Name what there is some of, "3 tables, 41 other tensors and the header"."""
-    headers = "the header" if num_files == 1 else _count(counts["headers"], "header")
+    headers = "the header" if num_files == 1 else show.count(counts["headers"], "header")
     parts = [
-        _count(counts["tables"], "table") if counts["tables"] else "",
-        _count(counts["other_tensors"], "other tensor") if counts["other_tensors"] else "",
+        show.count(counts["tables"], "table") if counts["tables"] else "",
+        show.count(counts["other_tensors"], "other tensor") if counts["other_tensors"] else "",
         headers if counts["headers"] else "",
     ]
     *first, last = [part for part in parts if part] or [""]
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

@@ -15,7 +15,7 @@ from embpack.convert import Report, check_destination, check_max_loss, pack_chec
 from embpack.formats import open_checkpoint
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
-from embpack.planning import SAMPLE_ROWS, VARIANTS, Plan, plan_decided
+from embpack.planning import SAMPLE_ROWS, VARIANTS, Plan, check_counts, parse_size, plan_decided
 from embpack.rules import Decision, Rules, decide_all
 from embpack.threads import set_num_threads
 from embpack.variant import Variant, parse_bits
@@ -46,6 +46,17 @@ def _check_rotate(rotate: str | None) -> str | None:
     if rotate not in (None, *ROTATIONS):
         raise typer.BadParameter(f"{rotate!r}; choose {', '.join(ROTATIONS)}")
     return rotate
+
+
+def _check_max_bytes(max_bytes: str | None) -> str | None:
+    if max_bytes is not None:
+        try:
+            parse_size(max_bytes, 1)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{max_bytes!r}; give bytes, a size such as '2 GB', or a share of float32, '12.5 %'"
+            ) from None
+    return max_bytes
 
 
 def _check_max_loss(max_loss: float | None) -> float | None:
@@ -126,6 +137,7 @@ def quantize(
         typer.Option(
             help="With --auto: spread this size over the tables, '2 GB' or '12.5 %' of float32, for the least error.",
             show_default="no limit",
+            callback=_check_max_bytes,
         ),
     ] = None,
     access_counts: Annotated[
@@ -158,11 +170,13 @@ def quantize(
     """
     if dst is None and not dry_run:
         raise typer.BadParameter("give a destination, or --dry-run", param_hint="DST")
-    _check_together(method, bits, rotate, auto, max_bytes, access_counts)
+    _check_together(auto, rotate, max_bytes, max_loss, access_counts)
+    variant = Variant() if auto else _make_variant(method, bits, param_dtype, rotate)
+    rules = Rules(include or (), exclude or (), variant)
+    if not dry_run:
+        show.go_on_unread()
     if threads is not None:
         set_num_threads(threads)
-    variant = Variant() if auto else Variant(method, bits, param_dtype, rotate)
-    rules = Rules(tuple(include or ()), tuple(exclude or ()), variant)
     with open_checkpoint(src) as checkpoint:
         if dst is not None and not dry_run:
             check_destination(checkpoint, dst)
@@ -172,11 +186,9 @@ def quantize(
             # A table stays as it is, still, if its own way makes no row smaller.
             decisions = decide_all(checkpoint, replace(rules, variants=plan.variants))
         if not as_json:
-            show.print_decisions(str(src), decisions, checkpoint.left_out)
+            show.print_decisions(str(src), decisions, checkpoint.left_out, plan)
         elif dry_run:
             show.print_json({"plan": list(map(_decision_json, decisions)), "left_out": checkpoint.left_out})
-        if plan is not None and not as_json:
-            show.output.print(f"\n{plan}\n", soft_wrap=True, highlight=False)
         if dst is None or dry_run:
             return
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
@@ -190,8 +202,18 @@ def quantize(
         show.print_report(str(dst), report)
 
 
+def _make_variant(method: str, bits: float, param_dtype: str | None, rotate: str | None) -> Variant:
+    """Put together how tables are packed, and refuse what does not go together, whatever the tables."""
+    variant = Variant(method, bits, param_dtype, rotate)
+    for option, part in (("--bits", Variant(method, bits)), ("--param-dtype", variant)):
+        refusal = part.find_refusal()
+        if refusal is not None:
+            raise typer.BadParameter(refusal, param_hint=option)
+    return variant
+
+
 def _check_together(
-    method: str, bits: float, rotate: str | None, auto: bool, max_bytes: str | None, access_counts: Path | None
+    auto: bool, rotate: str | None, max_bytes: str | None, max_loss: float | None, access_counts: Path | None
 ) -> None:
     if auto and rotate is not None:
         raise typer.BadParameter("does not go with --auto, which measures both", param_hint="--rotate")
@@ -199,9 +221,8 @@ def _check_together(
         raise typer.BadParameter(
             "goes with --auto", param_hint="--access-counts" if max_bytes is None else "--max-bytes"
         )
-    refusal = Variant(method, bits).find_refusal()
-    if refusal is not None:
-        raise typer.BadParameter(refusal, param_hint="--bits")
+    if max_bytes is not None and max_loss is not None:
+        raise typer.BadParameter("does not go with --max-loss; give one of them", param_hint="--max-bytes")
 
 
 def _plan_tables(
@@ -212,26 +233,34 @@ def _plan_tables(
     *,
     quiet: bool,
 ) -> Plan:
-    counts = None if access_counts is None else _read_counts(access_counts)
     rows = {d.tensor.name: len(VARIANTS) * count_rows(d, SAMPLE_ROWS) for d in decisions if d.variant}
+    counts = {} if access_counts is None else _read_counts(access_counts, list(rows))
     with show.row_progress(rows, shown=not quiet) as progress:
         return plan_decided(decisions, max_bytes, max_loss, access_counts=counts, progress=progress)
 
 
-def _read_counts(path: Path) -> dict[str, float]:
+def _read_counts(path: Path, tables: Sequence[str]) -> dict[str, float]:
     """Read how often tables are looked up.
 
     Raises:
-        ValueError: the file is no JSON object of numbers.
+        OSError: the file cannot be read.
+        ValueError: it is no JSON object of counts of these tables.
     """
+    example = '{"user_embedding.weight": 1200}'
     try:
-        counts = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(counts, dict) or not all(
-        isinstance(value, int | float) and value >= 0 for value in counts.values()
-    ):
-        raise ValueError(f'{path}: it must be an object of counts by table: {{"user_embedding.weight": 1200}}')
+        counts = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; --access-counts takes counts by table: {example}") from None
+    except OSError as error:
+        raise type(error)(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(counts, dict):
+        raise ValueError(f"{path}: it must be an object of counts by table: {example}")
+    try:
+        check_counts(counts, tables)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
     return counts
 
 

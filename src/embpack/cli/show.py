@@ -1,10 +1,15 @@
 """What the commands print with."""
 
+import io
 import json
 import math
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,18 +27,79 @@ from rich.table import Table
 from rich.text import Text
 
 from embpack.convert import Report
+from embpack.planning import Plan
 from embpack.rules import MIN_ROWS, Decision
 from embpack.shard_writer import Progress as OnRows
+from embpack.text import printable
 
-# Names of tensors and files are shown as they are: "[red]" and ":smile:" in them mean nothing.
+
+class Printer(Console):
+    """Prints each string as a line of plain text, or a cell of a table.
+
+    Names of tensors and files, and what a file says of itself, do nothing to a terminal: nor do "[red]" and ":smile:".
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make what Rich prints, in tables too, of a string."""
+        return super().render_str(printable(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Print to nowhere from now on."""
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())
+
+
+_has_terminal = sys.stdout is not None and sys.stdout.isatty()
 # If no terminal sets a width, lines are long enough for the names of tensors.
-output = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+output = Printer(width=None if _has_terminal else 160)
+errors = Printer(stderr=True)
+
+
+def mend_streams() -> None:
+    """See to it that printing fails neither where a stream is closed (``>&-``) nor where it lacks a character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def go_on_unread() -> None:
+    """Do the work to its end though nobody may read what is printed: the command does more than print.
+
+    Others end when their reader has enough (``| head -1``), as the programs of a shell do.
+    """
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
+def print_error(message: object) -> None:
+    """Print on stderr why a command failed, in one line."""
+    errors.print(Text.assemble(("error:", "bold red"), f" {printable(message)}"), soft_wrap=True)
+
+
+def print_traceback(error: BaseException) -> None:
+    """Print on stderr where a command failed."""
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        errors.print(line, soft_wrap=True)
+
+
+def print_warning(message: object, *_: object, **__: object) -> None:
+    """Print on stderr what the library warns of, in one line: in place of warnings.showwarning."""
+    errors.print(Text.assemble(("warning:", "bold yellow"), f" {printable(message)}"), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """Print a value for a program to read."""
-    output.print(json.dumps(value, indent=2, allow_nan=False), soft_wrap=True)
+    """Print a value for a program to read, in ASCII; of what does something to a terminal, dumps leaves DEL alone."""
+    output.print(Text(json.dumps(value, indent=2, allow_nan=False).replace("\x7f", "\\u007f")), soft_wrap=True)
+
+
+def count(number: int, thing: str) -> str:
+    """Say how many there are: "1 other tensor", "2 other tensors"."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def size(count: int) -> str:
@@ -91,7 +157,7 @@ def row_progress(totals: dict[str, int], *, shown: bool) -> Iterator[OnRows]:
         disable=not (shown and errors.is_terminal),
     )
     with bars:
-        tasks = {name: bars.add_task(name, total=total, start=False) for name, total in totals.items()}
+        tasks = {name: bars.add_task(printable(name), total=total, start=False) for name, total in totals.items()}
 
         def advance(name: str, rows: int) -> None:
             bars.start_task(tasks[name])
@@ -100,8 +166,8 @@ def row_progress(totals: dict[str, int], *, shown: bool) -> Iterator[OnRows]:
         yield advance
 
 
-def print_decisions(path: str, decisions: Sequence[Decision], left_out: Sequence[str]) -> None:
-    """Print which tensors are packed and which are not, and why."""
+def print_decisions(path: str, decisions: Sequence[Decision], left_out: Sequence[str], plan: Plan | None) -> None:
+    """Print which tensors are packed and which are not, and why, and what a plan makes of them, if there is one."""
     table = start_table(f"Plan for {path}", ["to pack", "shape", "type", "why"], text_columns=4)
     for decision in decisions:
         if decision.variant:
@@ -113,11 +179,14 @@ def print_decisions(path: str, decisions: Sequence[Decision], left_out: Sequence
     for note in left_out:
         output.print(f"left out: {note}", style="yellow", soft_wrap=True)
     output.print(
-        f"A table is a 2-D float tensor of at least {MIN_ROWS} rows whose name ends in a word for embedding "
-        "(word_embeddings.weight, wte.weight, user_emb.weight, embed_tokens.weight), or that the format says holds "
-        "vectors. Change it with --include and --exclude.",
+        f"A table is a 2-D tensor of float32, float16 or bfloat16 with at least {MIN_ROWS} rows that gets smaller; its "
+        "name says embedding (word_embeddings.weight, wte.weight, user_emb.weight, embed_tokens.weight), or the format "
+        "says that it holds vectors. Change that with --include and --exclude.",
         style="dim",
     )
+    if plan is not None:
+        for line in ("", *str(plan).split("\n")):
+            output.print(line, soft_wrap=True)
 
 
 def _group_copied(decisions: Sequence[Decision]) -> dict[str, list[str]]:
@@ -153,7 +222,7 @@ def print_report(path: str, report: Report) -> None:
         if item.warning is not None:
             output.print(f"{item.name}: {item.warning}", style="yellow", soft_wrap=True)
     before, after = report.file_bytes_before, report.file_bytes_after
-    copied = f", {len(report.passed_through)} other tensors copied" if report.passed_through else ""
+    copied = f", {count(len(report.passed_through), 'other tensor')} copied" if report.passed_through else ""
     output.print(
         f"{size(before)} -> {size(after)} ({share(after, before)}) in {report.seconds:.1f} s{copied}",
         style="bold",

@@ -17,6 +17,7 @@ from embpack.methods import Method
 from embpack.packing import pack
 from embpack.rows import as_rows, explain_not_finite, widen
 from embpack.table import PackedTable
+from embpack.text import printable
 from embpack.variant import Variant
 
 # The quantiles by which the losses of single rows are summed up.
@@ -73,7 +74,7 @@ class Skipped:
 
 def compare(
     weight: Any,
-    methods: Sequence[str | Method] | None = None,
+    methods: str | Method | Sequence[str | Method] | None = None,
     bits: float | Sequence[float] | None = None,
     param_dtype: str | Sequence[str] | None = None,
     rotate: str | Sequence[str | None] | None = None,
@@ -82,7 +83,7 @@ def compare(
 
     Args:
         weight: as for quantize: [num_embeddings, embedding_dim] of float32, float16 or bfloat16.
-        methods: names, with parameters if need be, or Methods; None is all of embpack.METHODS.
+        methods: one or more names, with parameters if need be, or Methods; None is all of embpack.METHODS.
         bits: one or more numbers that quantize takes; None is 4. If methods and rotate are not given either, asym and
             optimal are also compared at 2 and 8 bits, trellis at 2, 3 and 6, and optimal and trellis with rotated rows.
         param_dtype: one or more of "float16" and "float32"; None is quantize's default for the method and bits.
@@ -111,6 +112,7 @@ class Sample:
 
     Attributes:
         name: of the table.
+        place: the table for messages: its name, after the file that it is in.
         dtype: what its weights are: "float32", "float16" or "bfloat16".
         rows: float32 or float16 [n, embedding_dim].
         numbers: int64 [n], theirs in the table.
@@ -118,6 +120,7 @@ class Sample:
     """
 
     name: str
+    place: str
     dtype: str
     rows: NDArray[Any]
     numbers: NDArray[np.int64]
@@ -125,7 +128,13 @@ class Sample:
 
     @classmethod
     def make(
-        cls, name: str, rows: NDArray[Any], dtype: str, numbers: NDArray[np.int64], num_embeddings: int
+        cls,
+        name: str,
+        rows: NDArray[Any],
+        dtype: str,
+        numbers: NDArray[np.int64],
+        num_embeddings: int,
+        place: str | None = None,
     ) -> "Sample":
         """Make a sample of rows as as_rows or a file has them, bfloat16 as its bits in uint16.
 
@@ -135,8 +144,8 @@ class Sample:
         values = widen(rows) if dtype == "bfloat16" else rows
         wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if len(wrong):
-            raise explain_not_finite(widen(values[wrong[0]]), name, int(numbers[wrong[0]]))
-        return cls(name, dtype, values, numbers, num_embeddings)
+            raise explain_not_finite(widen(values[wrong[0]]), place or printable(name), int(numbers[wrong[0]]))
+        return cls(name, place or printable(name), dtype, values, numbers, num_embeddings)
 
 
 def compare_rows(
@@ -164,7 +173,7 @@ def compare_rows(
             results.append(_describe(sample, table, variant, seconds))
         progress(sample.name, len(sample.rows))
     if not results:
-        raise ValueError(f"{sample.name}: nothing asked for can be done; {skipped[0].variant}: {skipped[0].reason}")
+        raise ValueError(f"{sample.place}: nothing asked for can be done; {skipped[0].variant}: {skipped[0].reason}")
     return results, skipped
 
 

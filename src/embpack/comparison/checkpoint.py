@@ -1,7 +1,6 @@
 """Methods side by side on the tables of a checkpoint, and which of them to choose."""
 
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.layouts import RowFormat
 from embpack.rows import spread_rows
 from embpack.rules import Decision
+from embpack.text import quote
 from embpack.variant import Variant
 
 # Sizes within 1 % count as equal, to allow for shared codebooks.
@@ -116,7 +116,7 @@ class FileComparison:
         words += ["--rotate", result.rotate] if result.rotate else []
         for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
             words += [word for glob in globs for word in (option, glob)]
-        return shlex.join(words)
+        return " ".join(map(quote, words))
 
 
 def count_rows(decision: Decision, most: int | None) -> int:
@@ -146,7 +146,8 @@ def compare_table(
     tensor = decision.tensor
     numbers = spread_rows(tensor.shape[0], count_rows(decision, most_rows))
     rows = _read_rows(tensor, numbers)
-    return compare_sample(Sample.make(tensor.name, rows, decision.dtype, numbers, tensor.shape[0]), variants, progress)
+    sample = Sample.make(tensor.name, rows, decision.dtype, numbers, tensor.shape[0], decision.place)
+    return compare_sample(sample, variants, progress)
 
 
 def compare_sample(

@@ -1,6 +1,6 @@
 """What is compared."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -17,7 +17,7 @@ _OTHERS = (
 
 
 def make_variants(
-    methods: Sequence[str | Method] | None = None,
+    methods: str | Method | Sequence[str | Method] | None = None,
     bits: float | Sequence[float] | None = None,
     param_dtype: str | Sequence[str] | None = None,
     rotate: str | Sequence[str | None] | None = None,
@@ -25,7 +25,7 @@ def make_variants(
     """List what is compared: every method at every number of bits, with every type of parameters and rotation.
 
     Args:
-        methods: as for quantize; None is all of embpack.METHODS, each at the bits that it has.
+        methods: one or more, as for quantize; None is all of embpack.METHODS, each at the bits that it has.
         bits: one or more numbers that quantize takes; None is 4. If methods and rotate are not given either, asym and
             optimal are also compared at 2 and 8 bits, trellis at 2, 3 and 6, and optimal and trellis with rotated rows.
         param_dtype: one or more of "float16" and "float32"; None is quantize's default for the method and bits.
@@ -34,7 +34,7 @@ def make_variants(
     Raises:
         ValueError: no such method, param_dtype or rotation, bits that no method has, or an empty list of them.
     """
-    names = [_name(method) for method in (METHODS if methods is None else methods)]
+    names = [_name(method) for method in (METHODS if methods is None else _as_list(methods))]
     dtypes, rotations = _as_list(param_dtype), _as_list(rotate)
     variants = []
     for number in (4,) if bits is None else bits if isinstance(bits, Sequence) else (bits,):
@@ -54,8 +54,8 @@ def make_variants(
     return list(dict.fromkeys(variants))
 
 
-def _as_list(values: Any) -> Sequence[Any]:
-    return (values,) if values is None or isinstance(values, str) else values
+def _as_list(values: Any) -> Iterable[Any]:
+    return values if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
 
 
 def _name(method: str | Method) -> str:

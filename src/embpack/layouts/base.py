@@ -125,7 +125,10 @@ class Layout(ABC):
             TypeError: bits is no integer.
             ValueError: the layout has no such rows.
         """
-        whole = index(bits)
+        try:
+            whole = index(bits)
+        except TypeError:
+            raise TypeError(f"bits is {bits!r}; choose 2, 4 or 8") from None
         if whole not in BITS:
             raise ValueError(f"bits is {whole}; choose 2, 4 or 8")
         return whole
@@ -185,9 +188,9 @@ class Layout(ABC):
         """Raise ValueError unless these are the arrays beside so many rows."""
         given = {"clusters": by_row, "codebooks": shared}
         specs = {spec.name: spec for spec in self.beside(num_embeddings)}
-        foreign = [name for name in given if name not in specs]
-        if any(given[name] is not None for name in foreign):
-            raise ValueError(f"{' and '.join(foreign)} go with the clustered layout, not with {self.name!r}")
+        foreign = [name for name, array in given.items() if array is not None and name not in specs]
+        if foreign:
+            raise ValueError(f"{' and '.join(foreign)} are given, which the {self.name} layout lacks; leave them out")
         if any(given[name] is None for name in specs):
             raise ValueError(f"the {self.name} layout needs {self.needs}")
         for name, spec in specs.items():

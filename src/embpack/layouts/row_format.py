@@ -44,12 +44,15 @@ class RowFormat:
 
     def __post_init__(self) -> None:
         # NumPy's integers are welcome, but JSON has no place for them.
-        object.__setattr__(self, "embedding_dim", index(self.embedding_dim))
+        try:
+            object.__setattr__(self, "embedding_dim", index(self.embedding_dim))
+        except TypeError:
+            raise TypeError(f"embedding_dim is {self.embedding_dim!r}; give a whole number") from None
         if self.embedding_dim < 1:
             raise ValueError(f"embedding_dim is {self.embedding_dim}; a row needs at least one value")
-        if self.param_dtype not in PARAM_BYTES:
+        if self.param_dtype not in (*PARAM_BYTES,):
             raise ValueError(f"param_dtype is {self.param_dtype!r}; choose 'float16' or 'float32'")
-        if self.layout not in LAYOUTS:
+        if self.layout not in (*LAYOUTS,):
             raise ValueError(f"layout is {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
         if self.rotation not in (None, *ROTATIONS):
             raise ValueError(f"rotation is {self.rotation!r}; choose None or one of {', '.join(map(repr, ROTATIONS))}")

@@ -38,10 +38,13 @@ def parse_method(spec: str | Method) -> Method:
         spec: a name in METHODS, then optionally a colon and parameters; a Method comes back as it is.
 
     Raises:
+        TypeError: spec is neither.
         ValueError: no such method or parameter, or a value out of its range.
     """
     if isinstance(spec, Method):
         return spec
+    if not isinstance(spec, str):
+        raise TypeError(f"method is {spec!r}; give a name, such as {DEFAULT_METHOD!r}, or a Method")
     name, _, settings = spec.partition(":")
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")

@@ -39,7 +39,10 @@ class Trellis(Method):
         mean, sample = _read_sample(chunks, num_embeddings, row_format.embedding_dim, name)
         bounds = _bound_rows(chunks, mean)
         if bounds[1] > LARGEST:
-            raise ValueError(f"a value is {bounds[1]:.3g} from its column's mean; 'trellis' takes at most {LARGEST:g}")
+            raise ValueError(
+                f"{name}: a value is {bounds[1]:.3g} from its column's mean; 'trellis' takes at most {LARGEST:g}: "
+                "rescale the table, or choose another method"
+            )
         trellis = TrellisFormat(row_format.embedding_dim, row_format.row_bytes)
         return TrellisPacker(self, row_format, name, fit(sample, trellis, bounds, mean, _encode))
 

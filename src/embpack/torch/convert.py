@@ -16,6 +16,7 @@ from embpack.packing import pack
 from embpack.rules import MIN_ROWS, explain_growth
 from embpack.shard_writer import Progress, TableReport
 from embpack.table import PackedTable
+from embpack.text import printable
 from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported, leave_tables_out_of_ddp
 from embpack.torch.private import has_hooks
@@ -47,8 +48,8 @@ class ModelReport:
             lines.append("  ".join([name.ljust(widths[0]), *numbers]))
         before, after = (sum(getattr(table, name) for table in self.tables) for name in ("bytes_before", "bytes_after"))
         lines.append(f"{before:,} -> {after:,} bytes" + (f" ({after / before:.2%})" if before else ""))
-        lines += [f"{table.name}: {table.warning}" for table in self.tables if table.warning]
-        lines += [f"left alone: {name}, {reason}" for name, reason in self.left_alone]
+        lines += [f"{printable(table.name)}: {printable(table.warning)}" for table in self.tables if table.warning]
+        lines += [f"left alone: {printable(name)}, {printable(reason)}" for name, reason in self.left_alone]
         return "\n".join(lines)
 
 
@@ -280,4 +281,4 @@ def _describe(table: TableReport) -> tuple[str, ...]:
     before, after = table.bytes_before, table.bytes_after
     ratio = f"{after / before:.2%}" if before else "-"
     shape = (f"{table.num_embeddings:,}", str(table.embedding_dim))
-    return (table.name, *shape, f"{before:,}", f"{after:,}", ratio, f"{table.loss:.5f}")
+    return (printable(table.name), *shape, f"{before:,}", f"{after:,}", ratio, f"{table.loss:.5f}")

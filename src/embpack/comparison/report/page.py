@@ -2,21 +2,22 @@
 
 import re
 from collections.abc import Callable, Sequence
-from html import escape
 from importlib.metadata import version
 
 from embpack.comparison.array import Comparison
-from embpack.comparison.checkpoint import FileComparison, TableComparison, Total
+from embpack.comparison.checkpoint import ABOUT, FileComparison, TableComparison, Total
 from embpack.comparison.front import find_front, name_variant
 from embpack.comparison.report.charts import draw_error_against_bytes, draw_losses, draw_row_losses
 from embpack.comparison.report.style import CSS
-from embpack.comparison.report.svg import element
+from embpack.comparison.report.svg import element, escape
+from embpack.methods import DEFAULT_METHOD
 from embpack.variant import Variant
 
 # The width of the text on a screen, and on a phone.
 _WIDE, _NARROW = 760.0, 350.0
 _WIDE_ONLY = (1, 4, 6, 7)
-_PEERS = {"greedy": Variant("greedy", 4, "float16"), "asym": Variant("asym", 4, "float16")}
+# What quantize does if nobody says how, and what most others do.
+_DEFAULT, _PEER = (Variant(method, 4, "float16") for method in (DEFAULT_METHOD, "asym"))
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 Draw = Callable[[Sequence[Comparison], Comparison | None, float], str]
@@ -90,15 +91,23 @@ def _make_choice(comparison: FileComparison) -> str:
 
 def _explain(result: Comparison, comparison: FileComparison) -> str:
     """Say why a result is recommended, beside what others would use."""
-    if result.bytes_per_row > comparison.default_bytes:
-        return "It is the smallest of those that were measured; greedy at 4 bits, the default, is smaller."
-    said = "Of all that are no larger than the default, greedy at 4 bits, it has the least loss."
-    for name, variant in _PEERS.items():
+    default = f"quantize's default, {_DEFAULT.name} at {_DEFAULT.bits} bits"
+    most = ABOUT * comparison.default_bytes
+    if result.bytes_per_row > most:
+        return f"It is the smallest of those that were measured; {default}, is smaller."
+    more = f"at most {100 * (ABOUT - 1):.0f}\u00a0% more bytes"
+    if result.variant == _DEFAULT:
+        said = f"It is {default}. Of those measured that take {more}, it has the least loss"
+    else:
+        said = f"Of those measured that take {more} than {default}, it has the least loss"
+    least = min(other.loss for other in comparison.overall if other.bytes_per_row <= most)
+    said += "." if result.loss <= least else ", but for rotated rows that save less than 1\u00a0%."
+    for variant in (_DEFAULT, _PEER):
         other = next((other for other in comparison.overall if other.variant == variant), None)
-        if other is not None and other != result and other.loss > 0:
+        if other is not None and other.loss > result.loss:
             saved = 100 * (1 - result.loss / other.loss)
             pace = _say_pace(result.rows_per_second / other.rows_per_second)
-            said += f" Against {name}, {saved:.1f}\u00a0% less loss; {pace}."
+            said += f" Against {variant.name}, {saved:.1f}\u00a0% less loss; {pace}."
     return said
 
 

@@ -1,11 +1,18 @@
 """What the pictures are drawn with: elements and scales."""
 
+import html
 import math
 from dataclasses import dataclass
-from html import escape
+
+from embpack.text import printable
 
 # Of the page's font, on average; a text may be a little longer or shorter than we think.
 CHARACTER_WIDTH = 6.8
+
+
+def escape(content: str) -> str:
+    """Write text as it stands in markup, names of others so that they are seen and do nothing."""
+    return html.escape(printable(content))
 
 
 def element(name: str, content: str = "", **attributes: object) -> str:
