@@ -1088,9 +1088,9 @@ def test_npy_shapes(tmp_path, shape, order):
         assert same_bits(read_all(tmp_path / name, "a", 2)[0], array)
 
 
-@pytest.mark.parametrize("columns_bytes", [1, 64, 1 << 16])
-def test_columns_are_read_one_or_several_at_a_time(tmp_path, monkeypatch, columns_bytes):
-    monkeypatch.setattr("embpack.formats.stored._COLUMNS_BYTES", columns_bytes)
+@pytest.mark.parametrize("span_bytes", [1, 64, 1 << 16])
+def test_columns_are_read_one_or_several_at_a_time(tmp_path, monkeypatch, span_bytes):
+    monkeypatch.setattr("embpack.formats.stored._SPAN_BYTES", span_bytes)
     array = np.asfortranarray(random_bits("F32", (11, 5, 3)))
     np.save(tmp_path / "a.npy", array)
     np.savez(tmp_path / "a.npz", a=array)
