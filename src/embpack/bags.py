@@ -6,6 +6,7 @@ Array look at its shape and type only, as fake tensors have no values.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import index
 from typing import Any, Protocol
 
 import numpy as np
@@ -100,15 +101,20 @@ def check_weighted(mode: object, owner: str = "") -> None:
         raise ValueError(f"per_sample_weights go with mode 'sum' only, {found}")
 
 
-def as_row(padding_idx: int, num_embeddings: int) -> int:
-    """The row that padding_idx names; negative counts from the end.
+def as_row(padding_idx: Any, num_embeddings: int) -> int:
+    """The row that padding_idx names, an integer of Python, NumPy or a tensor; negative counts from the end.
 
     Raises:
+        TypeError: it is no integer.
         ValueError: there is no such row.
     """
-    if not -num_embeddings <= padding_idx < num_embeddings:
-        raise ValueError(f"padding_idx is {padding_idx}, but the table has {num_embeddings} rows")
-    return padding_idx % num_embeddings
+    try:
+        row = index(padding_idx)
+    except TypeError:
+        raise TypeError(f"padding_idx is {padding_idx!r}; it must be an integer, the number of a row") from None
+    if not -num_embeddings <= row < num_embeddings:
+        raise ValueError(f"padding_idx is {row}, but the table has {num_embeddings} rows")
+    return row % num_embeddings
 
 
 def count_bags(indices: Array, offsets: Array | None, *, include_last_offset: bool) -> int:

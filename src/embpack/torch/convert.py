@@ -17,7 +17,7 @@ from embpack.rules import MIN_ROWS, explain_growth
 from embpack.shard_writer import Progress, TableReport
 from embpack.table import PackedTable
 from embpack.torch.collection import PackedEmbeddingBagCollection
-from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported
+from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported, leave_tables_out_of_ddp
 from embpack.torch.private import has_hooks
 from embpack.torch.tied import check_tied, key_of, refuse_tied, retied
 from embpack.variant import Variant
@@ -134,6 +134,7 @@ def quantize_(
             for place in hangs:
                 hang(place, new)
         swap_collections(model, hang)
+        leave_tables_out_of_ddp(model)
     return ModelReport(tuple(reports), tuple(left_alone))
 
 
@@ -227,7 +228,10 @@ def find_additions(module: nn.Module) -> str | None:
         *module.named_buffers(recurse=False, remove_duplicate=False),
         *module.named_children(),
     ]
-    return next((name for name, _ in owned if name != "weight"), None)
+    known = vars(type(module)(1, 1, device="meta"))
+    # Names with an underscore are those that frameworks leave on every module, as transformers does.
+    plain = [name for name in vars(module) if name not in known and not name.startswith("_")]
+    return next((name for name in (*(name for name, _ in owned), *plain) if name != "weight"), None)
 
 
 def _reason_to_leave(
