@@ -99,11 +99,11 @@ def _make_packed(folder: Path, state: dict[str, torch.Tensor]) -> list[Original]
     save_file({**state, "user_embedding.weight": state["item_embedding.weight"].flip(0).contiguous()}, source)
     for i, (method, bits, rotation) in enumerate(kinds):
         path = folder / f"packed{i}.safetensors"
-        embpack.quantize_file(source, path, method=method, bits=bits, rotate=rotation)
+        embpack.quantize_file(source, path, method=method, bits=bits, rotate=rotation, include=["*_embedding.*"])
         originals.append(_remember(path))
     source.unlink()
     sharded = folder / "packed"
-    embpack.quantize_file(folder / "sharded", sharded)
+    embpack.quantize_file(folder / "sharded", sharded, include=["*_embedding.*"])
     return [*originals, _remember(sharded)]
 
 
