@@ -281,10 +281,24 @@ def test_of_a_key_that_is_there_twice_the_last_counts():
 def test_lengths_that_end_before_the_values_are_refused():
     jagged = pytest.importorskip("torchrec.sparse.jagged_tensor")
     collection = PackedEmbeddingBagCollection({"a": PackedEmbeddingBag(20, 4)})
-    for lengths, error in (([1, 2], "bag ends at 3, but there are 4 indices"), ([2, 3], "ends at 5, but there are 4")):
+    for lengths, error in (
+        ([1, 2], "bag ends, is 3, but there are 4 indices"),
+        ([2, 3], r"\[2\] is 5, but there are 4"),
+    ):
         features = jagged.KeyedJaggedTensor(["a"], torch.arange(4), lengths=torch.tensor(lengths))
         with pytest.raises(ValueError, match=error):
             collection(features)
+
+
+def test_every_index_must_be_in_a_bag():
+    with_last = PackedEmbeddingBagCollection(make_bags(), FEATURES, include_last_offset=True)
+    offsets = torch.tensor([0] * len(KEYS) + [3])
+    for weights in (None, torch.ones(4)):
+        with pytest.raises(ValueError, match=r"offsets\[5\], where the last bag ends, is 3, but there are 4 indices"):
+            with_last(torch.arange(4), offsets, weights)
+        with pytest.raises(ValueError, match="offsets are empty, but there are 4 indices"):
+            COLLECTION(torch.arange(4), offsets[:0], weights)
+    assert with_last(torch.arange(3), offsets).shape == COLLECTION(torch.arange(4), offsets[:-1]).shape == (1, 80)
 
 
 def test_what_is_changed_later_counts():

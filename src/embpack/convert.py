@@ -27,7 +27,7 @@ from embpack.formats import (
 )
 from embpack.formats.base import as_bytes
 from embpack.methods import DEFAULT_METHOD, Method
-from embpack.rows import ROW_DTYPES, narrow
+from embpack.rows import ROW_DTYPES
 from embpack.rules import Decision, Rules, decide_all
 from embpack.shard_writer import Progress, ShardWriter, TableReport, TableWriter, copy_tensor
 from embpack.table import PackedTable
@@ -220,7 +220,7 @@ def _unpack(
             digest.update(packed.data)
             own = None if clusters is None else clusters[done : done + len(packed)]
             table = PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks)
-            yield narrow(table.dequantize(), entry.dtype)
+            yield table.dequantize(entry.dtype)
             done += len(packed)
             progress(tensor.name, len(packed))
         for array in arrays:

@@ -21,6 +21,7 @@ from embpack.torch.convert import (
     walk_children,
 )
 from embpack.torch.modules import check_supported
+from embpack.torch.ops import dequantize
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse", "untie"] = "refuse") -> nn.Module:
@@ -115,7 +116,7 @@ def _give_lacking(
                 f"{lacking[0]} is also {embedding}, which is packed: pass tied='untie' to give {lacking[0]} the "
                 f"table's rows as floats, or leave the table as it is, embpack quantize --exclude '{table}'"
             )
-        source = torch.from_numpy(tables[table].dequantize()).to(getattr(torch, tables[table].dtype))
+        source = dequantize(tables[table], getattr(torch, tables[table].dtype))
     return dict.fromkeys(lacking, source)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embpack.bags import check_end, check_weighted
+from embpack.bags import check_weighted
 from embpack.methods import DEFAULT_METHOD
 from embpack.table import PackedTable
 from embpack.torch.collection_ops import TableUse, describe_tables
@@ -201,11 +201,7 @@ class PackedEmbeddingBagCollection(nn.Module):
         if self.is_weighted and features.weights_or_none() is None:
             raise ValueError("the collection is weighted, and the features have no weights")
         weights = features.weights() if self.is_weighted else None
-        values, offsets = features.values(), features.offsets()
-        # While compiling, values must not be looked at.
-        if not torch.compiler.is_compiling() and offsets.numel():
-            check_end(int(offsets[-1]), values.numel())
-        pooled = self._pool(where, (values, offsets), weights, include_last_offset=True)
+        pooled = self._pool(where, (features.values(), features.offsets()), weights, include_last_offset=True)
         return KeyedTensor(self.embedding_names, self.embedding_dims, pooled)
 
     def _pool(

@@ -16,7 +16,7 @@ from embpack.methods import DEFAULT_METHOD
 from embpack.packing import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
-from embpack.torch.ops import as_table, check_dtype
+from embpack.torch.ops import as_table, check_dtype, dequantize
 from embpack.torch.private import CastModule, buffers_of
 
 # Options of a float module that a packed one cannot have, and why.
@@ -136,7 +136,7 @@ class _PackedModule(CastModule):
 
     def _float_weight(self) -> Tensor:
         table = self.table if self.rotate_back else self.table.as_packed
-        return torch.from_numpy(table.dequantize()).to(self.dtype)
+        return dequantize(table, self.dtype)
 
     def _look_up(self, operator: Any, *lookup: Any, **options: Any) -> Tensor:
         """Call an operator with the table's tensors and what is looked up in it."""
