@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors.torch import save_model
 from torch import nn
 
 import embpack
+from embpack.files import make_metadata, open_packed
+from embpack.formats import OutTensor
 from embpack.torch import load_checkpoint
 
 DIM, SMALL_ROWS = 64, 16
@@ -46,12 +49,9 @@ def write_sparse_checkpoint(path: Path, rows: int) -> None:
         source, small = Path(folder) / "float.safetensors", Path(folder) / "small.safetensors"
         save_model(Recommender(SMALL_ROWS), str(source))
         embpack.quantize_file(source, small)
-        content = small.read_bytes()
+        content, [packed_file] = small.read_bytes(), open_packed(small)
     end = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     header: dict[str, Any] = json.loads(content[LENGTH_BYTES:end])
-    tables = json.loads(header["__metadata__"]["embpack"])
-    text = json.dumps(tables).replace(f'"num_embeddings": {SMALL_ROWS}', f'"num_embeddings": {rows}')
-    header["__metadata__"]["embpack"] = text
     header[TABLE]["shape"][0] = rows
     size = 0
     for entry in (entry for name, entry in header.items() if name != "__metadata__"):
@@ -59,6 +59,13 @@ def write_sparse_checkpoint(path: Path, rows: int) -> None:
         length = rows * (stop - begin) // SMALL_ROWS if entry is header[TABLE] else stop - begin
         entry["data_offsets"] = [size, size + length]
         size += length
+    tensors = [
+        OutTensor(name, entry["dtype"], tuple(entry["shape"]), lambda: iter(()))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+    entries = {TABLE: replace(packed_file.entries[TABLE], num_embeddings=rows)}
+    header["__metadata__"] |= make_metadata(entries, packed_file.contents.others or {}, tensors)
     packed = json.dumps(header).encode()
     packed += b" " * (-len(packed) % LENGTH_BYTES)
     with path.open("wb") as file:

@@ -1,5 +1,6 @@
 """Checkpoints to pack, files by hand, and programs to run on them; used by several test files."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -56,6 +57,14 @@ def write_raw(path: Path, header: Mapping[str, Any] | bytes, payload: bytes = b"
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text + payload)
         if size:
             file.truncate(LENGTH_BYTES + len(text) + size)
+
+
+def checksum_header(value: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    """Checksum a header as docs/format.md has it; tensors: by name, of type and shape as the header has them."""
+    covered = {key: value[key] for key in ("version", "tables", "others")}
+    covered["tensors"] = {name: [entry["dtype"], entry["shape"]] for name, entry in tensors.items()}
+    text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_sparse_table(path: Path, name: str, num_embeddings: int, embedding_dim: int) -> None:

@@ -3,7 +3,9 @@
 import importlib.metadata
 import itertools
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -18,10 +20,11 @@ from checkpoints import (
     write_safetensors,
     write_shards,
 )
+from golden.make import PACKED
 
 import embpack
 from embpack import formats
-from embpack.cli import show
+from embpack.cli import compare, quantize, show
 from embpack.methods import METHODS
 
 
@@ -79,6 +82,19 @@ def test_auto_packs_what_another_method_would_not_make_smaller(tmp_path, embpack
     assert code == 0 and list(embpack.load(dst)) == ["user_embedding"]
 
 
+def test_auto_looks_at_the_destination_before_it_measures(tmp_path, embpack_command, monkeypatch):
+    monkeypatch.setattr(quantize, "plan_decided", lambda *_, **__: pytest.fail("it measured before it looked"))
+    src = write_shards(tmp_path, make_arrays())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    code, _, err = embpack_command("quantize", src, tmp_path / "full", "--auto")
+    assert code == 1
+    assert "full is a folder that is not empty; remove it or choose another name" in err
+    code, _, err = embpack_command("quantize", write_safetensors(tmp_path, make_arrays()), tmp_path / "x.pt", "--auto")
+    assert code == 1
+    assert "a packed checkpoint ends in .safetensors" in err
+
+
 @pytest.mark.parametrize("options", [(), ("--auto",)])
 def test_a_checkpoint_is_opened_once(tmp_path, monkeypatch, embpack_command, model, options):
     opened = []
@@ -113,6 +129,19 @@ def test_debug_shows_the_traceback(tmp_path):
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
     assert "FileNotFoundError" in done.stderr
+
+
+def test_a_demo_removes_what_one_that_was_killed_left(tmp_path):
+    code = """
+import os, signal, sys
+from embpack.cli import demo
+demo.make_checkpoint = lambda _: os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == "kill" else sys.exit(3)
+demo.demo()
+"""
+    for argument, code_at_end, number_left in (("kill", -signal.SIGKILL, 1), ("exit", 3, 0)):
+        done = run_python(code, argument, TMPDIR=str(tmp_path))
+        assert done.returncode == code_at_end, done.stderr
+        assert len(names_in(tmp_path)) == number_left
 
 
 def test_demo_needs_no_torch():
@@ -506,10 +535,28 @@ def test_compare_of_what_cannot_be_packed_exits_1(embpack_command, tmp_path, pac
     assert "no such file" in err
 
 
-def test_compare_into_a_folder_that_is_not_there_exits_1(embpack_command, tmp_path, model):
+def test_compare_writes_a_page_of_names_that_are_no_text(embpack_command, tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.npy")
+    with path.open("wb") as file:
+        np.save(file, np.ones((20, 8), np.float32))
+    page = tmp_path / "page.html"
+    assert embpack_command("compare", path, "--methods", "asym", "--html", page, "--json")[0] == 0
+    assert "caf\\udce9" in page.read_text()
+
+
+def test_compare_into_a_folder_that_is_not_there_exits_1(embpack_command, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(compare, "compare_table", lambda *_: pytest.fail("it measured before it looked"))
     code, _, err = embpack_command("compare", model, "--methods", "asym", "--html", tmp_path / "no" / "report.html")
     assert code == 1
     assert "does not exist; create it first" in err
+
+
+def test_compare_does_not_write_its_page_over_the_checkpoint(embpack_command, model):
+    before = model.read_bytes()
+    code, _, err = embpack_command("compare", model, "--methods", "asym", "--html", model)
+    assert code == 2
+    assert "is the checkpoint; choose another name" in flat(err)
+    assert model.read_bytes() == before
 
 
 # inspect
@@ -544,9 +591,29 @@ def test_inspect_prints_json(embpack_command, packed):
 def test_inspect_verifies(embpack_command, packed):
     code, out, _ = embpack_command("inspect", packed, "--verify")
     assert code == 0
-    assert "every checksum agrees" in out
+    assert "checksums of 2 tables, 2 other tensors and the header agree\n" in out
     _, out, _ = embpack_command("inspect", packed, "--verify", "--json")
-    assert json.loads(out)["verified"] is True
+    value = json.loads(out)
+    assert value["verified"] is True
+    assert value["checked"] == {"tables": 2, "other_tensors": 2, "headers": 1}
+    assert value["unchecked"] == {"tables": 0, "other_tensors": 0, "headers": 0}
+
+
+def test_inspect_says_what_version_1_has_no_checksums_of(embpack_command):
+    path = PACKED / "uniform-optimal-4bits-float16-d64.safetensors"
+    assert (
+        "checksums of 1 table agree; version 1 has none for 1 other tensor and the header\n"
+        in (embpack_command("inspect", path, "--verify")[1])
+    )
+    value = json.loads(embpack_command("inspect", path, "--verify", "--json")[1])
+    assert value["checked"] == {"tables": 1, "other_tensors": 0, "headers": 0}
+    assert value["unchecked"] == {"tables": 0, "other_tensors": 1, "headers": 1}
+
+
+def test_inspect_counts_the_headers_of_shards(embpack_command, tmp_path):
+    embpack.quantize_file(write_shards(tmp_path, make_arrays()), tmp_path / "packed")
+    _, out, _ = embpack_command("inspect", tmp_path / "packed", "--verify")
+    assert "checksums of 2 tables, 2 other tensors and 4 headers agree\n" in out
 
 
 def test_inspect_finds_an_altered_table(embpack_command, altered):

@@ -233,7 +233,7 @@ def test_shards_stay_shards(tmp_path):
 def test_every_shard_has_the_version(tmp_path):
     for file in pack(KINDS["shards in a folder"], tmp_path).files:
         value = json.loads(read_raw(file).metadata["embpack"])
-        assert value["version"] == 1
+        assert value["version"] == 2
         assert set(value["tables"]) <= set(read_raw(file).tensors)
 
 
@@ -447,7 +447,52 @@ def test_shards_are_not_unpacked_into_a_file(tmp_path, suffix):
     assert names_in(tmp_path) == {packed.src.name, packed.dst.name}
 
 
+# Names
+
+
+def test_a_name_that_is_no_text_is_refused_before_anything_is_written(tmp_path):
+    """A file's name in Latin-1; in a state dict any string may be a name."""
+    weight = make_weight()
+    npy, pt = tmp_path / os.fsdecode(b"caf\xe9.npy"), tmp_path / "model.pt"
+    with npy.open("wb") as file:
+        np.save(file, weight)
+    torch.save({"emb.weight": torch.from_numpy(weight), "\ud800": torch.ones(3)}, pt)
+    for src, name in ((npy, r"caf\\udce9"), (pt, r"\\ud800")):
+        with pytest.raises(
+            ValueError, match=f"out.safetensors: tensor '{name}' has a name that is not Unicode, .*rename"
+        ):
+            embpack.quantize_file(src, tmp_path / "out.safetensors", method="asym")
+    assert names_in(tmp_path) == {npy.name, pt.name}
+
+
 # Destinations
+
+
+@pytest.mark.parametrize("name_it", ["folder", "link", "dot"])
+def test_shards_go_into_an_empty_folder_however_it_is_named(tmp_path, monkeypatch, name_it):
+    packed = pack(KINDS["shards in a folder"], tmp_path)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    src, dst = packed.src.absolute(), {"folder": folder, "link": tmp_path / "link", "dot": Path()}[name_it]
+    monkeypatch.chdir(folder)
+    report = embpack.quantize_file(src, dst)
+    assert names_in(folder) == names_in(packed.dst)
+    assert report.file_bytes_after == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert embpack.load(dst, verify=True).keys() == embpack.load(packed.dst).keys()
+
+
+def test_a_file_that_is_a_link_is_written_through_and_keeps_its_mode(tmp_path):
+    src = write_safetensors(tmp_path, Arrays({"emb.weight": make_weight()}))
+    dst, store = tmp_path / "dst.safetensors", tmp_path / "store"
+    store.write_bytes(b"old")
+    store.chmod(0o600)
+    dst.symlink_to("store")
+    embpack.quantize_file(src, dst)
+    assert dst.is_symlink()
+    assert store.stat().st_mode & 0o777 == 0o600
+    assert list(embpack.load(dst, verify=True)) == ["emb.weight"]
+    assert names_in(tmp_path) == {src.name, "dst.safetensors", "store"}
 
 
 def content_of(path: Path):
@@ -723,8 +768,11 @@ def test_a_kill_leaves_what_was_there(tmp_path, function, old):
     done = run_python(KILLED, function, src, dst)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (dst.read_bytes() if dst.exists() else None) == old
-    left = names_in(tmp_path) - visible
-    assert all(name.startswith(".embpack-") and name.endswith(".tmp") for name in left)
+    [left] = names_in(tmp_path) - visible - {dst.name}
+    assert left.startswith(".embpack-")
+    assert left.endswith(".tmp")
+    getattr(embpack, function)(src, dst)
+    assert names_in(tmp_path) == visible | {dst.name}
 
 
 LIMITED = """

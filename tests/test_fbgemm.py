@@ -216,7 +216,7 @@ def test_output_dtypes(rng, output_dtype):
 
 def test_float16_values_of_fbgemm_are_infinite_where_ours_are_its_largest():
     """The highest level lies at 65536."""
-    table = pack(np.float32([[-65504, 65504, 0, 100]]), 4)
+    table = embpack.quantize(np.float32([[-65504, 65504, 0, 100]]), "asym")
     indices, offsets = np.array([0]), np.array([0, 1])
     assert run(fbgemm.to_tbe([table], output_dtype="float16"), indices, offsets)[0, 1] == torch.inf
     assert embpack.TableGroup([table]).embedding_bag(indices, offsets, dtype="float16")[0, 1] == 65504
@@ -275,6 +275,11 @@ def refused(rng, **options):
 def test_tables_that_fbgemm_cannot_hold_are_refused(rng, options, message):
     with pytest.raises(ValueError, match=message):
         fbgemm.to_tbe([refused(rng), refused(rng, **options)])
+
+
+def test_what_is_no_packed_table_is_refused(rng):
+    with pytest.raises(TypeError, match=r"tables\[1\] is ndarray, not PackedTable; pack its weights"):
+        fbgemm.to_tbe([refused(rng), np.zeros((20, 16), np.float32)])
 
 
 @pytest.mark.parametrize(
@@ -358,7 +363,7 @@ def of_floats():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: torch.nn.EmbeddingBag(3, 4), TypeError, "module is a EmbeddingBag; from_tbe reads FBGEMM's IntNBit"),
+        (lambda: torch.nn.EmbeddingBag(3, 4), TypeError, "module is an EmbeddingBag; from_tbe reads FBGEMM's IntNBit"),
         (
             lambda: Subclass([("", 20, 16, SparseType.INT4, EmbeddingLocation.HOST)], device="cpu"),
             TypeError,

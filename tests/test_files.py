@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import safetensors.torch
 from checkpoints import (
     LENGTH_BYTES,
     Arrays,
+    checksum_header,
     names_in,
     read_raw,
     run_python,
@@ -29,6 +31,7 @@ from safetensors import safe_open
 
 import embpack
 from embpack import FormatError
+from embpack.files import open_packed
 from embpack.layouts import BITS, PARAM_BYTES
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -94,8 +97,9 @@ def test_the_metadata_are_those_of_the_format(tmp_path):
     embpack.save(tmp_path / "t.safetensors", {"user": table})
     raw = read_raw(tmp_path / "t.safetensors")
     assert set(raw.metadata) == {"embpack"}
-    assert json.loads(raw.metadata["embpack"]) == {
-        "version": 1,
+    value = json.loads(raw.metadata["embpack"])
+    assert value == {
+        "version": 2,
         "tables": {
             "user": {
                 "layout": "uniform",
@@ -109,7 +113,24 @@ def test_the_metadata_are_those_of_the_format(tmp_path):
                 "checksum": "sha256:" + hashlib.sha256(raw.tensors["user"].payload).hexdigest(),
             }
         },
+        "others": {},
+        "checksum": checksum_header(value, {"user": {"dtype": "U8", "shape": [50, 16]}}),
     }
+
+
+def test_the_checksum_of_a_header_is_that_of_the_format(tmp_path):
+    """Worked out by hand, so that other programs know what to write."""
+    path = tmp_path / "t.safetensors"
+    packed = np.zeros((1, 5), np.uint8)
+    embpack.save(path, {"Wörter": embpack.PackedTable.from_packed(packed, embedding_dim=2)})
+    covered = (
+        '{"others":{},"tables":{"W\\u00f6rter":{"bits":4,"checksum":"sha256:'
+        + hashlib.sha256(bytes(5)).hexdigest()
+        + '","dtype":"float32","embedding_dim":2,"layout":"uniform","loss":null,"method":"","num_embeddings":1,'
+        '"param_dtype":"float16"}},"tensors":{"W\\u00f6rter":["U8",[1,5]]},"version":2}'
+    )
+    value = json.loads(read_raw(path).metadata["embpack"])
+    assert value["checksum"] == "sha256:" + hashlib.sha256(covered.encode()).hexdigest()
 
 
 def test_the_file_is_header_and_tensors_without_gaps(saved):
@@ -275,6 +296,10 @@ def rewrite(path: Path, change) -> None:
     write_raw(path, header, content[start:])
 
 
+def without(value, key):
+    return {name: own for name, own in value.items() if name != key}
+
+
 DAMAGED_METADATA = {
     "no JSON": (lambda value: "{", "'embpack' metadata is damaged"),
     "empty": (lambda value: "", "'embpack' metadata is damaged"),
@@ -284,9 +309,24 @@ DAMAGED_METADATA = {
     "null": (lambda value: "null", "'embpack' metadata is damaged"),
     "no version": (lambda value: {"tables": value["tables"]}, "'embpack' metadata is damaged.*version"),
     "no tables": (lambda value: {"version": 1}, "'embpack' metadata is damaged.*tables"),
-    "version 2": (lambda value: {**value, "version": 2}, "format version 2, .* reads version 1; update embpack"),
+    "version 3": (lambda value: {**value, "version": 3}, "format version 3, .* reads versions 1 to 2; update embpack"),
+    "version 1 with what is new": (
+        lambda value: {**value, "version": 1},
+        r"version 1 has \['tables', 'version'\], found \['checksum'",
+    ),
+    "no others": (
+        lambda value: without(value, "others"),
+        r"version 2 has \['checksum', 'others', .*, found \['checksum', 'tables'",
+    ),
+    "no checksum": (
+        lambda value: without(value, "checksum"),
+        r"version 2 has \['checksum', .*, found \['others', 'tables'",
+    ),
+    "others are a list": (lambda value: {**value, "others": []}, "others must be checksums by name"),
+    "a checksum is a number": (lambda value: {**value, "others": {"a": 1}}, "others must be checksums by name"),
+    "checksum is a number": (lambda value: {**value, "checksum": 1}, "its header was altered.* promises 1;"),
     "version 99": (lambda value: {**value, "version": 99}, "format version 99, .* update embpack"),
-    "version 2 with other tables": (lambda value: {"version": 2, "tables": []}, "version 2, .* update embpack"),
+    "version 3 with other tables": (lambda value: {"version": 3, "tables": []}, "version 3, .* update embpack"),
     "version is text": (lambda value: {**value, "version": "1"}, "damaged \\(version is '1'\\)"),
     "version is true": (lambda value: {**value, "version": True}, "damaged \\(version is True\\)"),
     "version is null": (lambda value: {**value, "version": None}, "damaged \\(version is None\\)"),
@@ -335,7 +375,7 @@ def test_a_field_that_cannot_be(saved, key, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda entry: entry | {"extra": 1}, "does not have the fields of format version 1"),
+        (lambda entry: entry | {"extra": 1}, "does not have the fields that a table has"),
         (lambda entry: {k: v for k, v in entry.items() if k != "loss"}, "does not have the fields"),
         (lambda entry: [], "does not have the fields"),
         (lambda entry: None, "does not have the fields"),
@@ -405,6 +445,137 @@ def test_a_folder_without_shards(tmp_path):
         embpack.load(tmp_path)
 
 
+# What a header says is covered by its checksum
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A packed checkpoint with tables of three kinds, two of them alike, and two other tensors."""
+    rng = np.random.default_rng(0)
+    tables = {f"{name}_emb": rng.standard_normal((20, 64)).astype(np.float32) for name in ("a", "b", "r", "k")}
+    others = {"linear": rng.standard_normal((4, 6)).astype(np.float32), "bias": np.ones(8, np.int64)}
+    source = write_safetensors(tmp_path, Arrays(tables, others), {"format": "pt"})
+    variants = {"r_emb": embpack.Variant(rotate="hadamard"), "k_emb": embpack.Variant("kmeans")}
+    embpack.quantize_file(source, tmp_path / "packed.safetensors", variants=variants)
+    source.unlink()
+    return tmp_path / "packed.safetensors"
+
+
+def swap(mapping, one, other):
+    mapping[one], mapping[other] = mapping[other], mapping[one]
+
+
+# What becomes of the header and of the value of its metadata.
+SAYS_OTHER_THINGS = {
+    "rotation added": lambda header, value: value["tables"]["a_emb"].update(rotation="hadamard"),
+    "rotation removed": lambda header, value: value["tables"]["r_emb"].pop("rotation"),
+    "embedding_dim": lambda header, value: value["tables"]["a_emb"].update(embedding_dim=63),
+    "codebook to uniform": lambda header, value: value["tables"]["k_emb"].update(layout="uniform", embedding_dim=120),
+    "type of the weights": lambda header, value: value["tables"]["a_emb"].update(dtype="float16"),
+    "loss": lambda header, value: value["tables"]["a_emb"].update(loss=0.5),
+    "method": lambda header, value: value["tables"]["a_emb"].update(method="greedy"),
+    "two tables swapped": lambda header, value: swap(value["tables"], "a_emb", "r_emb"),
+    "checksums swapped": lambda header, value: swap(value["others"], "linear", "bias"),
+    "entry removed": lambda header, value: value["tables"].pop("a_emb"),
+    "entry moved": lambda header, value: value["others"].update(a_emb=value["tables"].pop("a_emb")["checksum"]),
+    "shape of another tensor": lambda header, value: header["linear"].update(shape=[6, 4]),
+    "type of another tensor": lambda header, value: header["bias"].update(dtype="U64"),
+    "name of another tensor": lambda header, value: header.update(linear2=header.pop("linear")),
+    "another tensor's checksum removed": lambda header, value: value["others"].pop("linear"),
+    "a table renamed": lambda header, value: (
+        header.update(c_emb=header.pop("a_emb")),
+        value["tables"].update(c_emb=value["tables"].pop("a_emb")),
+    ),
+}
+
+
+def change_header(path, change):
+    """Write a packed file again with a header that says other things; change is given it and our metadata's value."""
+    content = path.read_bytes()
+    start = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
+    header = json.loads(content[LENGTH_BYTES:start])
+    value = json.loads(header["__metadata__"]["embpack"])
+    change(header, value)
+    header["__metadata__"]["embpack"] = json.dumps(value)
+    write_raw(path, header, content[start:])
+
+
+@pytest.mark.parametrize("change", SAYS_OTHER_THINGS.values(), ids=SAYS_OTHER_THINGS)
+def test_a_header_that_says_other_things_is_refused_without_verify(checkpoint, change):
+    change_header(checkpoint, change)
+    message = f"{checkpoint}: its header was altered, so what its bytes mean is unknown: the header is sha256:"
+    with pytest.raises(FormatError, match=message):
+        embpack.load(checkpoint)
+    with pytest.raises(FormatError, match=message):
+        embpack.dequantize_file(checkpoint, checkpoint.with_name("plain.safetensors"))
+    assert names_in(checkpoint.parent) == {checkpoint.name}
+
+
+def test_bytes_of_two_tables_swapped_are_found_by_verify(checkpoint):
+    change_header(checkpoint, lambda header, value: swap(header, "a_emb", "b_emb"))
+    embpack.load(checkpoint)
+    assert "table 'a_emb' was altered" in error_of(checkpoint, verify=True)
+
+
+@pytest.mark.parametrize("names", [{"x": ""}, {}])
+def test_checksums_are_of_the_tensors_that_are_there(saved, names):
+    """A header with a checksum that agrees, and others that do not."""
+
+    def change(header, value):
+        header["linear"] = {"dtype": "U8", "shape": [0], "data_offsets": [891, 891]}
+        value["others"] = names
+        value["checksum"] = checksum_header(value, {name: header[name] for name in ("user", "item", "linear")})
+
+    change_header(saved, change)
+    assert "others must have a checksum of 'linear', or not have it" in error_of(saved)
+
+
+def alter_other(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(read_raw(path).tensors["linear"].payload) + 5] ^= 1
+    path.write_bytes(content)
+
+
+def test_altered_bytes_of_another_tensor_are_found_where_it_is_read(checkpoint):
+    alter_other(checkpoint)
+    assert set(embpack.load(checkpoint, verify=True)) == {"a_emb", "b_emb", "r_emb", "k_emb"}
+    [file] = open_packed(checkpoint)
+    message = f"{checkpoint}: tensor 'linear' was altered: its bytes are sha256:.*; copy it again"
+    with pytest.raises(FormatError, match=message):
+        file.verify_all()
+    for suffix in (".safetensors", ".pt", ".npz"):
+        with pytest.raises(FormatError, match=message):
+            embpack.dequantize_file(checkpoint, checkpoint.with_name(f"plain{suffix}"))
+    assert names_in(checkpoint.parent) == {checkpoint.name}
+
+
+def test_a_file_that_another_program_wrote_again_is_read(checkpoint):
+    """Its tensors in another order, other metadata beside ours."""
+    before = {name: table.packed.tobytes() for name, table in embpack.load(checkpoint).items()}
+    metadata = {"of": "another", **read_raw(checkpoint).metadata}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(checkpoint), checkpoint, metadata)
+    [file] = open_packed(checkpoint)
+    file.verify_all()
+    assert {name: table.packed.tobytes() for name, table in embpack.load(checkpoint).items()} == before
+
+
+def test_a_file_of_version_1_is_verified_with_what_it_has(checkpoint):
+    def change(header, value):
+        value.update(version=1)
+        del value["others"], value["checksum"]
+
+    change_header(checkpoint, change)
+    alter_other(checkpoint)
+    [file] = open_packed(checkpoint)
+    file.verify_all()
+    embpack.dequantize_file(checkpoint, checkpoint.with_name("plain.safetensors"))
+    content = bytearray(checkpoint.read_bytes())
+    content[content.index(read_raw(checkpoint).tensors["r_emb"].payload)] ^= 1
+    checkpoint.write_bytes(content)
+    with pytest.raises(FormatError, match="table 'r_emb' was altered"):
+        open_packed(checkpoint)[0].verify_all()
+
+
 # Damage of every kind: a file is either read or refused.
 
 
@@ -454,12 +625,11 @@ def test_every_byte_of_the_header_flipped(small):
     content = small.read_bytes()
     header_end = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     path = small.with_name("flipped.safetensors")
-    outcomes = set()
+    says = json.loads(read_raw(small).metadata["embpack"])
     for at in range(header_end):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        outcomes.add(load_and_look_up(path) is None)
-    # Some flips only change a loss or the name of a method.
-    assert outcomes == {True, False}
+        # The last of a loss's 17 digits may be another one for the same number.
+        assert load_and_look_up(path) is None or json.loads(read_raw(path).metadata["embpack"]) == says, at
 
 
 def test_every_length_but_the_whole_is_refused(small):
@@ -513,6 +683,31 @@ def test_save_refuses_other_suffixes(tmp_path, name):
 def test_save_refuses_no_tables(tmp_path):
     with pytest.raises(ValueError, match="there are no tables to save"):
         embpack.save(tmp_path / "t.safetensors", {})
+    assert names_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (make_table(), 'tables is PackedTable; give tables by name: embpack.save(path, {"user": table})'),
+        ([make_table()], "tables is list; give tables by name"),
+        ({1: make_table()}, "a table's name is 1, not a string; give tables by name"),
+        ({"user": np.zeros((4, 8))}, "table 'user' is ndarray; pack it first: embpack.quantize(weight)"),
+    ],
+)
+def test_save_refuses_what_is_no_tables_by_name(tmp_path, tables, message):
+    with pytest.raises(TypeError, match=re.escape(f"t.safetensors: {message}")):
+        embpack.save(tmp_path / "t.safetensors", tables)
+    assert names_in(tmp_path) == set()
+
+
+def test_save_refuses_names_that_are_no_text(tmp_path):
+    """A file of them could be opened by nobody."""
+    with pytest.raises(ValueError, match=r"tensor 'caf\\udce9' has a name that is not Unicode, .* rename it"):
+        embpack.save(tmp_path / "t.safetensors", {"caf\udce9": make_table()})
+    odd = embpack.PackedTable(make_table().packed, make_table().row_format, method="\ud800")
+    with pytest.raises(ValueError, match=r"its metadata says method is '\\ud800'"):
+        embpack.save(tmp_path / "t.safetensors", {"user": odd})
     assert names_in(tmp_path) == set()
 
 

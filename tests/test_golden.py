@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from golden.make import EXPECTED, INDICES, MANIFEST, PACKED, POOLED, digest_of_saved, pack, pool, read_tree
+from checkpoints import read_raw
+from golden.make import EXPECTED, INDICES, MANIFEST, PACKED, POOLED, digest_files, digest_of_saved, pack, pool
 from safetensors.torch import load_file
 
 import embpack
+from embpack.files import FORMAT_VERSION
 from embpack.layouts import LAYOUTS
 
 GOLDEN = json.loads(MANIFEST.read_text())
@@ -27,9 +29,31 @@ def read_expected(name):
     return weights, values
 
 
+def list_files(path):
+    """A file, or the files of a folder."""
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+def read_version(path):
+    """Which version of the format a file is in, or FORMAT_VERSION for an index, which has none."""
+    return FORMAT_VERSION if path.suffix == ".json" else json.loads(read_raw(path).metadata["embpack"])["version"]
+
+
+def list_said(path):
+    """What a file holds whatever its version, in order: tensors, tables, other programs' metadata."""
+    if path.suffix == ".json":
+        return path.read_text()
+    raw = read_raw(path)
+    ours = json.loads(raw.metadata.pop("embpack"))
+    return list(raw.tensors.items()), list(raw.metadata.items()), json.dumps(ours["tables"])
+
+
 def test_every_layout_has_golden_files():
-    formats = [table["row_format"] for golden in GOLDEN.values() for table in golden["tables"].values()]
-    assert {row_format.partition(":")[0] for row_format in formats} == set(LAYOUTS)
+    written = {"1": set(), str(FORMAT_VERSION): set()}
+    for golden in GOLDEN.values():
+        version = str(read_version(list_files(PACKED / golden["file"])[0]))
+        written[version] |= {table["row_format"].partition(":")[0] for table in golden["tables"].values()}
+    assert written == {version: set(LAYOUTS) for version in written}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -60,6 +84,12 @@ def test_golden_weights_pack_to_the_same_bytes(isa, tmp_path, name):
             assert np.array_equal(getattr(table, part), getattr(kept[table_name], part)), part
         told = {"row_format": str(table.row_format), "spec": table.method, "dtype": table.dtype, "loss": table.loss}
         assert told == golden["tables"][table_name]
-    assert digest_of_saved(tmp_path, tables) == golden["saved"]
+    digests = golden["digests"][str(FORMAT_VERSION)]
+    assert digest_of_saved(tmp_path, tables) == digests["saved"]
     written = pack(tmp_path, weights, rotation=golden["rotation"], **how)
-    assert read_tree(written) == read_tree(PACKED / golden["file"])
+    assert digest_files(written) == digests["packed"]
+    for file, kept_file in zip(list_files(written), list_files(PACKED / golden["file"]), strict=True):
+        assert file.name == kept_file.name or written == file
+        assert list_said(file) == list_said(kept_file)
+        if read_version(kept_file) == FORMAT_VERSION:
+            assert file.read_bytes() == kept_file.read_bytes()

@@ -344,17 +344,17 @@ def test_include_last_offset_is_pytorchs(rng, index_dtype, offset_dtype):
 
 def test_indices_after_the_last_offset_have_no_one_meaning_to_pytorch():
     """So we refuse them, as its 4-bit operator does."""
-    table = embpack.quantize(np.float32([[0, 15], [15, 0], [1, 15], [15, 1]]), "asym")
+    table = embpack.quantize(np.float32([[0, 15], [15, 0], [15, 0], [0, 15]]), "asym")
     indices, offsets = np.array([0, 1, 2, 3]), np.array([0, 3])
     floats = {
         mode: float_embedding_bag(table, indices, offsets, mode, include_last_offset=True)
         for mode in ("sum", "mean", "max")
     }
-    np.testing.assert_array_equal(floats["sum"], [[16, 30]])
-    np.testing.assert_array_equal(floats["mean"], [[4, 7.5]])  # of four rows, though it adds three
+    np.testing.assert_array_equal(floats["sum"], [[30, 15]])
+    np.testing.assert_array_equal(floats["mean"], [[7.5, 3.75]])  # of four rows, though it adds three
     np.testing.assert_array_equal(floats["max"], [[15, 15]])
     padded = float_embedding_bag(table, indices, offsets, "sum", include_last_offset=True, padding_idx=0)
-    np.testing.assert_array_equal(padded, [[31, 16]])  # the last row too
+    np.testing.assert_array_equal(padded, [[30, 15]])  # the last row too
     packed, *tensors = map(torch.from_numpy, (table.packed, indices, offsets))
     with pytest.raises(RuntimeError, match="the last offset value should be the size of the indices tensor"):
         torch.ops.quantized.embedding_bag_4bit_rowwise_offsets(packed, *tensors, include_last_offset=True)

@@ -1,16 +1,17 @@
 """embpack.torch.load_checkpoint: models with their tables packed and mapped."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 
 import embpack
 from benchmarks import opening
-from embpack.torch import PackedEmbedding, PackedEmbeddingBag, load_checkpoint
+from embpack.torch import PackedEmbedding, PackedEmbeddingBag, load_checkpoint, quantize_
 
 
 class Recommender(nn.Module):
@@ -74,7 +75,7 @@ def test_what_does_not_go_together_is_named(tmp_path):
 
     without = Recommender()
     without.item_embedding = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"item_embedding is a Linear, but its weight is packed, which takes nn\.Emb"):
+    with pytest.raises(ValueError, match=r"item_embedding is a Linear, but a packed weight takes an nn\.Emb"):
         load_checkpoint(without, path)
     del without.item_embedding
     with pytest.raises(ValueError, match=r"the model has no embedding for item_embedding\.weight"):
@@ -91,6 +92,49 @@ def test_what_does_not_go_together_is_named(tmp_path):
         other.register_buffer("positions", torch.arange(3), persistent=False)
     with pytest.raises(ValueError, match="positions: still on the meta device"):
         load_checkpoint(other, path)
+
+    wide = Recommender()
+    wide.top = nn.Linear(16, 2)
+    with pytest.raises(ValueError, match=r"does not go with the model: (.|\n)*size mismatch for top\.weight"):
+        load_checkpoint(wide, path)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_all_modules_that_cannot_be_packed_are_named(tmp_path):
+    path = make_checkpoint(tmp_path, Recommender())
+    model = Recommender()
+    model.user_embedding, model.item_embedding = Scaled(100, 16), Scaled(50, 16)
+    with pytest.raises(
+        ValueError,
+        match=r"^item_embedding is a Scaled, user_embedding is a Scaled, but a packed weight takes an nn\.Embedding or "
+        r"nn\.EmbeddingBag: .* --exclude 'item_embedding\.weight' --exclude 'user_embedding\.weight'$",
+    ):
+        load_checkpoint(model, path)
+
+
+class Frozen(Recommender):
+    frozen = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if self.frozen and name == "item_embedding":
+            raise AttributeError(f"{name} is frozen")
+        super().__setattr__(name, value)
+
+
+def test_no_module_is_replaced_if_one_cannot_be(tmp_path):
+    path = make_checkpoint(tmp_path, Recommender())
+    model = nn.ModuleDict({"inner": Frozen()})["inner"]
+    model.frozen = True
+    before = dict(model.named_modules())
+    with pytest.raises(
+        ValueError, match=r"item_embedding is in a Frozen, which does not let it be replaced \(item_emb"
+    ):
+        load_checkpoint(model, path)
+    assert dict(model.named_modules()) == before
 
 
 def test_a_file_of_floats_is_refused(tmp_path):
@@ -205,8 +249,7 @@ def test_an_output_layer_gets_the_rows_of_the_table_it_is_tied_to(tmp_path, name
     embpack.quantize_file(tmp_path / "float.safetensors", tmp_path / "packed.safetensors", include=[name])
     with torch.device(device):
         model, refused = LanguageModel(), LanguageModel()
-    if device == "cpu":
-        model.head.weight = nn.Parameter(model.token_embedding.weight.detach())  # tied by memory alone
+    model.head.weight = nn.Parameter(model.token_embedding.weight.detach())  # tied by memory alone
     with pytest.raises(ValueError, match=rf"head\.weight is also token_embedding\.weight, .*tied='untie'.*'{name}'"):
         load_checkpoint(refused, tmp_path / "packed.safetensors")
     load_checkpoint(model, tmp_path / "packed.safetensors", tied="untie")
@@ -225,7 +268,7 @@ def test_the_rows_of_an_untied_layer_are_finite(tmp_path):
         {name: value for name, value in trained.state_dict().items() if "head" not in name},
         tmp_path / "float.safetensors",
     )
-    embpack.quantize_file(tmp_path / "float.safetensors", tmp_path / "packed.safetensors", "asym")
+    embpack.quantize_file(tmp_path / "float.safetensors", tmp_path / "packed.safetensors", method="asym")
     with torch.device("meta"):
         model = LanguageModel()
     load_checkpoint(model, tmp_path / "packed.safetensors", tied="untie")
@@ -248,6 +291,100 @@ def test_floats_that_are_tied_may_be_in_the_file_once(tmp_path, name):
     language = model["language"]
     assert torch.equal(language.head.weight, trained["language"].head.weight)
     assert language.head.weight.data_ptr() == language.token_embedding.weight.data_ptr()
+
+
+class Translator(nn.Module):
+    """Names of one weight as T5 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.encoder, self.decoder = (nn.Embedding(20, 4) for _ in range(3))
+        self.head = nn.Linear(4, 20, bias=False)
+        self.other = nn.Embedding(20, 4)
+        self.encoder.weight = self.decoder.weight = self.head.weight = self.shared.weight
+
+
+EMBEDDINGS = ("shared", "encoder", "decoder")
+WAYS = ("absent", "float", "packed")
+
+
+def write_translator(folder, ways):
+    """A file with another table, and a weight of other values under each name that is there."""
+    weights = {f"{name}.weight": torch.rand(20, 4) for name, way in ways.items() if way != "absent"}
+    torch.save({**weights, "other.weight": torch.rand(20, 4)}, folder / "float.bin")
+    packed = [f"{name}.weight" for name, way in ways.items() if way == "packed"]
+    embpack.quantize_file(folder / "float.bin", folder / "packed.safetensors", include=[*packed, "other.weight"])
+    return weights, embpack.load(folder / "packed.safetensors")
+
+
+@pytest.mark.parametrize("head", WAYS)
+def test_a_weight_may_be_there_under_any_of_its_names(tmp_path, head):
+    """Packed or not: each module gets what has its own name."""
+    path = tmp_path / "packed.safetensors"
+    for embeddings in product(WAYS, repeat=3):
+        ways = {**dict(zip(EMBEDDINGS, embeddings, strict=True)), "head": head}
+        weights, tables = write_translator(tmp_path, ways)
+        model, any_packed = Translator(), "packed" in ways.values()
+        if not weights:
+            with pytest.raises(ValueError, match=r"it lacks shared\.weight, encoder\.weight, decoder\.weight, head"):
+                load_checkpoint(model, path)
+            continue
+        if head == "packed" and set(embeddings) == {"float"}:
+            with pytest.raises(ValueError, match=r"head is a Linear, but a packed.* --exclude 'head\.weight'"):
+                load_checkpoint(model, path, tied="untie")
+            continue
+        if head == "packed" or (head == "absent" and "float" not in embeddings):
+            with pytest.raises(ValueError, match=r"head\.weight is also .*, which is packed: .*tied='untie'"):
+                load_checkpoint(Translator(), path)
+        load_checkpoint(model, path, tied="untie")
+        first_float = next((f"{name}.weight" for name, way in ways.items() if way == "float"), None)
+        first_table = next((f"{name}.weight" for name, way in ways.items() if way == "packed"), None)
+        for name in EMBEDDINGS:
+            module, own = getattr(model, name), f"{name}.weight"
+            if ways[name] == "packed" or (ways[name] == "absent" and any_packed):
+                table = tables[own if ways[name] == "packed" else first_table]
+                np.testing.assert_array_equal(module.table.packed, table.packed)
+            else:
+                assert torch.equal(module.weight, weights[own if own in weights else first_float])
+        if head == "float":
+            wanted = weights["head.weight"]
+        elif head == "absent" and first_float is not None:
+            wanted = weights[first_float]
+        else:
+            wanted = torch.from_numpy(tables[first_table if head == "absent" else "head.weight"].dequantize())
+        assert torch.equal(model.head.weight, wanted)
+
+
+def test_floats_of_one_weight_stay_one_if_they_are_equal(tmp_path):
+    torch.save(Translator().state_dict(), tmp_path / "float.bin")
+    embpack.quantize_file(tmp_path / "float.bin", tmp_path / "packed.safetensors", include=["other.weight"])
+    model = load_checkpoint(Translator(), tmp_path / "packed.safetensors")
+    assert len({getattr(model, name).weight.data_ptr() for name in (*EMBEDDINGS, "head")}) == 1
+
+
+def test_a_module_in_two_places_is_packed_if_one_of_its_names_is(tmp_path):
+    towers = nn.ModuleDict({"query": nn.Embedding(20, 4)})
+    towers["title"] = towers["query"]
+    torch.save(towers.state_dict(), tmp_path / "float.bin")
+    embpack.quantize_file(tmp_path / "float.bin", tmp_path / "packed.safetensors", include=["title.weight"])
+    model = load_checkpoint(towers, tmp_path / "packed.safetensors")
+    assert isinstance(model["query"], PackedEmbedding) and model["title"] is model["query"]
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_transposed_weight_is_another(tmp_path, device):
+    def make():
+        model = nn.ModuleDict({"embedding": nn.Embedding(16, 16), "decoder": nn.Linear(16, 16, bias=False)})
+        model["decoder"].weight = nn.Parameter(model["embedding"].weight.T)
+        return model
+
+    weight = make()["embedding"].weight.detach()
+    save_file({"embedding.weight": weight}, tmp_path / "float.safetensors")
+    embpack.quantize_file(tmp_path / "float.safetensors", tmp_path / "packed.safetensors")
+    with torch.device(device):
+        model = make()
+    with pytest.raises(ValueError, match=r"it lacks decoder\.weight"):
+        load_checkpoint(model, tmp_path / "packed.safetensors", tied="untie")
 
 
 def test_models_that_cannot_be_loaded_into_are_named(tmp_path):
@@ -284,3 +421,102 @@ def test_a_language_model_of_transformers_opens(tmp_path, dtype):
     assert found.dtype == wanted.dtype == dtype
     assert torch.nn.functional.cosine_similarity(found.float().flatten(), wanted.float().flatten(), dim=0) > 0.98
     assert model.generate(tokens, max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] > 10
+
+
+def make_t5(transformers):
+    config = transformers.T5Config(
+        vocab_size=100, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def make_bert(transformers):
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+def make_gpt2(transformers):
+    config = transformers.GPT2Config(vocab_size=100, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def make_llama(transformers):
+    config = transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def run(model):
+    tokens = torch.arange(10)[None]
+    more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    return model(input_ids=tokens, **more).logits
+
+
+@pytest.mark.parametrize("make", [make_t5, make_bert, make_gpt2, make_llama])
+def test_a_tied_model_of_transformers_is_untied(tmp_path, make):
+    """It says itself what is tied still, so that tie_weights and save_pretrained go on working."""
+    transformers = pytest.importorskip("transformers")
+    model = make(transformers).eval()
+    with pytest.raises(ValueError, match="which stays float: pass tied='untie'"):
+        quantize_(model)
+    head = model.get_output_embeddings().weight
+    quantize_(model, tied="untie")
+    assert isinstance(model.get_input_embeddings(), PackedEmbedding)
+    wanted = run(model)
+    model.tie_weights()
+    assert model.get_output_embeddings().weight is head
+    assert torch.equal(run(model), wanted)
+    model.save_pretrained(tmp_path)
+    other = make(transformers).eval()
+    quantize_(other, tied="untie")
+    load_model(other, tmp_path / "model.safetensors")
+    assert torch.equal(run(other), wanted)
+
+
+def test_a_model_of_transformers_may_be_packed_in_parts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = make_t5(transformers).eval()
+    for names in (("shared",), ("encoder.embed_tokens", "decoder.embed_tokens")):
+        quantize_(model, tied="untie", filter=lambda module, name, names=names: name in names)
+        wanted = run(model)
+        model.tie_weights()
+        model.save_pretrained(tmp_path)
+        assert torch.equal(run(model), wanted)
+    assert model.decoder.embed_tokens.packed is model.encoder.embed_tokens.packed
+    assert model.decoder.embed_tokens.packed is not model.shared.packed
+
+
+def test_a_model_that_declares_what_is_not_there_is_packed_all_the_same():
+    class Declaring(nn.ModuleDict):
+        def get_expanded_tied_weights_keys(self):
+            raise ValueError("There is an issue with your definition of `tie_weights_keys`")
+
+    model = Declaring({"token": nn.Embedding(20, 4)})
+    quantize_(model)
+    assert isinstance(model["token"], PackedEmbedding)
+
+
+@pytest.mark.parametrize("include", [(), ("shared.weight",), ("shared.weight", "lm_head.weight")])
+def test_t5_opens_from_a_file_with_all_names_of_its_weight(tmp_path, include):
+    transformers = pytest.importorskip("transformers")
+    trained = make_t5(transformers).eval()
+    torch.save(trained.state_dict(), tmp_path / "pytorch_model.bin")
+    embpack.quantize_file(tmp_path / "pytorch_model.bin", tmp_path / "packed.safetensors", include=include)
+    model = make_t5(transformers).eval()
+    load_checkpoint(model, tmp_path / "packed.safetensors", tied="untie" if "lm_head.weight" in include else "refuse")
+    assert isinstance(model.encoder.embed_tokens, PackedEmbedding)
+    assert isinstance(model.shared, PackedEmbedding) == ("shared.weight" in include)
+    assert torch.equal(model.lm_head.weight, trained.lm_head.weight) == ("lm_head.weight" not in include)
+    wanted = run(model)
+    assert torch.nn.functional.cosine_similarity(wanted.flatten(), run(trained).flatten(), dim=0) > 0.98
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(run(model), wanted)

@@ -1,12 +1,15 @@
 """embpack.torch.quantize_: models packed in place."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import embpack
-from embpack.torch import PackedEmbedding, PackedEmbeddingBag, quantize_
+from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, quantize_
 
 
 class Recommender(nn.Module):
@@ -87,6 +90,39 @@ def test_shared_weights_and_modules_are_packed_once():
     assert [table.name for table in report.tables] == ["first", "second"]
 
 
+@pytest.mark.parametrize(
+    ("view", "other"),
+    [
+        (lambda weight: weight, lambda weight: weight.T),
+        (lambda weight: weight[:32], lambda weight: weight[::2]),
+        (lambda weight: weight[:, :32], lambda weight: weight[:, ::2]),
+        (lambda weight: weight[:, :32], lambda weight: weight[:32].view(64, 32)),
+        (lambda weight: weight, lambda weight: weight.view(torch.bfloat16)[:, :64]),
+    ],
+    ids=["transposed", "rows", "columns", "another stride", "another type"],
+)
+def test_weights_of_one_shape_that_begin_at_one_address_are_each_packed(view, other):
+    weight = torch.randn(64, 64).bfloat16().float()  # finite as bfloat16, too
+    views = {"view": view(weight), "other": other(weight)}
+    wanted = {name: embpack.quantize(each.clone()) for name, each in views.items()}
+    assert views["view"].data_ptr() == views["other"].data_ptr() and views["view"].shape == views["other"].shape
+    model = nn.ModuleDict({name: nn.Embedding.from_pretrained(each) for name, each in views.items()})
+    report = quantize_(model)
+    for table in report.tables:
+        np.testing.assert_array_equal(model[table.name].table.packed, wanted[table.name].packed)
+        assert table.loss == wanted[table.name].loss
+
+
+def test_a_weight_that_only_overlaps_is_not_tied():
+    """What is left as floats keeps its values: nothing is written to memory that it has with the embedding."""
+    model = nn.ModuleDict({"embed": nn.Embedding(16, 16), "decoder": nn.Linear(16, 16, bias=False)})
+    model["decoder"].weight = nn.Parameter(model["embed"].weight.T)
+    values = model["embed"].weight.detach().clone()
+    quantize_(model)
+    assert isinstance(model["embed"], PackedEmbedding)
+    assert torch.equal(model["decoder"].weight, values.T)
+
+
 def test_nothing_is_changed_if_one_module_cannot_be_packed():
     model = nn.ModuleDict({"good": nn.Embedding(20, 4), "bad": nn.Embedding(20, 4, max_norm=1.0)})
     with pytest.raises(ValueError, match=r"bad has max_norm=1\.0: it rewrites rows while they are looked up"):
@@ -159,6 +195,103 @@ def test_what_cannot_be_packed_is_named():
         quantize_({"weight": torch.zeros(20, 4)})
 
 
+class Frozen(nn.Module):
+    """Refuses to be changed once it is made."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if "_modules" in self.__dict__:
+            raise AttributeError(f"{name} is frozen")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("tied", ["refuse", "untie"])
+def test_nothing_is_changed_if_a_parent_refuses(tied):
+    shared = nn.Embedding(20, 4)
+    model = nn.ModuleDict({"first": nn.Embedding(20, 4), "again": shared, "locked": Frozen(item=shared)})
+    before = dict(model.named_modules(remove_duplicate=False))
+    with pytest.raises(
+        ValueError, match=r"locked\.item is in a Frozen, which does not let .* \(item is frozen\): pack it"
+    ):
+        quantize_(model, tied=tied)
+    assert dict(model.named_modules(remove_duplicate=False)) == before
+    report = quantize_(model, filter=lambda module, name: name == "first")
+    assert [table.name for table in report.tables] == ["first"]
+
+
+def spread(weight):
+    mesh = init_device_mesh("cpu", (1,))
+    return distribute_tensor(weight, mesh, [Shard(0)])
+
+
+@pytest.fixture
+def process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+class Wrapped(torch.Tensor):
+    """A tensor that is made of another, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> "Wrapped":
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(arguments[0].inner)
+        raise NotImplementedError(function)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda weight: weight.to(torch.float8_e4m3fn), r"float8_e4m3fn, .*; convert it with weight\.float\(\)"),
+        (lambda weight: weight.to_sparse(), r"sparse_coo, .*; convert it with weight\.to_dense\(\)"),
+        (lambda weight: weight.to_sparse_csr(), r"sparse_csr, .*; convert it with weight\.to_dense\(\)"),
+        (
+            lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+            r"qint8, .*; convert it with weight\.dequantize\(\)",
+        ),
+        (spread, r"a DTensor, spread over processes, .*; convert it with weight\.full_tensor\(\)"),
+        (Wrapped, r"a Wrapped, .*; convert it with weight\.dequantize\(\)"),
+    ],
+    ids=["fp8", "coo", "csr", "quantized", "DTensor", "subclass"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:.*quantized tensor creation functions")
+def test_values_that_are_not_simply_in_memory_are_named(make, message, process_group):
+    weight = torch.rand(20, 16)
+    model = nn.ModuleDict({"fine": nn.Embedding(20, 16), "odd": nn.Embedding(20, 16)})
+    model["odd"].weight = nn.Parameter(make(weight), requires_grad=False)
+    with pytest.raises(TypeError, match=rf"^odd: weight is {message}$"):
+        quantize_(model)
+    assert isinstance(model["fine"], nn.Embedding)
+    with pytest.raises(TypeError, match=rf"^weight is {message}$"):
+        PackedEmbedding.from_float(model["odd"])
+    quantize_(model, filter=lambda module, name: name == "fine")
+    assert isinstance(model["fine"], PackedEmbedding)
+
+
+def test_a_collections_table_is_named():
+    class Collection:
+        embedding_bags = nn.ModuleDict({"user": nn.EmbeddingBag(20, 4).double()})
+
+    with pytest.raises(TypeError, match=r"^table 'user': weight is float64"):
+        PackedEmbeddingBagCollection.from_float(Collection())
+
+
 def test_progress_is_told_of_each_table():
     told = []
     quantize_(Recommender(), progress=lambda name, rows: told.append((name, rows)))
@@ -183,3 +316,46 @@ def test_wrong_arguments_are_named():
         quantize_(Recommender(), tied="maybe")
     with pytest.raises(ValueError, match="bits is 3"):
         quantize_(Recommender(), bits=3)
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "sizes"),
+    [
+        (torch.rand(10_000, 1), {}, "40,000 -> 50,000 bytes"),
+        (torch.rand(100, 2).half(), {}, "400 -> 500 bytes"),
+        (torch.rand(20, 8), {"method": "kmeans"}, "640 -> 720 bytes"),
+        (torch.rand(20, 8).half(), {"bits": 8}, "320 -> 320 bytes"),
+        (torch.rand(16, 16), {"method": "trellis"}, "1,024 -> "),  # its levels alone take more
+    ],
+)
+def test_tables_that_packing_makes_no_smaller_are_left_alone(tmp_path, weight, options, sizes):
+    """As on the command line; whoever names them has them packed."""
+    torch.save({"user_emb.weight": weight}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=rf"user_emb.weight \(packed rows would be no smaller: {sizes}"):
+        embpack.quantize_file(tmp_path / "model.pt", tmp_path / "packed.safetensors", **options)
+    model = nn.ModuleDict({"user_emb": nn.Embedding.from_pretrained(weight)})
+    ((name, reason),) = quantize_(model, **options).left_alone
+    assert name == "user_emb" and reason.startswith(f"packed rows would be no smaller: {sizes}")
+    assert isinstance(model["user_emb"], nn.Embedding)
+    named = embpack.quantize_file(tmp_path / "model.pt", tmp_path / "packed.safetensors", include=["*"], **options)
+    report = quantize_(model, filter=lambda module, name: True, **options)
+    assert isinstance(model["user_emb"], PackedEmbedding)
+    for found in (*named.tables, *report.tables):
+        assert f"{found.bytes_before:,} -> {found.bytes_after:,}" in reason
+
+
+def test_a_module_is_packed_as_quantize_packs_an_array():
+    weight = torch.rand(100, 64)
+    for options in ({"method": "trellis", "bits": 3.5}, {"method": embpack.parse_method("greedy:b=1000,r=0.5")}):
+        model = nn.ModuleDict({"user": nn.Embedding.from_pretrained(weight)})
+        quantize_(model, **options)
+        np.testing.assert_array_equal(model["user"].table.packed, embpack.quantize(weight, **options).packed)
+    theirs, ours = (inspect.signature(function).parameters for function in (embpack.quantize, quantize_))
+    for name in ("method", "bits", "param_dtype", "rotate"):
+        assert (ours[name].annotation, ours[name].default) == (theirs[name].annotation, theirs[name].default)
+
+
+def test_a_method_that_does_not_take_a_width_names_the_module():
+    model = nn.ModuleDict({"wide": nn.Embedding(20, 16), "narrow": nn.Embedding(20, 3)})
+    with pytest.raises(ValueError, match=r"^narrow: embedding_dim is 3; a row of the trellis layout has 4 to 4096"):
+        quantize_(model, "trellis")

@@ -30,6 +30,7 @@ with warnings.catch_warnings():
 
     from embpack import fbgemm
     from embpack import torchrec as bridge
+    from embpack.torch import PackedEmbeddingBag, quantize_
 
 from test_fbgemm import group_bound, random_bags  # after TorchRec: it is skipped without
 
@@ -478,6 +479,11 @@ def test_configs_of_no_kind_are_refused(rng, configs, message):
         bridge.from_tables({"item": small(rng)}, configs)
 
 
+def test_what_is_no_packed_table_is_refused(rng):
+    with pytest.raises(TypeError, match="table 'item' is ndarray, not PackedTable; pack its weights"):
+        bridge.from_tables({"item": rng.standard_normal((20, 16), np.float32)}, [small_config()])
+
+
 def test_an_option_that_torchrec_lacks_is_refused(rng):
     with pytest.raises(TypeError, match="need_indices"):
         bridge.from_tables({"item": small(rng)}, [small_config()], need_indices=True)
@@ -505,6 +511,23 @@ def test_weights_that_cannot_be_packed_name_the_table(rng, value, message):
         bridge.quantize(make_bags({"item": weight}, (PoolingType.SUM,)))
 
 
+def test_a_table_of_another_type_is_named(rng):
+    ebc = make_bags({"item": rng.standard_normal((20, 16), np.float32)}, (PoolingType.SUM,)).double()
+    with pytest.raises(TypeError, match=r"^table 'item': weight is float64, .*; convert it with weight\.float\(\)$"):
+        bridge.quantize(ebc)
+
+
+def test_a_table_that_packing_makes_no_smaller_is_left_alone(rng):
+    """By quantize_; embpack.torchrec packs all, for TorchRec's collection has nothing else."""
+    weights = {name: rng.standard_normal((20, dim), np.float32) for name, dim in (("user", 64), ("tag", 8))}
+    ebc = make_bags(weights, (PoolingType.SUM,) * 2)
+    model = torch.nn.ModuleDict({"ebc": ebc})
+    report = quantize_(model, "kmeans")
+    assert report.left_alone == (("ebc.embedding_bags.tag", "packed rows would be no smaller: 640 -> 720 bytes"),)
+    assert model["ebc"] is ebc and isinstance(ebc.embedding_bags["user"], PackedEmbeddingBag)
+    assert torch.equal(ebc.embedding_bags["tag"].weight, torch.from_numpy(weights["tag"]))
+
+
 def test_an_odd_embedding_dim_is_refused(rng):
     ebc = make_bags({"item": rng.standard_normal((20, 15), np.float32)}, (PoolingType.SUM,))
     with pytest.raises(ValueError, match="table 'item' has embedding_dim 15, but TorchRec takes multiples of 2 at 4"):
@@ -513,7 +536,7 @@ def test_an_odd_embedding_dim_is_refused(rng):
 
 def test_a_collection_on_the_meta_device_is_refused():
     ebc = EmbeddingBagCollection([small_config()], device=torch.device("meta"))
-    with pytest.raises(ValueError, match="table 'item' lies on the meta device and has no values"):
+    with pytest.raises(ValueError, match="table 'item': weight is on the meta device and has no values; load them"):
         bridge.quantize(ebc)
 
 
@@ -521,10 +544,10 @@ def test_what_is_no_collection_is_refused(rng):
     ebc = make_bags({"item": rng.standard_normal((20, 16), np.float32)}, (PoolingType.SUM,))
     quantized = bridge.quantize(ebc)
     with pytest.raises(
-        TypeError, match=r"collection is a EmbeddingBag; quantize takes a torchrec\.EmbeddingBagCollection"
+        TypeError, match=r"collection is an EmbeddingBag; quantize takes a torchrec\.EmbeddingBagCollection"
     ):
         bridge.quantize(torch.nn.EmbeddingBag(3, 4))
-    with pytest.raises(TypeError, match="collection is a EmbeddingBagCollection; quantize takes"):
+    with pytest.raises(TypeError, match="collection is an EmbeddingBagCollection; quantize takes"):
         bridge.quantize(quantized)
     with pytest.raises(TypeError, match=r"to_tables reads .* of torchrec\.quant, which quantize makes"):
         bridge.to_tables(ebc)

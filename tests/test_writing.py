@@ -9,13 +9,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from test_reading import TORCH_DTYPES, random_bits, read_all, same_bits
 
 from embpack.errors import MissingExtraError
-from embpack.formats import OutShard, OutTensor, open_checkpoint, write_checkpoint
+from embpack.formats import FORMATS, OutShard, OutTensor, open_checkpoint, write_checkpoint
 from embpack.formats.dtypes import ARRAY_DTYPES, NUMPY_DTYPES
+from embpack.formats.safetensors import _MAX_HEADER_BYTES
 
 SHAPES = [(), (0,), (0, 4), (3, 0), (1,), (7, 3), (5, 2, 3)]
 
@@ -116,6 +117,40 @@ def test_safetensors_metadata_that_do_not_fit(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_safetensors_headers_that_no_reader_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr("embpack.formats.safetensors._MAX_HEADER_BYTES", 80)
+    write(tmp_path / "a.safetensors", out_tensor("a", np.arange(3.0), "F64"))
+    with pytest.raises(
+        ValueError, match=r"2 tensors take a header of .* bytes, but a safetensors file has at most 80;"
+    ):
+        write(tmp_path / "b.safetensors", *(out_tensor(name, np.arange(3.0), "F64") for name in "ab"))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_safetensors_takes_headers_as_long_as_its_library_does(tmp_path):
+    """The limit is the library's: a header that is one byte longer cannot be opened."""
+    path = tmp_path / "a.safetensors"
+    for more, opens in ((0, True), (1, False)):
+        length = _MAX_HEADER_BYTES + more
+        with path.open("wb") as file:
+            file.write(length.to_bytes(8, "little") + b"{}")
+            file.write(b" " * (length - 2))
+        if opens:
+            safe_open(path, framework="np")
+        else:
+            with pytest.raises(SafetensorError, match="header too large"):
+                safe_open(path, framework="np")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_names_that_are_no_text_are_refused_by_every_format(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    message = r"tensor 'caf\\udce9' has a name that is not Unicode, which no reader takes; rename it"
+    with pytest.raises(ValueError, match=message):
+        write(path, out_tensor("caf\udce9", np.arange(3.0), "F64"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_safetensors_tensor_named_like_the_metadata(tmp_path):
     with pytest.raises(ValueError, match="a tensor cannot be named '__metadata__' in a safetensors file"):
         write(tmp_path / "a.safetensors", out_tensor("__metadata__", np.arange(3.0), "F64"))
@@ -161,6 +196,13 @@ def test_npy_and_npz(tmp_path, tag, shape):
         assert sorted(arrays) == ["a", "b/c.weight"]
         assert all(same_bits(found, array) for found in arrays.values())
     assert same_bits(read_all(tmp_path / "a.npz", "b/c.weight")[0], array)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 65532])
+def test_npz_names_that_a_zip_file_cuts_or_cannot_have(tmp_path, name):
+    with pytest.raises(ValueError, match=r"a.npz: tensor 'a.* has a name that an .npz file cannot have, with a NUL"):
+        write(tmp_path / "a.npz", out_tensor(name, np.arange(3.0), "F64"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -298,7 +340,7 @@ FILL_UP = """
 import importlib, resource, sys
 from pathlib import Path
 import numpy as np
-from embpack.formats import OutShard, OutTensor, write_checkpoint
+from embpack.formats import FORMATS, OutShard, OutTensor, write_checkpoint
 array = np.random.default_rng(0).normal(size=(1000, 100))
 tensor = OutTensor("a", "F64", array.shape, lambda: iter(np.split(array, 10)))
 path = Path(sys.argv[1])

@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
-from embpack.files import METADATA_KEY, TableEntry, check_digest, read_entries, split_shard
+from embpack.files import METADATA_KEY, Contents, TableEntry, check_bytes, read_contents, split_shard
 from embpack.formats import (
     FORMATS,
     Checkpoint,
@@ -25,6 +25,7 @@ from embpack.formats import (
     open_checkpoint,
     write_checkpoint,
 )
+from embpack.formats.atomic import refuse_occupied
 from embpack.formats.base import as_bytes
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.rows import ROW_DTYPES
@@ -114,9 +115,7 @@ def pack_checkpoint(
     dst, started = Path(dst), time.perf_counter()
     if max_loss is not None:
         check_max_loss(max_loss)
-    if checkpoint.index_name is None and dst.suffix != ".safetensors":
-        raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors")
-    _check_place(checkpoint, dst)
+    check_destination(checkpoint, dst)
     limit, remaining = math.inf if max_loss is None else max_loss, iter(decisions)
     writers, shards = [], []
     for shard in checkpoint.shards:
@@ -141,12 +140,26 @@ def check_max_loss(max_loss: float) -> None:
         raise ValueError(f"max_loss is {max_loss}; give a positive, finite number")
 
 
+def check_destination(checkpoint: Checkpoint, dst: Path) -> None:
+    """Raise what pack_checkpoint would of its destination, for those who have much to do before.
+
+    Raises:
+        FileExistsError: it is a folder that is not empty, or is to be one and is a file.
+        ValueError: it is the source, or has the wrong suffix.
+    """
+    if checkpoint.index_name is None and dst.suffix != ".safetensors":
+        raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors")
+    _check_place(checkpoint, dst)
+
+
 def _check_place(checkpoint: Checkpoint, dst: Path) -> None:
     if checkpoint.index_name is not None and dst.suffix.lower() in {*FORMATS, ".json"}:
         raise ValueError(f"{dst}: {checkpoint.path} is sharded, so the destination is a folder; leave {dst.suffix} out")
     sources = [checkpoint.path] if checkpoint.index_name is None else [checkpoint.path, checkpoint.path.parent]
     if dst.exists() and any(source.samefile(dst) for source in sources):
         raise ValueError(f"{dst}: the destination is the source; choose another name")
+    if checkpoint.index_name is not None:
+        refuse_occupied(dst.absolute())
 
 
 def _bytes_on_disk(folder: Path, shards: Sequence[Shard | OutShard]) -> int:
@@ -187,14 +200,16 @@ def dequantize_file(
         shards, unpacked = [], []
         for shard in checkpoint.shards:
             path = checkpoint.path.parent / shard.file_name
-            entries = read_entries(path, shard)
-            parts, others = split_shard(shard, entries)
-            unpacked += [_unpacked_table(parts[name], entry) for name, entry in entries.items()]
+            contents = read_contents(path, shard)
+            parts, others = split_shard(shard, contents.tables)
+            unpacked += [_unpacked_table(parts[name], entry) for name, entry in contents.tables.items()]
             copied = {tensor.name for tensor in others}
             tensors = tuple(
-                copy_tensor(tensor) if tensor.name in copied else _unpack(path, parts[tensor.name], entries, progress)
+                copy_tensor(tensor, partial(_check_other, path, tensor.name, contents))
+                if tensor.name in copied
+                else _unpack(path, parts[tensor.name], contents.tables[tensor.name], progress)
                 for tensor in shard.tensors
-                if tensor.name in copied or tensor.name in entries
+                if tensor.name in copied or tensor.name in contents.tables
             )
             plain = {key: value for key, value in shard.metadata.items() if key != METADATA_KEY}
             name = dst.name if checkpoint.index_name is None else shard.file_name
@@ -203,12 +218,15 @@ def dequantize_file(
     return tuple(unpacked)
 
 
-def _unpack(
-    path: Path, parts: Sequence[SourceTensor], entries: Mapping[str, TableEntry], progress: Progress
-) -> OutTensor:
+def _check_other(path: Path, name: str, contents: Contents, digest: "hashlib._Hash") -> None:
+    """Compare the checksum of a tensor that is no table's, which version 1 has not."""
+    if contents.others is not None:
+        check_bytes(path, f"tensor {name!r}", digest, contents.others[name])
+
+
+def _unpack(path: Path, parts: Sequence[SourceTensor], entry: TableEntry, progress: Progress) -> OutTensor:
     """Decode a table chunk by chunk; its checksum is compared at the end, before the output gets its name."""
     tensor, *beside = parts
-    entry = entries[tensor.name]
 
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
@@ -225,7 +243,7 @@ def _unpack(
             progress(tensor.name, len(packed))
         for array in arrays:
             digest.update(as_bytes(array))
-        check_digest(path, tensor.name, entry, digest)
+        check_bytes(path, f"table {tensor.name!r}", digest, entry.checksum)
 
     shape = (entry.num_embeddings, entry.embedding_dim)
     return OutTensor(tensor.name, _SAFETENSORS_DTYPE[entry.dtype], shape, chunks)

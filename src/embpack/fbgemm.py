@@ -14,7 +14,7 @@ scale and bias in front of the codes: to_tbe and from_tbe move them.
 from collections.abc import Sequence
 from typing import Any
 
-from embpack.errors import MissingExtraError
+from embpack.errors import MissingExtraError, kind_of
 from embpack.layouts import RowFormat
 from embpack.table import PackedTable
 
@@ -71,6 +71,7 @@ def to_tbe(
         row, which may differ from TableGroup in the last bits.
 
     Raises:
+        TypeError: a table is no PackedTable.
         ValueError: a table's layout, rotation, parameters or embedding_dim are not FBGEMM's; no such pooling,
             output_dtype or row_alignment; a feature reads no table, or a table has no feature.
 
@@ -118,9 +119,7 @@ def from_tbe(module: Any) -> list[PackedTable]:
     """
     # A subclass may keep its rows elsewhere, as KVEmbeddingInference does.
     if type(module) is not IntNBitTableBatchedEmbeddingBagsCodegen:
-        raise TypeError(
-            f"module is a {type(module).__name__}; from_tbe reads FBGEMM's IntNBitTableBatchedEmbeddingBagsCodegen"
-        )
+        raise TypeError(f"module is {kind_of(module)}; from_tbe reads FBGEMM's IntNBitTableBatchedEmbeddingBagsCodegen")
     _check_module(module)
     tables = []
     for number, (spec, parts) in enumerate(zip(module.embedding_specs, module.split_embedding_weights(), strict=True)):
@@ -138,8 +137,11 @@ def check_table(table: PackedTable, name: str, reader: str) -> None:
     """Refuse a table whose rows FBGEMM cannot hold as they are.
 
     Raises:
+        TypeError: it is no PackedTable.
         ValueError: its layout, rotation, parameters or embedding_dim are none of FBGEMM's; says what to do.
     """
+    if not isinstance(table, PackedTable):
+        raise TypeError(f"{name} is {type(table).__name__}, not PackedTable; pack its weights with embpack.quantize")
     if table.rotation is not None:
         raise ValueError(
             f"{name} has rotation {table.rotation!r}, which {reader} would not undo; pack its weights without rotate, "

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from embpack.errors import FormatError
 from embpack.formats import INDEX_SUFFIX, OutShard, OutTensor, Shard, SourceTensor, open_checkpoint, write_checkpoint
-from embpack.formats.base import as_bytes
+from embpack.formats.base import as_bytes, is_utf8
 from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
 from embpack.layouts import ROTATIONS, ArraySpec, RowFormat
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 
 METADATA_KEY = "embpack"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,42 @@ class TableEntry:
         return {name: value for name, value in asdict(self).items() if name != "rotation" or value is not None}
 
 
-def make_metadata(entries: Mapping[str, TableEntry]) -> dict[str, str]:
-    """Make a file's metadata from the entries of its tables."""
-    tables = {name: entry.as_json() for name, entry in entries.items()}
-    return {METADATA_KEY: json.dumps({"version": FORMAT_VERSION, "tables": tables})}
+@dataclass(frozen=True)
+class Contents:
+    """What a file's metadata says of it.
+
+    Attributes:
+        version: of the format.
+        tables: by name.
+        others: checksums of all other tensors, by name; None in version 1, which has none of those.
+    """
+
+    version: int
+    tables: dict[str, TableEntry]
+    others: dict[str, str] | None
+
+
+# By version of the format: the keys of the metadata's value.
+_KEYS = {1: {"version", "tables"}, 2: {"version", "tables", "others", "checksum"}}
+
+
+def make_metadata(
+    tables: Mapping[str, TableEntry], others: Mapping[str, str], tensors: Iterable[OutTensor]
+) -> dict[str, str]:
+    """Make a file's metadata from the entries of its tables, the checksums of its other tensors, and all tensors."""
+    value = {
+        "version": FORMAT_VERSION,
+        "tables": {name: entry.as_json() for name, entry in tables.items()},
+        "others": dict(others),
+    }
+    return {METADATA_KEY: json.dumps({**value, "checksum": _checksum_header(value, tensors)})}
+
+
+def _checksum_header(value: Mapping[str, Any], tensors: Iterable[OutTensor | SourceTensor]) -> str:
+    """Checksum all that gives a file's bytes their meaning: the metadata's value, and what the tensors are."""
+    described = {tensor.name: [tensor.dtype, tensor.shape] for tensor in tensors}
+    text = json.dumps({**value, "tensors": described}, sort_keys=True, separators=(",", ":"))
+    return format_checksum(hashlib.sha256(text.encode()))
 
 
 def format_checksum(digest: "hashlib._Hash") -> str:
@@ -92,7 +125,7 @@ def format_checksum(digest: "hashlib._Hash") -> str:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and is_utf8(value)
 
 
 def _is_count(value: Any) -> bool:
@@ -117,37 +150,61 @@ _ENTRY_CHECKS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def read_entries(path: Path, shard: Shard) -> dict[str, TableEntry]:
-    """Read and check what a file says of its tables, against the tensors it has.
+def read_contents(path: Path, shard: Shard) -> Contents:
+    """Read and check what a file says of itself, against the tensors it has.
 
     Raises:
-        FormatError: it has no tables of ours, is of a future version, or says what is not so.
+        FormatError: it has no tables of ours, is of a future version, says what is not so, or says something else than
+            when it was written.
     """
     text = shard.metadata.get(METADATA_KEY)
     if text is None:
         raise FormatError(
             f"{path}: holds no packed tables (no {METADATA_KEY!r} metadata); pack it with: embpack quantize"
         )
+    damaged = f"{path}: its {METADATA_KEY!r} metadata is damaged"
     try:
         value = json.loads(text)
         version, tables = value["version"], value["tables"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise FormatError(f"{path}: its {METADATA_KEY!r} metadata is damaged ({error!r})") from None
+        raise FormatError(f"{damaged} ({error!r})") from None
     if type(version) is not int:
-        raise FormatError(f"{path}: its {METADATA_KEY!r} metadata is damaged (version is {version!r})")
-    if version != FORMAT_VERSION:
+        raise FormatError(f"{damaged} (version is {version!r})")
+    if version not in _KEYS:
         raise FormatError(
-            f"{path}: format version {version}, but this embpack reads version {FORMAT_VERSION}; update embpack"
+            f"{path}: format version {version}, but this embpack reads versions 1 to {FORMAT_VERSION}; update embpack"
         )
+    if set(value) != _KEYS[version]:
+        raise FormatError(f"{damaged} (version {version} has {sorted(_KEYS[version])}, found {sorted(value)})")
     if not isinstance(tables, dict):
-        raise FormatError(f"{path}: its {METADATA_KEY!r} metadata is damaged (tables are {type(tables).__name__})")
+        raise FormatError(f"{damaged} (tables are {type(tables).__name__})")
     tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
-    return {name: _read_entry(f"{path}: table {name!r}", raw, name, tensors) for name, raw in tables.items()}
+    entries = {name: _read_entry(f"{path}: table {name!r}", raw, name, tensors) for name, raw in tables.items()}
+    if version > 1:
+        _check_header(path, shard, value, entries)
+    return Contents(version, entries, value.get("others"))
+
+
+def _check_header(path: Path, shard: Shard, value: dict[str, Any], entries: Mapping[str, TableEntry]) -> None:
+    """Compare all that gives the file's bytes their meaning with its checksum."""
+    damaged = f"{path}: its {METADATA_KEY!r} metadata is damaged"
+    others, covered = value["others"], {key: own for key, own in value.items() if key != "checksum"}
+    if not isinstance(others, dict) or not all(map(_is_text, others.values())):
+        raise FormatError(f"{damaged} (others must be checksums by name)")
+    found = _checksum_header(covered, shard.tensors)
+    if found != value["checksum"]:
+        raise FormatError(
+            f"{path}: its header was altered, so what its bytes mean is unknown: the header is {found}, the file "
+            f"promises {value['checksum']}; copy it again"
+        )
+    there = {tensor.name for tensor in split_shard(shard, entries)[1]}
+    if there != set(others):
+        raise FormatError(f"{damaged} (others must have a checksum of {min(there ^ set(others))!r}, or not have it)")
 
 
 def _read_entry(where: str, raw: Any, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> TableEntry:
     if not isinstance(raw, dict) or {*raw, "rotation"} != {field.name for field in fields(TableEntry)}:
-        raise FormatError(f"{where}: its metadata does not have the fields of format version {FORMAT_VERSION}")
+        raise FormatError(f"{where}: its metadata does not have the fields that a table has")
     for key, value in raw.items():
         if not _ENTRY_CHECKS[key](value):
             raise FormatError(f"{where}: its metadata says {key} is {value!r}")
@@ -185,15 +242,20 @@ class PackedFile:
     """One file of ours, mapped and checked.
 
     Attributes:
-        entries: what it says of its tables.
+        contents: what it says of itself.
         arrays: of each table, its bytes first: views of the file.
-        others: names of its other tensors.
+        others: its other tensors, by name.
     """
 
     path: Path
-    entries: dict[str, TableEntry]
+    contents: Contents
     arrays: dict[str, list[NDArray[Any]]]
-    others: tuple[str, ...]
+    others: dict[str, SourceTensor]
+
+    @property
+    def entries(self) -> dict[str, TableEntry]:
+        """What it says of its tables."""
+        return self.contents.tables
 
     def table(self, name: str) -> PackedTable:
         """Return a table whose bytes stay in the file."""
@@ -211,7 +273,18 @@ class PackedFile:
         Raises:
             FormatError: the bytes are not those that were written.
         """
-        check_digest(self.path, name, self.entries[name], _digest(self.arrays[name]))
+        check_bytes(self.path, f"table {name!r}", _digest(self.arrays[name]), self.entries[name].checksum)
+
+    def verify_all(self) -> None:
+        """Read everything through and compare all checksums that there are.
+
+        Raises:
+            FormatError: the bytes are not those that were written.
+        """
+        for name in self.entries:
+            self.verify(name)
+        for name, promised in (self.contents.others or {}).items():
+            check_bytes(self.path, f"tensor {name!r}", _digest(iter_pieces(self.others[name])), promised)
 
 
 def _digest(arrays: Iterable[NDArray[Any]]) -> "hashlib._Hash":
@@ -221,18 +294,23 @@ def _digest(arrays: Iterable[NDArray[Any]]) -> "hashlib._Hash":
     return digest
 
 
-def check_digest(path: Path, name: str, entry: TableEntry, digest: "hashlib._Hash") -> None:
-    """Compare the digest of a table's bytes with the one in its file.
+def check_bytes(path: Path, what: str, digest: "hashlib._Hash", promised: str) -> None:
+    """Compare the digest of a table's bytes, or another tensor's, with the checksum in its file.
 
     Raises:
         FormatError: they differ.
     """
     found = format_checksum(digest)
-    if found != entry.checksum:
+    if found != promised:
         raise FormatError(
-            f"{path}: table {name!r} was altered: its bytes are {found}, the file promises {entry.checksum}; "
-            "copy it again"
+            f"{path}: {what} was altered: its bytes are {found}, the file promises {promised}; copy it again"
         )
+
+
+def iter_pieces(tensor: SourceTensor) -> Iterator[NDArray[Any]]:
+    """Read a tensor, a few megabytes at a time."""
+    rows = max(1, tensor.shape[0] if tensor.shape else 1)
+    return tensor.chunks(max(1, _PIECE_BYTES // max(1, tensor.nbytes // rows)))
 
 
 def open_packed(path: str | Path) -> list[PackedFile]:
@@ -250,11 +328,11 @@ def open_packed(path: str | Path) -> list[PackedFile]:
 
 
 def _map_shard(path: Path, shard: Shard) -> PackedFile:
-    entries = read_entries(path, shard)
-    parts, others = split_shard(shard, entries)
+    contents = read_contents(path, shard)
+    parts, others = split_shard(shard, contents.tables)
     # A tensor that is read whole is a view of the mapped file, and keeps it mapped.
     arrays = {name: [tensor.read() for tensor in own] for name, own in parts.items()}
-    return PackedFile(path, entries, arrays, tuple(tensor.name for tensor in others))
+    return PackedFile(path, contents, arrays, {tensor.name: tensor for tensor in others})
 
 
 def split_shard(
@@ -274,7 +352,8 @@ def load(path: str | Path, *, verify: bool = False, in_memory: bool = False) -> 
 
     Args:
         path: a file written by save or quantize_file; for a sharded one its folder or index.
-        verify: read everything through once and compare checksums.
+        verify: read the tables through once and compare their checksums. That of the header is always compared; other
+            tensors are not read, embpack inspect --verify and dequantize do that.
         in_memory: read everything now, into memory of this process. Rows are then looked up as fast the first time as
             later, and the file is no longer needed. But processes that serve the same file no longer share its memory,
             and all of it has to fit (docs/kernels.md has figures).
@@ -285,7 +364,8 @@ def load(path: str | Path, *, verify: bool = False, in_memory: bool = False) -> 
 
     Raises:
         FileNotFoundError: there is nothing at path.
-        FormatError: the file is damaged, truncated, not ours or of a future version; with verify, altered.
+        FormatError: the file is damaged, truncated, not ours or of a future version, or says of its bytes what was not
+            written; with verify, a table's bytes were altered.
     """
     tables = {}
     for file in open_packed(path):
@@ -304,15 +384,15 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
         tables: name to table.
 
     Raises:
+        TypeError: tables are not PackedTables by name.
         ValueError: there are no tables, one has no rows or has attributes that a file cannot have, two tensors would
-            have one name, or path has another suffix.
+            have one name, or one that is no text, or path has another suffix.
         OSError: the disk is full, the folder cannot be written to.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a file of packed tables ends in .safetensors")
-    if not tables:
-        raise ValueError(f"{path}: there are no tables to save")
+    _check_tables(path, tables)
     empty = [name for name, table in tables.items() if table.num_embeddings == 0]
     if empty:
         raise ValueError(f"{path}: table {empty[0]!r} has no rows; leave it out")
@@ -334,9 +414,24 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
     for name, entry in entries.items():
         # What load would refuse is not written.
         _read_entry(f"{path}: table {name!r}", entry.as_json(), name, shapes)
-    metadata = make_metadata(entries)
+    metadata = make_metadata(entries, {}, tensors)
     room = len(json.dumps(metadata))
     write_checkpoint(path, [OutShard(path.name, tuple(tensors), lambda: metadata, room)])
+
+
+def _check_tables(path: Path, tables: Mapping[str, PackedTable]) -> None:
+    if not isinstance(tables, Mapping):
+        kind = type(tables).__name__
+        raise TypeError(f'{path}: tables is {kind}; give tables by name: embpack.save(path, {{"user": table}})')
+    if not tables:
+        raise ValueError(f"{path}: there are no tables to save")
+    for name, table in tables.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{path}: a table's name is {name!r}, not a string; give tables by name")
+        if not isinstance(table, PackedTable):
+            raise TypeError(
+                f"{path}: table {name!r} is {type(table).__name__}; pack it first: embpack.quantize(weight)"
+            )
 
 
 def _out_tensors(name: str, table: PackedTable) -> Iterable[OutTensor]:

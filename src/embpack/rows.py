@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embpack.errors import kind_of
+
 # NumPy has no bfloat16: its bits travel as uint16.
 ROW_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -27,23 +29,48 @@ def as_rows(weight: Any) -> tuple[NDArray[Any], str]:
         The array, bfloat16 as uint16, without a copy where that is possible; and the name of its type.
 
     Raises:
-        TypeError: it is of another type.
-        ValueError: it is not 2-D, or has no rows or no columns.
+        TypeError: it is of another type, or a tensor whose values are not simply in memory: sparse, quantized, spread
+            over processes.
+        ValueError: it is not 2-D, has no rows or no columns, or is on PyTorch's meta device.
     """
-    torch, conversion = sys.modules.get("torch"), "weight.astype(numpy.float32)"
+    torch = sys.modules.get("torch")
     if torch is not None and isinstance(weight, torch.Tensor):
-        weight = weight.detach().cpu()
+        _check_tensor(weight, torch)
+        weight = weight.detach().cpu().resolve_neg()
         if weight.dtype == torch.bfloat16:
             return _check_shape(weight.view(torch.uint16).numpy()), "bfloat16"
-        weight, conversion = weight.numpy(), "weight.float()"
+        weight = weight.numpy()
     array = np.asarray(weight)
-    if array.dtype.name not in ROW_DTYPES:
-        hint = f"; convert it with {conversion}" if array.dtype.kind in "fiu" else ""
-        raise TypeError(f"weight is {array.dtype.name}, but a table is float32, float16 or bfloat16{hint}")
     name = array.dtype.name
+    if name not in ROW_DTYPES:
+        raise _explain_type(name, "weight.astype(numpy.float32)" if array.dtype.kind in "fiu" else None)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return _check_shape(array.view(np.uint16) if name == "bfloat16" else array), name
+
+
+def _check_tensor(weight: Any, torch: Any) -> None:
+    """Refuse a PyTorch tensor whose values are not simply in memory, and say what makes one of which they are."""
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device and has no values; load them first")
+    if hasattr(weight, "full_tensor"):
+        raise _explain_type(f"{kind_of(weight)}, spread over processes", "weight.full_tensor()")
+    if weight.is_quantized:
+        raise _explain_type(str(weight.dtype).removeprefix("torch."), "weight.dequantize()")
+    if weight.is_nested:
+        raise ValueError("weight is nested, but a table is 2-D: [num_embeddings, embedding_dim]")
+    if weight.layout != torch.strided:
+        raise _explain_type(str(weight.layout).removeprefix("torch."), "weight.to_dense()")
+    name = str(weight.dtype).removeprefix("torch.")
+    if name not in ROW_DTYPES:
+        raise _explain_type(name, None if weight.dtype.is_complex else "weight.float()")
+    if hasattr(weight, "__tensor_flatten__"):  # what such a tensor is made of is not its values, as torchao's
+        raise _explain_type(kind_of(weight), "weight.dequantize()")
+
+
+def _explain_type(found: str, conversion: str | None) -> TypeError:
+    hint = f"; convert it with {conversion}" if conversion else ""
+    return TypeError(f"weight is {found}, but a table is float32, float16 or bfloat16{hint}")
 
 
 def _check_shape(array: NDArray[Any]) -> NDArray[Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 
+from embpack.errors import naming
 from embpack.files import METADATA_KEY
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.formats.dtypes import count_bytes
@@ -107,9 +108,10 @@ class Decision:
     @property
     def bytes_after(self) -> int:
         """Bytes of the tensor in the output, and of what lies beside it."""
-        if self.row_format is None:
+        if self.variant is None:
             return self.bytes_before
-        return self.tensor.shape[0] * self.row_format.row_bytes + sum(spec.nbytes for spec in self.beside)
+        num_embeddings, embedding_dim = self.tensor.shape
+        return self.variant.count_bytes(num_embeddings, embedding_dim)
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,30 @@ class Rules:
         if not (included or tensor.is_vectors or says_embedding(tensor.name)):
             return Decision(tensor, None, "name does not say embedding")
         variant = self.variants.get(tensor.name, self.variant)
-        after = variant.make_row_format(tensor.shape[1]).row_bytes
         if tensor.shape[0] < MIN_ROWS and not (included or tensor.is_vectors):
             return Decision(tensor, None, f"fewer than {MIN_ROWS} rows: much used, and little to save")
-        before = count_bytes(tensor.dtype, tensor.shape[1:])
-        if after >= before and not included:
-            return Decision(tensor, None, f"a packed row is not smaller: {after} of {before} bytes")
+        with naming(tensor.name):
+            growth = explain_growth(count_bytes(tensor.dtype, tensor.shape), variant, *tensor.shape)
+        if growth is not None and not included:
+            return Decision(tensor, None, growth)
         reason = "format holds vectors" if tensor.is_vectors else "name says embedding"
         return Decision(tensor, variant, "included" if included else reason)
+
+
+def explain_growth(before: int, variant: Variant, num_embeddings: int, embedding_dim: int) -> str | None:
+    """Say why a table is left as it is if packing makes it no smaller; None if it does.
+
+    Args:
+        before: bytes of its weights.
+        variant: how it would be packed.
+        num_embeddings: its rows.
+        embedding_dim: values a row.
+
+    Raises:
+        TypeError, ValueError: it has no rows of this embedding_dim, as Variant.make_row_format says.
+    """
+    after = variant.count_bytes(num_embeddings, embedding_dim)
+    return None if after < before else f"packed rows would be no smaller: {before:,} -> {after:,} bytes"
 
 
 def _match(name: str, globs: Iterable[str]) -> bool:

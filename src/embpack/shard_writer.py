@@ -4,7 +4,7 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from glob import escape
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
-from embpack.files import TableEntry, format_checksum, make_metadata
+from embpack.files import TableEntry, format_checksum, iter_pieces, make_metadata
 from embpack.formats import OutShard, OutTensor, SourceTensor
 from embpack.formats.base import as_bytes
-from embpack.formats.dtypes import count_bytes, name_dtype
+from embpack.formats.dtypes import name_dtype
 from embpack.layouts import RowFormat
 from embpack.methods import Method, measure_loss
 from embpack.packing import iter_packed
@@ -27,7 +27,8 @@ from embpack.rules import Decision
 # Told of rows as they are done: the table's name and how many more.
 Progress = Callable[[str, int], None]
 
-_COPY_BYTES = 1 << 24
+# As long as any.
+_NO_CHECKSUM = format_checksum(hashlib.sha256())
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class TableWriter:
     @property
     def longest_entry(self) -> TableEntry:
         """An entry at least as long as the table's, with floats of as many digits as they can have."""
-        return self._make_entry(self._method.longest_spec, -1.2345678901234567e-300, format_checksum(hashlib.sha256()))
+        return self._make_entry(self._method.longest_spec, -1.2345678901234567e-300, _NO_CHECKSUM)
 
     @property
     def _method(self) -> Method:
@@ -166,23 +167,35 @@ class ShardWriter:
     def out_shard(self, file_name: str) -> OutShard:
         """Make what the output has of the shard."""
         out: list[OutTensor] = []
+        others: dict[str, str] = {}
         for tensor in self.tensors:
-            out += tensor.out_tensors() if isinstance(tensor, TableWriter) else [copy_tensor(tensor)]
+            if isinstance(tensor, TableWriter):
+                out += tensor.out_tensors()
+            else:
+                others[tensor.name] = _NO_CHECKSUM
+                out.append(copy_tensor(tensor, partial(_keep_checksum, others, tensor.name)))
         _check_names(out)
-        room = len(json.dumps(self._make_metadata([table.longest_entry for table in self.tables])))
-        return OutShard(file_name, tuple(out), self._metadata, room)
+        longest = self._make_metadata([table.longest_entry for table in self.tables], others, out)
+        return OutShard(file_name, tuple(out), lambda: self._metadata(others, out), len(json.dumps(longest)))
 
     @property
     def tables(self) -> list[TableWriter]:
         """The tables, in order."""
         return [tensor for tensor in self.tensors if isinstance(tensor, TableWriter)]
 
-    def _metadata(self) -> dict[str, str]:
-        return self._make_metadata([table.entry for table in self.tables if table.entry is not None])
+    def _metadata(self, others: Mapping[str, str], out: Sequence[OutTensor]) -> dict[str, str]:
+        return self._make_metadata([table.entry for table in self.tables if table.entry is not None], others, out)
 
-    def _make_metadata(self, entries: Sequence[TableEntry]) -> dict[str, str]:
+    def _make_metadata(
+        self, entries: Sequence[TableEntry], others: Mapping[str, str], out: Sequence[OutTensor]
+    ) -> dict[str, str]:
         names = [table.decision.tensor.name for table in self.tables]
-        return {**self.source_metadata, **make_metadata(dict(zip(names, entries, strict=True)))}
+        tables = dict(zip(names, entries, strict=True))
+        return {**self.source_metadata, **make_metadata(tables, others, out)}
+
+
+def _keep_checksum(others: dict[str, str], name: str, digest: "hashlib._Hash") -> None:
+    others[name] = format_checksum(digest)
 
 
 def _check_names(tensors: Sequence[OutTensor]) -> None:
@@ -205,9 +218,14 @@ def _check_loss(name: str, loss: float, max_loss: float) -> None:
         )
 
 
-def copy_tensor(tensor: SourceTensor) -> OutTensor:
-    """Pass a tensor through, a few megabytes at a time."""
-    entries = tensor.shape[0] if tensor.shape else 1
-    entry_bytes = max(1, count_bytes(tensor.dtype, tensor.shape) // max(1, entries))
-    step = max(1, _COPY_BYTES // entry_bytes)
-    return OutTensor(tensor.name, tensor.dtype, tensor.shape, lambda: tensor.chunks(step))
+def copy_tensor(tensor: SourceTensor, finish: Callable[["hashlib._Hash"], None]) -> OutTensor:
+    """Pass a tensor through, a few megabytes at a time; finish is given the digest of its bytes at their end."""
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        digest = hashlib.sha256()
+        for piece in iter_pieces(tensor):
+            digest.update(as_bytes(piece))
+            yield piece
+        finish(digest)
+
+    return OutTensor(tensor.name, tensor.dtype, tensor.shape, chunks)

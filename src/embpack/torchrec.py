@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from embpack.errors import MissingExtraError
+from embpack.errors import MissingExtraError, kind_of, naming
 from embpack.layouts import LAYOUTS
 from embpack.methods import DEFAULT_METHOD, Method, parse_method
 from embpack.packing import quantize as quantize_table
@@ -59,7 +59,7 @@ def quantize(
     Args:
         collection: torchrec.EmbeddingBagCollection, weighted or not, or torchrec.EmbeddingCollection, of float32,
             float16 or bfloat16 tables on any device but meta; it is not changed. The marks that TorchRec's quant_prep_*
-            and pruning left on it are heeded.
+            and pruning left on it are heeded. All of its tables are packed, whatever their size.
         method: of uniform rows, as embpack.quantize takes it; "asym" makes TorchRec's own bytes.
         bits: of each code, 2, 4 or 8, for all tables; from_tables takes each table as it was packed.
         output_dtype: of the pooled values.
@@ -70,7 +70,7 @@ def quantize(
         collection's, if tables differ in pooling: take them by name.
 
     Raises:
-        TypeError: collection is something else.
+        TypeError: collection is something else, or a table is of another type; the table is named.
         ValueError: the method makes no uniform rows, or a table cannot be packed or held; the table is named.
 
     Source: torchrec.quant.embedding_modules.EmbeddingBagCollection.from_float, which takes minimum and maximum.
@@ -120,7 +120,7 @@ def from_tables(
         The EmbeddingBagCollection or EmbeddingCollection of torchrec.quant.embedding_modules.
 
     Raises:
-        TypeError: the configs are not all of one kind, or there is no such option.
+        TypeError: the configs are not all of one kind, a table is no PackedTable, or there is no such option.
         ValueError: tables and configs do not agree, or TorchRec cannot hold a table; says what to do.
     """
     copies = [copy.deepcopy(config) for config in configs]
@@ -161,7 +161,7 @@ def to_tables(collection: Any) -> dict[str, PackedTable]:
         configs = collection.embedding_configs()
     else:
         raise TypeError(
-            f"collection is a {type(collection).__name__}; to_tables reads an EmbeddingBagCollection or "
+            f"collection is {kind_of(collection)}; to_tables reads an EmbeddingBagCollection or "
             "EmbeddingCollection of torchrec.quant, which quantize makes"
         )
     tables = {
@@ -180,21 +180,21 @@ def _read_collection(collection: Any) -> tuple[list[Any], Any]:
         configs, embeddings = collection.embedding_configs(), collection.embeddings
     else:
         raise TypeError(
-            f"collection is a {type(collection).__name__}; quantize takes a torchrec.EmbeddingBagCollection or "
+            f"collection is {kind_of(collection)}; quantize takes a torchrec.EmbeddingBagCollection or "
             "torchrec.EmbeddingCollection, as it is before it is sharded"
         )
     return copy.deepcopy(configs), embeddings
 
 
 def _quantize_table(weight: torch.Tensor, method: Method, bits: int, name: str) -> PackedTable:
-    if weight.is_meta:
-        raise ValueError(f"table {name!r} lies on the meta device and has no values; load the weights first")
-    try:
-        return quantize_table(weight, method, bits, "float16")
-    except ValueError as error:
-        # What embpack.quantize's message proposes does not help here.
-        only = "; but TorchRec has float16 parameters only: rescale the table" if "param_dtype=" in str(error) else ""
-        raise ValueError(f"table {name!r}: {error}{only}") from error
+    with naming(f"table {name!r}"):
+        try:
+            return quantize_table(weight, method, bits, "float16")
+        except ValueError as error:
+            if "param_dtype=" not in str(error):
+                raise
+            # What embpack.quantize's message proposes does not help here.
+            raise ValueError(f"{error}; but TorchRec has float16 parameters only: rescale the table") from error
 
 
 def _kind_of(configs: Sequence[Any]) -> Any:

@@ -56,6 +56,17 @@ class Variant:
         param_dtype = self.param_dtype or layout.default_param_dtype(self.bits)
         return RowFormat(embedding_dim, self.bits, param_dtype, layout.name, self.rotate)
 
+    def count_bytes(self, num_embeddings: int, embedding_dim: int) -> int:
+        """Count the bytes of a packed table, and of what lies beside its rows.
+
+        Raises:
+            TypeError, ValueError: as make_row_format.
+        """
+        row_format = self.make_row_format(embedding_dim)
+        num_codebooks = self.parsed_method.num_codebooks(num_embeddings, row_format)
+        beside = row_format.form.beside(num_embeddings, num_codebooks)
+        return num_embeddings * row_format.row_bytes + sum(spec.nbytes for spec in beside)
+
     def find_refusal(self) -> str | None:
         """Say why no row can be packed in this way, whatever its width and values; None if some can."""
         try:

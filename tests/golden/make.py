@@ -2,14 +2,16 @@
 
     python -m tests.golden.make
 
-writes those of CASES that are not there yet, and changes none that is. Add a case for whatever comes new to the format;
-leave the old ones, for users have files like them. Of each case there are
+writes those of list_cases that are not there yet, and changes none that is. Add a case for whatever comes new to the
+format; leave the old ones, for users have files like them. Of each case there are
 
-- packed/NAME.safetensors, or a folder of shards: what quantize_file wrote;
+- packed/NAME.safetensors, or a folder of shards: what quantize_file wrote, in the format's version of that time;
 - expected/NAME.safetensors: of each table the weights, all values, and pooled bags;
-- an entry of manifest.json: how it was packed, what it lost, the digest of what save wrote.
+- an entry of manifest.json: how it was packed, what it lost, and by version of the format the digests of what save and
+  quantize_file write of it. A version that is no longer written is held by its files alone; for a new
+  one, the command adds digests to all cases.
 
-BY_HAND is a file as another program may write it, of a case's bytes.
+BY_HAND are files as another program may write them, of a case's bytes.
 """
 
 import hashlib
@@ -26,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 import embpack
+from embpack.files import FORMAT_VERSION
 
 FOLDER = Path(__file__).parent
 PACKED, EXPECTED, MANIFEST = FOLDER / "packed", FOLDER / "expected", FOLDER / "manifest.json"
@@ -35,8 +38,11 @@ ROWS = 20
 # Three bags and an empty one; one of them is as long as kernels that look several rows up at once have it.
 INDICES = [3, 0, 3, 19, *range(18, -1, -1), 7]
 OFFSETS = [0, 3, 3, 22]
+# What an entry of the manifest says of how its tables were packed.
+HOW = ("method", "bits", "param_dtype", "rotation")
 POOLED = {"sum": "sum", "mean": "mean", "max": "max", "weighted": "sum"}
-BY_HAND, BY_HAND_OF = "by-hand", "uniform-optimal-4bits-float16-d64"
+# By name: the version of the format.
+BY_HAND, BY_HAND_OF = {"by-hand": 1, "by-hand-version2": 2}, "uniform-optimal-4bits-float16-d64"
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,14 @@ def list_cases() -> list[Case]:
     add("lattice", "clustered16", ("kmeans-cls:K=260",), [axes[0], axes[3], axes[9], axes[10]], (5, 16))
     add("rows", "trellis", ("trellis",), product((4, 2, 3, 3.5, 5, 6, 7), (None,), ROTATIONS))
     cases.append(Case("sharded", "rows", "optimal", 4, None, None, (16, 40), "float32"))
+    # All cases from here on were first written in version 2 of the format.
+    cases += [
+        Case("version2-uniform", "rows", "optimal", 4, None, None, (64,), "float32"),
+        Case("version2-codebook-hadamard", "rows", "kmeans", 4, None, "hadamard", (16,), "bfloat16"),
+        Case("version2-clustered", "clusters", "kmeans-cls:K=3", 4, None, None, (40,), "float16"),
+        Case("version2-trellis-hadamard", "rows", "trellis", 3.5, None, "hadamard", (130,), "float32"),
+        Case("version2-sharded", "rows", "optimal", 4, None, None, (16, 40), "float32"),
+    ]
     return list({case.name: case for case in cases}.values())
 
 
@@ -135,10 +149,32 @@ def pool(table: embpack.PackedTable, how: str) -> np.ndarray:
     return table.embedding_bag(indices, offsets, POOLED[how], weights)
 
 
+def digest_files(path: Path) -> str:
+    """SHA-256 of a file, or of the names and bytes of all files of a folder."""
+    digest = hashlib.sha256()
+    for name, content in read_tree(path).items():
+        digest.update(name.encode() + content)
+    return digest.hexdigest()
+
+
 def digest_of_saved(folder: Path, tables: dict[str, embpack.PackedTable]) -> str:
     """SHA-256 of the file that save makes of tables."""
     embpack.save(folder / "saved.safetensors", tables)
-    return hashlib.sha256((folder / "saved.safetensors").read_bytes()).hexdigest()
+    return digest_files(folder / "saved.safetensors")
+
+
+def digest_case(
+    weights: dict[str, torch.Tensor], *, method: str, bits: float, param_dtype: str | None, rotation: str | None
+) -> dict[str, str]:
+    """Digests of what save and quantize_file write of a case's weights."""
+    tables = {
+        name: embpack.quantize(weight, method, bits=bits, param_dtype=param_dtype, rotate=rotation)
+        for name, weight in weights.items()
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        packed = pack(folder, weights, method, bits, param_dtype, rotation)
+        return {"saved": digest_of_saved(folder, tables), "packed": digest_files(packed)}
 
 
 def check_clusters(weights: torch.Tensor, table: embpack.PackedTable, how: dict[str, Any]) -> None:
@@ -150,17 +186,20 @@ def check_clusters(weights: torch.Tensor, table: embpack.PackedTable, how: dict[
         assert table.clusters is None or np.array_equal(clusters, table.clusters), f"clusters of {how} hang by a thread"
 
 
+def weights_of(case: Case) -> dict[str, torch.Tensor]:
+    """A case's tables before they are packed."""
+    names = ["embedding.weight", "second_embedding.weight"]
+    return {name: make_weights(case.weights, dim, case.dtype) for name, dim in zip(names, case.dims, strict=False)}
+
+
 def make(case: Case) -> dict[str, Any]:
     """Write the files of a case; returns its entry of the manifest."""
-    names = ["embedding.weight", "second_embedding.weight"][: len(case.dims)]
-    weights = {name: make_weights(case.weights, dim, case.dtype) for name, dim in zip(names, case.dims, strict=True)}
+    weights = weights_of(case)
     how = {"method": case.method, "bits": case.bits, "param_dtype": case.param_dtype, "rotate": case.rotation}
     expected: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        packed = pack(folder, weights, case.method, case.bits, case.param_dtype, case.rotation)
+        packed = pack(Path(name), weights, case.method, case.bits, case.param_dtype, case.rotation)
         packed.rename(PACKED / (case.name + packed.suffix))
-        saved = digest_of_saved(folder, {name: embpack.quantize(weights[name], **how) for name in names})
     tables = embpack.load(PACKED / (case.name + packed.suffix), verify=True)
     for name, table in tables.items():
         check_clusters(weights[name], table, how)
@@ -172,28 +211,30 @@ def make(case: Case) -> dict[str, Any]:
         name: {"row_format": str(table.row_format), "spec": table.method, "dtype": table.dtype, "loss": table.loss}
         for name, table in tables.items()
     }
-    described = {
-        key: value for key, value in asdict(case).items() if key in ("method", "bits", "param_dtype", "rotation")
-    }
-    return {"file": case.name + packed.suffix, **described, "saved": saved, "tables": entries}
+    described = {key: value for key, value in asdict(case).items() if key in HOW}
+    return {"file": case.name + packed.suffix, **described, "digests": {}, "tables": entries}
 
 
-def write_by_hand(like: dict[str, Any]) -> dict[str, Any]:
+def write_by_hand(name: str, version: int, like: dict[str, Any]) -> dict[str, Any]:
     """Write the table of a case with nothing in its metadata that a reader could do without; returns its entry."""
-    path = PACKED / like["file"]
-    [(name, entry)] = like["tables"].items()
-    packed = embpack.load(path)[name].packed
+    [(table, entry)] = like["tables"].items()
+    packed = embpack.load(PACKED / like["file"])[table].packed
     layout, dim, bits, param_dtype = entry["row_format"].split(":")
     described = {
         "checksum": f"sha256:{hashlib.sha256(packed).hexdigest()}", "loss": None, "method": "", "dtype": "float32",
         "embedding_dim": int(dim), "num_embeddings": len(packed), "param_dtype": param_dtype, "bits": int(bits),
         "layout": layout,
     }  # fmt: skip
-    metadata = {"embpack": json.dumps({"tables": {name: described}, "version": 1})}
+    value: dict[str, Any] = {"tables": {table: described}, "version": version}
+    if version > 1:
+        value["others"] = {}
+        covered = {**value, "tensors": {table: ["U8", packed.shape]}}
+        text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+        value["checksum"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     tensor = {"data_offsets": [0, packed.nbytes], "shape": packed.shape, "dtype": "U8"}
-    header = json.dumps({name: tensor, "__metadata__": metadata}).encode()
-    (PACKED / f"{BY_HAND}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + packed.tobytes())
-    return {"file": f"{BY_HAND}.safetensors", "tables": {name: {**entry, "spec": "", "loss": None}}}
+    header = json.dumps({table: tensor, "__metadata__": {"embpack": json.dumps(value)}}).encode()
+    (PACKED / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + packed.tobytes())
+    return {"file": f"{name}.safetensors", "tables": {table: {**entry, "spec": "", "loss": None}}}
 
 
 def main() -> None:
@@ -204,9 +245,14 @@ def main() -> None:
         if case.name not in manifest:
             manifest[case.name] = make(case)
             print(case.name)
-    if BY_HAND not in manifest:
-        manifest[BY_HAND] = write_by_hand(manifest[BY_HAND_OF])
-        shutil.copy(EXPECTED / f"{BY_HAND_OF}.safetensors", EXPECTED / f"{BY_HAND}.safetensors")
+        entry = manifest[case.name]
+        if str(FORMAT_VERSION) not in entry["digests"]:
+            how = {key: entry[key] for key in HOW}
+            entry["digests"][str(FORMAT_VERSION)] = digest_case(weights_of(case), **how)
+    for name, version in BY_HAND.items():
+        if name not in manifest:
+            manifest[name] = write_by_hand(name, version, manifest[BY_HAND_OF])
+            shutil.copy(EXPECTED / f"{BY_HAND_OF}.safetensors", EXPECTED / f"{name}.safetensors")
     MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")
 
 

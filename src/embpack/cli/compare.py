@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,15 +154,17 @@ def compare(
         raise typer.BadParameter(str(error), param_hint="--bits") from None
     most_rows = _parse_rows(rows)
     rules = Rules(tuple(include or ()), tuple(exclude or ()))
-    with open_checkpoint(src) as checkpoint:
+    if html is not None and html.exists() and html.samefile(src):
+        raise typer.BadParameter(f"{html} is the checkpoint; choose another name", param_hint="--html")
+    # The page's place is taken before anything is measured: whoever cannot write there learns it at once.
+    with open_checkpoint(src) as checkpoint, nullcontext() if html is None else new_file(html) as page:
         decisions = [decision for decision in decide_all(checkpoint, rules) if decision.variant]
         totals = {d.tensor.name: count_rows(d, most_rows) * len(variants) for d in decisions}
         with show.row_progress(totals, shown=not as_json) as progress:
             tables = [compare_table(decision, variants, most_rows, progress) for decision in decisions]
-    report = FileComparison(src, tuple(tables), rules.include, rules.exclude, get_num_threads())
-    if html is not None:
-        with new_file(html) as file:
-            file.write(make_page(report).encode())
+        report = FileComparison(src, tuple(tables), rules.include, rules.exclude, get_num_threads())
+        if page is not None:
+            page.write(make_page(report).encode(errors="backslashreplace"))
     if as_json:
         show.print_json(_as_json(report))
     else:

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 import embpack
 from embpack.cli import show
 from embpack.convert import quantize_file
+from embpack.formats.temporary import temporary_folder
 from embpack.rules import says_embedding
 from embpack.samples import make_checkpoint
 from embpack.table import PackedTable
@@ -16,8 +17,9 @@ from embpack.table import PackedTable
 
 def demo() -> None:
     """Make a checkpoint of embedding tables that look trained, pack it, and read rows back; under a minute."""
-    with tempfile.TemporaryDirectory(prefix="embpack-demo-") as folder:
-        src, dst = Path(folder, "model.safetensors"), Path(folder, "model-4bit.safetensors")
+    # What a demo that was killed left there, the next one removes.
+    with temporary_folder(Path(tempfile.gettempdir()), mode=0o700) as folder:
+        src, dst = folder / "model.safetensors", folder / "model-4bit.safetensors"
         show.output.print("Making a checkpoint: heavy-tailed rows, norms by a power law ...", style="dim")
         tensors = make_checkpoint(np.random.default_rng(0))
         save_file(tensors, src)

@@ -20,7 +20,7 @@ def dequantize(
         Path,
         typer.Argument(
             help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin, .npy, .npz or "
-            ".parquet; for a sharded SRC a new folder.",
+            ".parquet; for a sharded SRC a new or empty folder.",
             show_default=False,
         ),
     ],

@@ -16,7 +16,7 @@ def inspect(
         typer.Argument(help="What embpack quantize wrote: a file, or a folder of shards.", show_default=False),
     ],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read every table through and compare its checksum.")
+        bool, typer.Option("--verify", help="Read everything through and compare all checksums.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -27,10 +27,10 @@ def inspect(
     files = open_packed(file)
     if verify:
         for packed in files:
-            for name in packed.entries:
-                packed.verify(name)
+            packed.verify_all()
     if as_json:
-        show.print_json({"verified": verify, **_as_json(files)})
+        checked, unchecked = _count_checked(files, verified=verify)
+        show.print_json({"verified": verify, "checked": checked, "unchecked": unchecked, **_as_json(files)})
     else:
         _print(str(file), files, verified=verify)
 
@@ -69,6 +69,43 @@ def _print(path: str, files: list[PackedFile], *, verified: bool) -> None:
     show.output.print(table)
     others = _others(files)
     if others:
-        show.output.print(f"{len(others)} other tensors, as they were", style="dim")
+        show.output.print(f"{_count(len(others), 'other tensor')}, as they were", style="dim")
     if verified:
-        show.output.print("every checksum agrees", style="green")
+        show.output.print(_say_checked(files), style="green")
+
+
+def _count_checked(files: list[PackedFile], *, verified: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Count what was compared with its checksum, headers at each opening, and what was not."""
+    newer = [packed for packed in files if packed.contents.others is not None]
+    tables, others = sum(len(packed.entries) for packed in files), len(_others(files))
+    checked = {
+        "tables": tables if verified else 0,
+        "other_tensors": len(_others(newer)) if verified else 0,
+        "headers": len(newer),
+    }
+    everything = {"tables": tables, "other_tensors": others, "headers": len(files)}
+    return checked, {what: number - checked[what] for what, number in everything.items()}
+
+
+def _say_checked(files: list[PackedFile]) -> str:
+    """Say what was verified, and what a file of version 1 has no checksums of."""
+    checked, unchecked = _count_checked(files, verified=True)
+    said = f"checksums of {_list_counted(checked, len(files))} agree"
+    without = _list_counted(unchecked, len(files))
+    return f"{said}; version 1 has none for {without}" if without else said
+
+
+def _list_counted(counts: dict[str, int], num_files: int) -> str:
+    """Name what there is some of, "3 tables, 41 other tensors and the header"."""
+    headers = "the header" if num_files == 1 else _count(counts["headers"], "header")
+    parts = [
+        _count(counts["tables"], "table") if counts["tables"] else "",
+        _count(counts["other_tensors"], "other tensor") if counts["other_tensors"] else "",
+        headers if counts["headers"] else "",
+    ]
+    *first, last = [part for part in parts if part] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

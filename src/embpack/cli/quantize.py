@@ -11,7 +11,7 @@ import typer
 
 from embpack.cli import show
 from embpack.comparison.checkpoint import count_rows
-from embpack.convert import Report, check_max_loss, pack_checkpoint
+from embpack.convert import Report, check_destination, check_max_loss, pack_checkpoint
 from embpack.formats import open_checkpoint
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
@@ -75,7 +75,7 @@ def quantize(
     dst: Annotated[
         Path | None,
         typer.Argument(
-            help="A .safetensors file (for a sharded SRC a new folder); it appears only once it is whole.",
+            help="A .safetensors file (for a sharded SRC a new or empty folder); it appears only once it is whole.",
             show_default=False,
         ),
     ] = None,
@@ -164,6 +164,8 @@ def quantize(
     variant = Variant() if auto else Variant(method, bits, param_dtype, rotate)
     rules = Rules(tuple(include or ()), tuple(exclude or ()), variant)
     with open_checkpoint(src) as checkpoint:
+        if dst is not None and not dry_run:
+            check_destination(checkpoint, dst)
         decisions, plan = decide_all(checkpoint, rules), None
         if auto:
             plan = _plan_tables(decisions, max_bytes, max_loss, access_counts, quiet=as_json)

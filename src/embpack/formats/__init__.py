@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from embpack.errors import FormatError, MissingExtraError
 from embpack.formats.atomic import new_file
-from embpack.formats.base import Checkpoint, OutShard, OutTensor, Shard, SourceTensor, find_repeated
+from embpack.formats.base import Checkpoint, OutShard, OutTensor, Shard, SourceTensor, find_repeated, is_utf8
 from embpack.formats.sharded import INDEX_SUFFIX, find_index, open_sharded, write_sharded
 
 __all__ = [
@@ -141,6 +141,12 @@ def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], i
             chunks are not what their tensor promised.
     """
     path = Path(path)
+    for name in (tensor.name for shard in shards for tensor in shard.tensors):
+        if not is_utf8(name):
+            raise ValueError(
+                f"{path}: tensor {name!r} has a name that is not Unicode, "
+                "which no reader takes; rename it (an .npy file: the file)"
+            )
     repeated = find_repeated(tensor.name for shard in shards for tensor in shard.tensors)
     if repeated is not None:
         raise ValueError(f"{path}: there is more than one tensor named {repeated!r}; rename all but one")

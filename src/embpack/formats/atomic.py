@@ -2,12 +2,15 @@
 
 import errno
 import os
+import re
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from embpack.formats.temporary import is_temporary, temporary_file, temporary_folder
 
 _NO_SPACE = {
     errno.ENOSPC: "the disk is full",
@@ -28,117 +31,190 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a file that appears under its name only when it is complete and on disk.
 
     Args:
-        path: of the file; one that exists is replaced, in one step, when the block ends without an exception.
+        path: of the file; one that exists is replaced, in one step, when the block ends without an exception. The new
+            one keeps its mode, and its owner and group where that is allowed. Of a symbolic link the target is
+            written.
 
     Yields:
-        The file, open for writing and seekable. It lies beside path, named ".*.tmp", until then; an exception
-        removes it, after a kill it may stay.
+        The file, open for writing and seekable. It lies beside path, named ".embpack-*.tmp", until then; an exception
+        removes it. After a kill it stays until the next file is written into that folder.
 
     Raises:
-        OSError: the folder is missing or cannot be written, path is a folder, or there is no space; errno
-            says which, and the message what to do.
+        OSError: the folder is missing or cannot be written, path is a folder, a device or a pipe, or there is no space;
+            errno says which, and the message what to do.
     """
     path = Path(path).absolute()
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
-    temporary = _name_temporary(path)
-    with _explained_place(path):
-        file = temporary.open("xb")
-    with _removed_on_failure(temporary, path):
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync(path.parent)
+    target = Path(os.path.realpath(path))
+    with ExitStack() as stack:
+        with _explained_place(path, target.parent):
+            replaced = _find_replaced(path, target)
+            # One that replaces another gets its mode only once it has its group.
+            mode = 0o666 if replaced is None else 0o600
+            temporary, descriptor = stack.enter_context(temporary_file(target.parent, mode))
+        if replaced is not None:
+            _keep_owner_and_mode(descriptor, replaced)
+        with _explained_space(path, temporary):
+            # A descriptor of its own, so that the lock is held until the file has its name.
+            with os.fdopen(os.dup(descriptor), "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(descriptor)
+            temporary.replace(target)
+            _sync(target.parent)
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
     """Write a folder that appears under its name only when all that is in it is complete and on disk.
 
+    One that exists stays, with its mode and owner, for it may be where a file system is mounted, or where a shell is.
+    Files are written into a folder within it, and then get their names one after the other, without a pause.
+
     Args:
-        path: of the folder; may exist if it is empty.
+        path: of the folder; may exist if it is empty. Of a symbolic link the target is written.
+        last: name of the file that gets its name after all others, an index without which nobody reads them.
 
     Yields:
-        The folder to write into. It lies beside path, named ".*.tmp", until the block ends; an exception
-        removes it, after a kill it may stay.
+        The folder to write into, ".embpack-*.tmp" beside path, or in it if that exists. An exception removes it, and
+        leaves an existing folder empty. After a kill it stays until the next run into that folder.
 
     Raises:
-        FileExistsError: path is a file, or a folder that is not empty.
+        FileExistsError: path is a file, a folder that is not empty, or being written by another process.
         OSError: the parent folder is missing or cannot be written, or there is no space; errno says which,
             and the message what to do.
     """
     path = Path(path).absolute()
-    _refuse_occupied(path)
-    temporary = _name_temporary(path)
-    with _explained_place(path):
-        temporary.mkdir()
-    with _removed_on_failure(temporary, path):
-        yield temporary
-        for written in [*temporary.rglob("*"), temporary]:
-            _sync(written)
-        _refuse_occupied(path)
-        temporary.replace(path)
-        _sync(path.parent)
+    target = Path(os.path.realpath(path))
+    refuse_occupied(path)
+    is_there = target.is_dir()
+    place = target if is_there else target.parent
+    with ExitStack() as stack:
+        with _explained_place(path, place), _explained_other(path):
+            temporary = stack.enter_context(temporary_folder(place, target))
+        with _explained_space(path, temporary):
+            yield temporary
+            for written in [*temporary.rglob("*"), temporary]:
+                _sync(written)
+            refuse_occupied(path)
+            if is_there:
+                _move_into(target, temporary, last)
+            else:
+                temporary.replace(target)
+            _sync(place)
 
 
-def _name_temporary(path: Path) -> Path:
-    """Choose a free name beside path.
+def _find_replaced(path: Path, target: Path) -> os.stat_result | None:
+    """Look at the file that is to be replaced; None if there is none."""
+    try:
+        replaced = target.stat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(replaced.st_mode):
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
+    if not stat.S_ISREG(replaced.st_mode):
+        raise FileExistsError(f"{path} is a device, a pipe or a socket, which is not to be replaced; name a file")
+    if _is_mounted(target):
+        raise FileExistsError(
+            f"{path} is mounted by itself and cannot be replaced; mount its folder, or name another file"
+        )
+    return replaced
 
-    mktemp only names; whoever creates it demands that it is new. mkstemp would give mode 0600, whatever the
-    umask.
-    """
-    return Path(tempfile.mktemp(prefix=".embpack-", suffix=".tmp", dir=path.parent))
+
+def _is_mounted(target: Path) -> bool:
+    """Whether something is mounted where a file is, as containers have single files."""
+    escaped = re.sub(r"[ \t\n\\]", lambda found: f"\\{ord(found[0]):03o}", str(target))
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    return any(line.split(maxsplit=5)[4:5] == [escaped] for line in lines)
 
 
-def _refuse_occupied(path: Path) -> None:
+def _keep_owner_and_mode(descriptor: int, replaced: os.stat_result) -> None:
+    """Give a new file the owner, group and mode of the one that it replaces, as far as that is allowed."""
+    mode = stat.S_IMODE(replaced.st_mode)
+    made = os.fstat(descriptor)
+    if made.st_gid != replaced.st_gid:
+        try:
+            os.fchown(descriptor, -1, replaced.st_gid)
+        except OSError:
+            # Its group is another one, which may do what all others may.
+            mode = mode & ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
+    with suppress(OSError):
+        os.fchown(descriptor, replaced.st_uid, -1)
+    with suppress(OSError):  # some file systems have no modes
+        os.fchmod(descriptor, mode)
+
+
+def refuse_occupied(path: Path) -> None:
+    """Raise FileExistsError unless a folder can be written there: path does not exist, or is an empty folder."""
     if path.is_dir():
-        if any(path.iterdir()):
+        if not all(is_temporary(inner.name) for inner in path.iterdir()):
             raise FileExistsError(f"{path} is a folder that is not empty; remove it or choose another name")
     elif path.exists():
         raise FileExistsError(f"{path} is a file, but a folder is to be written; choose another name")
 
 
-@contextmanager
-def _removed_on_failure(temporary: Path, path: Path) -> Iterator[None]:
-    """Remove what is half written, and say how far it came if space ran out."""
+def _move_into(target: Path, temporary: Path, last: str) -> None:
+    """Give files their names in a folder; the last one when all others are on disk. An exception takes them back."""
+    names = sorted((inner.name for inner in temporary.iterdir()), key=lambda name: (name == last, name))
     try:
-        yield
-    except BaseException as error:
-        explained = _explain_space(error, path, temporary)
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-        if explained is not None:
-            raise explained from error
+        for name in names:
+            if name == last:
+                _sync(target)
+            (temporary / name).rename(target / name)
+    except BaseException:
+        for name in names:
+            if not os.path.lexists(temporary / name):
+                (target / name).rename(temporary / name)
         raise
 
 
 @contextmanager
-def _explained_place(path: Path) -> Iterator[None]:
-    """Say why nothing can be created beside path."""
+def _explained_other(path: Path) -> Iterator[None]:
+    """Say that another process writes a folder."""
+    try:
+        yield
+    except FileExistsError as error:
+        message = f"{path} is being written by another process ({error.filename}); wait for it, or choose another name"
+        raise _reword(error, message) from error
+
+
+@contextmanager
+def _explained_space(path: Path, temporary: Path) -> Iterator[None]:
+    """Say how far it came if space ran out."""
+    try:
+        yield
+    except OSError as error:
+        explained = _explain_space(error, path, temporary)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+@contextmanager
+def _explained_place(path: Path, folder: Path) -> Iterator[None]:
+    """Say why nothing can be created in a folder."""
     try:
         yield
     except OSError as error:
         reason = _NO_PLACE.get(error.errno or 0)
         if reason is None:
             raise
-        raise _reword(error, f"cannot write {path}: {reason.format(folder=path.parent)}") from error
+        raise _reword(error, f"cannot write {path}: {reason.format(folder=folder)}") from error
 
 
-def _explain_space(error: BaseException, path: Path, temporary: Path) -> OSError | None:
+def _explain_space(error: OSError, path: Path, temporary: Path) -> OSError | None:
     """Say how much was written when space ran out; None for any other error."""
-    if not isinstance(error, OSError) or error.errno not in _NO_SPACE:
+    if error.errno not in _NO_SPACE:
         return None
     files = temporary.rglob("*") if temporary.is_dir() else [temporary]
     written = sum(file.stat().st_size for file in files if file.is_file())
-    free = shutil.disk_usage(path.parent).free
+    free = shutil.disk_usage(temporary.parent).free
     return _reword(
         error,
         f"cannot write {path}: {_NO_SPACE[error.errno]}, after {written} bytes and with {free} bytes free in "
-        f"{path.parent}; nothing was kept, make space or choose another folder",
+        f"{temporary.parent}; nothing was kept, make space or choose another folder",
     )
 
 

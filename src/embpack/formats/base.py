@@ -128,6 +128,15 @@ def find_repeated(names: Iterable[str]) -> str | None:
     return None
 
 
+def is_utf8(text: str) -> bool:
+    """Whether text can be written as UTF-8; not if it has lone surrogates, as a file's name in Latin-1 gets them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def refuse_repeated(path: Path, names: Iterable[str]) -> None:
     """Raise FormatError if a file has a name more than once."""
     repeated = find_repeated(names)

@@ -32,6 +32,8 @@ from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
 from embpack.formats.mapped import FileMap, MappedArray
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+# Of a member of a zip file.
+_MAX_NAME_BYTES = (1 << 16) - 1
 _WAYS_OUT = "write .safetensors or .pt"
 
 
@@ -222,9 +224,15 @@ def write_npz(file: BinaryIO, path: Path, shard: OutShard) -> None:
     """Write an uncompressed .npz file.
 
     Raises:
-        ValueError: NumPy has no such type.
+        ValueError: NumPy has no such type, or a zip file no such name.
     """
     refuse_dtypes(path, shard, NUMPY_DTYPES, _WAYS_OUT)
+    for tensor in shard.tensors:
+        if "\0" in tensor.name or len(f"{tensor.name}.npy".encode()) > _MAX_NAME_BYTES:
+            raise ValueError(
+                f"{path}: tensor {tensor.name!r:.80} has a name that an .npz file cannot have, with a NUL in it or of "
+                f"more than {_MAX_NAME_BYTES} bytes; {_WAYS_OUT}"
+            )
     with zipfile.ZipFile(file, "w") as archive:
         for tensor in shard.tensors:
             with archive.open(f"{tensor.name}.npy", "w", force_zip64=True) as member:

@@ -17,6 +17,8 @@ from embpack.formats.mapped import FileMap, MappedArray
 
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
+# The library opens no file with a longer one.
+_MAX_HEADER_BYTES = 100_000_000
 _METADATA_KEY = "__metadata__"
 
 
@@ -137,6 +139,11 @@ def write_safetensors(file: BinaryIO, path: Path, shard: OutShard) -> None:
     """
     entries = _place_tensors(path, shard)
     reserved = _reserve(entries, shard.metadata_room)
+    if reserved > _MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{path}: {len(entries)} tensors take a header of {reserved} bytes, but a safetensors file has at most "
+            f"{_MAX_HEADER_BYTES}; write several files"
+        )
     file.write(reserved.to_bytes(_LENGTH_BYTES, "little") + b" " * reserved)
     for tensor in shard.tensors:
         for chunk in iter_checked(tensor):

@@ -103,7 +103,7 @@ def write_sharded(path: Path, shards: Sequence[OutShard], index_name: str) -> No
     weight_map = {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}
     total_size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    with new_folder(path) as folder:
+    with new_folder(path, index_name) as folder:
         for shard in shards:
             shard_path = folder / shard.file_name
             shard_path.parent.mkdir(parents=True, exist_ok=True)

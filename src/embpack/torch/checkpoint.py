@@ -1,6 +1,7 @@
 """load_checkpoint: a model with its tables packed and mapped, from a file that embpack quantize wrote."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,20 +9,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from embpack.errors import kind_of
 from embpack.files import open_packed
 from embpack.table import PackedTable
 from embpack.torch.convert import (
     PACKED,
     Place,
-    address_of,
-    check_tied,
     find_additions,
+    hanging,
     is_torchrec_bags,
     swap_collections,
     walk_children,
 )
 from embpack.torch.modules import check_supported
 from embpack.torch.ops import dequantize
+from embpack.torch.tied import check_tied, group_names, retied
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse", "untie"] = "refuse") -> nn.Module:
@@ -32,8 +34,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
             nn.Embedding and nn.EmbeddingBag whose weight is a packed table of the file becomes a packed module;
             TorchRec's collections become what quantize_ makes of them.
         path: a file written by embpack quantize; for a sharded one its folder or index.
-        tied: what to do if a weight that the file has once, packed, is also that of a module that is not packed, such
-            as a language model's output layer: "refuse" raises, "untie" gives that module the table's rows as floats.
+        tied: what to do if a module that is not packed, such as a language model's output layer, has a weight that the
+            file has packed only: "refuse" raises, "untie" gives that module the table's rows as floats.
 
     Returns:
         The model. Tables are mapped: opening does not depend on their size, and rows are read when they are looked up.
@@ -45,9 +47,10 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
         FileNotFoundError: there is nothing at path.
         FormatError: the file is damaged, truncated, not ours or of a future version.
         TypeError: model is no module.
-        ValueError: model and file do not have the same tensors; names them. The model may be half loaded then. Or a
-            weight is tied, a module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq, hooks), or the
-            model is itself an embedding.
+        ValueError: model and file do not have the same tensors; names them. No module is packed then, but tensors of
+            others may be those of the file. Or a weight is tied, a module does what a packed one cannot (max_norm,
+            sparse, scale_grad_by_freq, hooks), the module that it is in does not let it be replaced, or the model is
+            itself an embedding.
     """
     check_tied(tied)
     _check_model(model)
@@ -57,12 +60,28 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
         tables |= {name: file.table(name) for name in file.entries}
         with safe_open(file.path, "pt") as opened:
             floats |= {name: opened.get_tensor(name) for name in file.others}
-    shared = _find_shared(model)
-    packed = _swap(model, tables, shared)
-    left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for names in shared:
-        floats |= _give_lacking(names, left, floats, tables, tied)
-    outcome = model.load_state_dict(floats, strict=False, assign=True)
+    groups, places = group_names(model), _find_places(model)
+    chosen = _choose_tables(places, groups, tables, floats)
+    packed = {place.name for module in chosen for place in places[module]}
+    floats = _share_floats(groups, {f"{name}.weight" for name in packed}, tables, floats, tied)
+    swaps = [
+        (places[module], _pack(module, places[module][0].name, name, tables[name])) for module, name in chosen.items()
+    ]
+    with hanging() as hang, retied(model):
+        for hangs, new in swaps:
+            for place in hangs:
+                hang(place, new)
+        swap_collections(model, hang)
+        _load_floats(model, floats, tuple(f"{name}." for name in packed), path)
+    return model
+
+
+def _load_floats(model: nn.Module, floats: Mapping[str, Tensor], packed: tuple[str, ...], path: str | Path) -> None:
+    """Load all that is not packed; the names of what is begin with one of packed."""
+    try:
+        outcome = model.load_state_dict(floats, strict=False, assign=True)
+    except RuntimeError as error:  # of sizes that differ
+        raise ValueError(f"{path} does not go with the model: {error}") from None
     missing = [name for name in outcome.missing_keys if not name.startswith(packed)]
     lacks = [("it", missing), ("the model", outcome.unexpected_keys)]
     if missing or outcome.unexpected_keys:
@@ -75,7 +94,6 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
             f"{', '.join(unmade)}: still on the meta device, for no checkpoint has buffers that are not persistent; "
             "make them after loading, or make the model elsewhere"
         )
-    return model
 
 
 def _check_model(model: nn.Module) -> None:
@@ -91,90 +109,110 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("the model is itself an EmbeddingBagCollection, which cannot be swapped in place; wrap it")
 
 
-def _find_shared(model: nn.Module) -> list[list[str]]:
-    """Names of the parameters that are one or share their memory, of which a file may have one only."""
-    names_of: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(address_of(parameter), []).append(name)
-    return [names for names in names_of.values() if len(names) > 1]
+def _find_places(model: nn.Module) -> dict[Any, list[Place]]:
+    """All modules below a model, and where each hangs."""
+    places: dict[Any, list[Place]] = {}
+    for module, place in walk_children(model):
+        places.setdefault(module, []).append(place)
+    return places
 
 
-def _give_lacking(
-    names: list[str], left: set[str], floats: Mapping[str, Tensor], tables: Mapping[str, PackedTable], tied: str
-) -> dict[str, Tensor]:
-    """Make the tensors of names that share one, are left in the model, and that the file does not have as floats."""
-    lacking = [name for name in names if name in left and name not in floats]
-    source = next((floats[name] for name in names if name in floats), None)
-    table = next((name for name in names if name in tables), None)
-    if not lacking or (source is None and table is None):
-        return {}
-    if source is None:
-        assert table is not None
-        if tied == "refuse":
-            embedding = next(name for name in names if name not in left)
-            raise ValueError(
-                f"{lacking[0]} is also {embedding}, which is packed: pass tied='untie' to give {lacking[0]} the "
-                f"table's rows as floats, or leave the table as it is, embpack quantize --exclude '{table}'"
-            )
-        source = dequantize(tables[table], getattr(torch, tables[table].dtype))
-    return dict.fromkeys(lacking, source)
+def _choose_tables(
+    places: Mapping[Any, Sequence[Place]],
+    groups: Iterable[Sequence[str]],
+    tables: Mapping[str, PackedTable],
+    floats: Mapping[str, Tensor],
+) -> dict[Any, str]:
+    """Choose the modules that are packed, each with the name of its table.
 
-
-def _swap(model: nn.Module, tables: Mapping[str, PackedTable], shared: list[list[str]]) -> tuple[str, ...]:
-    """Put packed modules in place, and return the beginnings of the names of what they have."""
-    children: list[tuple[Any, Place]] = list(walk_children(model))
-    embeddings = {f"{place.name}.weight" for module, place in children if type(module) in PACKED}
-    # A weight that several modules share may be in the file once, under the name of any.
-    table_of = {name: name for name in tables}
-    for names in shared:
-        own, there = embeddings.intersection(names), [name for name in names if name in tables]
-        if own and there:
-            table_of = {name: table for name, table in table_of.items() if name not in there}
-            table_of |= {name: name if name in tables else there[0] for name in own}
-    swaps: list[tuple[Place, nn.Module]] = []
-    made: dict[nn.Module, nn.Module] = {}
-    used: set[str] = set()
-    for module, place in children:
-        table = table_of.get(f"{place.name}.weight")
-        if module not in made:
-            if table is None:
-                continue
-            made[module] = _pack(module, place.name, tables[table])
-        swaps.append((place, made[module]))
-        used.update(() if table is None else (table,))
-    nobodys = [name for name in tables if name not in used]
+    Where modules share a weight, the file may have it under the name of any of them, or of several, of which some are
+    packed. Each embedding becomes what has its own name; one without is packed if anything of its weight is.
+    """
+    group_of = {name: names for names in groups for name in names}
+    chosen: dict[Any, str] = {}
+    for module in places:
+        own = [f"{place.name}.weight" for place in places[module]]
+        named = [name for name in own if name in tables]
+        if type(module) in PACKED and not named and not any(name in floats for name in own):
+            named = [name for name in group_of.get(own[0], ()) if name in tables]
+        if named and (type(module) in PACKED or type(module) in PACKED.values()):
+            chosen[module] = named[0]
+    packed = {f"{place.name}.weight" for module in chosen for place in places[module]}
+    # A table may also be of a weight that an embedding has, under the name of an output layer, which gets floats.
+    left = set(tables) - packed - set(chosen.values())
+    nobodys = [name for name in tables if name in left and packed.isdisjoint(group_of.get(name, ()))]
     if nobodys:
-        raise ValueError(_explain_nobodys(nobodys, children))
-    for place, module in swaps:
-        place.hang(module)
-    swap_collections(model)
-    return tuple(f"{place.name}." for place, _ in swaps)
+        raise ValueError(_explain_nobodys(nobodys, places))
+    return chosen
 
 
-def _explain_nobodys(names: list[str], children: list[tuple[Any, Place]]) -> str:
+def _explain_nobodys(names: Sequence[str], places: Mapping[Any, Sequence[Place]]) -> str:
     """Say what is wrong if a model has no embedding for tables."""
-    own = [f"{place.name}.weight" for module, place in children if type(module) in PACKED]
+    kinds = {f"{place.name}.weight": (place.name, module) for module in places for place in places[module]}
+    others = [f"{kinds[name][0]} is {kind_of(kinds[name][1])}" for name in names if name in kinds]
+    if others:
+        known = " or ".join(f"nn.{kind.__name__}" for kind in PACKED)
+        exclude = " ".join(f"--exclude '{name}'" for name in names if name in kinds)
+        return (
+            f"{', '.join(others)}, but a packed weight takes an {known}: leave it as it is, embpack quantize {exclude}"
+        )
+    own = [name for name, (_, module) in kinds.items() if type(module) in PACKED]
     return f"the model has no embedding for {', '.join(names)}; it has {', '.join(own) or 'none'}"
 
 
-def _pack(module: Any, name: str, table: PackedTable) -> nn.Module:
+def _share_floats(
+    groups: Iterable[Sequence[str]],
+    packed: Collection[str],
+    tables: Mapping[str, PackedTable],
+    floats: Mapping[str, Tensor],
+    tied: str,
+) -> dict[str, Tensor]:
+    """Make all tensors to load: those of the file, and those of weights that it has under other names.
+
+    Names of one weight whose values are the same share one tensor, as in the model that was saved.
+    """
+
+    @cache
+    def unpack(table: str) -> Tensor:
+        return dequantize(tables[table], getattr(torch, tables[table].dtype))
+
+    loaded = {name: tensor for name, tensor in floats.items() if name not in packed}
+    for names in groups:
+        there = [floats[name] for name in names if name in floats]
+        for name in names:
+            if name in packed:
+                continue
+            table = next((each for each in (name, *names) if each in tables), None)
+            if name in floats:
+                loaded[name] = next(tensor for tensor in there if _are_equal(tensor, floats[name]))
+            elif there and name not in tables:
+                loaded[name] = there[0]
+            elif table is not None:
+                embedding = next(each for each in names if each in packed)
+                if tied == "refuse":
+                    raise ValueError(
+                        f"{name} is also {embedding}, which is packed: pass tied='untie' to give {name} the table's "
+                        f"rows as floats, or leave the table as it is, embpack quantize --exclude '{table}'"
+                    )
+                loaded[name] = unpack(table)
+    return loaded
+
+
+def _are_equal(tensor: Tensor, other: Tensor) -> bool:
+    return tensor is other or (tensor.dtype == other.dtype and torch.equal(tensor, other))
+
+
+def _pack(module: Any, name: str, table_name: str, table: PackedTable) -> nn.Module:
     if type(module) in PACKED.values():
         raise ValueError(f"{name} is packed already; load the file into the model as it was before that")
-    packed = PACKED.get(type(module))
-    if packed is None:
-        known = ", ".join(f"nn.{kind.__name__}" for kind in PACKED)
-        raise ValueError(
-            f"{name} is a {type(module).__name__}, but its weight is packed, which takes {known}: leave it as it is, "
-            f"embpack quantize --exclude '{name}.weight'"
-        )
     added = find_additions(module)
     if added is not None:
         raise ValueError(
             f"{name} has {added}, which a packed module would not have: add it after loading, or leave the table as it "
-            f"is, embpack quantize --exclude '{name}.weight'"
+            f"is, embpack quantize --exclude '{table_name}'"
         )
     shape = (module.num_embeddings, module.embedding_dim)
     if shape != table.shape:
         raise ValueError(f"{name} is {shape[0]} x {shape[1]}, but its table is {table.shape[0]} x {table.shape[1]}")
     check_supported(module, name)
-    return packed.like(module, table).train(module.training)
+    return PACKED[type(module)].like(module, table).train(module.training)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from embpack.bags import check_weighted
-from embpack.methods import DEFAULT_METHOD
+from embpack.errors import kind_of, naming
+from embpack.methods import DEFAULT_METHOD, Method
 from embpack.table import PackedTable
 from embpack.torch.collection_ops import TableUse, describe_tables
-from embpack.torch.modules import PackedEmbeddingBag, check_tensors, kind_of
+from embpack.torch.modules import PackedEmbeddingBag, check_tensors
 from embpack.torch.private import buffers_of
 
 
@@ -90,7 +91,7 @@ class PackedEmbeddingBagCollection(nn.Module):
 
     @classmethod
     def from_float(
-        cls, collection: Any, method: str = DEFAULT_METHOD, **options: Any
+        cls, collection: Any, method: str | Method = DEFAULT_METHOD, **options: Any
     ) -> "PackedEmbeddingBagCollection":
         """Pack a torchrec.EmbeddingBagCollection.
 
@@ -99,10 +100,10 @@ class PackedEmbeddingBagCollection(nn.Module):
             method: as embpack.quantize takes it.
             **options: others that embpack.quantize takes: bits, param_dtype, rotate.
         """
-        packed = {
-            name: PackedEmbeddingBag.from_float(bag, method, **options)
-            for name, bag in collection.embedding_bags.items()
-        }
+        packed = {}
+        for name, bag in collection.embedding_bags.items():
+            with naming(f"table {name!r}"):
+                packed[name] = PackedEmbeddingBag.from_float(bag, method, **options)
         return cls.like(collection, packed)
 
     @classmethod

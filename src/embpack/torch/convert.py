@@ -1,21 +1,25 @@
 """quantize_: a model's embeddings packed in place."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from embpack.methods import DEFAULT_METHOD
+from embpack.errors import kind_of, naming
+from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packing import pack
-from embpack.rules import MIN_ROWS
+from embpack.rules import MIN_ROWS, explain_growth
 from embpack.shard_writer import Progress, TableReport
 from embpack.table import PackedTable
 from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported
 from embpack.torch.private import has_hooks
+from embpack.torch.tied import check_tied, key_of, refuse_tied, retied
 from embpack.variant import Variant
 
 Filter = Callable[[nn.Module, str], bool]
@@ -55,16 +59,15 @@ class Place:
     child: str
     name: str
 
-    def hang(self, module: nn.Module) -> None:
-        """Put a module there."""
-        setattr(self.parent, self.child, module)
+
+Hang = Callable[[Place, nn.Module], None]
 
 
 def quantize_(
     model: nn.Module,
-    method: str = DEFAULT_METHOD,
+    method: str | Method = DEFAULT_METHOD,
     *,
-    bits: int = 4,
+    bits: float = 4,
     param_dtype: str | None = None,
     rotate: str | None = None,
     filter: Filter | None = None,
@@ -80,11 +83,11 @@ def quantize_(
     Args:
         model: on the CPU. Nothing of it is changed unless all that is to be packed can be.
         method: as embpack.quantize takes it.
-        bits: of a code, 2, 4 or 8.
+        bits: as embpack.quantize takes them.
         param_dtype: "float16" or "float32"; None is embpack.quantize's default for the method and bits.
         rotate: "hadamard" or None, as embpack.quantize takes it.
-        filter: called with module and name, says whether to pack it; None packs all of at least 16 rows: smaller ones
-            save nothing worth their loss.
+        filter: called with module and name, says whether to pack it, whatever its size. None packs all of at least 16
+            rows that packing makes smaller: others save nothing worth their loss.
         tied: what to do if a weight is shared with a module that is not packed, such as an output layer: "refuse"
             raises, "untie" packs the embedding and leaves the other its float weight.
         progress: called with a module's name and its number of rows when it is packed.
@@ -94,9 +97,10 @@ def quantize_(
 
     Raises:
         TypeError: model is no module, filter no function, or a weight is of another type than embpack.quantize takes,
-            such as float64.
+            such as float64 or a DTensor; names it.
         ValueError: a weight is tied, cannot be packed or has no values, a module does what a packed one cannot
-            (max_norm, sparse, scale_grad_by_freq), the model is itself an embedding, or an argument is not as above.
+            (max_norm, sparse, scale_grad_by_freq), the module that it is in does not let it be replaced, the model is
+            itself an embedding, or an argument is not as above.
 
     Source: torchao.quantization.quantize_, for its signature.
     """
@@ -108,28 +112,28 @@ def quantize_(
     if type(model) in PACKED or is_torchrec_bags(model):
         kind = type(model).__name__
         raise ValueError(f"the model is itself an embedding ({kind}), which cannot be swapped in place; use from_float")
-    places, left_alone = _find(model, filter)
+    variant = Variant(method, bits, param_dtype, rotate)
+    places, left_alone = _find(model, filter, variant)
     modules = [(module, places[module]) for module in places]
     for module, hangs in modules:
         check_supported(module, hangs[0].name)
     if tied == "refuse":
-        _refuse_tied(model, places)
-    variant = Variant(method, bits, param_dtype, rotate)
+        refuse_tied(model, [(module, hangs[0].name) for module, hangs in modules])
     packed: dict[Any, PackedTable] = {}
     reports, swaps = [], []
     for module, hangs in modules:
-        weight, start = module.weight.detach(), perf_counter()
-        key = (address_of(module.weight), weight.shape)
+        weight, key, start = module.weight, key_of(module.weight), perf_counter()
         if key not in packed:
             packed[key] = _pack(weight, hangs[0].name, variant)
         table = packed[key]
         reports.append(_report(hangs[0].name, weight, table, perf_counter() - start))
         progress(hangs[0].name, table.num_embeddings)
         swaps.append((hangs, PACKED[type(module)].like(module, table).train(module.training)))
-    for hangs, new in swaps:
-        for place in hangs:
-            place.hang(new)
-    swap_collections(model)
+    with hanging() as hang, retied(model):
+        for hangs, new in swaps:
+            for place in hangs:
+                hang(place, new)
+        swap_collections(model, hang)
     return ModelReport(tuple(reports), tuple(left_alone))
 
 
@@ -139,24 +143,41 @@ PACKED: dict[type, type[PackedEmbedding] | type[PackedEmbeddingBag]] = {
 }
 
 
-def check_tied(tied: str) -> None:
-    """Raise ValueError if there is no such way with tied weights."""
-    if tied not in ("refuse", "untie"):
-        raise ValueError(f"tied is {tied!r}; choose 'refuse' or 'untie'")
-
-
-def address_of(weight: Tensor) -> int:
-    """What is the same of two parameters that share their memory, even if they are two objects."""
-    return weight.data_ptr() or id(weight)  # there is no memory on the meta device
-
-
 def is_torchrec_bags(module: nn.Module) -> bool:
     """Whether it is a torchrec.EmbeddingBagCollection; without TorchRec nothing is."""
     torchrec: Any = sys.modules.get("torchrec.modules.embedding_modules")
     return torchrec is not None and type(module) is torchrec.EmbeddingBagCollection
 
 
-def swap_collections(model: nn.Module) -> None:
+@contextmanager
+def hanging() -> Iterator[Hang]:
+    """Give what puts a module in a place; all that it has put is taken back if there is an error within.
+
+    Raises:
+        ValueError: the module that a place is in does not let it be replaced.
+    """
+    before: list[tuple[Place, nn.Module]] = []
+
+    def hang(place: Place, module: nn.Module) -> None:
+        replaced = place.parent.get_submodule(place.child)
+        try:
+            setattr(place.parent, place.child, module)
+        except Exception as error:
+            raise ValueError(
+                f"{place.name} is in {kind_of(place.parent)}, which does not let it be replaced ({error}): pack it "
+                "before it is put there, or leave it as it is"
+            ) from error
+        before.append((place, replaced))
+
+    try:
+        yield hang
+    except BaseException:
+        for place, replaced in reversed(before):
+            setattr(place.parent, place.child, replaced)
+        raise
+
+
+def swap_collections(model: nn.Module, hang: Hang) -> None:
     """Swap TorchRec's collections of bags that are all packed."""
     swaps: dict[nn.Module, nn.Module] = {}
     for module, place in list(walk_children(model)):
@@ -167,7 +188,7 @@ def swap_collections(model: nn.Module) -> None:
             if module not in swaps:
                 packed = PackedEmbeddingBagCollection.like(collection, collection.embedding_bags)
                 swaps[module] = packed.train(module.training)
-            place.hang(swaps[module])
+            hang(place, swaps[module])
 
 
 def walk_children(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
@@ -179,13 +200,15 @@ def walk_children(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
             yield module, Place(modules[parent], child, name)
 
 
-def _find(model: nn.Module, filter: Filter | None) -> tuple[dict[Any, list[Place]], list[tuple[str, str]]]:
+def _find(
+    model: nn.Module, filter: Filter | None, variant: Variant
+) -> tuple[dict[Any, list[Place]], list[tuple[str, str]]]:
     places: dict[Any, list[Place]] = {}
     left_alone = []
     for module, place in walk_children(model):
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
-        reason = _reason_to_leave(module, place.name, filter)
+        reason = _reason_to_leave(module, place.name, filter, variant)
         if reason is None:
             places.setdefault(module, []).append(place)
         else:
@@ -207,9 +230,11 @@ def find_additions(module: nn.Module) -> str | None:
     return next((name for name, _ in owned if name != "weight"), None)
 
 
-def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: Filter | None) -> str | None:
+def _reason_to_leave(
+    module: nn.Embedding | nn.EmbeddingBag, name: str, filter: Filter | None, variant: Variant
+) -> str | None:
     if type(module) not in PACKED:
-        return f"a {type(module).__name__}, whose own forward a packed module would not have"
+        return f"{kind_of(module)}, whose own forward a packed module would not have"
     added = find_additions(module)
     if added is not None:
         return f"it has {added}, which a packed module would not have"
@@ -217,7 +242,9 @@ def _reason_to_leave(module: nn.Embedding | nn.EmbeddingBag, name: str, filter: 
         return None if filter(module, name) else "the filter says no"
     if module.num_embeddings < MIN_ROWS:
         return f"only {module.num_embeddings} rows"
-    return None
+    shape = (module.num_embeddings, module.embedding_dim)
+    with naming(name):
+        return explain_growth(math.prod(shape) * module.weight.dtype.itemsize, variant, *shape)
 
 
 def _pack(weight: Tensor, name: str, variant: Variant) -> PackedTable:
@@ -225,24 +252,8 @@ def _pack(weight: Tensor, name: str, variant: Variant) -> PackedTable:
         raise ValueError(
             f"{name} is on the meta device and has no values: load them first, or open a packed file by load_checkpoint"
         )
-    try:
+    with naming(name):
         return pack(weight, variant)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
-
-
-def _refuse_tied(model: nn.Module, places: dict[Any, list[Place]]) -> None:
-    names = {address_of(module.weight): f"{hangs[0].name}.weight" for module, hangs in places.items()}
-    for owner_name, owner in model.named_modules():
-        if owner in places:
-            continue
-        for parameter_name, parameter in owner.named_parameters(recurse=False):
-            if address_of(parameter) in names:
-                other = f"{owner_name}.{parameter_name}" if owner_name else parameter_name
-                raise ValueError(
-                    f"{names[address_of(parameter)]} is also {other}, which stays float: pass tied='untie' to pack the "
-                    "one and leave the other as it is, or a filter that leaves the embedding alone"
-                )
 
 
 def _report(name: str, weight: Tensor, table: PackedTable, seconds: float) -> TableReport:

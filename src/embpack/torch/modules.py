@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embpack.bags import as_row, check_mode, check_weighted
+from embpack.errors import kind_of
 from embpack.formats.mapped import is_mapped
 from embpack.layouts import RowFormat
-from embpack.methods import DEFAULT_METHOD
+from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packing import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
@@ -73,7 +74,9 @@ class _PackedModule(CastModule):
             self.register_buffer(name, zeros)
 
     @classmethod
-    def from_float(cls, module: nn.Embedding | nn.EmbeddingBag, method: str = DEFAULT_METHOD, **options: Any) -> Self:
+    def from_float(
+        cls, module: nn.Embedding | nn.EmbeddingBag, method: str | Method = DEFAULT_METHOD, **options: Any
+    ) -> Self:
         """Pack a float module, nn.Embedding or nn.EmbeddingBag as this class is.
 
         Args:
@@ -389,12 +392,6 @@ def check_tensors(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, TENSORS) and (value is not None or name == "input"):
             raise TypeError(f"{name} is {kind_of(value)}; it must be a tensor")
-
-
-def kind_of(value: object) -> str:
-    """Name the type of a value, with an article."""
-    kind = type(value).__name__
-    return f"an {kind}" if kind[0] in "aeiouAEIOU" else f"a {kind}"
 
 
 def _format(table: PackedTable) -> dict[str, Any]:
