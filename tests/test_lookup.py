@@ -427,9 +427,9 @@ def test_the_first_index_out_of_range_is_named_wherever_it_is(isa, rng, restore_
     indices = rng.integers(0, 40, (10, 20))
     indices.reshape(-1)[position] = bad
     indices.reshape(-1)[-1] = -5 if position < 199 else bad
-    for look_up in (table.__getitem__, table.embedding_bag):
+    for look_up in (table.gather, table.embedding_bag):
         with pytest.raises(IndexError, match=rf"indices\[{position}\] is {bad}, but the table has 40 rows"):
-            look_up(indices.reshape(-1) if look_up == table.__getitem__ else indices)
+            look_up(indices)
 
 
 COPIES = {"pickle": lambda group: pickle.loads(pickle.dumps(group)), "copy": copy.copy, "deepcopy": copy.deepcopy}
