@@ -15,12 +15,20 @@ std::vector<std::string> list_isas() {
     return names;
 }
 
+// Lets Python handle the signals that came while a loop ran: Ctrl-C raises KeyboardInterrupt in its main thread.
+void handle_signals() {
+    if (!Py_IsInitialized()) return;   // a thread that is left when the interpreter ends
+    nb::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     m.doc() = "The native core of embpack. Private: use the functions of the package.";
     // PyTorch keeps what is registered with it, and with that our caches, beyond the end of the interpreter.
     nb::set_leak_warnings(false);
+    set_interruption(&handle_signals);
     bind_quantize(m);
     bind_lookup(m);
     bind_tensors(m);

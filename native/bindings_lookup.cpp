@@ -56,12 +56,15 @@ constexpr size_t few_values = 4096;
 
 int64_t gather_into(const PackedRows& rows, const Integers& indices, const Output& out) {
     if (rows.num_rows == 0) return indices.values ? 0 : -1;
+    const size_t count = indices.values ? indices.count : rows.num_rows;
     std::optional<nb::gil_scoped_release> release;
-    if (indices.count * rows.embedding_dim > few_values) release.emplace();
+    if (count * rows.embedding_dim > few_values) release.emplace();
     return tell_fault(gather(rows, indices, out));
 }
 
 int64_t pool_into(const PackedRows& rows, const Bags& bags, const Output& out) {
+    std::optional<nb::gil_scoped_release> release;
+    if ((bags.indices.count + bags.num_bags) * rows.embedding_dim > few_values) release.emplace();
     if (bags.offsets.values) {
         require(bags.num_bags <= bags.offsets.count && bags.num_bags + 1 >= bags.offsets.count,
                 "out must have a row for each bag");
@@ -71,8 +74,6 @@ int64_t pool_into(const PackedRows& rows, const Bags& bags, const Output& out) {
         if (bags.num_bags == 0 && bags.indices.count > 0) return bad_offsets;
     }
     if (rows.num_rows == 0 && bags.indices.count > 0) return 0;
-    std::optional<nb::gil_scoped_release> release;
-    if ((bags.indices.count + bags.num_bags) * rows.embedding_dim > few_values) release.emplace();
     size_t faulty_lookup;
     return tell_fault(pool({{rows, bags, out}}, faulty_lookup));
 }
@@ -91,7 +92,11 @@ size_t group_width(const std::vector<PackedRows>& tables, const std::vector<Feat
 std::tuple<size_t, int64_t> pool_group_into(const std::vector<PackedRows>& tables,
                                             const std::vector<FeatureLookup>& lookups, const Bags& of_features,
                                             size_t batch, Output to) {
-    nb::gil_scoped_release release;
+    size_t width = 0;
+    for (const FeatureLookup& lookup : lookups) width += tables[lookup.table].embedding_dim;
+    const size_t indices_of_each = of_features.indices.count / std::max<size_t>(1, lookups.size());
+    std::optional<nb::gil_scoped_release> release;
+    if ((indices_of_each + batch) * width > few_values) release.emplace();
     const Integers& starts = of_features.offsets;
     if (!are_offsets(starts, of_features.num_bags, of_features.indices.count)) return {0, bad_offsets};
     const size_t offset_bytes = starts.are_64_bits ? 8 : 4;

@@ -57,11 +57,28 @@ Rows view_rows(const RowsArray& rows) {
     return {rows.data(), type, rows.shape(0), rows.shape(1)};
 }
 
-using QuantizeAnswer = std::tuple<int, size_t, std::vector<std::tuple<double, double>>>;
+using QuantizeAnswer = std::tuple<int, size_t, std::vector<std::tuple<double, double, size_t, double>>>;
 
-QuantizeAnswer make_answer(const QuantizeResult& result) {
-    std::vector<std::tuple<double, double>> sums;
-    for (const SquaredSums& span : result.sums) sums.emplace_back(span.error, span.norm);
+// Calls a function of Python with how many more rows are done; None is not called. The caller keeps it alive.
+Progress make_progress(nb::handle on_rows) {
+    if (on_rows.is_none()) return {};
+    return [on_rows, told = size_t{0}](size_t done) mutable {
+        nb::gil_scoped_acquire acquire;
+        if (done > told) on_rows(done - told);
+        told = done;
+    };
+}
+
+// Calls pack(progress) without Python's lock.
+template <class Pack>
+QuantizeAnswer pack_rows(const Rows& rows, nb::handle on_rows, const Pack& pack) {
+    const Progress progress = make_progress(on_rows);
+    nb::gil_scoped_release release;
+    const QuantizeResult result = pack(progress);
+    if (progress && result.fault == RowFault::none) progress(rows.num_rows);
+    std::vector<std::tuple<double, double, size_t, double>> sums;
+    for (const SpanSums& span : result.sums)
+        sums.emplace_back(span.all.error, span.all.norm, span.lost_rows, span.lost_norm);
     return {static_cast<int>(result.fault), result.faulty_row, sums};
 }
 
@@ -73,7 +90,7 @@ void require_room(const Rows& rows, Grid grid, Layout layout, size_t span_rows, 
 }
 
 QuantizeAnswer quantize(const RowsArray& rows, const std::string& search, const SearchParams& own_params, int bits,
-                        bool f16_params, size_t span_rows, const PackedOut& packed,
+                        bool f16_params, size_t span_rows, const PackedOut& packed, nb::handle on_rows,
                         const std::optional<ErrorWeights>& error_weights) {
     const Rows view = view_rows(rows);
     SearchParams params = own_params;
@@ -94,23 +111,26 @@ QuantizeAnswer quantize(const RowsArray& rows, const std::string& search, const 
     const bool counts_bins = fn == &Kernels::search_hist_apprx || fn == &Kernels::search_hist_brute;
     require(!counts_bins || params.b <= max_bins, "b is more bins than a histogram holds");
     uint8_t* out = packed.data();
-    nb::gil_scoped_release release;
-    return make_answer(quantize_rows(view, fn, params, grid, span_rows, out));
+    return pack_rows(view, on_rows, [&](const Progress& progress) {
+        return quantize_rows(view, fn, params, grid, span_rows, out, progress);
+    });
 }
 
 QuantizeAnswer quantize_with_codebooks(const RowsArray& rows, const std::string& search, int bits, bool f16_params,
-                                       size_t span_rows, const PackedOut& packed) {
+                                       size_t span_rows, const PackedOut& packed, nb::handle on_rows) {
     const Rows view = view_rows(rows);
     const Grid grid = make_grid(bits, f16_params);
     require_room(view, grid, Layout::codebook, span_rows, packed);
     CodebookFn Kernels::*fn = find_named(codebook_searches, search);
     uint8_t* out = packed.data();
-    nb::gil_scoped_release release;
-    return make_answer(quantize_by_codebooks(view, fn, grid, span_rows, out));
+    return pack_rows(view, on_rows, [&](const Progress& progress) {
+        return quantize_by_codebooks(view, fn, grid, span_rows, out, progress);
+    });
 }
 
 QuantizeAnswer quantize_with_clusters(const RowsArray& rows, const RowClusters& clusters, const CodebookValues& values,
-                                      int bits, bool f16_params, size_t span_rows, const PackedOut& packed) {
+                                      int bits, bool f16_params, size_t span_rows, const PackedOut& packed,
+                                      nb::handle on_rows) {
     const Rows view = view_rows(rows);
     const Grid grid = make_grid(bits, f16_params);
     require_room(view, grid, Layout::clustered, span_rows, packed);
@@ -119,12 +139,13 @@ QuantizeAnswer quantize_with_clusters(const RowsArray& rows, const RowClusters& 
     for (size_t i = 0; i < view.num_rows; i++)
         require(clusters.data()[i] < values.shape(0), "a cluster has no codebook");
     uint8_t* out = packed.data();
-    nb::gil_scoped_release release;
-    return make_answer(quantize_by_clusters(view, values.data(), clusters.data(), grid, span_rows, out));
+    return pack_rows(view, on_rows, [&](const Progress& progress) {
+        return quantize_by_clusters(view, values.data(), clusters.data(), grid, span_rows, out, progress);
+    });
 }
 
 QuantizeAnswer encode_trellis(const RowsArray& rows, const Floats& narrow, const Floats& wide, const Floats& scales,
-                              const Floats& mean, size_t span_rows, const PackedOut& packed) {
+                              const Floats& mean, size_t span_rows, const PackedOut& packed, nb::handle on_rows) {
     const Rows view = view_rows(rows);
     require(packed.shape(0) == view.num_rows, "packed must have a row for each row");
     require(span_rows > 0 && span_rows % block_rows == 0, "span_rows must be a multiple of the rows of a block");
@@ -136,8 +157,9 @@ QuantizeAnswer encode_trellis(const RowsArray& rows, const Floats& narrow, const
     require(wide.shape(0) == steps.shape.num_wide_levels(), "wide has the wrong number of levels");
     const TrellisTable table = make_trellis_table(steps, narrow.data(), wide.data(), scales.data(), mean.data());
     uint8_t* out = packed.data();
-    nb::gil_scoped_release release;
-    return make_answer(quantize_by_trellis(view, table, span_rows, out));
+    return pack_rows(view, on_rows, [&](const Progress& progress) {
+        return quantize_by_trellis(view, table, span_rows, out, progress);
+    });
 }
 
 void fit(const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& values, const Starts& starts, int bits,
@@ -203,38 +225,44 @@ void bind_quantize(nb::module_& m) {
     // Written out where the generated signature would not say what an array holds.
     m.def("quantize", &quantize, nb::arg("rows"), nb::arg("search"), nb::arg("params"), nb::arg("bits"),
           nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
-          nb::arg("error_weights") = nb::none(),
+          nb::arg("on_rows") = nb::none(), nb::arg("error_weights") = nb::none(),
           nb::sig("def quantize(rows: numpy.typing.NDArray[typing.Any], search: str, params: SearchParams, bits: int, "
                   "f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8], "
+                  "on_rows: collections.abc.Callable[[int], object] | None = None, "
                   "error_weights: numpy.typing.NDArray[numpy.float32] | None = None) "
-                  "-> tuple[int, int, list[tuple[float, float]]]"),
-          "Pack rows into `packed`. Returns (fault, faulty row, sums of squared errors and of squares for each span).");
+                  "-> tuple[int, int, list[tuple[float, float, int, float]]]"),
+          "Pack rows into `packed`. Calls on_rows now and then with how many more are done. Returns (fault, faulty row, "
+          "sums): of each span the sums of squared errors and of squares, how many rows are lost, and the sum of their "
+          "squares.");
     m.attr("block_rows") = block_rows;
     m.attr("max_bins") = max_bins;
     m.def("bound", &bound, nb::arg("rows"),
           nb::sig("def bound(rows: numpy.typing.NDArray[typing.Any]) -> tuple[int, int, float, float]"),
           "Bounds of all values: (fault, faulty row, smallest, largest).");
     m.def("quantize_with_codebooks", &quantize_with_codebooks, nb::arg("rows"), nb::arg("search"), nb::arg("bits"),
-          nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
+          nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(), nb::arg("on_rows") = nb::none(),
           nb::sig("def quantize_with_codebooks(rows: numpy.typing.NDArray[typing.Any], search: str, bits: int, "
-                  "f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
-                  "-> tuple[int, int, list[tuple[float, float]]]"),
+                  "f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8], "
+                  "on_rows: collections.abc.Callable[[int], object] | None = None) "
+                  "-> tuple[int, int, list[tuple[float, float, int, float]]]"),
           "Pack rows, each with a codebook of its own. Returns what quantize does.");
     m.def("quantize_with_clusters", &quantize_with_clusters, nb::arg("rows"), nb::arg("clusters"), nb::arg("values"),
-          nb::arg("bits"), nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
+          nb::arg("bits"), nb::arg("f16_params"), nb::arg("span_rows"), nb::arg("packed").noconvert(), nb::arg("on_rows") = nb::none(),
           nb::sig("def quantize_with_clusters(rows: numpy.typing.NDArray[typing.Any], "
                   "clusters: numpy.typing.NDArray[numpy.uint32], values: numpy.typing.NDArray[numpy.float32], "
-                  "bits: int, f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
-                  "-> tuple[int, int, list[tuple[float, float]]]"),
+                  "bits: int, f16_params: bool, span_rows: int, packed: numpy.typing.NDArray[numpy.uint8], "
+                  "on_rows: collections.abc.Callable[[int], object] | None = None) "
+                  "-> tuple[int, int, list[tuple[float, float, int, float]]]"),
           "Pack rows by the codebooks of their clusters. Returns what quantize does.");
 
     m.def("encode_trellis", &encode_trellis, nb::arg("rows"), nb::arg("narrow"), nb::arg("wide"), nb::arg("scales"),
-          nb::arg("mean"), nb::arg("span_rows"), nb::arg("packed").noconvert(),
+          nb::arg("mean"), nb::arg("span_rows"), nb::arg("packed").noconvert(), nb::arg("on_rows") = nb::none(),
           nb::sig("def encode_trellis(rows: numpy.typing.NDArray[typing.Any], "
                   "narrow: numpy.typing.NDArray[numpy.float32], wide: numpy.typing.NDArray[numpy.float32], "
                   "scales: numpy.typing.NDArray[numpy.float32], mean: numpy.typing.NDArray[numpy.float32], "
-                  "span_rows: int, packed: numpy.typing.NDArray[numpy.uint8]) "
-                  "-> tuple[int, int, list[tuple[float, float]]]"),
+                  "span_rows: int, packed: numpy.typing.NDArray[numpy.uint8], "
+                  "on_rows: collections.abc.Callable[[int], object] | None = None) "
+                  "-> tuple[int, int, list[tuple[float, float, int, float]]]"),
           "Pack rows as trellis-coded ones of as many bytes as `packed` has columns. Returns what quantize does.");
 
     m.def("fit_codebooks", &fit, nb::arg("values").noconvert(), nb::arg("starts"), nb::arg("bits"),

@@ -5,6 +5,10 @@
 #include <span>
 #include <stdexcept>
 
+#ifdef EMBPACK_HAS_avx2
+#include <cpuid.h>
+#endif
+
 namespace embpack {
 
 // What units/*.cpp define for an instruction set.
@@ -52,6 +56,14 @@ bool has_avx512() {
 }
 #endif
 
+#ifdef EMBPACK_HAS_avx2
+// Clang's __builtin_cpu_supports does not know it.
+bool has_f16c() {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 // Those that were compiled, best first.
 std::span<const Isa> isas() {
     static const Isa all[] = {
@@ -68,7 +80,7 @@ std::span<const Isa> isas() {
 #ifdef EMBPACK_HAS_avx2
         {EMBPACK_KERNELS(avx2),
          [] {
-             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
          }},
 #endif
 #ifdef EMBPACK_HAS_portable

@@ -74,11 +74,12 @@ void ExactSearch::walk(int k, const Sums& start, float& xmin, float& xmax) {
     xmax = static_cast<float>(bias + top_ * scale);
 }
 
-void ExactSearch::find(const float* x, const float* weights, size_t d, float& xmin, float& xmax) {
+void ExactSearch::find(const float* x, const float* weights, size_t d, float& xmin, float& xmax, Turn& turn) {
     read_row(x, weights, d);
     best_gain_ = 0;
     for (size_t i = 0; i < values_.size(); i++) {
         if (i > 0 && values_[i] == values_[i - 1]) continue;
+        turn.check();
         list_changes(i);
         Sums above = {0, 0, 0}, own = {0, 0, 0};
         for (size_t j = 0; j < values_.size(); j++) {

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "threads.h"
+
 namespace embpack {
 
 class ExactSearch {
@@ -12,8 +14,8 @@ public:
     explicit ExactSearch(int bits) : top_((1 << bits) - 1) {}
 
     // Puts the range with the least squared error of all in place of the one that is there; leaves that where no codes
-    // differ. `weights` of the errors may be null: all are 1.
-    void find(const float* x, const float* weights, size_t d, float& xmin, float& xmax);
+    // differ. `weights` of the errors may be null: all are 1. A wide row takes minutes, so `turn` is checked on the way.
+    void find(const float* x, const float* weights, size_t d, float& xmin, float& xmax, Turn& turn);
 
 private:
     // x_j's code changes where scale = (x_j - x_i) / q; by one from q up, or down if q is negative.

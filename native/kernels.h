@@ -9,11 +9,13 @@
 
 namespace embpack {
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packed rows are little-endian, and read where they are");
+
 // Rows are quantized in blocks, so that a search can put one row in each lane of several vectors.
 inline constexpr size_t lanes = 16;
 inline constexpr size_t block_rows = 32;
 
-// A histogram lies on the stack.
+// Of a histogram. It lies on the stack.
 inline constexpr int max_bins = 1024;
 
 // Starts of a search lie on the stack, too.
@@ -67,9 +69,16 @@ struct SquaredSums {
     double norm;
 };
 
-// Narrows ranges from the row bounds to what the method chooses. `scratch` holds
-// 2 * block_rows * embedding_dim floats.
+// Narrows ranges from the row bounds to what the method chooses. `scratch` holds search_floats(embedding_dim), and is
+// aligned as doubles are.
 using SearchFn = void (*)(const RowBlock&, Grid, const SearchParams&, Ranges&, float* scratch) noexcept;
+
+// Rows of a block, transposed, and their error weights; or hist-brute's tables, too large for the stack of a thread.
+inline constexpr size_t hist_brute_floats = 50 * max_bins;
+inline constexpr size_t search_floats(size_t embedding_dim) {
+    const size_t columns = 2 * block_rows * embedding_dim;
+    return columns > hist_brute_floats ? columns : hist_brute_floats;
+}
 
 // Finds a codebook for each row of a block, 2^bits float32 levels that ascend. `room` holds
 // kmeans_doubles(embedding_dim, bits).

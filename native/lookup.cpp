@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <mutex>
 
 #include "dispatch.h"
 #include "threads.h"
@@ -30,6 +31,9 @@ constexpr size_t pieces_a_thread = 8;
 
 constexpr size_t output_at_a_time = size_t{1} << 20;
 
+// Values that are pooled in about a tenth of a second: a loop looks for signals between pieces.
+constexpr size_t most_piece_values = size_t{1} << 26;
+
 struct Piece {
     size_t lookup, first_bag, end_bag;
 };
@@ -41,10 +45,10 @@ size_t count_values(const Lookup& lookup) {
 
 // Bags of one table in few pieces; those of several in turns, so that what is written of the output together lies
 // together: its rows are wide, and each would be on a page of its own.
-std::vector<Piece> cut(const std::vector<Lookup>& lookups, int threads) {
+std::vector<Piece> cut(const std::vector<Lookup>& lookups, size_t total_values, int threads) {
     size_t most_bags = 0;
     for (const Lookup& lookup : lookups) most_bags = std::max(most_bags, lookup.bags.num_bags);
-    size_t bags_at_a_time = most_bags;
+    size_t bags_at_a_time = most_bags / (total_values / most_piece_values + 1) + 1;
     if (lookups.size() > 1) bags_at_a_time = std::max<size_t>(1, output_at_a_time / lookups[0].out.row_bytes);
     if (threads > 1) {
         const size_t bags_a_piece = most_bags / (static_cast<size_t>(threads) * pieces_a_thread / lookups.size() + 1);
@@ -149,7 +153,8 @@ LookupFault gather(const PackedRows& rows, const Integers& indices, const Output
     const bool prefetches = table_bytes(rows) > second_level_bytes();
     const size_t pieces = (count + rows_at_a_time - 1) / rows_at_a_time;
     LookupFault fault;
-    for_each_piece(pieces, threads, [&](size_t piece) {
+    std::mutex mutex;
+    for_each_piece(pieces, 1, threads, [&](size_t piece, Turn&) {
         const size_t first = piece * rows_at_a_time, end = std::min(count, first + rows_at_a_time);
         const auto look_up = [&](size_t from, size_t stop, const Output& to, LookupFault& found) {
             gather_rows(rows, indices, prefetches, from, stop, to, found);
@@ -160,7 +165,7 @@ LookupFault gather(const PackedRows& rows, const Integers& indices, const Output
         else
             look_up(first, end, out, found);
         if (found.kind == LookupFault::none) return;
-#pragma omp critical(embpack_gather_fault)
+        const std::lock_guard lock(mutex);
         fault.note(found.position, found.kind);
     });
     return fault;
@@ -175,15 +180,16 @@ LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup) {
     for (Lookup& lookup : lookups) lookup.bags.prefetches = total_bytes > second_level_bytes();
     const Kernels& k = kernels();
     const int threads = threads_for(total_values);
-    const std::vector<Piece> pieces = cut(lookups, threads);
+    const std::vector<Piece> pieces = cut(lookups, total_values, threads);
     LookupFault fault;
     faulty_lookup = lookups.size();
-    for_each_piece(pieces.size(), threads, [&](size_t i) {
+    std::mutex mutex;
+    for_each_piece(pieces.size(), 1, threads, [&](size_t i, Turn&) {
         const size_t number = pieces[i].lookup;
         LookupFault found;
         pool_bags(k, lookups[number], pieces[i].first_bag, pieces[i].end_bag, found);
         if (found.kind == LookupFault::none) return;
-#pragma omp critical(embpack_pool_fault)
+        const std::lock_guard lock(mutex);
         if (number <= faulty_lookup) {
             if (number < faulty_lookup) fault = {};
             faulty_lookup = number;

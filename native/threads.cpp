@@ -1,10 +1,17 @@
 #include "threads.h"
 
-#include <omp.h>
 #include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <time.h>
 
 #include <algorithm>
-#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 namespace embpack {
 
@@ -13,15 +20,181 @@ namespace {
 // A thread is woken for no less work than this: about what one core reads in the time that waking takes.
 constexpr size_t values_worth_a_thread = size_t{1} << 14;
 
+// A thread that waits spins before it sleeps, so that calls in a row find it awake; waking it takes longer than many
+// calls do. But where another process has taken a CPU, a thread that spins keeps one that works from running: it sleeps
+// after less than a millisecond. Pauses of the CPU, of 15 to 50 ns each.
+constexpr int pauses_before_sleep = 20000;
+
+// Of our threads. No kernel needs a quarter of it, and limits (ulimit -s, ulimit -v) do not shrink or multiply it.
+constexpr size_t stack_bytes = size_t{1} << 21;
+
+int count_cpus() {
+    cpu_set_t cpus;
+    if (sched_getaffinity(0, sizeof cpus, &cpus) == 0) return CPU_COUNT(&cpus);
+    return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+}
+
+int choose_num_threads() {
+    const char* wanted = std::getenv("OMP_NUM_THREADS");
+    const long count = wanted ? std::strtol(wanted, nullptr, 10) : 0;
+    return count > 0 ? static_cast<int>(std::min(count, 4096l)) : count_cpus();
+}
+
 std::atomic<int>& thread_count() {
-    static std::atomic<int> count{omp_get_max_threads()};
+    static std::atomic<int> count{choose_num_threads()};
     return count;
 }
 
-// A forked child has only the thread that forked, but libgomp would still wait for the others of its pool.
-// Giving the pool up before the fork makes both sides start a new one when they next need it.
-void release_threads() { omp_pause_resource_all(omp_pause_soft); }
-[[maybe_unused]] const int registered = pthread_atfork(release_threads, nullptr, nullptr);
+std::atomic<void (*)()> interruption{nullptr};
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// A thread that does what it is told and then waits for the next call.
+class Worker {
+public:
+    // Starts the thread.
+    Worker() {
+        pthread_attr_t attributes;
+        pthread_attr_init(&attributes);
+        pthread_attr_setstacksize(&attributes, stack_bytes);
+        // Signals are for the threads of the program.
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        const int error = pthread_create(&thread_, &attributes, &Worker::live, this);
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        pthread_attr_destroy(&attributes);
+        if (error != 0) throw std::system_error(error, std::generic_category());
+    }
+    // Ends it; it has to be idle.
+    ~Worker() {
+        start(nullptr, 0);
+        pthread_join(thread_, nullptr);
+    }
+
+    // Calls (*work)(number) there.
+    void start(const std::function<void(int)>* work, int number) {
+        {
+            const std::lock_guard lock(mutex_);
+            work_ = work;
+            number_ = number;
+            is_busy_.store(true, std::memory_order_release);
+        }
+        changed_.notify_one();
+    }
+
+    // Waits until it is idle, and meanwhile calls `wait` now and then.
+    void finish(int pauses, const std::function<void()>& wait) {
+        for (int i = 0; i < pauses; i++) {
+            if (!is_busy_.load(std::memory_order_acquire)) return;
+            pause_cpu();
+        }
+        const auto is_idle = [&] { return !is_busy_.load(std::memory_order_acquire); };
+        while (true) {
+            {
+                std::unique_lock lock(mutex_);
+                if (changed_.wait_for(lock, Turn::interval, is_idle)) return;
+            }
+            wait();
+        }
+    }
+
+private:
+    static void* live(void* self) {
+        static_cast<Worker*>(self)->obey();
+        return nullptr;
+    }
+
+    void obey() {
+        while (true) {
+            for (int i = 0; i < pauses.load(std::memory_order_relaxed); i++) {
+                if (is_busy_.load(std::memory_order_acquire)) break;
+                pause_cpu();
+            }
+            {
+                std::unique_lock lock(mutex_);
+                changed_.wait(lock, [&] { return is_busy_.load(std::memory_order_acquire); });
+            }
+            if (!work_) return;
+            (*work_)(number_);
+            {
+                const std::lock_guard lock(mutex_);
+                is_busy_.store(false, std::memory_order_release);
+            }
+            changed_.notify_one();
+        }
+    }
+
+public:
+    // How long threads spin: not at all where there are more than CPUs, of which one that spins would take one.
+    static inline std::atomic<int> pauses{pauses_before_sleep};
+
+private:
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::atomic<bool> is_busy_{false};
+    const std::function<void(int)>* work_ = nullptr;
+    int number_ = 0;
+    pthread_t thread_;
+};
+
+using Workers = std::vector<std::unique_ptr<Worker>>;
+
+// The workers that nobody has called. There are as many in all as were ever at work at the same time.
+class Crew {
+public:
+    // Up to `count` workers: fewer where no more threads can be started.
+    Workers hire(size_t count) {
+        Workers hired;
+        hired.reserve(count);
+        const std::lock_guard lock(mutex_);
+        idle_.reserve(num_workers_ + count);   // so that giving workers back takes no memory
+        while (hired.size() < count && !idle_.empty()) {
+            hired.push_back(std::move(idle_.back()));
+            idle_.pop_back();
+        }
+        try {
+            while (hired.size() < count) {
+                hired.push_back(std::make_unique<Worker>());
+                num_workers_++;
+            }
+        } catch (const std::exception&) {   // no memory, or no more threads are allowed: those that there are will do
+        }
+        static const size_t num_cpus = static_cast<size_t>(count_cpus());
+        Worker::pauses.store(num_workers_ < num_cpus ? pauses_before_sleep : 0, std::memory_order_relaxed);
+        return hired;
+    }
+
+    void give_back(Workers& hired) {
+        const std::lock_guard lock(mutex_);
+        for (std::unique_ptr<Worker>& worker : hired) idle_.push_back(std::move(worker));
+    }
+
+    void dismiss() {
+        const std::lock_guard lock(mutex_);
+        num_workers_ -= idle_.size();
+        idle_.clear();
+    }
+
+private:
+    std::mutex mutex_;
+    Workers idle_;
+    size_t num_workers_ = 0;
+};
+
+// Never deleted: threads may outlive what is static.
+std::atomic<Crew*> crew{new Crew};
+
+// A forked child has only the thread that forked. Threads that are idle end before the fork, as what has but one thread
+// is forked safely (Python warns of others); those that work for another caller are the parent's alone, and the child
+// forgets them.
+[[maybe_unused]] const int registered = pthread_atfork([] { crew.load()->dismiss(); }, nullptr, [] { crew = new Crew; });
 
 }  // namespace
 
@@ -32,6 +205,40 @@ void set_num_threads(int count) { thread_count().store(count, std::memory_order_
 int threads_for(size_t values) {
     const size_t worth = std::max<size_t>(1, values / values_worth_a_thread);
     return static_cast<int>(std::min<size_t>(worth, static_cast<size_t>(num_threads())));
+}
+
+void set_interruption(void (*check)()) { interruption.store(check); }
+
+void Loop::look() {
+    if (const auto check = interruption.load()) check();
+    if (progress_) progress_(rows_done_.load(std::memory_order_relaxed));
+}
+
+void Loop::fail() noexcept {
+    const std::lock_guard lock(mutex_);
+    if (!fault_) fault_ = std::current_exception();
+    is_stopped_.store(true, std::memory_order_relaxed);
+}
+
+void Turn::look_in_time() {
+    // The coarse clock takes a few nanoseconds, a tenth of what the fine one does: there are short pieces.
+    timespec now_is;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now_is);
+    const int64_t now = int64_t{now_is.tv_sec} * 1000 + now_is.tv_nsec / 1000000;
+    if (next_look_ == 0) next_look_ = now + interval.count();
+    if (now < next_look_) return;
+    next_look_ = now + interval.count();
+    loop_.look();
+}
+
+void work_together(int threads, const std::function<void(int)>& work, const std::function<void()>& wait) {
+    Crew& own_crew = *crew.load();
+    Workers hired = own_crew.hire(static_cast<size_t>(threads) - 1);
+    for (size_t i = 0; i < hired.size(); i++) hired[i]->start(&work, static_cast<int>(i) + 1);
+    work(0);
+    const int pauses = Worker::pauses.load(std::memory_order_relaxed);
+    for (const std::unique_ptr<Worker>& worker : hired) worker->finish(pauses, wait);
+    own_crew.give_back(hired);
 }
 
 }  // namespace embpack

@@ -1,6 +1,12 @@
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
 
 namespace embpack {
 
@@ -12,16 +18,98 @@ void set_num_threads(int count);
 // num_threads(), or fewer where starting them would cost more than the work of `values` values.
 int threads_for(size_t values);
 
-// Calls run(i) for each i below `count`, by that many threads. One thread needs no team, whose start costs as much as
-// pooling a hundred rows.
-template <class Run>
-void for_each_piece(size_t count, int threads, const Run& run) {
-    if (threads == 1) {
-        for (size_t i = 0; i < count; i++) run(i);
-        return;
+// What long loops call now and then in the thread that they were called in; what it throws ends the loop. The bindings
+// let Python handle signals there. The core alone has nothing to call.
+void set_interruption(void (*check)());
+
+// Told of the rows that are done, now and then, in the thread that the loop was called in; what it throws ends the loop.
+using Progress = std::function<void(size_t rows_done)>;
+
+// What the threads of a loop share.
+class Loop {
+public:
+    Loop(size_t count, size_t at_a_time, const Progress& progress)
+        : count_(count), at_a_time_(at_a_time), progress_(progress) {}
+
+    // The first of the next pieces, at_a_time of them; `count` or more when there are none, or the loop is to end.
+    size_t take() { return is_stopped() ? count_ : next_.fetch_add(at_a_time_, std::memory_order_relaxed); }
+    void advance(size_t rows) { rows_done_.fetch_add(rows, std::memory_order_relaxed); }
+    bool is_stopped() const { return is_stopped_.load(std::memory_order_relaxed); }
+    // Only in the thread that the loop was called in.
+    void look();
+    // Ends the loop for the exception that is being handled, of several the first.
+    void fail() noexcept;
+    void rethrow() const {
+        if (fault_) std::rethrow_exception(fault_);
     }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (size_t i = 0; i < count; i++) run(i);
+
+private:
+    size_t count_, at_a_time_;
+    const Progress& progress_;
+    std::atomic<size_t> next_{0}, rows_done_{0};
+    std::atomic<bool> is_stopped_{false};
+    std::mutex mutex_;
+    std::exception_ptr fault_;
+};
+
+// A thread's part in a loop.
+class Turn {
+public:
+    // How often a loop looks for signals, and tells of its progress.
+    static constexpr std::chrono::milliseconds interval{100};
+
+    Turn(Loop& loop, int thread) : thread(thread), loop_(loop) {}
+
+    // To be called between pieces, and within one that takes long: throws if the loop is to end.
+    void check() {
+        if (loop_.is_stopped()) throw Stopped();
+        if (thread == 0) look_in_time();
+    }
+    void advance(size_t rows) { loop_.advance(rows); }
+
+    struct Stopped {};
+    const int thread;   // 0 is the one that the loop was called in
+
+private:
+    void look_in_time();
+
+    Loop& loop_;
+    int64_t next_look_ = 0;   // in milliseconds
+};
+
+// Calls work(0) here and work(1), work(2), .. in as many other threads as there are to be had, at most `threads` in
+// all. `wait` is called here, while others work on.
+void work_together(int threads, const std::function<void(int)>& work, const std::function<void()>& wait);
+
+// Calls run(i, turn) for each i below `count`, at_a_time of them in one go, by up to that many threads. What it throws
+// in one of them ends the loop and is thrown here. One thread needs no others, whose start costs as much as pooling a
+// hundred rows.
+template <class Run>
+void for_each_piece(size_t count, size_t at_a_time, int threads, const Run& run, const Progress& progress = {}) {
+    Loop loop(count, at_a_time, progress);
+    const auto work = [&](int thread) {
+        Turn turn(loop, thread);
+        for (size_t first; (first = loop.take()) < count;) {
+            const size_t end = count - first < at_a_time ? count : first + at_a_time;
+            for (size_t i = first; i < end; i++) {
+                run(i, turn);
+                if (i + 1 < count) turn.check();
+            }
+        }
+    };
+    if (threads == 1 || count <= at_a_time) return work(0);
+    const auto keep_exception = [&](const auto& call) {
+        try {
+            call();
+        } catch (const Turn::Stopped&) {   // by another thread, whose exception is kept
+        } catch (...) {
+            loop.fail();
+        }
+    };
+    const auto work_safely = [&](int thread) { keep_exception([&] { work(thread); }); };
+    const auto wait = [&] { keep_exception([&] { loop.look(); }); };
+    work_together(threads, std::ref(work_safely), std::ref(wait));
+    loop.rethrow();
 }
 
 }  // namespace embpack

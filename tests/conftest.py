@@ -33,7 +33,7 @@ def pytest_xdist_auto_num_workers():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(specs):
-    """Give each process of pytest-xdist its share of the CPUs; OpenMP reads this when it is loaded."""
+    """Give each process of pytest-xdist its share of the CPUs; the core reads this when it is loaded."""
     threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
     for spec in specs:
         spec.env.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))

@@ -739,3 +739,11 @@ def test_no_arguments_show_the_help(embpack_command):
     code, out, err = embpack_command()
     assert code == 2
     assert "quantize" in out + err
+
+
+def test_rows_that_float16_parameters_lose_are_shown(tmp_path, embpack_command):
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).standard_normal((40, 8), np.float32) * np.float32(1e-9))
+    code, printed, _ = embpack_command("quantize", tmp_path / "vectors.npy", tmp_path / "packed.safetensors")
+    assert code == 0
+    assert "40 of its rows come back no better than zeros would" in printed
+    assert "--param-dtype float32" in printed

@@ -612,7 +612,7 @@ def test_collections(tmp_path, dtype, include_last_offset):
     collection = make_collection(include_last_offset=include_last_offset)
     bags = 3 * torch.export.Dim("batch", min=1, max=100)
     bags = bags + 1 if include_last_offset else bags
-    shapes = {"input": {0: torch.export.Dim.DYNAMIC}, "offsets": {0: bags}}
+    shapes = {"features": {0: torch.export.Dim.DYNAMIC}, "offsets": {0: bags}}
     example = torch.arange(12, dtype=dtype), torch.arange(0, 12 + include_last_offset, 2, dtype=dtype)
     session = export(collection, example[:2], tmp_path / "c.onnx", dynamic_shapes=shapes)
     for lengths in ([2] * 6, [0, 1, 5, 0, 0, 2, 3, 3, 0], [1, 1, 1]):
@@ -626,7 +626,7 @@ def test_collections(tmp_path, dtype, include_last_offset):
 def test_collections_of_2d_indices_and_weights(tmp_path):
     square = torch.arange(12).reshape(6, 2)
     collection = make_collection()
-    shapes = {"input": {0: 3 * torch.export.Dim("batch", min=1, max=100), 1: torch.export.Dim.DYNAMIC}}
+    shapes = {"features": {0: 3 * torch.export.Dim("batch", min=1, max=100), 1: torch.export.Dim.DYNAMIC}}
     session = export(collection, (square,), tmp_path / "square.onnx", dynamic_shapes=shapes)
     for indices in (square, torch.arange(27).reshape(9, 3), torch.arange(3).reshape(3, 1)):
         np.testing.assert_array_equal(run(session, indices)[0], run_torch(collection, indices)[0], strict=True)

@@ -8,6 +8,7 @@ import pytest
 from hard_rows import hard_table
 
 import embpack
+from embpack import reference
 from embpack.methods import Optimal, parse_method
 
 UNIT_ROUNDOFF = 2.0**-24
@@ -160,3 +161,39 @@ def test_efforts():
     assert parse_method("optimal:effort=fast").spec == "optimal:effort=fast"
     with pytest.raises(ValueError, match="optimal: effort is 'most'; choose one of fast, normal, exact"):
         parse_method("optimal:effort=most")
+
+
+@pytest.mark.parametrize(("param_dtype", "weighted"), [("float16", False), ("float16", True), ("float32", False)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("embedding_dim", [7, 20])
+@pytest.mark.filterwarnings("ignore:weight.*no better than zeros")
+def test_no_row_loses_more_than_zeros_would(isa, rng, embedding_dim, bits, param_dtype, weighted):
+    """Of rows about as small as float16 parameters can tell apart, and much smaller ones."""
+    sizes = 10.0 ** np.linspace(-9, -4, 20)[:, None]
+    rows = (rng.standard_normal((20, embedding_dim)) + rng.choice([0, 0, 3, -5], (20, 1))) * sizes
+    rows = np.concatenate([rows, np.zeros((1, embedding_dim))]).astype(np.float32)
+    weights = rng.gamma(0.5, size=rows.shape).astype(np.float32) if weighted else np.ones_like(rows)
+    table = embpack.quantize(
+        rows, "optimal:effort=fast", bits, param_dtype, error_weights=weights if weighted else None
+    )
+    method = Optimal("fast")
+    for x, w, packed in zip(rows, weights, table.packed, strict=True):
+        xmin, xmax = method.search(x, table.row_format, w if weighted else None)
+        np.testing.assert_array_equal(packed, reference.pack_row(x, xmin, xmax, table.row_format))
+    errors, squares = (
+        (np.square(part, dtype=np.float64) * weights).sum(axis=1) for part in (rows - table.dequantize(), rows)
+    )
+    # Losses are compared in float32, which rounds each term of the sums a few times.
+    assert np.all(errors <= squares * (1 + 4 * (embedding_dim + 10) * UNIT_ROUNDOFF))
+
+
+def test_rows_that_float16_parameters_lose_are_counted(rng):
+    rows = rng.standard_normal((200, 32), dtype=np.float32)
+    rows[50:150] *= 1e-8
+    lost = r"^weight: 100 of its rows come back no better than zeros would: .* param_dtype='float32' .* 'trellis'$"
+    with pytest.warns(UserWarning, match=lost):
+        assert embpack.quantize(rows[50:150]).loss == pytest.approx(1, abs=1e-6)
+    for method, param_dtype in (("optimal", "float32"), ("trellis", None)):
+        assert embpack.quantize(rows[50:150], method, param_dtype=param_dtype).loss < 0.15
+    # Beside rows that are a hundred million times as large they do not matter.
+    assert embpack.quantize(rows).loss < 0.15

@@ -634,12 +634,12 @@ BAG_ERRORS = {
     "padding_idx type": (
         TypeError,
         {"padding_idx": 1.0},
-        "padding_idx is 1.0; it must be an integer",
+        "padding_idx is 1.0; it must be an integer, the number of a row",
     ),
     "padding_idx of several": (
         TypeError,
         {"padding_idx": [1, 2]},
-        "padding_idx is [1, 2]; it must be an integer",
+        "padding_idx is [1, 2]; it must be an integer, the number of a row",
     ),
     "negative padding_idx": (
         ValueError,

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import run_python
 
 import embpack
+from embpack import _native
+from embpack.layouts import RowFormat
 
 # Enough values for every thread to get some.
 ROWS, EMBEDDING_DIM = 6000, 40
@@ -158,6 +161,26 @@ def test_the_interpreter_runs_on_while_kernels_do():
     assert after - before > 5
 
 
+def test_the_interpreter_runs_on_while_all_rows_are_decoded():
+    packed = np.zeros((100_000, 132), np.uint8)
+    table = embpack.PackedTable(packed, RowFormat(256, rotation="hadamard"))
+    out = np.zeros(table.shape, np.float32)
+    stop, turns = threading.Event(), []
+
+    def count() -> None:
+        while not stop.wait(0.001):
+            turns.append(None)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    before = len(turns)
+    _native.gather(table.native_view, None, out)  # some ten milliseconds
+    after = len(turns)
+    stop.set()
+    counter.join()
+    assert after - before > 3
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_omp_num_threads_is_respected(count):
     code = "import embpack; print(embpack.get_num_threads())"
@@ -180,3 +203,141 @@ def test_a_small_call_starts_no_threads():
         "print(len(os.listdir('/proc/self/task')) - before)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "0\n"
+
+
+# Calls of the core that need memory in their threads, each with a table of its own.
+CALLS = """
+import os, resource, sys
+import numpy as np
+import embpack
+from embpack import _native
+
+rng = np.random.default_rng(0)
+rows = rng.standard_normal((8, 1 << 18), dtype=np.float32)
+narrow = rng.standard_normal((64, 512), dtype=np.float32)
+few_values = np.round(rng.standard_normal((96, 2048), dtype=np.float32))  # exact is quick with them
+halves, values = rows.reshape(128, -1).astype(np.float16), rows.reshape(-1)[: 1 << 18].copy()
+starts, codebooks = np.array([0, 1 << 17, 1 << 18]), np.empty((2, 16), np.float32)
+embpack.set_num_threads(1)  # so that no others are there yet
+view = embpack.quantize(rows, "asym", rotate="hadamard").native_view
+indices, out = np.zeros(8, np.int64), np.empty((4, 1 << 18), np.float32)
+embpack.set_num_threads(2)
+call = {
+    "gather": lambda: _native.gather(view, indices[:4], out),
+    "sum": lambda: _native.pool(view, indices, None, 2, None, -1, "sum", out),
+    "max": lambda: _native.pool(view, indices, None, 2, None, -1, "max", out),
+    "fit": lambda: _native.fit_codebooks(values, starts, 4, codebooks),
+    "half": lambda: embpack.quantize(halves, "asym"),
+    "kmeans": lambda: embpack.quantize(narrow, "kmeans"),
+    "exact": lambda: embpack.quantize(few_values, "optimal:effort=exact", 2),
+    "trellis": lambda: embpack.quantize(narrow, "trellis"),
+}[sys.argv[1]]
+"""
+
+# Calls it with ever more memory, from none, until it works.
+LIMITED = (
+    CALLS
+    + """
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+refused = 0
+for extra in range(0, 1 << 28, int(sys.argv[2])):
+    resource.setrlimit(resource.RLIMIT_AS, (size + extra, resource.RLIM_INFINITY))
+    try:
+        call()
+        break
+    except MemoryError:
+        refused += 1
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+call()
+print(refused > 0)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("call", "step"),
+    [
+        *(("gather", 1 << 18), ("sum", 1 << 18), ("max", 1 << 18), ("fit", 1 << 17), ("half", 1 << 18)),
+        *(("kmeans", 1 << 15), ("exact", 1 << 14), ("trellis", 1 << 18)),
+    ],
+)
+def test_too_little_memory_is_an_error_and_no_end(call, step):
+    done = run_python(LIMITED, call, step)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+# Asks for more threads than there is memory for.
+CROWDED = """
+import os, resource
+import numpy as np
+import embpack
+
+rows = np.random.default_rng(0).standard_normal((32768, 64), dtype=np.float32)
+embpack.set_num_threads(1)
+packed = embpack.quantize(rows, "asym").packed
+embpack.set_num_threads(64)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), resource.RLIM_INFINITY))
+assert (embpack.quantize(rows, "asym").packed == packed).all()
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_where_few_threads_can_be_started_these_do_the_work():
+    """A thread takes two megabytes of addresses for its stack."""
+    done = run_python(CROWDED, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) < 40
+
+
+# Sends itself SIGINT while it works, and prints what came of it.
+INTERRUPTED = """
+import os, signal, sys, threading
+import numpy as np
+import embpack
+
+rows = np.random.default_rng(0).standard_normal((200_000, 64), dtype=np.float32)
+wide = np.random.default_rng(0).standard_normal((2, 4096), dtype=np.float32)
+np.save(sys.argv[2] + "/rows.npy", rows)
+exact = "optimal:effort=exact"
+call = {
+    "rows": lambda: embpack.quantize(rows, exact),
+    "one wide row": lambda: embpack.quantize(wide, exact),
+    "weights": lambda: embpack.quantize(rows, exact, error_weights=np.ones(64)),
+    "rotated": lambda: embpack.quantize(rows, exact, rotate="hadamard"),
+    "file": lambda: embpack.quantize_file(sys.argv[2] + "/rows.npy", sys.argv[2] + "/packed.safetensors", method=exact),
+    "compare": lambda: embpack.compare(rows, [exact]),
+    "threads": lambda: [embpack.set_num_threads(3), embpack.quantize(rows, exact)],
+    "one thread": lambda: [embpack.set_num_threads(1), embpack.quantize(rows, exact)],
+}[sys.argv[1]]
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    call()
+except KeyboardInterrupt:
+    assert len(embpack.quantize(rows[:4096])) == 4096  # it goes on as before
+    print("interrupted", os.listdir(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    "call", ["rows", "one wide row", "weights", "rotated", "file", "compare", "threads", "one thread"]
+)
+def test_what_takes_minutes_or_hours_can_be_interrupted(tmp_path, call):
+    done = run_python(INTERRUPTED, call, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted ['rows.npy']\n", "")
+
+
+def test_a_callback_that_raises_ends_the_loop(rng):
+    rows = rng.standard_normal((4096, 64), dtype=np.float32)
+    packed = np.empty((4096, 36), np.uint8)
+    calls = []
+
+    def refuse(done: int) -> None:
+        calls.append(done)
+        raise LookupError("enough")
+
+    how = ("optimal", _native.SearchParams(is_exact=True), 4, True, 4096)
+    with pytest.raises(LookupError, match="enough"):
+        _native.quantize(rows, *how, packed, refuse)
+    assert len(calls) == 1
+    assert 0 < calls[0] < 4096

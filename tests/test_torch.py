@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import embpack
 from embpack.formats.mapped import is_mapped
-from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection
+from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, quantize_
 
 ROWS, DIM = 40, 20
 METHODS = ("asym", "kmeans-lloyd", "kmeans-cls:K=3")
@@ -237,11 +237,157 @@ def test_compiled_modules_return_what_eager_ones_do_whatever_the_default_type(de
     torch.testing.assert_close(*gradients)
 
 
-def test_modules_are_traced_by_fx():
-    model = nn.Sequential(PackedEmbeddingBag.from_table(make_table(), padding_idx=3), nn.Linear(DIM, 3))
-    traced = torch.fx.symbolic_trace(model)
+class Weighted(nn.Module):
+    def __init__(self, bag: nn.Module, rows: nn.Module) -> None:
+        super().__init__()
+        self.bag, self.rows = bag, rows
+
+    def forward(self, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.bag(indices, None, weights) + self.rows(indices).sum(1) + self.bag(indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modules_are_traced_by_fx_as_their_float_twins(dtype):
+    bag = PackedEmbeddingBag.from_table(make_table(), mode="sum").to(dtype)
+    model = Weighted(bag, PackedEmbedding.from_table(make_table("kmeans")).to(dtype))
     square = make_bags()[0].reshape(5, 6)
-    assert torch.equal(traced(square), model(square))
+    weights = torch.linspace(-1, 1, 30, dtype=dtype).reshape(5, 6)
+    traced, floats = (
+        torch.fx.symbolic_trace(each) for each in (model, Weighted(bag.to_float(), model.rows.to_float()))
+    )
+    assert [(node.op, node.target) for node in traced.graph.nodes] == [
+        (node.op, node.target) for node in floats.graph.nodes
+    ]
+    assert torch.equal(traced(square, weights), model(square, weights))
+    assert traced.state_dict().keys() == model.state_dict().keys()  # with what they say of their rows
+    traced.get_submodule("rows").half()  # what is changed later counts, as in the float model
+    assert traced.get_submodule("rows")(square).dtype == torch.float16
+    for module in (bag, model.rows):
+        with pytest.raises(ValueError, match="as a part of a model only; put it into one: "):
+            torch.fx.symbolic_trace(module)
+
+
+def make_jagged(values: torch.Tensor, lengths: tuple[int, ...] = (3, 0, 1, 6)) -> torch.Tensor:
+    return torch.nested.nested_tensor(list(values[: sum(lengths)].split(lengths)), layout=torch.jagged)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_indices_have_nested_rows(layout):
+    packed = PackedEmbedding.from_table(make_table())
+    values = make_bags()[0]
+    several = [values[:10].split((3, 1, 6))]
+    if layout == torch.jagged:  # PyTorch takes no others there
+        several.append(values[:12].reshape(6, 2).split((1, 5)))
+    for parts in several:
+        indices = torch.nested.nested_tensor(list(parts), layout=layout)
+        found, wanted = packed(indices), packed.to_float()(indices)
+        assert found.is_nested and found.layout == layout
+        for one, other in zip(found.unbind(), wanted.unbind(), strict=True):
+            assert torch.equal(one, other)
+        if layout == torch.jagged:
+            assert (found + wanted).shape == wanted.shape  # PyTorch knows that they have the same lengths
+            compiled = torch.compile(lambda nested: packed(nested) + 1, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(indices).values(), (found + 1).values())
+
+
+def test_rows_of_nested_indices_are_bags():
+    values = make_bags()[0]
+    indices = make_jagged(values)
+    weights = torch.linspace(-1, 1, 10)
+    nested = torch.nested.nested_tensor_from_jagged(weights, indices.offsets())
+    for mode in ("sum", "mean", "max"):
+        packed = PackedEmbeddingBag.from_table(make_table(), mode=mode)
+        assert_close(packed(indices), packed.to_float()(indices))
+        assert torch.equal(packed(indices), packed(values[:10], torch.tensor([0, 3, 3, 4])))
+    assert_close(BAG(indices, None, nested), BAG.to_float()(indices, None, nested))
+    compiled = torch.compile(lambda nested: BAG(nested) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(indices), BAG(indices) + 1)
+    gapped = torch.nested.narrow(
+        values[:10].reshape(2, 5), 1, torch.tensor([0, 1]), ONE.new_tensor([2, 3]), torch.jagged
+    )
+    assert torch.equal(BAG(gapped.contiguous()), BAG(values[[0, 1, 6, 7, 8]], torch.tensor([0, 2])))
+    embedding = PackedEmbedding.from_table(make_table())
+    for module, argument in (
+        (BAG, gapped),
+        (embedding, gapped),
+        (embedding, make_jagged(values[:20].reshape(10, 2)).mT),
+    ):
+        with pytest.raises(
+            ValueError, match=r"transposed or has gaps; lookups take contiguous ones: tensor\.contiguous"
+        ):
+            module(argument)
+    with pytest.raises(ValueError, match="input is a nested tensor of 3 dimensions; bags take 2"):
+        BAG(make_jagged(values[:20].reshape(10, 2)))
+    with pytest.raises(ValueError, match="offsets are for 1-D indices; each row of a nested tensor is a bag by itself"):
+        BAG(indices, ONE)
+    for wrong in (weights, torch.nested.nested_tensor_from_jagged(weights, torch.tensor([0, 1, 2, 3, 10]))):
+        with pytest.raises(ValueError, match="per_sample_weights must be nested as input is, with the same offsets"):
+            BAG(indices, None, wrong)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_bags_of_nested_indices_are_jagged():
+    with pytest.raises(TypeError, match=r"of layout torch\.strided; bags take layout torch\.jagged"):
+        BAG(torch.nested.nested_tensor([ONE, ONE], layout=torch.strided))
+
+
+@pytest.mark.parametrize("module", [PackedEmbedding, PackedEmbeddingBag])
+def test_padding_idx_is_any_integer(module):
+    for three in (3, np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor([3])):
+        found = module(10, 4, padding_idx=three).padding_idx
+        assert found == 3 and type(found) is int
+    assert module(10, 4, padding_idx=np.int8(-1)).padding_idx == 9
+    for wrong in (3.0, torch.tensor(3.0), "3"):
+        with pytest.raises(TypeError, match=r"padding_idx is .*3.*; it must be an integer, the number of a row"):
+            module(10, 4, padding_idx=wrong)
+
+
+class LowRank(nn.Module):
+    """What LoRA does in PEFT's peft.tuners.lora.layer.Embedding: it reads the options of the embedding beneath."""
+
+    def __init__(self, base_layer: nn.Module, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_embedding_A = nn.Parameter(torch.randn(rank, base_layer.num_embeddings))
+        self.lora_embedding_B = nn.Parameter(torch.randn(base_layer.embedding_dim, rank))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        base = self.base_layer
+        after_A = nn.functional.embedding(
+            x,
+            self.lora_embedding_A.T,
+            padding_idx=base.padding_idx,
+            max_norm=base.max_norm,
+            norm_type=base.norm_type,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+        return base(x) + after_A @ self.lora_embedding_B.T
+
+
+def test_low_rank_adapters_train_over_packed_rows():
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRank(nn.Embedding(ROWS, DIM, padding_idx=0)))
+    quantize_(model)
+    assert isinstance(model[0].base_layer, PackedEmbedding)
+    floats = copy.deepcopy(model)
+    floats[0].base_layer = model[0].base_layer.to_float()
+    indices = make_bags()[0].reshape(5, 6)
+    assert torch.equal(model(indices), floats(indices))
+    for each in (model, floats):
+        each(indices).square().sum().backward()
+    assert model[0].lora_embedding_A.grad.abs().sum() > 0
+    for ours, theirs in zip(model.parameters(), list(floats.parameters())[:2], strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(("packed", "floats"), [(PackedEmbedding, nn.Embedding), (PackedEmbeddingBag, nn.EmbeddingBag)])
+def test_modules_have_the_attributes_of_their_float_twins(packed, floats):
+    ours, theirs = packed(3, 4), floats(3, 4)
+    plain = [name for name in vars(theirs) if not name.startswith("_")]
+    assert {"max_norm", "norm_type", "scale_grad_by_freq", "sparse", "padding_idx"} <= set(plain)
+    assert {name: getattr(ours, name) for name in plain} == {name: getattr(theirs, name) for name in plain}
 
 
 def test_a_model_of_another_type_runs_packed_compiled_and_exported():

@@ -1,6 +1,7 @@
 """PackedEmbeddingBagCollection: against float modules, TorchRec's collection, and the same tables one by one."""
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -192,7 +193,7 @@ def test_it_compiles_in_one_graph(backend):
 def test_it_exports_and_comes_back(tmp_path):
     collection, arguments = PackedEmbeddingBagCollection(make_bags(), FEATURES, include_last_offset=True), make_input()
     length, bags = torch.export.Dim("length", min=2), torch.export.Dim("bags", min=1, max=1000)
-    shapes = {"input": {0: length}, "offsets": {0: len(KEYS) * bags + 1}}
+    shapes = {"features": {0: length}, "offsets": {0: len(KEYS) * bags + 1}}
     program = torch.export.export(collection, arguments, dynamic_shapes=shapes)
     torch.export.save(program, tmp_path / "collection.pt2")
     loaded = torch.export.load(tmp_path / "collection.pt2").module()
@@ -383,6 +384,116 @@ def test_models_of_keyed_features_compile_and_export():
     assert torch.equal(exported(features), model(features))
 
 
+def test_models_of_keyed_features_are_traced_by_fx():
+    pytest.importorskip("torchrec")
+    model, features = PooledFeatures(), make_features()
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(features), model(features))
+    assert "collection" in [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert traced.state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="PackedEmbeddingBagCollection as a part of a model only; put it into one"):
+        torch.fx.symbolic_trace(model.collection)
+
+
+def test_models_of_plain_features_are_traced_by_fx():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.collection = PackedEmbeddingBagCollection(make_bags(), FEATURES)
+
+        def forward(self, indices, offsets, weights):
+            return self.collection(indices, offsets, weights) + self.collection(
+                indices, per_sample_weights=None, offsets=offsets
+            )
+
+    model, (indices, offsets) = Model(), make_input()
+    arguments = (indices, offsets[:-1], torch.linspace(-1, 1, len(indices)))
+    assert torch.equal(torch.fx.symbolic_trace(model)(*arguments), model(*arguments))
+
+
+def test_it_has_all_that_torchrecs_collection_has():
+    torchrec = pytest.importorskip("torchrec")
+    packed = PackedEmbeddingBagCollection(make_bags(), FEATURES)
+    floats = packed.to_float()
+    names = {name for name in dir(floats) if not name.startswith("_")} - set(dir(nn.Module()))
+    assert {"device", "embedding_bag_configs", "embedding_bags", "is_weighted"} < names
+    assert names - set(dir(packed)) == {"reset_parameters"}  # a packed table is not trained
+    for name in names & set(dir(packed)):
+        assert callable(getattr(packed, name)) == callable(getattr(floats, name)), name
+    parameters = [list(inspect.signature(module.forward).parameters) for module in (packed, floats)]
+    assert parameters[0][: len(parameters[1])] == parameters[1] == ["features"]
+    assert packed.is_weighted() is floats.is_weighted() is False and packed.device == floats.device
+    assert PackedEmbeddingBagCollection(make_bags(), FEATURES, is_weighted=True).is_weighted()
+    for ours, theirs in zip(packed.embedding_bag_configs(), floats.embedding_bag_configs(), strict=True):
+        assert isinstance(ours, torchrec.EmbeddingBagConfig)
+        assert vars(ours) | {"init_fn": None} == vars(theirs) | {"init_fn": None}
+    assert copy.deepcopy(packed).half().embedding_bag_configs()[0].data_type.value == "FP16"
+    again = PackedEmbeddingBagCollection.like(packed, packed.embedding_bags)
+    assert torch.equal(again(features=make_features()).values(), floats(features=make_features()).values())
+    with pytest.raises(ValueError, match="table 'user' has padding_idx 2, which TorchRec lacks"):
+        PackedEmbeddingBagCollection(make_bags(padding_idx=2), FEATURES).embedding_bag_configs()
+
+
+def test_collections_that_were_pickled_before_load():
+    collection = PackedEmbeddingBagCollection(make_bags(), FEATURES, is_weighted=True)
+    state = copy.deepcopy(collection.__dict__)
+    state["is_weighted"] = state.pop("_is_weighted")
+    older = PackedEmbeddingBagCollection.__new__(PackedEmbeddingBagCollection)
+    older.__setstate__(state)
+    assert older.is_weighted() and torch.equal(older(*make_short_input()), collection(*make_short_input()))
+
+
+def make_short_input() -> tuple[torch.Tensor, torch.Tensor]:
+    indices, offsets = make_input()
+    return indices, offsets[:-1]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("strides", [(2, 2, 2, 2, 2), (2, 1, 3, 2, 1)])
+def test_samples_that_share_bags_are_pooled_as_torchrec_does(strides, weighted):
+    """Inverse indices say which bag of a key each sample has; keys may then have different numbers of bags."""
+    jagged = pytest.importorskip("torchrec.sparse.jagged_tensor")
+    rng = np.random.default_rng(3)
+    lengths = torch.from_numpy(rng.integers(0, 4, sum(strides)))
+    indices = torch.from_numpy(rng.integers(0, ROWS, int(lengths.sum())))
+    keys = [*reversed(KEYS)]
+    inverse = torch.stack([torch.from_numpy(rng.integers(0, stride, 4)) for stride in reversed(strides)])
+
+    def make(weights):
+        return jagged.KeyedJaggedTensor(
+            list(KEYS),
+            indices,
+            weights,
+            lengths=lengths,
+            inverse_indices=(keys, inverse),
+            **({} if len(set(strides)) == 1 else {"stride_per_key_per_rank": [[stride] for stride in strides]}),
+        )
+
+    collection = PackedEmbeddingBagCollection(make_bags(), FEATURES, is_weighted=weighted)
+    gradients = []
+    for module in (collection, collection.to_float()):
+        weights = torch.linspace(-1, 1, len(indices)).requires_grad_(weighted) if weighted else None
+        found = module(make(weights))
+        gradients.append((found.values().detach(), None))
+        if weighted:
+            found.values().square().sum().backward()
+            gradients[-1] = (found.values().detach(), weights.grad)
+    (ours, our_gradient), (theirs, their_gradient) = gradients
+    assert ours.shape == (4, 80) and found.keys() == collection.embedding_names
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=4 * 4 * 4 * 2**-24)
+    if weighted:
+        torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_nested_indices_are_bags():
+    collection = PackedEmbeddingBagCollection(make_bags(), FEATURES)
+    indices, offsets = make_input()
+    weights = torch.linspace(-1, 1, len(indices))
+    nested, of_nested = (torch.nested.nested_tensor_from_jagged(values, offsets) for values in (indices, weights))
+    assert torch.equal(collection(nested), collection(indices, offsets[:-1]))
+    assert torch.equal(collection(nested, None, of_nested), collection(indices, offsets[:-1], weights))
+
+
 def make_torchrec_model(**options) -> nn.Module:
     torchrec = pytest.importorskip("torchrec")
     configs = {"num_embeddings": ROWS, "embedding_dim": 8}
@@ -568,7 +679,7 @@ def test_features_that_do_not_go_together_are_named():
 
 
 def test_input_and_tables_of_other_types_are_named():
-    with pytest.raises(TypeError, match="input is a list; it must be a tensor"):
+    with pytest.raises(TypeError, match="features is a list; it must be a tensor"):
         COLLECTION([1, 2, 3])
     with pytest.raises(TypeError, match="table 'a' is an EmbeddingBag; it must be a PackedEmbeddingBag"):
         PackedEmbeddingBagCollection({"a": nn.EmbeddingBag(3, 4)})

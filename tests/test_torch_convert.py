@@ -298,6 +298,18 @@ def test_progress_is_told_of_each_table():
     assert told == [("user", 100), ("towers.0", 50), ("towers.1", 60)]
 
 
+def test_attributes_of_a_module_are_not_lost():
+    model = nn.ModuleDict(
+        {"scaled": nn.Embedding(20, 4), "marked": nn.EmbeddingBag(20, 4), "plain": nn.Embedding(20, 4)}
+    )
+    model["scaled"].scale = 3.0
+    model["marked"]._is_hf_initialized = True  # as transformers marks every module
+    report = quantize_(model)
+    assert report.left_alone == (("scaled", "it has scale, which a packed module would not have"),)
+    assert [table.name for table in report.tables] == ["marked", "plain"]
+    assert type(model["scaled"]) is nn.Embedding
+
+
 def test_a_subclass_is_left_alone_and_said_so():
     class Scaled(nn.Embedding):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -316,6 +328,14 @@ def test_wrong_arguments_are_named():
         quantize_(Recommender(), tied="maybe")
     with pytest.raises(ValueError, match="bits is 3"):
         quantize_(Recommender(), bits=3)
+
+
+def test_rows_that_float16_parameters_lose_are_reported():
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 8))
+    with torch.no_grad():
+        model[0].weight *= 1e-9
+    report = quantize_(model)
+    assert "\n0: 20 of its rows come back no better than zeros would: " in str(report)
 
 
 @pytest.mark.parametrize(

@@ -95,12 +95,13 @@ inline void try_all(BruteSearch* searches, size_t count, int b, int64_t top) {
 }
 
 void search_hist_brute(const RowBlock& block, Grid grid, const SearchParams& params, Ranges& ranges,
-                       float*) noexcept {
+                       float* scratch) noexcept {
+    static_assert(hist_rows * sizeof(BruteSearch) <= hist_brute_floats * sizeof(float));
+    BruteSearch* const searches = reinterpret_cast<BruteSearch*>(scratch);
     const size_t d = block.embedding_dim;
     const int64_t top = (1 << grid.bits) - 1;
     for (size_t first = 0; first < block.num_rows; first += hist_rows) {
         const size_t rest = block.num_rows - first, count = rest < hist_rows ? rest : hist_rows;
-        BruteSearch searches[hist_rows];
         for (size_t i = 0; i < count; i++) {
             const float xmin = ranges.xmin[first + i], xmax = ranges.xmax[first + i];
             count_bins(block.rows + (first + i) * d, xmin < xmax ? d : 0, xmin, xmax, params.b, searches[i].counts);

@@ -234,6 +234,21 @@ inline RangeOfRows load_range(const Ranges& ranges, size_t first) {
     return {load(ranges.xmin + first), load(ranges.xmax + first)};
 }
 
+// The range of a row of zeros in place of one that loses more: parameters as float16 may be too coarse for a row. Only
+// for rows as small as that, or such columns of weighted ones.
+inline Candidate choose_or_zeros(const ColumnsOfRows& rows, const RangeOfRows& whole, Grid grid, F32x16 surely,
+                                 const Candidate& chosen) {
+    const F32x16 zero = splat(0.0f);
+    const F32x16 largest = max(magnitude(whole.xmin), magnitude(whole.xmax));
+    if (!rows.weights && lane_bits(less(largest, splat(0x1p-10f))) == 0) return chosen;
+    Candidate zeros = {zero, zero, zero}, again = zeros;
+    if (rows.weights)
+        measure_by_weights(rows, grid, zeros);
+    else
+        measure_anywhere(rows.values, rows.d, grid, zeros, again);
+    return select_candidate(less(zeros.loss, mul(chosen.loss, surely)), zeros, chosen);
+}
+
 void search_optimal(const RowBlock& block, Grid grid, const SearchParams& params, Ranges& ranges,
                     float* scratch) noexcept {
     const size_t d = block.embedding_dim;
@@ -255,6 +270,7 @@ void search_optimal(const RowBlock& block, Grid grid, const SearchParams& params
             measure_anywhere(scratch, d, grid, found, known);
         }
         const Mask16 is_better = less(found.loss, mul(known.loss, surely));
-        store_ranges(select_candidate(is_better, found, known), ranges, v);
+        const Candidate chosen = select_candidate(is_better, found, known);
+        store_ranges(choose_or_zeros(rows, whole, grid, surely, chosen), ranges, v);
     }
 }

@@ -10,9 +10,9 @@ answer: its sums leave them out, or add them to the last bag if rows are float64
 them out and counts them, and the largest values are found among them, too.
 """
 
-import operator
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import index
 from typing import Any, Protocol
 
 import numpy as np
@@ -135,16 +135,16 @@ def check_weighted(mode: object, owner: str = "") -> None:
 
 
 def as_row(padding_idx: Any, num_embeddings: int) -> int:
-    """The row that padding_idx names, an integer of Python, NumPy or PyTorch; negative counts from the end.
+    """The row that padding_idx names, an integer of Python, NumPy or a tensor; negative counts from the end.
 
     Raises:
         TypeError: it is no integer.
         ValueError: there is no such row.
     """
     try:
-        row = operator.index(padding_idx)
+        row = index(padding_idx)
     except TypeError:
-        raise TypeError(f"padding_idx is {padding_idx!r}; it must be an integer") from None
+        raise TypeError(f"padding_idx is {padding_idx!r}; it must be an integer, the number of a row") from None
     if not -num_embeddings <= row < num_embeddings:
         raise ValueError(f"padding_idx is {row}, but the table has {num_embeddings} rows")
     return row % num_embeddings

@@ -21,6 +21,7 @@ from embpack.table import PackedTable
 
 METADATA_KEY = "embpack"
 FORMAT_VERSION = 2
+# What is hashed at a time, so that Ctrl-C is heard in between.
 _PIECE_BYTES = 1 << 24
 
 
@@ -290,7 +291,9 @@ class PackedFile:
 def _digest(arrays: Iterable[NDArray[Any]]) -> "hashlib._Hash":
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(as_bytes(np.ascontiguousarray(array)))
+        data = as_bytes(np.ascontiguousarray(array))
+        for start in range(0, len(data), _PIECE_BYTES):
+            digest.update(data[start : start + _PIECE_BYTES])
     return digest
 
 

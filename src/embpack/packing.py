@@ -1,14 +1,15 @@
 """Array in, packed table out; and ranges of rows of a table that is packed piece by piece."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.chunks import iter_chunks
+from embpack.chunks import iter_chunks, iter_packable
 from embpack.methods import DEFAULT_METHOD, Method, Packer, measure_loss
-from embpack.methods.base import Sums
+from embpack.methods.base import OnRows, Sums, find_warning
 from embpack.rows import as_rows
 from embpack.table import PackedTable
 from embpack.variant import Variant
@@ -44,6 +45,9 @@ def quantize(
     Returns:
         A PackedTable; its ``loss`` is the normalized l2 loss of packing, by the error_weights if there are any.
 
+    Warns:
+        UserWarning: rows are too small for float16 parameters and come back no better than zeros.
+
     Raises:
         TypeError: weight is of another type.
         ValueError: weight is not 2-D, is empty or has NaN or infinity; a row's scale, bias or codebook overflows
@@ -52,25 +56,29 @@ def quantize(
     Source: Guan et al. 2019; with method="asym" at 4 bits the bytes of
     torch.ops.quantized.embedding_bag_4bit_prepack.
     """
-    return pack(weight, Variant(method, bits, param_dtype, rotate), error_weights)
+    table, warning = pack(weight, Variant(method, bits, param_dtype, rotate), error_weights)
+    if warning is not None:
+        warnings.warn(f"weight: {warning}", stacklevel=2)
+    return table
 
 
-def pack(weight: Any, variant: Variant, error_weights: Any = None) -> PackedTable:
-    """Do what quantize does, given one value for how to pack."""
+def pack(weight: Any, variant: Variant, error_weights: Any = None) -> tuple[PackedTable, str | None]:
+    """Do what quantize does, given one value for how to pack; return the table and what there is to warn of."""
     rows, dtype = as_rows(weight)
     row_format = variant.make_row_format(rows.shape[1])
     packer = variant.parsed_method.fit(lambda: iter_chunks(rows, variant.rotate), len(rows), row_format)
     if error_weights is not None:
         packer = packer.weigh_errors(error_weights, len(rows))
     packed, done, sums = np.empty((len(rows), row_format.row_bytes), np.uint8), 0, []
-    for chunk in iter_chunks(rows, variant.rotate):
+    for chunk in iter_packable(rows, variant.rotate):
         sums += packer.pack(chunk, packed[done : done + len(chunk)], done)
         done += len(chunk)
-    return PackedTable(packed, row_format, dtype, packer.spec, measure_loss(sums), **packer.beside())
+    table = PackedTable(packed, row_format, dtype, packer.spec, measure_loss(sums), **packer.beside())
+    return table, find_warning(sums)
 
 
 def iter_packed(
-    packer: Packer, chunks: Iterable[NDArray[Any]], start: int = 0
+    packer: Packer, chunks: Iterable[NDArray[Any]], start: int = 0, on_rows: OnRows | None = None
 ) -> Iterator[tuple[NDArray[np.uint8], list[Sums]]]:
     """Pack a range of a table's rows.
 
@@ -78,6 +86,7 @@ def iter_packed(
         packer: of the table.
         chunks: the rows, as Packer.pack takes them.
         start: number of their first row in the table.
+        on_rows: as Packer.pack takes it.
 
     Yields:
         Packed rows, which the next ones overwrite, and the sums that Packer.pack returns for them.
@@ -87,5 +96,5 @@ def iter_packed(
         if len(rows) > len(room):
             room = np.empty((len(rows), packer.row_format.row_bytes), np.uint8)
         packed = room[: len(rows)]
-        yield packed, packer.pack(rows, packed, start)
+        yield packed, packer.pack(rows, packed, start, on_rows)
         start += len(rows)

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from embpack import _native
 from embpack.rows import explain_not_finite, widen
 
+# That are widened at a time, so that Ctrl-C is heard in between.
+_ROWS_AT_A_TIME = 1 << 16
+
 
 def rotate(values: NDArray[Any]) -> NDArray[np.float32]:
     """Rotate rows.
@@ -93,8 +96,12 @@ def _explain(row: NDArray[np.float32], name: str, number: int) -> ValueError:
 
 
 def _transform(values: NDArray[Any], *, back: bool) -> NDArray[np.float32]:
-    out = np.array(widen(np.asarray(values)), order="C")
-    if not out.ndim or not out.shape[-1]:
-        raise ValueError(f"values have shape {list(out.shape)}; they need columns")
-    _native.rotate(out.reshape(-1, out.shape[-1]), back=back)
-    return out
+    array = np.asarray(values)
+    if not array.ndim or not array.shape[-1]:
+        raise ValueError(f"values have shape {list(array.shape)}; they need columns")
+    rows = array.reshape(-1, array.shape[-1])
+    out = np.empty(rows.shape, np.float32)
+    for start in range(0, len(rows), _ROWS_AT_A_TIME):
+        out[start : start + _ROWS_AT_A_TIME] = widen(rows[start : start + _ROWS_AT_A_TIME])
+    _native.rotate(out, back=back)
+    return out.reshape(array.shape)

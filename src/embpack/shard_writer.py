@@ -20,6 +20,7 @@ from embpack.formats.base import as_bytes
 from embpack.formats.dtypes import name_dtype
 from embpack.layouts import RowFormat
 from embpack.methods import Method, measure_loss
+from embpack.methods.base import Sums, find_warning
 from embpack.packing import iter_packed
 from embpack.rotation import rotate_chunks
 from embpack.rules import Decision
@@ -39,6 +40,7 @@ class TableReport:
         bytes_before, bytes_after: of its weights and of its packed rows.
         loss: normalized l2 loss ||X - Q(X)|| / ||X||.
         seconds: spent reading, packing and writing it.
+        warning: what to know of it and to do about it, such as rows that are lost; None if there is nothing.
     """
 
     name: str
@@ -50,6 +52,7 @@ class TableReport:
     bytes_after: int
     loss: float
     seconds: float
+    warning: str | None = None
 
     @property
     def rows_per_second(self) -> float:
@@ -64,7 +67,7 @@ class TableWriter:
     Attributes:
         decision: to pack it.
         max_loss: the largest normalized l2 loss that it may have.
-        progress: is told of packed rows.
+        progress: is told of packed rows, several times a second.
         beside: the arrays beside its rows, by name; there once it is fitted, before any row is written.
         entry, report: there once its rows are written.
     """
@@ -107,18 +110,17 @@ class TableWriter:
         read = partial(_read_rows, tensor, row_format)
         packer = self._method.fit(read, tensor.shape[0], row_format, tensor.name)
         self.beside |= packer.beside()
-        digest, sums = hashlib.sha256(), []
-        for packed, own in iter_packed(packer, read()):
+        digest, sums = hashlib.sha256(), list[Sums]()
+        for packed, own in iter_packed(packer, read(), on_rows=partial(self.progress, tensor.name)):
             digest.update(packed.data)
             sums += own
             yield packed
-            self.progress(tensor.name, len(packed))
         for array in self.beside.values():
             digest.update(as_bytes(array))
         loss = measure_loss(sums)
         _check_loss(tensor.name, loss, self.max_loss)
         self.entry = self._make_entry(packer.spec, loss, format_checksum(digest))
-        self.report = self._make_report(self.entry, loss, time.perf_counter() - started)
+        self.report = self._make_report(self.entry, loss, time.perf_counter() - started, find_warning(sums))
 
     def _read(self, name: str) -> Iterator[NDArray[Any]]:
         yield self.beside[name]
@@ -133,7 +135,7 @@ class TableWriter:
             checksum=checksum,
         )
 
-    def _make_report(self, entry: TableEntry, loss: float, seconds: float) -> TableReport:
+    def _make_report(self, entry: TableEntry, loss: float, seconds: float, warning: str | None) -> TableReport:
         return TableReport(
             name=self.decision.tensor.name,
             num_embeddings=entry.num_embeddings,
@@ -144,6 +146,7 @@ class TableWriter:
             bytes_after=self.decision.bytes_after,
             loss=loss,
             seconds=seconds,
+            warning=warning,
         )
 
 

@@ -96,7 +96,7 @@ void quantize_block(const Kernels& k, const Case& c, Placement placement, Arenas
     results.bounds = used_ranges(bounds, c.num_rows);
     for (const Search& search : searches) {
         Ranges ranges = bounds;
-        Buffer<float> scratch(2 * block_rows * c.embedding_dim, placement, arenas.scratch);
+        Buffer<float> scratch(search_floats(c.embedding_dim), placement, arenas.scratch);
         (k.*search.search)(block, c.grid, search.params, ranges, scratch.get());
         results.ranges.push_back(used_ranges(ranges, c.num_rows));
 

@@ -149,6 +149,9 @@ def print_report(path: str, report: Report) -> None:
             rate(item.rows_per_second),
         )
     output.print(table)
+    for item in report.tables:
+        if item.warning is not None:
+            output.print(f"{item.name}: {item.warning}", style="yellow", soft_wrap=True)
     before, after = report.file_bytes_before, report.file_bytes_after
     copied = f", {len(report.passed_through)} other tensors copied" if report.passed_through else ""
     output.print(

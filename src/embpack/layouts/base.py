@@ -84,6 +84,7 @@ class Layout(ABC):
         has_scale_and_bias: whether rows are those of PyTorch and FBGEMM: codes, scale and bias.
         needs: what lies beside the rows, in words.
         caution: what a user who is offered such rows should know; "" for nothing.
+        unsized_bits: numbers of bits that the size of a row may not tell from each other.
 
     Raises:
         TypeError: bits is not of the right type.
@@ -97,6 +98,7 @@ class Layout(ABC):
     has_scale_and_bias: ClassVar[bool] = False
     needs: ClassVar[str] = ""
     caution: ClassVar[str] = ""
+    unsized_bits: ClassVar[tuple[int, ...]] = BITS
 
     embedding_dim: int
     bits: Any

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from operator import index
 from typing import Any
 
@@ -81,6 +82,21 @@ class RowFormat:
     def __str__(self) -> str:
         rotation = f":{self.rotation}" if self.rotation else ""
         return f"{self.layout}:{self.embedding_dim}:{self.bits}:{self.param_dtype}{rotation}"
+
+    def find_others_of_size(self) -> list["RowFormat"]:
+        """Find the other formats of this embedding_dim and rotation whose tables have arrays of the same sizes."""
+        found = []
+        for layout in LAYOUTS.values():
+            for bits, param_dtype in product(layout.unsized_bits, layout.param_dtypes):
+                other = RowFormat(self.embedding_dim, bits, param_dtype, layout.name, self.rotation)
+                if other != self and other._sizes == self._sizes:
+                    found.append(other)
+        return found
+
+    @property
+    def _sizes(self) -> tuple[Any, ...]:
+        """Bytes of a row, and of the entries of what lies beside a table of one row and one codebook."""
+        return (self.row_bytes, *((spec.name, spec.entry_bytes) for spec in self.form.beside(1, 1)))
 
     @property
     def code_bytes(self) -> int:

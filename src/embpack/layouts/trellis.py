@@ -238,6 +238,7 @@ class TrellisLayout(Layout):
     param_dtypes: ClassVar[tuple[str, ...]] = ("float32",)
     needs: ClassVar[str] = "codebooks: the values that all rows share"
     caution: ClassVar[str] = "embpack alone reads these rows, and sums them at about half the speed of others"
+    unsized_bits: ClassVar[tuple[int, ...]] = ()  # rows of one size are read in one way
 
     @classmethod
     def read_bits(cls, bits: Any) -> int | float:

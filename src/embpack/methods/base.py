@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,32 @@ from embpack.rows import explain_not_finite, widen
 
 # Called as often as a method reads the table, it yields all rows each time, as they are to be packed.
 Chunks = Callable[[], Iterable[NDArray[Any]]]
-# Of a span: the sum of the squared errors, and the sum of the squares of the values.
-Sums = tuple[float, float]
+# Told how many more rows are packed, now and then.
+OnRows = Callable[[int], object]
 # What the core says of a row that it cannot pack; anything else but 0 is an overflow.
 _NOT_FINITE = 1
+# The share of a table's squares from which on it matters what became of rows.
+_MATTERS = 1e-6
+
+
+class Sums(NamedTuple):
+    """Of a span of rows: sums over their values.
+
+    Attributes:
+        error: of the squared errors.
+        square: of the squares of the values.
+        lost_rows: rows that come back no better than zeros would, because they are too small for float16 parameters.
+        lost_square: of the squares of their values.
+    """
+
+    error: float
+    square: float
+    lost_rows: int = 0
+    lost_square: float = 0.0
+
+
+# What the core returns of rows: (fault, faulty row, Sums of each span).
+Encoded = tuple[int, int, list[tuple[float, float, int, float]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +81,16 @@ class Packer(ABC):
         """
         raise ValueError(f"method {self.method.name!r} has no error_weights; choose 'optimal'")
 
-    def pack(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int = 0) -> list[Sums]:
+    def pack(
+        self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int = 0, on_rows: OnRows | None = None
+    ) -> list[Sums]:
         """Pack rows of the table: a number of whole spans, or the last ones.
 
         Args:
             rows: float32, float16 or (bfloat16 as) uint16 [n, embedding_dim], rotated already.
             packed: uint8 [n, row_bytes], C-contiguous; filled.
             start: number of the first row in the table.
+            on_rows: called about ten times a second with how many more of the rows are packed, and once at the end.
 
         Returns:
             The sums of each span, as measure_loss takes them.
@@ -73,16 +98,16 @@ class Packer(ABC):
         Raises:
             ValueError: a value is NaN or infinite, or a scale, bias or codebook overflows; row and column are named.
         """
-        fault, row, sums = self._encode(np.ascontiguousarray(rows), packed, start)
+        fault, row, sums = self._encode(np.ascontiguousarray(rows), packed, start, on_rows)
         if fault == _NOT_FINITE:
             raise explain_not_finite(widen(rows[row]), self.name, start + row)
         if fault:
             raise self._explain_overflow(widen(rows[row]), start + row)
-        return sums
+        return [Sums(*span) for span in sums]
 
     @abstractmethod
-    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int) -> tuple[int, int, list[Sums]]:
-        """Call the core: (fault, faulty row, sums)."""
+    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
+        """Call the core."""
 
     def _explain_overflow(self, row: NDArray[np.float32], number: int) -> ValueError:
         where = f"{self.name}[{number}] has values from {row.min():.6g} to {row.max():.6g}"
@@ -95,8 +120,22 @@ class Packer(ABC):
 
 def measure_loss(sums: Iterable[Sums]) -> float:
     """Normalized l2 loss ||X - Q(X)|| / ||X|| of rows, given the sums of their spans; 0 for rows of zeros."""
-    square_error, square = (math.fsum(column) for column in zip(*sums, strict=True))
+    spans = list(sums)
+    square_error, square = math.fsum(span.error for span in spans), math.fsum(span.square for span in spans)
     return math.sqrt(square_error / square) if square else 0.0
+
+
+def find_warning(sums: Iterable[Sums]) -> str | None:
+    """Say how many rows are lost, and the way out, given the sums of a table's spans; None if it does not matter."""
+    spans = list(sums)
+    lost = sum(span.lost_rows for span in spans)
+    square = math.fsum(span.square for span in spans)
+    if not lost or math.fsum(span.lost_square for span in spans) <= _MATTERS * square:
+        return None
+    return (
+        f"{lost:,} of its rows come back no better than zeros would: their values are too small for float16 "
+        "parameters; use param_dtype='float32' (--param-dtype float32), or the method 'trellis'"
+    )
 
 
 def bound_values(rows: NDArray[Any], name: str, start: int) -> tuple[float, float]:

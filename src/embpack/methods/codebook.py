@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from embpack import _native
 from embpack.chunks import span_rows
 from embpack.layouts import RowFormat
-from embpack.methods.base import Chunks, Method, Packer, Sums
+from embpack.methods.base import Chunks, Encoded, Method, OnRows, Packer
 from embpack.reference import Row
 
 
@@ -40,7 +40,7 @@ class CodebookPacker(Packer):
 
     method: CodebookMethod
 
-    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int) -> tuple[int, int, list[Sums]]:
+    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
         form = self.row_format.form
         how = (self.method.kernel, form.bits, self.row_format.has_f16_params, span_rows(form.embedding_dim))
-        return _native.quantize_with_codebooks(rows, *how, packed)
+        return _native.quantize_with_codebooks(rows, *how, packed, on_rows)

@@ -12,7 +12,7 @@ from embpack.arithmetic import F32
 from embpack.chunks import span_rows
 from embpack.layouts import PARAM_BYTES, RowFormat
 from embpack.layouts.clustered import CLUSTER_DTYPES, cluster_dtype
-from embpack.methods.base import Chunks, Method, Packer, Sums, bound_values
+from embpack.methods.base import Chunks, Encoded, Method, OnRows, Packer, bound_values
 from embpack.methods.kmeans import SortedRow, iterate_lloyd
 from embpack.reference import store_levels
 from embpack.rows import widen
@@ -25,8 +25,8 @@ MOST_TRAINED_VALUES = 1 << 25
 # More centres than this are found in two steps: groups first, then the centres of each group.
 MOST_FLAT_CENTRES = 256
 ITERATIONS = 10
-# Values of a matrix of distances.
-_DISTANCES_AT_A_TIME = 1 << 22
+# Values of a matrix of distances, and of rows that are copied: Ctrl-C is heard in between.
+_VALUES_AT_A_TIME = 1 << 22
 
 
 def choose_num_codebooks(num_embeddings: int, row_format: RowFormat) -> int:
@@ -46,7 +46,7 @@ def choose_num_codebooks(num_embeddings: int, row_format: RowFormat) -> int:
 def assign(rows: Rows, centres: Rows) -> Numbers:
     """Number of the nearest centre of each row [n, d]; int64 [n]."""
     half_squares = np.einsum("ij,ij->i", centres, centres) * F32(0.5)
-    step = max(1, _DISTANCES_AT_A_TIME // len(centres))
+    step = max(1, _VALUES_AT_A_TIME // len(centres))
     numbers = [np.argmin(half_squares - part @ centres.T, axis=1) for part in _parts(rows, step)]
     return np.concatenate(numbers)
 
@@ -62,19 +62,21 @@ def find_centres(rows: Rows, num_centres: int, rng: np.random.Generator) -> Rows
     for _ in range(ITERATIONS):
         numbers = assign(rows, centres)
         counts = np.bincount(numbers, minlength=num_centres)
-        sums = _sum_groups(rows, numbers, counts)
+        sums = _sum_groups(rows, numbers, num_centres)
         filled = counts > 0
         centres[filled] = sums[filled] / counts[filled, None]
     return centres
 
 
-def _sum_groups(rows: Rows, numbers: Numbers, counts: Numbers) -> NDArray[np.float64]:
+def _sum_groups(rows: Rows, numbers: Numbers, num_groups: int) -> NDArray[np.float64]:
     """Sum the rows of each group; float64 [groups, d]."""
-    ends = np.cumsum(counts)
-    sums = np.zeros((len(counts), rows.shape[1]))
-    filled = counts > 0
-    order = np.argsort(numbers, kind="stable")
-    sums[filled] = np.add.reduceat(rows[order], (ends - counts)[filled], axis=0, dtype=np.float64)
+    sums = np.zeros((num_groups, rows.shape[1]))
+    step = max(1, _VALUES_AT_A_TIME // rows.shape[1])
+    for start in range(0, len(rows), step):
+        own = numbers[start : start + step]
+        order = np.argsort(own, kind="stable")
+        groups, firsts = np.unique(own[order], return_index=True)
+        sums[groups] += np.add.reduceat(rows[start : start + step][order], firsts, axis=0, dtype=np.float64)
     return sums
 
 
@@ -155,10 +157,12 @@ def fit_codebooks(rows: Rows, numbers: Numbers, num_codebooks: int, bits: int) -
         float32 [num_codebooks, 2^bits], each ascending.
     """
     order = np.argsort(numbers, kind="stable")
-    values = rows[order].reshape(-1)
+    values, step = np.empty(rows.shape, F32), max(1, _VALUES_AT_A_TIME // rows.shape[1])
+    for start in range(0, len(rows), step):
+        np.take(rows, order[start : start + step], axis=0, out=values[start : start + step])
     starts = np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=num_codebooks))]) * rows.shape[1]
     codebooks = np.empty((num_codebooks, 2**bits), F32)
-    _native.fit_codebooks(values, starts, bits, codebooks)
+    _native.fit_codebooks(values.reshape(-1), starts, bits, codebooks)
     return codebooks
 
 
@@ -178,6 +182,9 @@ class KMeansCls(Method):
     K-means clusters the rows (tier 1), then all values of each cluster's rows (tier 2). Both are trained on at most
     MOST_TRAINED_VALUES values. Past MOST_FLAT_CENTRES clusters, clusters are in groups, and a row is put into the
     nearest cluster of the nearest group, which is not always the nearest cluster of all.
+
+    Distances are NumPy's matrix products, whose last bits depend on its BLAS and on the CPU: on another machine a row
+    that is as near to two centres may be put into the other cluster.
 
     Attributes:
         K: number of clusters; 0 for as many as make a table take the bytes of uniform rows, as in the paper.
@@ -228,10 +235,10 @@ class ClusterPacker(Packer):
         """Cluster numbers and codebooks."""
         return {"clusters": self.of_row, "codebooks": store_levels(self.levels, self.row_format)}
 
-    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int) -> tuple[int, int, list[Sums]]:
+    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
         form, of_row = self.row_format.form, self.of_row[start : start + len(rows)].astype(np.uint32)
         how = (form.bits, self.row_format.has_f16_params, span_rows(form.embedding_dim))
-        return _native.quantize_with_clusters(rows, of_row, self.levels, *how, packed)
+        return _native.quantize_with_clusters(rows, of_row, self.levels, *how, packed, on_rows)
 
 
 def _read_sample(chunks: Chunks, num_embeddings: int, embedding_dim: int, num_codebooks: int, name: str) -> Rows:

@@ -53,7 +53,8 @@ class Optimal(UniformMethod):
     the start. Scale and bias are rounded to the type that they are stored in at every step.
 
     It starts from GREEDY's range, and from those of SCALES x QUARTERS that are best after one step; at effort "exact"
-    also from the optimum over all scales and biases (see find_exact). On every row its loss is at most GREEDY's.
+    also from the optimum over all scales and biases (see find_exact). On every row its loss is at most GREEDY's, and at
+    most that of zeros: a row too small for float16 parameters gets the range of a row of zeros.
 
     Each value's squared error may have a weight, such as the second moment of its gradient: all sums are weighted then.
 
@@ -85,9 +86,11 @@ class Optimal(UniformMethod):
                 starts.append(find_exact(x, w, row_format.bits, greedy))
             xmin, xmax = (np.array(ends, F32) for ends in zip(*starts, strict=True))
             found = _refine(x, w, row_format, (xmin, xmax), self._effort.num_steps)
-            loss, known = (_measure(x, w, *ends, row_format) for ends in (found, greedy))
-        is_better = surely_less(loss, known, len(x) if error_weights is None else len(x) + 2)
-        return found if is_better else greedy
+            zeros = F32(0), F32(0)
+            loss, known, loss_of_zeros = (_measure(x, w, *ends, row_format) for ends in (found, greedy, zeros))
+        num_terms = len(x) if error_weights is None else len(x) + 2
+        best, loss = (found, loss) if surely_less(loss, known, num_terms) else (greedy, known)
+        return zeros if surely_less(loss_of_zeros, loss, num_terms) else best
 
     def search_params(self) -> SearchParams:
         """How much is tried."""

@@ -11,7 +11,7 @@ from embpack.arithmetic import F32
 from embpack.chunks import span_rows
 from embpack.layouts import RowFormat
 from embpack.layouts.trellis import TrellisFormat, TrellisParameters
-from embpack.methods.base import Chunks, Method, Packer, Sums, bound_values
+from embpack.methods.base import Chunks, Encoded, Method, OnRows, Packer, bound_values
 from embpack.methods.trellis_search import SAMPLE_ROWS, fit
 from embpack.rows import spread_rows, widen
 
@@ -54,8 +54,8 @@ class TrellisPacker(Packer):
         """Levels, scales and mean."""
         return {"codebooks": self.shared.join()}
 
-    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int) -> tuple[int, int, list[Sums]]:
-        return _call_kernel(rows, self.shared, span_rows(self.row_format.embedding_dim), packed)
+    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
+        return _call_kernel(rows, self.shared, span_rows(self.row_format.embedding_dim), packed, on_rows)
 
 
 def _read_sample(
@@ -90,6 +90,6 @@ def _encode(rows: NDArray[np.float32], trellis: TrellisFormat, parameters: Trell
 
 
 def _call_kernel(
-    rows: NDArray[Any], shared: TrellisParameters, span: int, packed: NDArray[np.uint8]
-) -> tuple[int, int, list[Sums]]:
-    return _native.encode_trellis(rows, shared.narrow, shared.wide, shared.scales, shared.mean, span, packed)
+    rows: NDArray[Any], shared: TrellisParameters, span: int, packed: NDArray[np.uint8], on_rows: OnRows | None = None
+) -> Encoded:
+    return _native.encode_trellis(rows, shared.narrow, shared.wide, shared.scales, shared.mean, span, packed, on_rows)

@@ -11,7 +11,7 @@ from embpack import _native
 from embpack._native import SearchParams
 from embpack.chunks import span_rows
 from embpack.layouts import RowFormat
-from embpack.methods.base import Chunks, Method, Packer, Sums
+from embpack.methods.base import Chunks, Encoded, Method, OnRows, Packer
 from embpack.reference import Row
 from embpack.rows import widen
 from embpack.table import PackedTable
@@ -70,22 +70,49 @@ class UniformPacker(Packer):
             )
         return replace(self, error_weights=array)
 
-    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int) -> tuple[int, int, list[Sums]]:
-        form, weights = self.row_format.form, self._weights_of(start, len(rows))
-        how = (self.method.kernel, self.method.search_params(), form.bits, self.row_format.has_f16_params)
-        fault, row, sums = _native.quantize(rows, *how, span_rows(form.embedding_dim), packed, weights)
-        return fault, row, sums if weights is None or fault else [self._sum_by_weights(rows, packed, weights)]
+    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
+        if self.error_weights is None:
+            return self._call_kernel(rows, packed, on_rows, None)
+        return self._encode_by_weights(rows, packed, start, on_rows)
 
-    def _weights_of(self, start: int, num_rows: int) -> NDArray[np.float32] | None:
+    def _encode_by_weights(
+        self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None
+    ) -> Encoded:
+        """Pack span by span, for weights and errors of a value each take more memory than the value."""
+        all_sums: list[tuple[float, float, int, float]] = []
+        step = span_rows(self.row_format.embedding_dim)
+        for first in range(0, len(rows), step):
+            own, own_packed = rows[first : first + step], packed[first : first + step]
+            weights = self._weights_of(start + first, len(own))
+            fault, row, sums = self._call_kernel(own, own_packed, on_rows, weights)
+            if fault:
+                return fault, first + row, []
+            [(_, _, lost_rows, lost_square)] = sums
+            all_sums.append((*self._sum_by_weights(own, own_packed, weights), lost_rows, lost_square))
+        return 0, 0, all_sums
+
+    def _call_kernel(
+        self,
+        rows: NDArray[Any],
+        packed: NDArray[np.uint8],
+        on_rows: OnRows | None,
+        weights: NDArray[np.float32] | None,
+    ) -> Encoded:
+        form = self.row_format.form
+        how = (self.method.kernel, self.method.search_params(), form.bits, self.row_format.has_f16_params)
+        return _native.quantize(rows, *how, span_rows(form.embedding_dim), packed, on_rows, weights)
+
+    def _weights_of(self, start: int, num_rows: int) -> NDArray[np.float32]:
         """The error weights of some rows, contiguous, in a row for all of them or in one for each."""
         weights = self.error_weights
-        if weights is None:
-            return None
+        assert weights is not None
         if len(weights) > 1:
             weights = weights[start : start + num_rows]
         return np.ascontiguousarray(np.broadcast_to(weights, (len(weights), self.row_format.embedding_dim)))
 
-    def _sum_by_weights(self, rows: NDArray[Any], packed: NDArray[np.uint8], weights: NDArray[np.float32]) -> Sums:
+    def _sum_by_weights(
+        self, rows: NDArray[Any], packed: NDArray[np.uint8], weights: NDArray[np.float32]
+    ) -> tuple[float, float]:
         """Weighted sums of the squared errors and of the squares."""
         values = widen(rows).astype(np.float64)
         errors = values - PackedTable(packed, self.row_format).as_packed.dequantize()
@@ -105,8 +132,12 @@ def as_error_weights(values: Any, shape: tuple[int, int]) -> NDArray[np.float32]
             f"error_weights have shape {list(np.shape(values))}; for a table of {shape[0]} x {shape[1]} they are "
             f"[{shape[1]}] by columns, [{shape[0]}, 1] by rows, or [{shape[0]}, {shape[1]}]"
         )
-    wrong = np.argwhere(~((weights >= 0) & (weights < np.inf)))
-    if len(wrong):
-        row, column = wrong[0]
-        raise ValueError(f"error_weights[{row}, {column}] is {weights[row, column]}; weights are finite and at least 0")
+    step = span_rows(weights.shape[1])
+    for start in range(0, len(weights), step):
+        part = weights[start : start + step]
+        wrong = np.argwhere(~((part >= 0) & (part < np.inf)))
+        if len(wrong):
+            row, column = wrong[0]
+            value = part[row, column]
+            raise ValueError(f"error_weights[{start + row}, {column}] is {value}; weights are finite and at least 0")
     return weights

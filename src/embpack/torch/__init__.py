@@ -11,13 +11,14 @@ from embpack.torch import ops  # noqa: F401  (registers the operators)
 from embpack.torch.checkpoint import load_checkpoint
 from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.convert import ModelReport, quantize_
-from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag
+from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, leave_tables_out_of_ddp
 
 __all__ = [
     "ModelReport",
     "PackedEmbedding",
     "PackedEmbeddingBag",
     "PackedEmbeddingBagCollection",
+    "leave_tables_out_of_ddp",
     "load_checkpoint",
     "quantize_",
 ]

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from embpack.bags import check_weighted
 from embpack.errors import kind_of, naming
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.table import PackedTable
+from embpack.torch.arguments import call_as_leaf, check_tensors, flatten_nested
 from embpack.torch.collection_ops import TableUse, describe_tables
-from embpack.torch.modules import PackedEmbeddingBag, check_tensors
+from embpack.torch.modules import PackedEmbeddingBag
 from embpack.torch.private import buffers_of
 
 
@@ -31,7 +33,8 @@ class PackedEmbeddingBagCollection(nn.Module):
             and of one that reads several tables, "feature@table".
         embedding_dims: values of each.
 
-    TorchRec is needed only for a KeyedJaggedTensor.
+    It has all that TorchRec's has but reset_parameters: a packed table is not trained. TorchRec is needed only for a
+    KeyedJaggedTensor, and where its own classes are returned.
 
     Raises:
         TypeError: a table is no PackedEmbeddingBag, or feature_names has a text in place of a list.
@@ -61,11 +64,18 @@ class PackedEmbeddingBagCollection(nn.Module):
                 raise TypeError(f"table {name!r} is {kind_of(bag)}; it must be a PackedEmbeddingBag")
         self.embedding_bags = nn.ModuleDict(embedding_bags)
         self.feature_names = {name: tuple(names[name]) for name in embedding_bags}
-        self.is_weighted = is_weighted
+        self._is_weighted = is_weighted
         self.include_last_offset = include_last_offset
         self._set_lookups()
         if is_weighted:
             self._check_modes()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read a pickle; an older one has is_weighted as an attribute."""
+        if "is_weighted" in state:
+            state = {**state, "_is_weighted": state["is_weighted"]}
+            del state["is_weighted"]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def _list_uses(self) -> list[tuple[Any, ...]]:
         """What a call depends on that may have changed since the last one: bags and their attributes may be set."""
@@ -118,51 +128,81 @@ class PackedEmbeddingBagCollection(nn.Module):
         bags: Any = self.embedding_bags
         return {name: bag.table for name, bag in bags.items()}
 
-    def to_float(self) -> Any:
-        """Return torchrec.EmbeddingBagCollection with the rows as float32.
+    def is_weighted(self) -> bool:
+        """Whether the weights of a KeyedJaggedTensor count."""
+        return self._is_weighted
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        bags: Any = self.embedding_bags.values()
+        device: torch.device = next(iter(bags)).packed.device
+        return device
+
+    def embedding_bag_configs(self) -> list[Any]:
+        """Return torchrec.EmbeddingBagConfig of each table, with the type that its weights had.
 
         Raises:
             ValueError: TorchRec lacks a table's mode, or padding_idx.
         """
         from torchrec.modules.embedding_configs import (  # type: ignore[import-untyped]
+            DataType,
             EmbeddingBagConfig,
             PoolingType,
         )
-        from torchrec.modules.embedding_modules import EmbeddingBagCollection  # type: ignore[import-untyped]
 
         bags: Any = self.embedding_bags
         poolings = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
+        types = {torch.float16: DataType.FP16, torch.bfloat16: DataType.BF16}
         for name, bag in bags.items():
             if bag.mode not in poolings or bag.padding_idx is not None:
                 what = f"mode {bag.mode!r}" if bag.mode not in poolings else f"padding_idx {bag.padding_idx}"
                 raise ValueError(
                     f"table {name!r} has {what}, which TorchRec lacks; take embedding_bags[name].to_float()"
                 )
-        configs = [
+        return [
             EmbeddingBagConfig(
                 name=name,
                 embedding_dim=bag.embedding_dim,
                 num_embeddings=bag.num_embeddings,
                 feature_names=list(self.feature_names[name]),
+                data_type=types.get(bag.dtype, DataType.FP32),
                 pooling=poolings[bag.mode],
             )
             for name, bag in bags.items()
         ]
-        made = EmbeddingBagCollection(tables=configs, is_weighted=self.is_weighted, device=torch.device("meta"))
+
+    def to_float(self) -> Any:
+        """Return torchrec.EmbeddingBagCollection with the rows as float32.
+
+        Raises:
+            ValueError: TorchRec lacks a table's mode, or padding_idx.
+        """
+        from torchrec.modules.embedding_configs import DataType
+        from torchrec.modules.embedding_modules import EmbeddingBagCollection  # type: ignore[import-untyped]
+
+        configs = self.embedding_bag_configs()
+        for config in configs:
+            config.data_type = DataType.FP32
+        made = EmbeddingBagCollection(tables=configs, is_weighted=self._is_weighted, device=torch.device("meta"))
+        bags: Any = self.embedding_bags
         floats = {f"embedding_bags.{name}.weight": bag.to_float().weight.float() for name, bag in bags.items()}
         made.load_state_dict(floats, assign=True)
+        made._device = self.device  # else it would go on to say meta
         return made.requires_grad_(requires_grad=False)
 
-    def forward(self, input: Any, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Any:
+    def forward(self, features: Any, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Any:
         """Pool the bags of all features.
 
         Args:
-            input: a KeyedJaggedTensor, which has all features, in any order, and maybe others; or int32 or int64
-                indices, those of the first of self.features, then those of the second, and so on, each with the same
-                number of bags: 1-D [L] with offsets, or 2-D [F * B, n] for F features and B bags of n.
-            offsets: int32 or int64 [F * B], non-decreasing from 0: where each bag starts in 1-D input; with
+            features: a KeyedJaggedTensor, which has all features, in any order, and maybe others; with inverse indices
+                its keys may have different numbers of bags. Or int32 or int64 indices, those of the first of
+                self.features, then those of the second, and so on, each with the same number of bags: 1-D [L] with
+                offsets, 2-D [F * B, n] for F features and B bags of n, or nested, of layout torch.jagged, for bags of
+                several sizes.
+            offsets: int32 or int64 [F * B], non-decreasing from 0: where each bag starts in 1-D indices; with
                 include_last_offset [F * B + 1].
-            per_sample_weights: float32 or of the tables' dtype, shaped like input; only if all modes are "sum". They
+            per_sample_weights: float32 or of the tables' dtype, shaped like indices; only if all modes are "sum". They
                 get gradients by backward() if they require them, as those of a KeyedJaggedTensor do.
 
         Returns:
@@ -173,37 +213,61 @@ class PackedEmbeddingBagCollection(nn.Module):
             IndexError: an index is out of range; names its position and value, and the numbers of feature and table.
             NotImplementedError: weights in forward mode (torch.func.jvp, jacfwd).
             TypeError: an argument is of another type.
-            ValueError: the arguments do not go together, or features of a KeyedJaggedTensor are missing, or have
-                different numbers of bags.
+            ValueError: the arguments do not go together, or keys of a KeyedJaggedTensor are missing, or have different
+                numbers of bags and no inverse indices.
         """
-        if isinstance(input, Tensor):
-            check_tensors(offsets=offsets, per_sample_weights=per_sample_weights)
+        if isinstance(features, (Tensor, Proxy)):
+            proxy = check_tensors(features=features, offsets=offsets, per_sample_weights=per_sample_weights)
+            if proxy is not None:
+                return call_as_leaf(proxy, self, features, offsets, per_sample_weights)
+            has_last = self.include_last_offset
+            if features.is_nested:
+                features, offsets, per_sample_weights = flatten_nested(features, offsets, per_sample_weights)
+                has_last = True
             where = (self._feature_of, len(self.features))
-            return self._pool(where, (input, offsets), per_sample_weights, self.include_last_offset)
+            return self._pool(where, (features, offsets), per_sample_weights, has_last)
         if offsets is not None or per_sample_weights is not None:
             raise ValueError("a KeyedJaggedTensor has offsets and weights of its own")
-        return self._pool_features(input)
+        return self._pool_features(features)
 
     def _pool_features(self, features: Any) -> Any:
         try:
             from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor  # type: ignore[import-untyped]
+            from torchrec.sparse.tensor_dict import maybe_td_to_kjt  # type: ignore[import-untyped]
         except ImportError:
-            raise TypeError(f"input is {kind_of(features)}; it must be a tensor") from None
+            raise TypeError(f"features is {kind_of(features)}; it must be a tensor") from None
 
+        features = maybe_td_to_kjt(features, None)
         if not isinstance(features, KeyedJaggedTensor):
-            raise TypeError(f"input is {kind_of(features)}; it must be a tensor or a KeyedJaggedTensor")
-        if features.variable_stride_per_key() or features.inverse_indices_or_none() is not None:
-            raise ValueError("features have different numbers of bags (variable stride); give each key as many")
+            raise TypeError(f"features is {kind_of(features)}; it must be a tensor or a KeyedJaggedTensor")
+        inverse = features.inverse_indices_or_none()
+        if features.variable_stride_per_key() and inverse is None:
+            raise ValueError(
+                "features have different numbers of bags (variable stride) and no inverse indices; give each key as "
+                "many, or inverse_indices"
+            )
         positions = {key: position for position, key in enumerate(features.keys())}
         missing = [name for name in self.features if name not in positions]
         if missing:
             raise ValueError(f"the features lack {', '.join(missing)}; they are {', '.join(positions) or 'none'}")
         where = ([positions[name] for name in self._readers], len(features.keys()))
-        if self.is_weighted and features.weights_or_none() is None:
+        if self._is_weighted and features.weights_or_none() is None:
             raise ValueError("the collection is weighted, and the features have no weights")
-        weights = features.weights() if self.is_weighted else None
-        pooled = self._pool(where, (features.values(), features.offsets()), weights, include_last_offset=True)
+        weights = features.weights() if self._is_weighted else None
+        values, offsets = features.values(), features.offsets()
+        if features.variable_stride_per_key():
+            offsets = _even_out(features)
+        pooled = self._pool(where, (values, offsets), weights, include_last_offset=True)
+        if inverse is not None:
+            pooled = self._spread(pooled, *inverse)
         return KeyedTensor(self.embedding_names, self.embedding_dims, pooled)
+
+    def _spread(self, pooled: Tensor, keys: Sequence[str], inverse: Tensor) -> Tensor:
+        """Give each sample the bag that it shares with others: inverse has its number, int64 [number of keys, B]."""
+        row_of = {key: row for row, key in enumerate(keys)}
+        of_lookups = torch.split(pooled, self.embedding_dims, dim=1)
+        rows = (inverse[row_of[name]] for name in self._readers)
+        return torch.cat([values.index_select(0, row) for values, row in zip(of_lookups, rows, strict=True)], dim=1)
 
     def _pool(
         self,
@@ -243,3 +307,10 @@ class PackedEmbeddingBagCollection(nn.Module):
         """What print shows beside the tables."""
         readers = [f"{name}: {', '.join(names)}" for name, names in self.feature_names.items() if names != (name,)]
         return "; ".join(readers)
+
+
+def _even_out(features: Any) -> Tensor:
+    """Offsets of a KeyedJaggedTensor's bags, and of empty ones after them that give each key as many bags."""
+    lengths: Any = features.lengths().split(features.stride_per_key())
+    of_all = torch.nn.utils.rnn.pad_sequence(lengths, batch_first=True).reshape(-1)
+    return torch.cat([of_all.new_zeros(1), of_all]).cumsum(0)

@@ -17,7 +17,7 @@ from embpack.rules import MIN_ROWS, explain_growth
 from embpack.shard_writer import Progress, TableReport
 from embpack.table import PackedTable
 from embpack.torch.collection import PackedEmbeddingBagCollection
-from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported
+from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported, leave_tables_out_of_ddp
 from embpack.torch.private import has_hooks
 from embpack.torch.tied import check_tied, key_of, refuse_tied, retied
 from embpack.variant import Variant
@@ -47,6 +47,7 @@ class ModelReport:
             lines.append("  ".join([name.ljust(widths[0]), *numbers]))
         before, after = (sum(getattr(table, name) for table in self.tables) for name in ("bytes_before", "bytes_after"))
         lines.append(f"{before:,} -> {after:,} bytes" + (f" ({after / before:.2%})" if before else ""))
+        lines += [f"{table.name}: {table.warning}" for table in self.tables if table.warning]
         lines += [f"left alone: {name}, {reason}" for name, reason in self.left_alone]
         return "\n".join(lines)
 
@@ -119,14 +120,14 @@ def quantize_(
         check_supported(module, hangs[0].name)
     if tied == "refuse":
         refuse_tied(model, [(module, hangs[0].name) for module, hangs in modules])
-    packed: dict[Any, PackedTable] = {}
+    packed: dict[Any, tuple[PackedTable, str | None]] = {}
     reports, swaps = [], []
     for module, hangs in modules:
         weight, key, start = module.weight, key_of(module.weight), perf_counter()
         if key not in packed:
             packed[key] = _pack(weight, hangs[0].name, variant)
-        table = packed[key]
-        reports.append(_report(hangs[0].name, weight, table, perf_counter() - start))
+        table, warning = packed[key]
+        reports.append(_report(hangs[0].name, weight, table, perf_counter() - start, warning))
         progress(hangs[0].name, table.num_embeddings)
         swaps.append((hangs, PACKED[type(module)].like(module, table).train(module.training)))
     with hanging() as hang, retied(model):
@@ -134,6 +135,7 @@ def quantize_(
             for place in hangs:
                 hang(place, new)
         swap_collections(model, hang)
+        leave_tables_out_of_ddp(model)
     return ModelReport(tuple(reports), tuple(left_alone))
 
 
@@ -227,7 +229,10 @@ def find_additions(module: nn.Module) -> str | None:
         *module.named_buffers(recurse=False, remove_duplicate=False),
         *module.named_children(),
     ]
-    return next((name for name, _ in owned if name != "weight"), None)
+    known = vars(type(module)(1, 1, device="meta"))
+    # Names with an underscore are those that frameworks leave on every module, as transformers does.
+    plain = [name for name in vars(module) if name not in known and not name.startswith("_")]
+    return next((name for name in (*(name for name, _ in owned), *plain) if name != "weight"), None)
 
 
 def _reason_to_leave(
@@ -247,7 +252,7 @@ def _reason_to_leave(
         return explain_growth(math.prod(shape) * module.weight.dtype.itemsize, variant, *shape)
 
 
-def _pack(weight: Tensor, name: str, variant: Variant) -> PackedTable:
+def _pack(weight: Tensor, name: str, variant: Variant) -> tuple[PackedTable, str | None]:
     if weight.is_meta:
         raise ValueError(
             f"{name} is on the meta device and has no values: load them first, or open a packed file by load_checkpoint"
@@ -256,7 +261,7 @@ def _pack(weight: Tensor, name: str, variant: Variant) -> PackedTable:
         return pack(weight, variant)
 
 
-def _report(name: str, weight: Tensor, table: PackedTable, seconds: float) -> TableReport:
+def _report(name: str, weight: Tensor, table: PackedTable, seconds: float, warning: str | None) -> TableReport:
     return TableReport(
         name=name,
         num_embeddings=table.num_embeddings,
@@ -267,6 +272,7 @@ def _report(name: str, weight: Tensor, table: PackedTable, seconds: float) -> Ta
         bytes_after=table.nbytes,
         loss=table.loss or 0.0,
         seconds=seconds,
+        warning=warning,
     )
 
 

@@ -1,6 +1,7 @@
 """PackedEmbedding and PackedEmbeddingBag: nn.Embedding and nn.EmbeddingBag over packed rows."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -17,8 +18,10 @@ from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packing import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
+from embpack.torch.arguments import call_as_leaf, check_tensors, flatten_nested, map_nested
 from embpack.torch.ops import as_table, check_dtype, dequantize
-from embpack.torch.private import CastModule, buffers_of
+from embpack.torch.private import CastModule, GuardedModule, buffers_of, leave_out_of_ddp
+from embpack.torch.state import FORMAT, check_format, receive_state, write_format
 
 # Options of a float module that a packed one cannot have, and why.
 UNSUPPORTED = {
@@ -28,12 +31,11 @@ UNSUPPORTED = {
 }
 
 
-# torch.fx has proxies for tensors.
-TENSORS = (Tensor, torch.fx.Proxy)
-
-
-class _PackedModule(CastModule):
+class _PackedModule(CastModule, GuardedModule):
     """A packed table as buffers, all uint8, so that .half() and .to(dtype) leave the rows alone.
+
+    load_state_dict raises RuntimeError, also with strict=False, if the rows that it brings are of another format than
+    this module's or of other sizes, and leaves the module as it was.
 
     Attributes:
         dtype: of the values that it returns, as nn.Embedding returns its weight's; .half() and .to(dtype) change it.
@@ -41,15 +43,22 @@ class _PackedModule(CastModule):
         clusters: uint8 [num_embeddings, bytes of an entry], the array by row that lies beside the rows, little-endian;
             None if the layout has none.
         codebooks: uint8 [num_codebooks, bytes of a codebook], the array that rows share; None if the layout has none.
+        row_format_ascii: uint8 [64], str(row_format) and zeros, which says in a state dict what its bytes mean.
     """
 
     # The options that it shares with the float module, and that module.
     options: ClassVar[tuple[str, ...]]
     float_class: ClassVar[type[nn.Module]]
+    # What the float module has and this one does not do, for those who read it: LoRA in PEFT passes them on.
+    max_norm: ClassVar[None] = None
+    norm_type: ClassVar[float] = 2.0
+    scale_grad_by_freq: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
 
     packed: Tensor
     clusters: Tensor | None
     codebooks: Tensor | None
+    row_format_ascii: Tensor
 
     def __init__(
         self,
@@ -67,11 +76,22 @@ class _PackedModule(CastModule):
         self.row_format = row_format
         self.rotate_back = rotate_back
         self.register_buffer("packed", torch.zeros((num_embeddings, row_format.row_bytes), dtype=torch.uint8))
+        # Before those that may be None: torch.export counts None as a buffer where it looks for a later one.
+        self.register_buffer(FORMAT, write_format(row_format))
         beside = {spec.name: spec for spec in row_format.form.beside(num_embeddings, num_codebooks)}
         for name in ("clusters", "codebooks"):
             spec = beside.get(name)
             zeros = None if spec is None else torch.zeros((spec.known_shape[0], spec.entry_bytes), dtype=torch.uint8)
             self.register_buffer(name, zeros)
+
+    def _receive(self, state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        return receive_state(state, buffers_of(self), self.row_format, prefix, prefix[:-1] or type(self).__name__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read a pickle; an older one has no row_format_ascii."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if FORMAT not in buffers_of(self):
+            self.register_buffer(FORMAT, write_format(self.row_format))
 
     @classmethod
     def from_float(
@@ -132,7 +152,12 @@ class _PackedModule(CastModule):
 
     @property
     def table(self) -> PackedTable:
-        """The rows as a PackedTable, which shares their memory."""
+        """The rows as a PackedTable, which shares their memory.
+
+        Raises:
+            ValueError: rows of another format have been written to the buffers, as torch.distributed.checkpoint does.
+        """
+        check_format(self.row_format_ascii, self.row_format, type(self).__name__)
         name = str(self.dtype).removeprefix("torch.")
         table = as_table(self.packed, str(self.row_format), self.clusters, self.codebooks)
         return replace(table, dtype=name if name in ROW_DTYPES else "float32")
@@ -227,16 +252,20 @@ class PackedEmbedding(_PackedModule):
         """Look rows up.
 
         Args:
-            input: int32 or int64 of any shape [...], each in [0, num_embeddings).
+            input: int32 or int64 of any shape [...], each in [0, num_embeddings); it may be a nested tensor.
 
         Returns:
-            Values of dtype [..., embedding_dim].
+            Values of dtype [..., embedding_dim]; nested as input is.
 
         Raises:
             IndexError: an index is out of range; names its position and value.
             TypeError: input is of another type.
         """
-        check_tensors(input=input)
+        proxy = check_tensors(input=input)
+        if proxy is not None:
+            return call_as_leaf(proxy, self, input)
+        if input.is_nested:
+            return map_nested(self, input)
         return self._look_up(torch.ops.embpack.embedding.default, input)
 
     def extra_repr(self) -> str:
@@ -340,7 +369,8 @@ class PackedEmbeddingBag(_PackedModule):
         """Pool bags of rows.
 
         Args:
-            input: int32 or int64, each in [0, num_embeddings): 1-D [L] with offsets, or 2-D [B, n] for B bags of n.
+            input: int32 or int64, each in [0, num_embeddings): 1-D [L] with offsets, or 2-D [B, n] for B bags of n, or
+                for bags of several sizes a nested tensor of layout torch.jagged.
             offsets: int32 or int64 [B], non-decreasing from 0: where each bag starts in 1-D input; with
                 include_last_offset [B + 1].
             per_sample_weights: float32 or of dtype, shaped like input; only in mode "sum". They get gradients by
@@ -355,7 +385,13 @@ class PackedEmbeddingBag(_PackedModule):
             TypeError: an argument is of another type.
             ValueError: the arguments do not go together.
         """
-        check_tensors(input=input, offsets=offsets, per_sample_weights=per_sample_weights)
+        proxy = check_tensors(input=input, offsets=offsets, per_sample_weights=per_sample_weights)
+        if proxy is not None:
+            return call_as_leaf(proxy, self, input, offsets, per_sample_weights)
+        include_last_offset = self.include_last_offset
+        if input.is_nested:
+            input, offsets, per_sample_weights = flatten_nested(input, offsets, per_sample_weights)
+            include_last_offset = True
         pool: Any = torch.ops.embpack.embedding_bag.default
         how: str | Tensor = self.mode
         if per_sample_weights is not None:
@@ -364,7 +400,7 @@ class PackedEmbeddingBag(_PackedModule):
                 per_sample_weights = per_sample_weights.float()
             pool, how = torch.ops.embpack.embedding_bag.weighted, per_sample_weights
         options: dict[str, Any] = {}  # those that are not the defaults: each takes a third of a microsecond to pass
-        if self.include_last_offset:
+        if include_last_offset:
             options["include_last_offset"] = True
         if self.padding_idx is not None:
             options["padding_idx"] = self.padding_idx
@@ -377,6 +413,24 @@ class PackedEmbeddingBag(_PackedModule):
         return f"{self._describe()}, mode={self.mode!r}{last}{padding}"
 
 
+def leave_tables_out_of_ddp(model: nn.Module) -> None:
+    """Let DistributedDataParallel leave the packed tables of a model as each process has them.
+
+    Otherwise it sends all buffers to the other processes when it is made and at every step, which takes time, and
+    unmaps there what was mapped from a file. quantize_ and load_checkpoint do this to the model that they are given.
+
+    Args:
+        model: what DistributedDataParallel is to get, itself and not a part of it, with its tables in it. Each process
+            must have the same tables.
+    """
+    modules = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _PackedModule)
+    ]
+    leave_out_of_ddp(model, [f"{name}.{buffer}" for name, module in modules for buffer in buffers_of(module)])
+
+
 def _as_tensor(array: NDArray[Any]) -> Tensor:
     """Make rows, or what lies beside them, a tensor of the same memory: uint8 [entries, bytes of one]."""
     entries = np.ascontiguousarray(array).reshape(len(array), math.prod(array.shape[1:])).view(np.uint8)
@@ -385,13 +439,6 @@ def _as_tensor(array: NDArray[Any]) -> Tensor:
         entries = entries.view()
         entries.flags.writeable = True
     return torch.from_numpy(entries)
-
-
-def check_tensors(**values: object) -> None:
-    """Raise TypeError if an argument is given and no tensor, nor stands for one; input must be given."""
-    for name, value in values.items():
-        if not isinstance(value, TENSORS) and (value is not None or name == "input"):
-            raise TypeError(f"{name} is {kind_of(value)}; it must be a tensor")
 
 
 def _format(table: PackedTable) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 PyTorch 2.13 has everything; where a release lacks something, importing embpack.torch says what.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 
 # Owner and name of each.
 USED: dict[str, tuple[object, str]] = {
@@ -16,7 +18,12 @@ USED: dict[str, tuple[object, str]] = {
     "torch.nn.Module._buffers": (nn.Module(), "_buffers"),
     "torch.nn.Module._forward_hooks": (nn.Module(), "_forward_hooks"),
     "torch.nn.Module._apply": (nn.Module, "_apply"),
+    "torch.nn.Module._load_from_state_dict": (nn.Module, "_load_from_state_dict"),
     "the _schema of operators": (torch.ops.aten.add.Tensor, "_schema"),
+    "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
+        DistributedDataParallel,
+        "_set_params_and_buffers_to_ignore_for_model",
+    ),
 }
 
 
@@ -64,12 +71,55 @@ def has_hooks(module: nn.Module) -> bool:
     return any(value for name, value in vars(module).items() if name.startswith("_") and name.endswith("_hooks"))
 
 
+def leave_out_of_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Let DistributedDataParallel leave parameters and buffers of a model alone, beside those that it does already.
+
+    It reads the names from the model that it wraps, since 1.6; the function that sets them says that it stands in for
+    what is to come. The only public way, broadcast_buffers=False, is for all buffers.
+    """
+    already = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    leave_out: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model  # which has no types
+    leave_out(model, {*already, *names})
+
+
 def argument_names(operator: Any) -> list[str]:
     """Names of an operator's arguments, in order.
 
     Since before 2.0. There is no public way; the exporter to ONNX gives them by position.
     """
     return [argument.name for argument in operator._schema.arguments]
+
+
+class GuardedModule(nn.Module):
+    """A module that sees what load_state_dict brings for it before anything of it is changed.
+
+    load_state_dict calls nn.Module._load_from_state_dict of each module, since before 2.0; nn.BatchNorm2d, too, has one
+    of its own to take older states. A hook, which would be public, can refuse nothing without PyTorch's saying also
+    that what it refused is missing.
+    """
+
+    def _receive(self, state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """Return the state to load, or raise ValueError, whose message load_state_dict then has among its errors."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        try:
+            state_dict = self._receive(state_dict, prefix)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 class CastModule(nn.Module):
