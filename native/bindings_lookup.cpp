@@ -36,14 +36,17 @@ int64_t tell_fault(const LookupFault& fault) {
     return fault.kind == LookupFault::outside ? position : -2 - position;
 }
 
-// Whether offsets start at 0, do not decrease, and stay within the indices.
-bool are_offsets(const Integers& offsets, size_t num_indices) {
+// Whether every index is in one of the bags: offsets start at 0, do not decrease, stay within the indices, and end with
+// them if they have the end of the last bag. Without bags there can be no index.
+bool are_offsets(const Integers& offsets, size_t num_bags, size_t num_indices) {
     int64_t before = 0;
     for (size_t i = 0; i < offsets.count; i++) {
         if (offsets[i] < before) return false;
         before = offsets[i];
     }
-    return static_cast<size_t>(before) <= num_indices && (offsets.count == 0 || offsets[0] == 0);
+    if (offsets.count > 0 && offsets[0] != 0) return false;
+    const size_t last = static_cast<size_t>(before);
+    return num_bags == 0 || offsets.count > num_bags ? last == num_indices : last <= num_indices;
 }
 
 // Values that are looked up in as long as it takes to give up Python's lock and get it back.
@@ -65,17 +68,14 @@ int64_t pool_into(const PackedRows& rows, const Bags& bags, const Output& out) {
     if (bags.offsets.values) {
         require(bags.num_bags <= bags.offsets.count && bags.num_bags + 1 >= bags.offsets.count,
                 "out must have a row for each bag");
-        if (!are_offsets(bags.offsets, bags.indices.count)) return bad_offsets;
+        if (!are_offsets(bags.offsets, bags.num_bags, bags.indices.count)) return bad_offsets;
     } else {
         require(bags.num_bags == 0 || bags.indices.count / bags.num_bags == bags.bag_size, "bags leave the indices");
+        if (bags.num_bags == 0 && bags.indices.count > 0) return bad_offsets;
     }
     if (rows.num_rows == 0 && bags.indices.count > 0) return 0;
     size_t faulty_lookup;
-    LookupFault fault = pool({{rows, bags, out}}, faulty_lookup);
-    // An index after the last bag is never read, but a mistake all the same.
-    for (size_t i = bags.start(bags.num_bags); i < bags.indices.count; i++)
-        if (static_cast<uint64_t>(bags.indices[i]) >= rows.num_rows) fault.note(i, LookupFault::outside);
-    return tell_fault(fault);
+    return tell_fault(pool({{rows, bags, out}}, faulty_lookup));
 }
 
 size_t group_width(const std::vector<PackedRows>& tables, const std::vector<FeatureLookup>& lookups,
@@ -98,7 +98,7 @@ std::tuple<size_t, int64_t> pool_group_into(const std::vector<PackedRows>& table
     std::optional<nb::gil_scoped_release> release;
     if ((indices_of_each + batch) * width > few_values) release.emplace();
     const Integers& starts = of_features.offsets;
-    if (!are_offsets(starts, of_features.indices.count)) return {0, bad_offsets};
+    if (!are_offsets(starts, of_features.num_bags, of_features.indices.count)) return {0, bad_offsets};
     const size_t offset_bytes = starts.are_64_bits ? 8 : 4;
     std::vector<Lookup> cut;
     for (size_t i = 0; i < lookups.size(); i++) {
@@ -196,7 +196,8 @@ public:
         Bags bags{.indices = view_integers(indices), .offsets = view_integers(offsets)};
         bags.per_sample_weights = view_weights(per_sample_weights, bags.indices);
         const size_t batch = out.shape(0);
-        require(bags.offsets.count == lookups_.size() * batch + 1, "offsets must have one more than there are bags");
+        bags.num_bags = lookups_.size() * batch;
+        require(bags.offsets.count == bags.num_bags + 1, "offsets must have one more than there are bags");
         return pool_group_into(tables_, lookups_, bags, batch, view_output(out, batch, width_));
     }
 

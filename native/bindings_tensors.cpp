@@ -212,9 +212,9 @@ public:
             require(!bags.per_sample_weights || lookup.pooling == Pooling::sum, "per_sample_weights are for sums");
         require(num_features > 0 && bags.offsets.count >= include_last_offset,
                 "offsets must end with where the last bag ends");
-        const size_t num_bags = bags.offsets.count - include_last_offset;
-        require(num_bags % num_features == 0, "offsets must have as many bags for each feature");
-        const size_t batch = num_bags / num_features;
+        bags.num_bags = bags.offsets.count - include_last_offset;
+        require(bags.num_bags % num_features == 0, "offsets must have as many bags for each feature");
+        const size_t batch = bags.num_bags / num_features;
         Output to;
         const std::vector<int64_t> shape{static_cast<int64_t>(batch), static_cast<int64_t>(width)};
         const nb::object out = make_tensor(shape, parse_value_type(dtype), to);

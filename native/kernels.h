@@ -21,7 +21,8 @@ inline constexpr int max_bins = 1024;
 // Starts of a search lie on the stack, too.
 inline constexpr int most_kept = 8;
 
-enum class ValueType : uint8_t { f32, f16, bf16 };
+// Of clipped_f16 kernels know alone: float16 in which finite values stay finite.
+enum class ValueType : uint8_t { f32, f16, bf16, clipped_f16 };
 
 inline constexpr size_t value_bytes(ValueType type) { return type == ValueType::f32 ? 4 : 2; }
 

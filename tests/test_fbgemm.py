@@ -214,6 +214,14 @@ def test_output_dtypes(rng, output_dtype):
         assert torch.all((rounded.float() - exact).abs() <= exact.abs() * 2.0**-8)
 
 
+def test_float16_values_of_fbgemm_are_infinite_where_ours_are_its_largest():
+    """The highest level lies at 65536."""
+    table = embpack.quantize(np.float32([[-65504, 65504, 0, 100]]), "asym")
+    indices, offsets = np.array([0]), np.array([0, 1])
+    assert run(fbgemm.to_tbe([table], output_dtype="float16"), indices, offsets)[0, 1] == torch.inf
+    assert embpack.TableGroup([table]).embedding_bag(indices, offsets, dtype="float16")[0, 1] == 65504
+
+
 def test_mapped_tables_are_taken_without_a_warning(tmp_path, rng):
     table = pack(rng.standard_normal((30, 16), np.float32), 4)
     embpack.save(tmp_path / "tables.safetensors", {"t": table})

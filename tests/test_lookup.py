@@ -1,8 +1,9 @@
 """Lookup: every layout, type and mode against PyTorch and the float32 rows, tables of any size, and many at once."""
 
+import copy
 import multiprocessing
 import pickle
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import embpack
+from embpack import reference
 from embpack.layouts import RowFormat
+from embpack.rows import narrow, widen
 
 METHODS = {"uniform": "asym", "codebook": "kmeans-lloyd", "clustered": "kmeans-cls:K=3"}
 # One less, exactly and one more than the kernels take at a time, and the widths of most models.
@@ -170,6 +173,62 @@ def test_narrow_outputs_are_the_rounded_float32(isa, rng, layout, embedding_dim)
         np.testing.assert_array_equal(look_up("bfloat16"), as_bfloat16(wide))
 
 
+# The widest float16 row: with 15 steps of 8736, its highest level lies at 65536.
+WIDEST = np.float16([-65504, 65504, 0, 100, -100, 5, 6, 7])
+
+
+@pytest.mark.parametrize("rotate", [None, "hadamard"])
+@pytest.mark.parametrize("method", ["asym", "optimal", "kmeans", "kmeans-cls:K=3", "trellis"])
+def test_finite_weights_have_finite_values(isa, method, rotate):
+    table = embpack.quantize(np.tile(WIDEST, (20, 1)), method, rotate=rotate, **_room(method, rotate))
+    indices = np.arange(20).reshape(4, 5)
+    for dtype in ("float16", "bfloat16"):
+        rows = reference.dequantize(*_parts(table), dtype=dtype)
+        assert np.isfinite(widen(rows) if dtype == "bfloat16" else rows).all()
+        np.testing.assert_array_equal(table.dequantize(dtype), rows)
+        np.testing.assert_array_equal(table.gather(indices, dtype), rows[indices])
+        for mode in ("sum", "mean", "max"):
+            pooled = table.embedding_bag(indices, mode=mode)
+            np.testing.assert_array_equal(table.embedding_bag(indices, mode=mode, dtype=dtype), narrow(pooled, dtype))
+            group = embpack.TableGroup([table], modes=mode)
+            found = group.embedding_bag(indices.reshape(-1), lengths=[5] * 4, dtype=dtype)
+            np.testing.assert_array_equal(found, narrow(pooled, dtype))
+    if method == "asym" and rotate is None:
+        assert [table[0, 1], table.gather(0, "float16")[1]] == [65536, 65504]
+        np.testing.assert_array_equal(
+            table.embedding_bag([[0, 0]], mode="sum", dtype="float16")[0, :3], np.float16([-65504, 65504, -8704])
+        )
+
+
+def _room(method, rotate):
+    """Rotated rows have sums of these values, which float16 parameters cannot hold."""
+    return {"param_dtype": "float32"} if rotate and method != "trellis" else {}
+
+
+def _parts(table):
+    return table.packed, table.row_format, table.clusters, table.codebooks
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_any_values_leave_as_in_the_reference(isa, rng, bits, dtype):
+    """Parameters of any bits: infinities and NaN stay, and float32 sums that overflow are infinite."""
+    row_format = RowFormat(37, bits, "float32")
+    table = embpack.PackedTable(rng.integers(0, 256, (500, row_format.row_bytes), np.uint8), row_format)
+    rows = reference.dequantize(table.packed, row_format, dtype=dtype)
+    assert_same_values(table.dequantize(dtype), rows)
+    pooled = table.embedding_bag(np.arange(500).reshape(-1, 4), mode="sum")
+    assert np.isinf(pooled).any() and np.isnan(pooled).any() and (np.abs(pooled[np.isfinite(pooled)]) > 65504).any()
+    found = table.embedding_bag(np.arange(500).reshape(-1, 4), mode="sum", dtype=dtype)
+    assert_same_values(found, narrow(pooled, dtype))
+
+
+def assert_same_values(found, wanted):
+    """NaN has many bits."""
+    found, wanted = (widen(values) for values in (found, wanted))
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_bfloat16_keeps_infinity_and_nan(isa):
     packed = np.zeros((3, 6), np.uint8)
     packed[:, 2:].view(np.float16)[:] = [[0, np.inf], [0, np.nan], [0, 65504]]
@@ -305,7 +364,8 @@ GROUP_ERRORS = {
         "there are 2 bags, the last of 3 offsets being an end; 3 features take a multiple of 3",
     ),
     "no offsets": (ValueError, {"indices": [], "offsets": []}, "offsets are empty; with include_last_offset they end"),
-    "sum": (ValueError, {"indices": [1, 2], "lengths": [1, 0, 0]}, "the last bag ends at 1, but there are 2 indices"),
+    "sum": (ValueError, {"indices": [1, 2], "lengths": [1, 0, 0]}, "lengths add up to 1, but there are 2 indices"),
+    "end": (ValueError, {"indices": [1, 2], "offsets": [0, 1, 1, 1]}, "offsets[3], where the last bag ends, is 1, but"),
     "sign": (ValueError, {"indices": [1], "lengths": [2, -1, 0]}, "lengths must be 1-D and not negative"),
     "order": (ValueError, {"indices": [1], "offsets": [0, 1, 0, 1]}, "offsets[2] is 0, less than offsets[1], 1"),
     "start": (ValueError, {"indices": [1], "offsets": [1, 1, 1, 1]}, "offsets[0] is 1; the first bag must start at 0"),
@@ -367,9 +427,37 @@ def test_the_first_index_out_of_range_is_named_wherever_it_is(isa, rng, restore_
     indices = rng.integers(0, 40, (10, 20))
     indices.reshape(-1)[position] = bad
     indices.reshape(-1)[-1] = -5 if position < 199 else bad
-    for look_up in (table.__getitem__, table.embedding_bag):
+    for look_up in (table.gather, table.embedding_bag):
         with pytest.raises(IndexError, match=rf"indices\[{position}\] is {bad}, but the table has 40 rows"):
-            look_up(indices.reshape(-1) if look_up == table.__getitem__ else indices)
+            look_up(indices)
+
+
+COPIES = {"pickle": lambda group: pickle.loads(pickle.dumps(group)), "copy": copy.copy, "deepcopy": copy.deepcopy}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_group_can_be_pickled_and_copied(rng, tmp_path, tables, way):
+    embpack.save(tmp_path / "tables.safetensors", {"mapped": tables[0]})
+    mapped = embpack.load(tmp_path / "tables.safetensors")["mapped"]
+    group = embpack.TableGroup([mapped, *tables[1:]], [2, 0, 1, 0], ["sum", "mean", "max", "sum"])
+    indices, lengths, _ = make_bags(rng, 4, 10)
+    wanted = group.embedding_bag(indices, lengths=lengths)
+    again = COPIES[way](group)
+    assert (again.table_of, again.modes, repr(again)) == (group.table_of, group.modes, repr(group))
+    np.testing.assert_array_equal(again.embedding_bag(indices, lengths=lengths), wanted)
+    for one, other in zip(again.tables, group.tables, strict=True):
+        assert np.shares_memory(one.packed, other.packed) == (way == "copy")
+    (tmp_path / "tables.safetensors").write_bytes(b"")  # what was pickled or copied has bytes of its own
+    if way != "copy":
+        np.testing.assert_array_equal(again.embedding_bag(indices, lengths=lengths), wanted)
+
+
+def test_a_group_goes_to_a_process_that_is_spawned(rng, tables):
+    group = embpack.TableGroup(tables)
+    indices, _, offsets = make_bags(rng, 3, 10)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(group.embedding_bag, indices, offsets).result()
+    np.testing.assert_array_equal(found, group.embedding_bag(indices, offsets))
 
 
 def pool_in_child(queue, group, indices, offsets):

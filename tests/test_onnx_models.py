@@ -390,9 +390,9 @@ def test_one_table_of_several_lookups_is_there_once(tmp_path, rng, layout):
 class AsTypes(nn.Module):
     """The operators' dtype."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, table):
         super().__init__()
-        self.one = PackedEmbedding.from_table(normal_table())
+        self.one = PackedEmbedding.from_table(table)
         self.dtype = dtype
 
     def forward(self, indices):
@@ -404,8 +404,13 @@ class AsTypes(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_values_of_half_the_bits(tmp_path, dtype):
-    model, indices = AsTypes(dtype), torch.arange(12).reshape(3, 4)
+@pytest.mark.parametrize("largest", [1, 65504, 1.6e38])
+def test_values_of_half_the_bits(tmp_path, dtype, largest):
+    """Those that the type cannot hold, too: finite ones become its largest."""
+    weight = np.random.default_rng(0).standard_normal((50, DIM), dtype=np.float32)
+    weight *= np.float32(largest / np.abs(weight).max())
+    table = embpack.quantize(weight, "asym", param_dtype="float32")
+    model, indices = AsTypes(dtype, table), torch.arange(12).reshape(3, 4)
     session = export(model, (indices,), tmp_path / "model.onnx")
     assert session.get_outputs()[-1].type == f"tensor({str(dtype).removeprefix('torch.')})"
     names = [value.name for value in session.get_outputs()][:-1]
@@ -418,7 +423,9 @@ def test_values_of_half_the_bits(tmp_path, dtype):
 
 def test_values_of_a_type_that_there_is_not(tmp_path):
     with pytest.raises(ValueError, match="dtype is 'DOUBLE'; choose one of float32, float16, bfloat16"):
-        export_model(AsTypes(torch.float64).eval(), (torch.ones((2, 3), dtype=int),), tmp_path / "model.onnx")
+        export_model(
+            AsTypes(torch.float64, normal_table()).eval(), (torch.ones((2, 3), dtype=int),), tmp_path / "model.onnx"
+        )
 
 
 class Inner(nn.Module):

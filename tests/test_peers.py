@@ -330,18 +330,36 @@ def test_2d_indices_are_pytorchs(rng, mode):
     assert np.all(np.abs(ours.astype(np.float64) - pytorchs) <= bound)
 
 
-@pytest.mark.parametrize("last", [30, 25], ids=["all indices", "some indices left over"])
 @pytest.mark.parametrize("offset_dtype", [np.int32, np.int64])
 @pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
-def test_include_last_offset_is_pytorchs(rng, index_dtype, offset_dtype, last):
-    """Of sums: where indices are left over, PyTorch's max takes them into the last bag and its mean counts them."""
+def test_include_last_offset_is_pytorchs(rng, index_dtype, offset_dtype):
     table = embpack.quantize(rng.standard_normal((12, 20), np.float32))
     indices = rng.integers(0, 12, 30).astype(index_dtype)
-    offsets = np.array([0, 0, 4, 20, last], offset_dtype)
+    offsets = np.array([0, 0, 4, 20, 30], offset_dtype)
     ours = table.embedding_bag(indices, offsets, "sum", include_last_offset=True)
     pytorchs = float_embedding_bag(table, indices, offsets, "sum", include_last_offset=True)
-    bound = float_pooling_bound(table, indices[:last], offsets[:-1], "sum")
+    bound = float_pooling_bound(table, indices, offsets[:-1], "sum")
     assert np.all(np.abs(ours.astype(np.float64) - pytorchs) <= bound)
+
+
+def test_indices_after_the_last_offset_have_no_one_meaning_to_pytorch():
+    """So we refuse them, as its 4-bit operator does."""
+    table = embpack.quantize(np.float32([[0, 15], [15, 0], [15, 0], [0, 15]]), "asym")
+    indices, offsets = np.array([0, 1, 2, 3]), np.array([0, 3])
+    floats = {
+        mode: float_embedding_bag(table, indices, offsets, mode, include_last_offset=True)
+        for mode in ("sum", "mean", "max")
+    }
+    np.testing.assert_array_equal(floats["sum"], [[30, 15]])
+    np.testing.assert_array_equal(floats["mean"], [[7.5, 3.75]])  # of four rows, though it adds three
+    np.testing.assert_array_equal(floats["max"], [[15, 15]])
+    padded = float_embedding_bag(table, indices, offsets, "sum", include_last_offset=True, padding_idx=0)
+    np.testing.assert_array_equal(padded, [[30, 15]])  # the last row too
+    packed, *tensors = map(torch.from_numpy, (table.packed, indices, offsets))
+    with pytest.raises(RuntimeError, match="the last offset value should be the size of the indices tensor"):
+        torch.ops.quantized.embedding_bag_4bit_rowwise_offsets(packed, *tensors, include_last_offset=True)
+    with pytest.raises(ValueError, match=r"offsets\[1\], where the last bag ends, is 3, but there are 4 indices"):
+        table.embedding_bag(indices, offsets, include_last_offset=True)
 
 
 def test_the_default_mode_is_pytorchs(rng):

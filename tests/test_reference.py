@@ -172,6 +172,23 @@ def test_embedding_bag_weighs_with_one_rounding():
     np.testing.assert_array_equal(pooled, F32([[2.0**-12 + 2.0**-24]]))
 
 
+BEYOND = F32([65503, 65519, 65520, -1e6, np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 1.00390625, 1.01171875])
+
+
+def test_values_that_a_type_cannot_hold():
+    """Finite ones become its largest; ties go to even."""
+    halves = reference.embedding_bag(BEYOND[None], [np.array([0])], "sum", dtype="float16")[0]
+    np.testing.assert_array_equal(
+        halves[:9], np.float16([65504, 65504, 65504, -65504, np.inf, -np.inf, np.nan, 65504, -65504])
+    )
+    bits = reference.embedding_bag(BEYOND[None], [np.array([0])], "sum", dtype="bfloat16")[0]
+    assert [hex(value) for value in bits[[3, 4, 5, 7, 8, 9, 10]]] == [
+        *("0xc974", "0x7f80", "0xff80", "0x7f7f", "0xff7f"),  # -1e6, infinities, the largest
+        *("0x3f80", "0x3f82"),  # half way from 1 to the next, and from that to the one after it
+    ]
+    assert np.isnan((bits[6].astype(np.uint32) << np.uint32(16)).view(F32))
+
+
 def test_normalized_l2_loss_by_hand():
     assert reference.normalized_l2_loss(F32([[3, 4]]), F32([[3, 3]])) == 0.2
     assert reference.normalized_l2_loss(F32([[0, 0]]), F32([[0, 0]])) == 0

@@ -1,5 +1,7 @@
 """PackedTable: looking up and pooling, and what it says to arguments that are wrong."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -93,46 +95,214 @@ def test_many_rows_are_looked_up_in_pieces(isa, table, rows, rng):
         np.testing.assert_array_equal(table[indices], rows[indices])
 
 
-def test_iterating_gives_the_rows(table, rows):
-    np.testing.assert_array_equal(list(table), rows)
-
-
 def test_dequantizing_a_long_table(isa, rng):
     weight = rng.standard_normal((1000, 3), np.float32)
     table = embpack.quantize(weight, "asym")
     np.testing.assert_array_equal(table.dequantize(), reference.dequantize(table.packed, table.row_format))
 
 
-@pytest.mark.parametrize(
-    ("indices", "message"),
-    [
-        (12, "indices[0] is 12, but the table has 12 rows (valid: 0 to 11)"),
-        (-1, "indices[0] is -1, but the table has 12 rows (valid: 0 to 11)"),
-        ([0, 11, 2**62], f"indices[2] is {2**62}, but the table has 12 rows (valid: 0 to 11)"),
-        ([[0, 1], [2, -(2**63)]], f"indices[3] is {-(2**63)}, but the table has 12 rows (valid: 0 to 11)"),
-        (np.array([3, 50], np.int32), "indices[1] is 50, but the table has 12 rows (valid: 0 to 11)"),
-    ],
-)
-def test_an_index_out_of_range_is_named(isa, table, indices, message):
-    assert message_of(IndexError, table.__getitem__, indices) == message
-
-
-WRONG_INDICES = [
-    (1.0, "float64"),
-    (np.array([1.0], np.float32), "float32"),
-    (True, "bool"),
-    (np.array([1], np.uint8), "uint8"),
-    (np.array([1], np.int16), "int16"),
-    (2**63, "uint64"),
-    (np.empty(0), "float64"),
-    (slice(0, 2), "object"),
-    (torch.tensor([1], dtype=torch.int16), "int16"),
+NOBODYS = [
+    (12, "indices[0] is 12"),
+    ([0, 11, 2**62], f"indices[2] is {2**62}"),
+    ([[0, 1], [2, -(2**63)]], f"indices[3] is {-(2**63)}"),
+    (np.array([3, 50], np.int32), "indices[1] is 50"),
+    (np.array([3, 200], np.uint8), "indices[1] is 200"),
+    (np.array([3, -100], np.int8), "indices[1] is -100"),
+    (np.array([0, 2**64 - 1], np.uint64), f"indices[1] is {2**64 - 1}"),
+    (2**63, f"indices[0] is {2**63}"),
+    (torch.tensor([1, 200], dtype=torch.uint8), "indices[1] is 200"),
 ]
 
 
-@pytest.mark.parametrize(("indices", "name"), WRONG_INDICES)
+@pytest.mark.parametrize(("indices", "message"), NOBODYS)
+def test_an_index_out_of_range_is_named(isa, table, indices, message):
+    message += ", but the table has 12 rows (valid: 0 to 11)"
+    assert message_of(IndexError, table.__getitem__, indices) == message
+    assert message_of(IndexError, table.gather, indices) == message
+    flat = np.asarray(indices).reshape(-1)
+    assert message_of(IndexError, table.embedding_bag, flat, [0]) == message
+    assert message_of(IndexError, embpack.TableGroup([table]).embedding_bag, flat, [0, len(flat)]).endswith(message)
+
+
+def test_only_keys_count_from_the_end(table):
+    for look_up in (table.gather, lambda indices: table.embedding_bag(indices, [0])):
+        assert message_of(IndexError, look_up, [3, -1]) == (
+            "indices[1] is -1, but the table has 12 rows (valid: 0 to 11)"
+        )
+    assert message_of(IndexError, table.__getitem__, [-1, -13]).startswith("indices[1] is -13, but")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "uint8", "uint16", "uint32", "uint64", ">i2", ">u8"])
+def test_integers_of_any_type(isa, table, rows, dtype):
+    indices, offsets = np.array([3, 0, 11, 3], dtype), np.array([0, 3, 4], dtype)
+    np.testing.assert_array_equal(table[indices], rows[[3, 0, 11, 3]])
+    np.testing.assert_array_equal(table.gather(indices[0]), rows[3])
+    wanted = table.embedding_bag([3, 0, 11, 3], [0, 3, 4], include_last_offset=True)
+    np.testing.assert_array_equal(table.embedding_bag(indices, offsets, include_last_offset=True), wanted)
+    group = embpack.TableGroup([table], modes="mean")
+    np.testing.assert_array_equal(group.embedding_bag(indices, offsets), wanted)
+    np.testing.assert_array_equal(group.embedding_bag(indices, lengths=np.array([3, 1], dtype)), wanted)
+
+
+def test_offsets_beyond_int64_are_named(table):
+    offsets = np.array([0, 2**64 - 1], np.uint64)
+    message = f"offsets[1] is {2**64 - 1}, but there are 2 indices; no offset may be larger"
+    assert message_of(ValueError, table.embedding_bag, [1, 2], offsets) == message
+    assert message_of(ValueError, embpack.TableGroup([table]).embedding_bag, [1, 2], offsets) == message
+
+
+@pytest.mark.parametrize(
+    ("indices", "name"),
+    [
+        (1.0, "float64"),
+        (np.array([1.0], np.float32), "float32"),
+        (np.empty(0), "float64"),
+        (torch.tensor([1.0]), "float32"),
+        ("3", "<U1"),
+        (2**64, "object"),
+    ],
+)
 def test_indices_of_another_type_are_refused(table, indices, name):
-    assert message_of(TypeError, table.__getitem__, indices) == f"indices are {name}; they must be int32 or int64"
+    for look_up in (table.__getitem__, table.gather):
+        assert message_of(TypeError, look_up, indices) == f"indices are {name}; they must be integers"
+
+
+@pytest.mark.parametrize("indices", [True, [True] * N, slice(0, 2)])
+def test_only_keys_may_choose_rows_otherwise(table, indices):
+    assert message_of(TypeError, table.gather, indices).endswith("; they must be integers")
+
+
+KEYS = {
+    "the last row": -1,
+    "a NumPy integer": np.int8(-12),
+    "from the end": [[-1, 3], [0, -12]],
+    "int8 from the end": np.array([-1, 11], np.int8),
+    "tensor from the end": torch.tensor([-2, 4]),
+    "a slice": slice(2, 7),
+    "a slice with steps": slice(None, None, -5),
+    "a slice beyond the end": slice(8, 99),
+    "a slice of NumPy integers": slice(np.int64(1), np.uint8(4)),
+    "an empty slice": slice(5, 5),
+    "all": slice(None),
+    "dots": ...,
+    "nothing": (),
+    "a mask": np.arange(N) % 3 == 0,
+    "a mask as a list": [row > 8 for row in range(N)],
+    "a mask as a tensor": torch.arange(N) < 2,
+    "a value": (3, 4),
+    "a value from the end": (-1, np.int64(-5)),
+    "one key in a tuple": ([3, 4],),
+    "dots last": (3, ...),
+    "a column": (slice(None), 2),
+    "a column by dots": (..., -1),
+    "dots and both": (..., 3, 2),
+    "columns of a row": (3, slice(1, 3)),
+    "columns by a list": (slice(2, 9, 3), [0, -1]),
+    "columns by a mask": ([1, 2], np.arange(D) == 1),
+    "a part": (slice(1, 3), slice(None, None, 2)),
+    "values": ([0, 5, 2], [1, 1, -1]),
+    "values of a row": (4, [[0, 1], [2, 3]]),
+    "values that are broadcast": ([[0], [11]], [1, 4, 2]),
+    "one axis by a mask": (np.arange(N) > 9, 1),
+    "unsigned columns": ([1, 2], np.array([3, 0], np.uint64)),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_mean_what_they_mean_to_numpy(table, rows, kind):
+    key = KEYS[kind]
+    found, wanted = table[key], rows[_as_numpy(key)]
+    np.testing.assert_array_equal(found, wanted)
+    assert (found.dtype, found.shape) == (np.float32, wanted.shape)
+
+
+def _as_numpy(key):
+    return key.numpy() if isinstance(key, torch.Tensor) else key
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "message"),
+    [
+        (None, TypeError, "None is no key of a table; add the axis to what it returns"),
+        ((3, None), TypeError, "None is no key of a table; add the axis to what it returns"),
+        ((1, 2, 3), IndexError, "there are 3 keys; a table has two axes: rows and columns"),
+        ((..., 2, ...), IndexError, "there are 3 keys; a table has two axes: rows and columns"),
+        ([True, False], IndexError, "a mask for indices has shape [2]; it must be [12]"),
+        (np.ones((N, D), bool), IndexError, "a mask for indices has shape [12, 5]; it must be [12]"),
+        (True, IndexError, "a mask for indices has shape []; it must be [12]"),
+        ((3, [True]), IndexError, "a mask for columns has shape [1]; it must be [5]"),
+        ((12, 0), IndexError, "indices[0] is 12, but the table has 12 rows (valid: 0 to 11)"),
+        ((0, 5), IndexError, "index 5 is out of bounds for axis 0 with size 5"),
+        ((0, 1.0), IndexError, "`indices` must be an integer array"),
+        ([[1, 2], [3]], ValueError, "indices make no array: "),
+    ],
+)
+def test_keys_that_are_none(table, key, error, message):
+    assert message_of(error, table.__getitem__, key).startswith(message)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(table, layout):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch: nested tensors of the strided layout are deprecated
+        nested = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=layout)
+    message = "indices are a nested tensor; give its values(), and its offsets() with include_last_offset=True"
+    for look_up in (table.__getitem__, table.gather, table.embedding_bag, embpack.TableGroup([table]).embedding_bag):
+        assert message_of(TypeError, look_up, nested) == message
+    if layout == torch.jagged:
+        found = table.embedding_bag(nested.values(), nested.offsets(), include_last_offset=True)
+        np.testing.assert_array_equal(found, table.embedding_bag([1, 2, 3], [0, 2]))
+
+
+# As an array.
+
+
+class Counting(PackedTable):
+    """Counts how often it is unpacked."""
+
+    calls = 0
+
+    def _gather(self, *arguments):
+        type(self).calls += 1
+        return super()._gather(*arguments)
+
+
+def test_an_array_of_a_table_is_unpacked_at_once(table, rows):
+    counting = Counting(table.packed, table.row_format)
+    np.testing.assert_array_equal(np.asarray(counting), rows)
+    assert Counting.calls == 1
+    assert np.asarray(table).dtype == np.float32
+    np.testing.assert_array_equal(np.array(table), rows)
+    np.testing.assert_array_equal(np.add(table, 1), rows + 1)
+    np.testing.assert_array_equal(np.array(table, copy=True), rows)
+    np.testing.assert_array_equal(torch.as_tensor(np.asarray(table)).numpy(), rows)
+
+
+def test_an_array_of_a_table_that_is_no_copy_cannot_be(table):
+    message = message_of(ValueError, np.asarray, table, copy=False)
+    assert message == "rows are packed: an array of them is a copy; leave out copy=False"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", ">f4", "float16", "int64"])
+def test_an_array_of_a_table_of_a_type(dtype):
+    table = embpack.quantize(np.float16([[-65504, 65504, 0, 100]]))
+    wanted = np.clip(table.dequantize(), -65504, 65504) if dtype == "float16" else table.dequantize()
+    found = np.asarray(table, dtype)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, wanted.astype(dtype))
+
+
+def test_an_array_of_a_table_as_bfloat16(table):
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    np.testing.assert_array_equal(np.asarray(table, bfloat16), table.dequantize().astype(bfloat16))
+
+
+def test_iterating_unpacks_some_rows_at_a_time(rng):
+    table = embpack.quantize(rng.standard_normal((600, 3), np.float32), "asym")
+    np.testing.assert_array_equal(list(table), table.dequantize())
+    np.testing.assert_array_equal(list(reversed(table)), table.dequantize()[::-1])
+    np.testing.assert_array_equal(next(iter(table)), table[0])
+    assert list(PackedTable.from_packed(np.empty((0, 7), np.uint8), D)) == []
 
 
 @pytest.mark.parametrize("dtype", [">i4", ">i8", "<i4", "<i8"])
@@ -303,7 +473,9 @@ def test_indices_and_offsets_of_any_kind(table, rows, kind):
 
 
 @pytest.mark.parametrize(
-    "weights", [np.float32([2, 9, -1, 9])[::2], torch.tensor([2.0, -1.0])], ids=["strided", "torch"]
+    "weights",
+    [np.float32([2, 9, -1, 9])[::2], torch.tensor([2.0, -1.0], requires_grad=True), [2.0, -1.0], (2, -1)],
+    ids=["strided", "torch", "list", "integers"],
 )
 def test_weights_of_any_kind(table, rows, weights):
     wanted = reference.embedding_bag(rows, [np.array([3, 1])], "sum", [np.float32([2, -1])])
@@ -318,7 +490,7 @@ def test_bags_without_indices_or_offsets(isa, table):
     np.testing.assert_array_equal(table.embedding_bag([], [0], include_last_offset=True), np.empty((0, D)))
 
 
-@pytest.mark.parametrize("padding_idx", [3, -9])
+@pytest.mark.parametrize("padding_idx", [3, -9, np.int64(3), np.uint8(3), np.array(-9), torch.tensor(3)])
 def test_padding_is_left_out_of_the_count_too(isa, table, rows, padding_idx):
     got = table.embedding_bag([[3, 1], [3, 3]], mode="mean", padding_idx=padding_idx)
     np.testing.assert_array_equal(got, [rows[1], np.zeros(D)])
@@ -347,20 +519,37 @@ BAG_ERRORS = {
         {"indices": [0, 1, -1]},
         "indices[2] is -1, but the table has 12 rows (valid: 0 to 11)",
     ),
-    "index in no bag": (
-        IndexError,
-        {"indices": [0, 1, 99], "offsets": [0, 2], "include_last_offset": True},
-        "indices[2] is 99, but the table has 12 rows (valid: 0 to 11)",
+    "indices in no bag": (
+        ValueError,
+        {"offsets": [0, 2, 2], "include_last_offset": True},
+        "offsets[2], where the last bag ends, is 2, but there are 3 indices; each must be in a bag",
+    ),
+    "indices and no bag": (
+        ValueError,
+        {"offsets": [0], "include_last_offset": True},
+        "offsets[0], where the last bag ends, is 0, but there are 3 indices; each must be in a bag",
+    ),
+    "indices and no offsets": (
+        ValueError,
+        {"offsets": []},
+        "offsets are empty, but there are 3 indices; each must be in a bag",
     ),
     "index type": (
         TypeError,
         {"indices": [0.0, 1.0, 2.0]},
-        "indices are float64; they must be int32 or int64",
+        "indices are float64; they must be integers",
     ),
     "offset type": (
         TypeError,
-        {"offsets": np.array([0], np.int16)},
-        "offsets are int16; they must be int32 or int64",
+        {"offsets": np.array([0.0])},
+        "offsets are float64; they must be integers",
+    ),
+    "bags of lists": (
+        ValueError,
+        {"indices": [[0, 1], [2]], "offsets": None},
+        "indices make no array: setting an array element with a sequence. The requested array has an inhomogeneous "
+        "shape after 1 dimensions. The detected shape was (2,) + inhomogeneous part.; bags of different sizes are 1-D "
+        "indices and offsets",
     ),
     "3-D": (
         ValueError,
@@ -419,8 +608,18 @@ BAG_ERRORS = {
     ),
     "weight type": (
         TypeError,
-        {"per_sample_weights": [1.0, 1.0, 1.0]},
+        {"per_sample_weights": np.ones(3)},
         "per_sample_weights are float64; they must be float32",
+    ),
+    "weight type of a tensor": (
+        TypeError,
+        {"per_sample_weights": torch.ones(3, dtype=torch.bfloat16)},
+        "per_sample_weights are torch.bfloat16; they must be torch.float32",
+    ),
+    "weights that are no numbers": (
+        TypeError,
+        {"per_sample_weights": ["1", "1", "1"]},
+        "per_sample_weights are <U1; they must be float32",
     ),
     "weight shape": (
         ValueError,
@@ -431,6 +630,16 @@ BAG_ERRORS = {
         ValueError,
         {"padding_idx": 12},
         "padding_idx is 12, but the table has 12 rows",
+    ),
+    "padding_idx type": (
+        TypeError,
+        {"padding_idx": 1.0},
+        "padding_idx is 1.0; it must be an integer, the number of a row",
+    ),
+    "padding_idx of several": (
+        TypeError,
+        {"padding_idx": [1, 2]},
+        "padding_idx is [1, 2]; it must be an integer, the number of a row",
     ),
     "negative padding_idx": (
         ValueError,

@@ -545,6 +545,52 @@ def test_wrong_arguments_are_named(error, message, arguments):
         BAG(*arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max", "weighted"])
+def test_every_index_must_be_in_a_bag(mode, dtype):
+    """PyTorch's answers differ (tests/test_peers.py)."""
+    weights = () if mode != "weighted" else (torch.ones(4, requires_grad=True),)
+    mode = "sum" if mode == "weighted" else mode
+    plain = PackedEmbeddingBag.from_table(make_table(), mode=mode)
+    with_last = PackedEmbeddingBag.from_table(make_table(), mode=mode, include_last_offset=True)
+    padded = PackedEmbeddingBag.from_table(make_table(), mode=mode, include_last_offset=True, padding_idx=1)
+    indices, ends = torch.arange(4, dtype=dtype), torch.tensor([0, 3, 3], dtype=dtype)
+    for module in (with_last, padded, with_last.half()):
+        with pytest.raises(ValueError, match=r"offsets\[2\], where the last bag ends, is 3, but there are 4 indices"):
+            module(indices, ends, *weights)
+    with pytest.raises(ValueError, match=r"offsets\[0\], where the last bag ends, is 0, but there are 4 indices"):
+        with_last(indices, ends[:1], *weights)
+    with pytest.raises(ValueError, match="offsets are empty, but there are 4 indices; each must be in a bag"):
+        plain(indices, ends[:0], *weights)
+    with pytest.raises(ValueError, match=r"offsets\[0\] is 3; the first bag must start at 0"):
+        plain(indices, ends[1:], *weights)
+    assert torch.equal(plain(indices, ends, *weights)[2], plain(indices[3:], ends[:1], *(w[3:] for w in weights))[0])
+    assert with_last(indices[:0], ends[:1], *(w[:0] for w in weights)).shape == (0, DIM)
+    assert plain(indices[:0], ends[:0], *(w[:0] for w in weights)).shape == (0, DIM)
+
+
+def test_compiled_modules_ask_for_every_index_too():
+    module = PackedEmbeddingBag.from_table(make_table(), mode="sum", include_last_offset=True)
+    with pytest.raises(ValueError, match=r"offsets\[2\], where the last bag ends, is 3, but there are 4 indices"):
+        torch.compile(module, fullgraph=True, backend="eager")(torch.arange(4), torch.tensor([0, 3, 3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_finite_weights_have_finite_values(dtype):
+    """With 15 steps of 8736 the highest level lies at 65536; two rows have a sum of twice that."""
+    table = embpack.quantize(np.float16([[-65504, 65504, 0, 100, -100, 5, 6, 7]] * 16), "asym")
+    assert table.dtype == "float16"
+    highest = {torch.float16: [65504, 65504]}.get(dtype, [65536, 131072])
+    one, bag = PackedEmbedding.from_table(table).to(dtype), PackedEmbeddingBag.from_table(table, mode="sum").to(dtype)
+    found = [one(torch.tensor([3]))[0, 1], bag(torch.tensor([[3]]))[0, 1], bag(torch.tensor([[3, 3]]))[0, 1]]
+    assert torch.stack(found).tolist() == [highest[0], *highest]
+    weighted = bag(torch.tensor([[3]]), None, torch.tensor([[2.0]]))
+    assert weighted[0, 1].item() == highest[1]
+    for weight in (one.to_float().weight, bag.to_float().weight):
+        assert weight.dtype == dtype and weight[:, 1].tolist() == [highest[0]] * 16
+        assert torch.equal(weight, one(torch.arange(16)))
+
+
 def test_other_mistakes_are_named():
     with pytest.raises(ValueError, match="per_sample_weights go with mode 'sum' only, not 'mean'"):
         PackedEmbeddingBag.from_table(make_table())(torch.arange(1), ONE, torch.ones(1))

@@ -278,6 +278,23 @@ def test_an_output_layer_gets_the_rows_of_the_table_it_is_tied_to(tmp_path, name
         load_checkpoint(model, tmp_path / "packed.safetensors", tied="both")
 
 
+def test_the_rows_of_an_untied_layer_are_finite(tmp_path):
+    """The highest level of the table lies above what float16 can hold."""
+    trained = LanguageModel().half()
+    with torch.no_grad():
+        trained.head.weight[:] = torch.tensor([-65504, 65504, 0, 100, -100, 5, 6, 7])
+    save_file(
+        {name: value for name, value in trained.state_dict().items() if "head" not in name},
+        tmp_path / "float.safetensors",
+    )
+    embpack.quantize_file(tmp_path / "float.safetensors", tmp_path / "packed.safetensors", method="asym")
+    with torch.device("meta"):
+        model = LanguageModel()
+    load_checkpoint(model, tmp_path / "packed.safetensors", tied="untie")
+    assert model.head.weight.dtype == torch.float16
+    assert model.head.weight[:, 1].tolist() == model.token_embedding(torch.arange(60))[:, 1].tolist() == [65504] * 60
+
+
 @pytest.mark.parametrize("name", ["token_embedding.weight", "head.weight"])
 def test_floats_that_are_tied_may_be_in_the_file_once(tmp_path, name):
     trained = nn.ModuleDict({"language": LanguageModel(), "user_embedding": nn.Embedding(40, 4)})

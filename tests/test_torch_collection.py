@@ -141,15 +141,15 @@ def test_weights_and_their_gradients_are_those_of_float_modules(padding_idx, inc
     assert not list(collection.parameters())
 
 
-def test_indices_after_the_last_offset_and_weights_of_2d_indices():
+def test_weights_of_2d_indices():
     collection = PackedEmbeddingBagCollection(make_bags(), FEATURES, include_last_offset=True)
-    weights = torch.ones(len(KEYS) * 2 + 3, requires_grad=True)
+    weights = torch.ones(len(KEYS) * 2, requires_grad=True)
     indices = torch.arange(len(weights))
     collection(indices, torch.arange(0, 2 * len(KEYS) + 1, 2), weights).sum().backward()
-    assert (weights.grad[: 2 * len(KEYS)] != 0).all() and (weights.grad[2 * len(KEYS) :] == 0).all()
+    assert (weights.grad != 0).all()
     square = torch.rand((len(KEYS), 2), requires_grad=True)
-    collection(indices[: 2 * len(KEYS)].reshape(-1, 2), None, square).sum().backward()
-    torch.testing.assert_close(square.grad.reshape(-1), weights.grad[: 2 * len(KEYS)])
+    collection(indices.reshape(-1, 2), None, square).sum().backward()
+    torch.testing.assert_close(square.grad.reshape(-1), weights.grad)
 
 
 # What PyTorch does with modules
@@ -282,10 +282,24 @@ def test_of_a_key_that_is_there_twice_the_last_counts():
 def test_lengths_that_end_before_the_values_are_refused():
     jagged = pytest.importorskip("torchrec.sparse.jagged_tensor")
     collection = PackedEmbeddingBagCollection({"a": PackedEmbeddingBag(20, 4)})
-    for lengths, error in (([1, 2], "bag ends at 3, but there are 4 indices"), ([2, 3], "ends at 5, but there are 4")):
+    for lengths, error in (
+        ([1, 2], "bag ends, is 3, but there are 4 indices"),
+        ([2, 3], r"\[2\] is 5, but there are 4"),
+    ):
         features = jagged.KeyedJaggedTensor(["a"], torch.arange(4), lengths=torch.tensor(lengths))
         with pytest.raises(ValueError, match=error):
             collection(features)
+
+
+def test_every_index_must_be_in_a_bag():
+    with_last = PackedEmbeddingBagCollection(make_bags(), FEATURES, include_last_offset=True)
+    offsets = torch.tensor([0] * len(KEYS) + [3])
+    for weights in (None, torch.ones(4)):
+        with pytest.raises(ValueError, match=r"offsets\[5\], where the last bag ends, is 3, but there are 4 indices"):
+            with_last(torch.arange(4), offsets, weights)
+        with pytest.raises(ValueError, match="offsets are empty, but there are 4 indices"):
+            COLLECTION(torch.arange(4), offsets[:0], weights)
+    assert with_last(torch.arange(3), offsets).shape == COLLECTION(torch.arange(4), offsets[:-1]).shape == (1, 80)
 
 
 def test_what_is_changed_later_counts():

@@ -19,6 +19,7 @@ static_assert(std::is_same_v<decltype(looks_up_in_one), const bool>,
 static_assert(most_sums >= 1 && most_sums <= 16, "vectors of sums that stay in registers, a power of two");
 static_assert(rows_early < 4, "rows whose levels are read before they are added");
 static_assert(starts_at_once >= 1, "ranges that `optimal` makes sums for in one pass");
+static_assert(std::is_same_v<decltype(notes_overflow), const bool>, "the CPU notes what store_f16 cannot hold");
 static_assert(vectors_of_words <= 4, "vectors that levels_of_words makes together; 0: there is no such function");
 
 // Never called: it compiles if all is there.
@@ -37,6 +38,8 @@ static_assert(vectors_of_words <= 4, "vectors that levels_of_words makes togethe
     x = load_f16(halves);
     x = load_bf16(halves);
     store_f16(halves_out, x);
+    forget_overflow();                                  // only used where notes_overflow
+    has_noted_overflow();                               // since then: a finite value has become infinity in store_f16
     widen_two_f16(bytes, out);                          // two float16, to where there is room for four
     stay_in_register(x);                                // may do nothing
 

@@ -146,6 +146,9 @@ inline void store_f16(uint16_t* p, F32x16 x) {
     store(lane, x);
     for (size_t i = 0; i < 16; i++) p[i] = narrow_f16(lane[i]);
 }
+constexpr bool notes_overflow = false;
+inline void forget_overflow() {}
+inline bool has_noted_overflow() { return false; }
 inline F32x16 round_f16(F32x16 x) {
     float lane[16];
     store(lane, x);

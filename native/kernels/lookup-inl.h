@@ -180,10 +180,12 @@ inline Tiles<RowReader> find_tiles(const PackedRows& rows, const Bags& bags) {
 void gather_rows(const PackedRows& rows, const Integers& indices, bool prefetches, size_t first, size_t end,
                  const Output& out, LookupFault& fault) noexcept {
     const Bags bags{.indices = indices, .prefetches = prefetches};
-    RowReader reader(rows, bags, first, end, true, fault);
-    if (rows.grid.bits == 2) return store_rows<2>(reader, first, out);
-    if (rows.grid.bits == 4) return store_rows<4>(reader, first, out);
-    store_rows<8>(reader, first, out);
+    write_clipped(out, [&](const Output& to) {
+        RowReader reader(rows, bags, first, end, true, fault);
+        if (rows.grid.bits == 2) return store_rows<2>(reader, first, to);
+        if (rows.grid.bits == 4) return store_rows<4>(reader, first, to);
+        store_rows<8>(reader, first, to);
+    });
 }
 
 void pool_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
@@ -191,5 +193,5 @@ void pool_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t en
     const Tiles<RowReader> tiles = rows.grid.bits == 2   ? find_tiles<2>(rows, bags)
                                    : rows.grid.bits == 4 ? find_tiles<4>(rows, bags)
                                                          : find_tiles<8>(rows, bags);
-    pool_by(tiles, rows, bags, first, end, out, fault);
+    write_clipped(out, [&](const Output& to) { pool_by(tiles, rows, bags, first, end, to, fault); });
 }

@@ -133,10 +133,12 @@ void keep_largest(const float* rows, size_t num_rows, size_t d, float* so_far) n
 }
 
 void write_rows(const float* rows, size_t num_rows, size_t d, const Output& out) noexcept {
-    uint8_t* to = out.values;
-    for (const float* row = rows; row < rows + num_rows * d; row += d, to += out.row_bytes)
-        for (size_t j = 0; j < d; j += 16) {
-            const size_t n = smaller(d - j, 16);
-            store_values(to, out.type, j, load_columns(row + j, n), n);
-        }
+    write_clipped(out, [&](const Output& narrow) {
+        uint8_t* to = narrow.values;
+        for (const float* row = rows; row < rows + num_rows * d; row += d, to += narrow.row_bytes)
+            for (size_t j = 0; j < d; j += 16) {
+                const size_t n = smaller(d - j, 16);
+                store_values(to, narrow.type, j, load_columns(row + j, n), n);
+            }
+    });
 }

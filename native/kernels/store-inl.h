@@ -1,13 +1,22 @@
-// Values on their way out: to float32, float16 or bfloat16.
+// Values on their way out: to float32, float16 or bfloat16. A finite value that the type cannot hold becomes its largest:
+// a level may lie a little outside the range of the weights, and those were finite. Infinities and NaN stay.
 
-// To bfloat16, nearest, ties to even; NaN stays NaN.
+inline F32x16 clip_to_f16(F32x16 values) {
+    const F32x16 clipped = max(min(values, splat(65504.0f)), splat(-65504.0f));
+    return select(finite(values), clipped, values);
+}
+
+// To bfloat16, nearest, ties to even. From its largest value to infinity bits are cut off, so that finite values stay
+// finite; NaN stays NaN.
 inline void store_bf16(uint16_t* p, const float* values, size_t count) {
+    constexpr int32_t largest = 0x7f7f0000, infinity = 0x7f800000, quiet = 0x400000;
     for (size_t i = 0; i < count; i++) {
-        uint32_t bits;
+        int32_t bits;
         std::memcpy(&bits, values + i, 4);
-        const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-        const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-        p[i] = static_cast<uint16_t>((is_nan ? bits | 0x400000u : rounded) >> 16);
+        const int32_t magnitude = bits & 0x7fffffff;
+        const int32_t half = 0x7fff + ((bits >> 16) & 1);
+        const int32_t step = magnitude < largest ? half : magnitude > infinity ? quiet & ~magnitude : 0;
+        p[i] = static_cast<uint16_t>(static_cast<uint32_t>(bits + step) >> 16);
     }
 }
 
@@ -20,10 +29,26 @@ inline void store_values(uint8_t* to, ValueType type, size_t j, F32x16 values, s
     uint16_t narrow[16];
     if (type == ValueType::f16) {
         store_f16(narrow, values);
+    } else if (type == ValueType::clipped_f16) {
+        store_f16(narrow, clip_to_f16(values));
     } else {
         float wide[16];
         store(wide, values);
         store_bf16(narrow, wide, 16);
     }
     std::memcpy(to + 2 * j, narrow, 2 * n);
+}
+
+// Calls write(out), which stores all of an output. Comparing each value would take a fifth of the time of gathering
+// float16 from the cache, so they are stored as they come, and again if the CPU has noted that one became infinity.
+template <class Write>
+inline void write_clipped(const Output& out, const Write& write) {
+    if (out.type != ValueType::f16) return write(out);
+    const Output clipped{out.values, out.row_bytes, ValueType::clipped_f16};
+    if constexpr (notes_overflow) {
+        forget_overflow();
+        write(out);
+        if (!has_noted_overflow()) [[likely]] return;
+    }
+    write(clipped);
 }

@@ -411,12 +411,15 @@ void gather_trellis_rows(const PackedRows& rows, const Integers& indices, bool p
                          const Output& out, LookupFault& fault) noexcept {
     const Bags bags{.indices = indices, .prefetches = prefetches};
     TrellisReader reader(rows, bags, first, end, true, fault);
-    with_trellis_levels(reader.common.shape, [&]<class Levels>() { store_trellis_rows<Levels>(reader, first, out); });
+    write_clipped(out, [&](const Output& to) {
+        with_trellis_levels(reader.common.shape, [&]<class Levels>() { store_trellis_rows<Levels>(reader, first, to); });
+    });
 }
 
 void pool_trellis_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
                        LookupFault& fault) noexcept {
     const bool are_read_once = first_trellis_tile(rows.embedding_dim).num_columns() == rows.embedding_dim;
     TrellisReader reader(rows, bags, bags.start(first), bags.start(end), are_read_once, fault);
-    Pooler(reader, out, find_trellis_tiles(reader)).pool(first, end);
+    const Tiles<TrellisReader> tiles = find_trellis_tiles(reader);
+    write_clipped(out, [&](const Output& to) { Pooler(reader, to, tiles).pool(first, end); });
 }

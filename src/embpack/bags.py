@@ -1,7 +1,13 @@
 """What is asked of a lookup: indices, bags of them and weights, as arrays of NumPy or tensors of PyTorch.
 
 The checks, and what they say, are here once: for tables, groups, PyTorch's operators and modules, and ONNX. Those of an
-Array look at its shape and type only, as fake tensors have no values.
+Array look at its shape and type only, as fake tensors have no values. Those of values the core makes while it reads
+them, and explain_offsets says what it has found.
+
+Every index is in one bag, wherever bags are asked for: offsets start at 0, do not decrease, and end with the indices if
+they have an end. FBGEMM, TorchRec and PyTorch's 4-bit operator refuse indices after it, too. nn.EmbeddingBag has no one
+answer: its sums leave them out, or add them to the last bag if rows are float64 or padding_idx is set, a mean leaves
+them out and counts them, and the largest values are found among them, too.
 """
 
 from collections.abc import Sequence
@@ -51,31 +57,58 @@ def check_integers(what: str, values: Array) -> None:
         raise wrong_type(what, values, *INTEGERS)
 
 
+def as_array(values: Any, what: str) -> NDArray[Any]:
+    """Make an array of what NumPy makes one of; of an empty list, which it takes for floats, integers.
+
+    Raises:
+        TypeError: it is a nested tensor of PyTorch.
+        ValueError: it is lists of different lengths.
+    """
+    if isinstance(values, np.ndarray):
+        return values
+    if getattr(values, "is_nested", False):
+        raise TypeError(
+            f"{what} are a nested tensor; give its values(), and its offsets() with include_last_offset=True"
+        )
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # of NumPy, which speaks of inhomogeneous shapes
+        raise ValueError(
+            f"{what} make no array: {error}; bags of different sizes are 1-D indices and offsets"
+        ) from error
+    return array if array.size or hasattr(values, "dtype") else array.astype(np.int64)
+
+
 def as_integers(values: Any, what: str) -> NDArray[Any]:
     """Make indices or offsets an array: int32 or int64 of any shape, contiguous.
 
+    Other integers become int64. One that int64 cannot hold becomes negative, which no row is: it is refused as those
+    are, and explained by the array that was given.
+
     Raises:
-        TypeError: they are of another type.
+        TypeError: they are no integers.
     """
-    array = np.asarray(values)
+    array = as_array(values, what)
     if array.dtype in _NATIVE_INTEGERS:
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
-    if not array.size and not hasattr(values, "dtype"):
-        array = array.astype(np.int64)  # an empty list, which NumPy takes for floats
-    check_integers(what, array)
-    return np.asarray(array, array.dtype.newbyteorder("="), order="C")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{what} are {array.dtype}; they must be integers")
+    return np.asarray(array, np.int32 if array.dtype.name == "int32" else np.int64, order="C")
 
 
 def as_weights(values: Any, indices: Array) -> NDArray[np.float32]:
-    """Make per_sample_weights an array: float32 [L], contiguous.
+    """Make per_sample_weights an array: float32 [L], contiguous. Numbers in a list, which have no type, become float32.
 
     Raises:
         TypeError: they are of another type.
         ValueError: their shape is not that of indices.
     """
-    weights = np.asarray(values.detach() if hasattr(values, "detach") else values)
-    check_weights(weights, indices)
-    return np.ascontiguousarray(weights, np.float32).reshape(-1)
+    if not hasattr(values, "dtype"):
+        array = as_array(values, "per_sample_weights")
+        values = array.astype(np.float32) if array.dtype.kind in "iuf" else array
+    check_weights(values, indices)
+    array = as_array(values.detach() if hasattr(values, "detach") else values, "per_sample_weights")
+    return np.ascontiguousarray(array, np.float32).reshape(-1)
 
 
 def check_weights(weights: Array, indices: Array) -> None:
@@ -154,27 +187,25 @@ def count_bags_of_features(
     return num_bags // num_features
 
 
-def sum_lengths(lengths: NDArray[Any]) -> NDArray[np.int64]:
+def sum_lengths(lengths: NDArray[Any], num_indices: int) -> NDArray[np.int64]:
     """Make offsets of how many indices each bag has: where each starts, and where the last one ends.
 
     Raises:
-        ValueError: lengths are not 1-D, or one is negative.
+        ValueError: lengths are not 1-D, one is negative, or they are not those of the indices.
     """
     if lengths.ndim != 1 or (lengths < 0).any():
         raise ValueError("lengths must be 1-D and not negative: how many indices each bag has")
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
+    if offsets[-1] != num_indices:
+        raise ValueError(f"lengths add up to {offsets[-1]}, but there are {num_indices} indices")
     return offsets
-
-
-def check_end(end: int, num_indices: int) -> None:
-    """Raise ValueError if the last bag does not end with the indices."""
-    if end != num_indices:
-        raise ValueError(f"the last bag ends at {end}, but there are {num_indices} indices")
 
 
 def explain_offsets(offsets: NDArray[Any], num_indices: int) -> ValueError:
     """Say what is wrong with offsets that the core has refused."""
+    if not len(offsets):
+        return ValueError(f"offsets are empty, but there are {num_indices} indices; each must be in a bag")
     if offsets[0] != 0:
         return ValueError(f"offsets[0] is {offsets[0]}; the first bag must start at 0")
     decreases = np.flatnonzero(offsets[1:] < offsets[:-1])
@@ -183,6 +214,7 @@ def explain_offsets(offsets: NDArray[Any], num_indices: int) -> ValueError:
         return ValueError(
             f"offsets[{at + 1}] is {offsets[at + 1]}, less than offsets[{at}], {offsets[at]}; offsets cannot decrease"
         )
-    return ValueError(
-        f"offsets[{len(offsets) - 1}] is {offsets[-1]}, but there are {num_indices} indices; no offset may be larger"
-    )
+    last, found = len(offsets) - 1, f"{offsets[-1]}, but there are {num_indices} indices"
+    if offsets[-1] > num_indices:
+        return ValueError(f"offsets[{last}] is {found}; no offset may be larger")
+    return ValueError(f"offsets[{last}], where the last bag ends, is {found}; each must be in a bag")

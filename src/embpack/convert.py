@@ -28,7 +28,7 @@ from embpack.formats import (
 from embpack.formats.atomic import refuse_occupied
 from embpack.formats.base import as_bytes
 from embpack.methods import DEFAULT_METHOD, Method
-from embpack.rows import ROW_DTYPES, narrow
+from embpack.rows import ROW_DTYPES
 from embpack.rules import Decision, Rules, decide_all
 from embpack.shard_writer import Progress, ShardWriter, TableReport, TableWriter, copy_tensor
 from embpack.table import PackedTable
@@ -240,7 +240,7 @@ def _unpack(path: Path, parts: Sequence[SourceTensor], entry: TableEntry, progre
             digest.update(packed.data)
             own = None if clusters is None else clusters.read(done, done + len(packed))
             table = PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks)
-            yield narrow(table.dequantize(), entry.dtype)
+            yield table.dequantize(entry.dtype)
             done += len(packed)
             progress(tensor.name, len(packed))
         for piece in chain.from_iterable(part.pieces() for part in beside):

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from embpack import _native
 from embpack.bags import (
+    as_array,
     as_integers,
     as_weights,
-    check_end,
     check_mode,
     check_weighted,
     count_bags_of_features,
@@ -49,6 +49,14 @@ class TableGroup:
         self._native = _native.TableGroup(views, list(self.table_of), list(self.modes))
         self._width = sum(self.embedding_dims)  # once: a hundred tables take a while to ask
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is pickled and copied: tables and features, of which the core's view is made anew.
+
+        copy.copy shares the tables. copy.deepcopy copies their bytes, and pickle carries them, those of mapped tables
+        too.
+        """
+        return type(self), (self.tables, self.table_of, self.modes)
+
     def _check(self) -> None:
         if not self.table_of:
             raise ValueError("the group has no feature; give it a table")
@@ -83,13 +91,13 @@ class TableGroup:
         """Pool the bags of all features.
 
         Args:
-            indices: int32 or int64 [L]: those of the first feature's bags, then those of the second's, and so on; the
-                values of a TorchRec KeyedJaggedTensor.
-            offsets: int32 or int64 [F * B + 1] for F features and B bags each, non-decreasing from 0 to L: where each
-                bag starts, feature by feature, and where the last one ends.
-            lengths: int32 or int64 [F * B], how many indices each bag has, in place of offsets.
-            per_sample_weights: float32 [L], what each row is multiplied by; only if all modes are "sum".
-            dtype: of the values: "float32", "float16" or "bfloat16".
+            indices: integers of any type [L]: those of the first feature's bags, then those of the second's, and so on;
+                the values of a TorchRec KeyedJaggedTensor.
+            offsets: integers of any type [F * B + 1] for F features and B bags each, non-decreasing from 0 to L: where
+                each bag starts, feature by feature, and where the last one ends.
+            lengths: integers of any type [F * B], how many indices each bag has, in place of offsets.
+            per_sample_weights: float32 [L], or a list, what each row is multiplied by; only if all modes are "sum".
+            dtype: of the values: "float32", "float16" or "bfloat16", as PackedTable.embedding_bag takes it.
 
         Returns:
             [B, sum of embedding_dims], C-contiguous: the features' values side by side. An empty bag is zeros.
@@ -112,7 +120,8 @@ class TableGroup:
         out = np.empty((batch, self._width), output_dtype(dtype))
         feature, fault = self._native.pool(array, starts, weights, out)
         if fault != -1:
-            raise self._explain(feature, fault, array, starts)
+            given = starts if offsets is None else as_array(offsets, "offsets")
+            raise self._explain(feature, fault, as_array(indices, "indices"), given)
         return out
 
     def _read_bags(self, indices: NDArray[Any], offsets: Any, lengths: Any) -> tuple[NDArray[Any], int]:
@@ -124,9 +133,8 @@ class TableGroup:
             batch = count_bags_of_features(len(self.table_of), indices, starts, include_last_offset=True)
         else:
             counts = as_integers(lengths, "lengths")
-            starts = sum_lengths(counts)
+            starts = sum_lengths(counts, len(indices))
             batch = count_bags_of_features(len(self.table_of), indices, counts, include_last_offset=False)
-        check_end(starts[-1], len(indices))
         return starts, batch
 
     def _explain(self, feature: int, fault: int, indices: NDArray[Any], starts: NDArray[Any]) -> Exception:

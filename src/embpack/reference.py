@@ -4,6 +4,9 @@ Guan et al. 2019, section 2: uniform n-bit quantization with clipping range [xmi
 ``scale = (xmax - xmin) / (2^n - 1)``, ``bias = xmin``, ``code = round((clip(x) - bias) / scale)`` and
 ``value = scale * code + bias``. The order of roundings is that of PyTorch's and FBGEMM's row quantizers, so
 that rows are theirs to the byte. Slow on purpose: one row at a time, nothing clever.
+
+What a lookup returns, rows or pooled values, is float32, or rounded to float16 or bfloat16 by ``narrow``: a finite
+value that the type cannot hold becomes its largest, infinities and NaN stay.
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 from embpack.arithmetic import F32, fma
 from embpack.layouts import RowFormat
 from embpack.layouts.codes import Codes, pack_codes
+from embpack.rows import narrow
 
 Row = NDArray[np.float32]
 
@@ -145,17 +149,19 @@ def dequantize(
     row_format: RowFormat,
     clusters: NDArray[Any] | None = None,
     codebooks: NDArray[Any] | None = None,
-) -> NDArray[np.float32]:
-    """Levels of packed rows, uint8 [N, row_bytes] to float32 [N, d].
+    dtype: str = "float32",
+) -> NDArray[Any]:
+    """Levels of packed rows, uint8 [N, row_bytes] to float32 [N, d], or to a type in rows.ROW_DTYPES.
 
     Args:
         packed: the rows.
         row_format: what they are.
         clusters: the array by row that lies beside them, if the layout has one.
         codebooks: the array that they share, if the layout has one.
+        dtype: of the values; bfloat16 as its bits in uint16.
     """
     levels = row_format.form.decode(packed, clusters, codebooks)
-    return rotate_back(levels) if row_format.rotation else levels
+    return narrow(rotate_back(levels) if row_format.rotation else levels, dtype)
 
 
 def rotation_signs(embedding_dim: int) -> NDArray[np.float32]:
@@ -213,8 +219,9 @@ def embedding_bag(
     mode: str,
     per_sample_weights: list[NDArray[np.float32]] | None = None,
     padding_idx: int | None = None,
-) -> NDArray[np.float32]:
-    """Pool dequantized rows [N, d], one bag of indices after another; float32 [len(bags), d].
+    dtype: str = "float32",
+) -> NDArray[Any]:
+    """Pool dequantized rows [N, d], one bag of indices after another; float32 [len(bags), d], or of dtype.
 
     A sum adds rows in index order, column by column, each addition rounded; with weights it is
     fma(weight, row, sum). A mean is the sum divided by the number of rows that are not padding. An empty bag is
@@ -233,4 +240,4 @@ def embedding_bag(
                 out[i] = fma(per_sample_weights[i][k], rows[bag[k]], out[i])
         if mode == "mean" and kept:
             out[i] /= F32(len(kept))
-    return out
+    return narrow(out, dtype)

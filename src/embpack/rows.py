@@ -14,7 +14,8 @@ ROW_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
 }
-_LARGEST_BF16 = np.array(0x7F7F0000, np.uint32).view(np.float32)
+# The largest finite value of a type.
+LARGEST = {"float16": np.float32(65504), "bfloat16": np.uint32(0x7F7F0000).view(np.float32)}
 
 
 def as_rows(weight: Any) -> tuple[NDArray[Any], str]:
@@ -87,18 +88,20 @@ def widen(rows: NDArray[Any]) -> NDArray[np.float32]:
     return rows.astype(np.float32)
 
 
-def narrow(rows: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Round float32 rows to a type in ROW_DTYPES, to nearest, ties to even; bfloat16 comes as uint16.
+def narrow(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Round float32 values to a type in ROW_DTYPES, to nearest, ties to even; bfloat16 comes as uint16.
 
-    A level may lie a little outside the range of the weights: what the type cannot hold becomes its largest value.
+    A finite value that the type cannot hold becomes its largest: a level may lie a little outside the range of the
+    weights, which were finite. Infinities and NaN stay.
     """
     if dtype == "float32":
-        return rows
+        return values
+    values = np.where(np.isfinite(values), np.clip(values, -LARGEST[dtype], LARGEST[dtype]), values)
     if dtype == "float16":
-        largest = np.finfo(np.float16).max
-        return np.clip(rows, -largest, largest).astype(np.float16)
-    bits = np.clip(rows, -_LARGEST_BF16, _LARGEST_BF16).view(np.uint32)
-    return ((bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)).astype(np.uint16)
+        return values.astype(np.float16)
+    bits = values.view(np.uint32)
+    rounded = bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))
+    return (np.where(np.isnan(values), bits | np.uint32(0x400000), rounded) >> np.uint32(16)).astype(np.uint16)
 
 
 def spread_rows(num_embeddings: int, count: int) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """PackedTable: packed rows and how to read them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -8,13 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
-from embpack.bags import as_integers, as_row, as_weights, check_mode, check_weighted, count_bags, explain_offsets
+from embpack.bags import (
+    as_array,
+    as_integers,
+    as_row,
+    as_weights,
+    check_mode,
+    check_weighted,
+    count_bags,
+    explain_offsets,
+)
 from embpack.errors import FormatError
 from embpack.layouts import RowFormat
 from embpack.layouts.uniform import UniformLayout
 from embpack.rows import ROW_DTYPES
 
 OUTPUT_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+_ROWS_AT_A_TIME = 256
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -138,20 +150,79 @@ class PackedTable:
             f"{self.row_format.param_dtype} parameters, {self.nbytes} bytes{method}{rotation}{loss})"
         )
 
-    def dequantize(self) -> NDArray[np.float32]:
-        """Return all rows as float32 [num_embeddings, embedding_dim]."""
-        return self._gather(None, self.num_embeddings, "float32")
+    def dequantize(self, dtype: str = "float32") -> NDArray[Any]:
+        """Return all rows, [num_embeddings, embedding_dim], as gather returns some.
 
-    def __getitem__(self, indices: Any) -> NDArray[np.float32]:
-        """Look rows up, as gather does, as float32."""
-        return self.gather(indices)
+        Args:
+            dtype: of the values, as gather takes it.
+        """
+        return self._gather(None, self.num_embeddings, dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """All rows, for numpy.asarray: float32, or of a type that NumPy makes of it.
+
+        Raises:
+            ValueError: copy is False, but packed rows have to be unpacked.
+        """
+        if copy is False:
+            raise ValueError("rows are packed: an array of them is a copy; leave out copy=False")
+        wanted = np.dtype(np.float32 if dtype is None else dtype)
+        if wanted.name == "bfloat16":  # of ml_dtypes
+            return self.dequantize("bfloat16").view(wanted)
+        return self.dequantize("float16" if wanted.name == "float16" else "float32").astype(wanted, copy=False)
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        """Each row, float32 [embedding_dim]; some are unpacked at a time."""
+        for start in range(0, self.num_embeddings, _ROWS_AT_A_TIME):
+            yield from self[start : start + _ROWS_AT_A_TIME]
+
+    def __getitem__(self, key: Any) -> Any:
+        """Look rows up as an array of NumPy is indexed: numpy.asarray(table)[key], but only these rows are unpacked.
+
+        Args:
+            key: an integer, integers of any type and shape, a slice, ``...``, or a mask, bool [num_embeddings].
+                Negative integers count from the end, which gather refuses. Or a pair: one of these, and one for
+                columns.
+
+        Returns:
+            float32: [..., embedding_dim] of integers [...] or of the rows that are chosen; of a pair what NumPy makes
+            of it, such as one value of table[3, 5] and [num_embeddings] of table[:, 2].
+
+        Raises:
+            IndexError: an index is out of range; names its position and value. Or a mask has another shape, or there
+                are more than two keys.
+            TypeError: the key is of another type.
+        """
+        rows, columns = _split_key(key)
+        numbers = _as_numbers(rows, self.num_embeddings, "indices")
+        if isinstance(columns, slice) and columns == _ALL:
+            return self._gather_from_end(numbers)
+        if isinstance(columns, slice):
+            return self._gather_from_end(numbers)[..., columns]
+        chosen = _as_numbers(columns, self.embedding_dim, "columns")
+        if isinstance(rows, slice):
+            return self._gather_from_end(numbers)[..., chosen]
+        numbers, chosen = np.broadcast_arrays(numbers, chosen)
+        return np.take_along_axis(self._gather_from_end(numbers), chosen[..., np.newaxis], axis=-1)[..., 0][()]
+
+    def _gather_from_end(self, numbers: NDArray[Any]) -> NDArray[np.float32]:
+        """Look rows up by numbers of which negative ones count from the end: they are seldom there."""
+        try:
+            return self.gather(numbers)
+        except IndexError:
+            is_from_end = (numbers < 0) & (numbers >= -self.num_embeddings)
+            if not is_from_end.any():
+                raise
+        wide = numbers.astype(np.int64)
+        return self.gather(np.where(is_from_end, wide + self.num_embeddings, wide))
 
     def gather(self, indices: Any, dtype: str = "float32", *, rotate_back: bool = True) -> NDArray[Any]:
         """Look rows up.
 
         Args:
-            indices: an int, or int32 or int64 of any shape [...], each in [0, num_embeddings).
-            dtype: of the values: "float32", "float16" or "bfloat16", rounded to nearest, ties to even.
+            indices: integers of any type and shape [...], each in [0, num_embeddings).
+            dtype: of the values: "float32", "float16" or "bfloat16", rounded to nearest, ties to even. A finite value
+                that the type cannot hold becomes its largest.
             rotate_back: False leaves rows of a rotated table as they were packed (see embpack.rotation.matrix).
 
         Returns:
@@ -164,7 +235,7 @@ class PackedTable:
         """
         array = as_integers(indices, "indices")
         table = self if rotate_back else self.as_packed
-        return table._gather(array.reshape(-1), array.size, dtype).reshape(*array.shape, self.embedding_dim)
+        return table._gather(array, array.size, dtype, indices).reshape(*array.shape, self.embedding_dim)
 
     def embedding_bag(
         self,
@@ -181,15 +252,17 @@ class PackedTable:
         """Pool bags of rows straight from the packed bytes.
 
         Args:
-            indices: int32 or int64, each in [0, num_embeddings): 1-D [L] with offsets, or 2-D [B, n] for B bags
-                of n.
-            offsets: int32 or int64 [B], non-decreasing from 0, at most L: where each bag starts in 1-D indices;
-                with include_last_offset [B + 1], the last one being where the last bag ends.
+            indices: integers of any type, each in [0, num_embeddings): 1-D [L] with offsets, or 2-D [B, n] for B bags
+                of n. Each is in a bag.
+            offsets: integers of any type [B], non-decreasing from 0, at most L: where each bag starts in 1-D indices;
+                with include_last_offset [B + 1], the last one being L, where the last bag ends.
             mode: "sum", "mean" or "max". The default is PyTorch's, "mean"; a TableGroup's is FBGEMM's, "sum".
-            per_sample_weights: float32, shaped like indices: what each row is multiplied by; only for "sum".
+            per_sample_weights: float32, or a list, shaped like indices: what each row is multiplied by; only for
+                "sum".
             include_last_offset: see offsets.
             padding_idx: rows of this index are left out, of a mean's count too; negative counts from the end.
-            dtype: of the values: "float32", or "float16" or "bfloat16", to which the float32 sums are rounded.
+            dtype: of the values: "float32", or "float16" or "bfloat16", to which the float32 sums are rounded as gather
+                does it; infinities, as of sums that float32 cannot hold, stay.
             rotate_back: False pools rows of a rotated table as they were packed (see embpack.rotation.matrix); the
                 maxima of "max" are then those of rotated values.
 
@@ -219,7 +292,8 @@ class PackedTable:
         table = self if rotate_back else self.as_packed
         fault = _native.pool(table.native_view, flat, starts, bag_size, weights, padding, mode, out)
         if fault != -1:
-            raise self.explain_fault(fault, flat, starts)
+            given = None if offsets is None else as_array(offsets, "offsets")
+            raise self.explain_fault(fault, as_array(indices, "indices").reshape(-1), given)
         return out
 
     @cached_property
@@ -235,7 +309,7 @@ class PackedTable:
         return replace(self, row_format=replace(self.row_format, rotation=None))
 
     def copy(self) -> "PackedTable":
-        """Return the same table with bytes of its own, in memory."""
+        """Return the same table with bytes of its own, in memory, as copy.deepcopy does, and pickle."""
         clusters, codebooks = (None if part is None else np.array(part) for part in (self.clusters, self.codebooks))
         return replace(self, packed=np.array(self.packed), clusters=clusters, codebooks=codebooks)
 
@@ -243,11 +317,11 @@ class PackedTable:
         """What is pickled: all but what is made anew, such as what the core takes."""
         return {name: value for name, value in self.__dict__.items() if name not in ("native_view", "as_packed")}
 
-    def _gather(self, indices: NDArray[np.int64] | None, count: int, dtype: str) -> NDArray[Any]:
+    def _gather(self, indices: NDArray[Any] | None, count: int, dtype: str, given: Any = None) -> NDArray[Any]:
         out = np.empty((count, self.embedding_dim), output_dtype(dtype))
-        fault = _native.gather(self.native_view, indices, out)
+        fault = _native.gather(self.native_view, None if indices is None else indices.reshape(-1), out)
         if fault != -1:
-            raise self.explain_fault(fault, indices)
+            raise self.explain_fault(fault, None if indices is None else as_array(given, "indices").reshape(-1))
         return out
 
     def explain_fault(self, fault: int, indices: NDArray[Any] | None, offsets: NDArray[Any] | None = None) -> Exception:
@@ -277,3 +351,30 @@ def output_dtype(name: str) -> Any:
     if name not in OUTPUT_DTYPES:
         raise ValueError(f"dtype is {name!r}; choose one of {', '.join(OUTPUT_DTYPES)}")
     return OUTPUT_DTYPES[name]
+
+
+def _split_key(key: Any) -> tuple[Any, Any]:
+    """The keys of rows and of columns that a key of two axes has, as NumPy reads it."""
+    if not isinstance(key, tuple):
+        key = (key,)
+    if any(part is None for part in key):
+        raise TypeError("None is no key of a table; add the axis to what it returns")
+    dots = [at for at, part in enumerate(key) if part is Ellipsis]
+    given = len(key) - len(dots[:1])
+    if len(dots) > 1 or given > 2:
+        raise IndexError(f"there are {len(key)} keys; a table has two axes: rows and columns")
+    at = dots[0] if dots else len(key)
+    keys = [*key[:at], *(_ALL for _ in range(2 - given)), *key[at + 1 :]]
+    return keys[0], keys[1]
+
+
+def _as_numbers(key: Any, size: int, what: str) -> NDArray[Any]:
+    """The numbers that a key of one axis names."""
+    if isinstance(key, slice):
+        return np.arange(*key.indices(size))
+    numbers = as_array(key, what)
+    if numbers.dtype != np.bool_:
+        return numbers
+    if numbers.shape != (size,):
+        raise IndexError(f"a mask for {what} has shape {list(numbers.shape)}; it must be [{size}]")
+    return np.flatnonzero(numbers)

@@ -146,7 +146,7 @@ inline float read_param(const uint8_t* from, bool is_f16) {
     return half & 0x8000 ? -magnitude : magnitude;
 }
 
-// Nearest, ties to even, by arithmetic that is exact in double.
+// Nearest, ties to even, by arithmetic that is exact in double; finite values beyond the largest become that.
 inline uint16_t narrow(float value, ValueType type) {
     const int fraction_bits = type == ValueType::f16 ? 10 : 7, bias = type == ValueType::f16 ? 15 : 127;
     const uint32_t sign = std::signbit(value) ? 0x8000 : 0, infinity = (2 * bias + 1u) << fraction_bits;
@@ -156,7 +156,7 @@ inline uint16_t narrow(float value, ValueType type) {
     const int exponent = std::max(std::ilogb(value), 1 - bias);
     const double units = std::nearbyint(std::ldexp(std::fabs(double{value}), fraction_bits - exponent));
     const uint32_t bits = (static_cast<uint32_t>(exponent + bias - 1) << fraction_bits) + static_cast<uint32_t>(units);
-    return static_cast<uint16_t>(sign | std::min(bits, infinity));
+    return static_cast<uint16_t>(sign | std::min(bits, infinity - 1));
 }
 
 // A fault of this row at this position, if there is one.

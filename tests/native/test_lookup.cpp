@@ -24,13 +24,16 @@ constexpr Layout layouts[] = {Layout::uniform, Layout::codebook, Layout::cluster
 const std::vector<size_t> bag_sizes = {1, 0, 63, 256, 2, 257, 0, 513, 1, 0};
 constexpr size_t num_indices = 1093;
 
-LookupCase make_case(size_t num_rows, size_t embedding_dim, Grid grid, Layout layout, Random& random) {
+LookupCase make_case(size_t num_rows, size_t embedding_dim, Grid grid, Layout layout, Random& random,
+                     Params params = Params::like_weights) {
     LookupCase c;
+    c.params = params;
     c.num_rows = num_rows;
     c.embedding_dim = embedding_dim;
     c.grid = grid;
     c.layout = layout;
     c.num_codebooks = layout == Layout::clustered ? 3 : 0;
+    c.trellis_bytes = layout == Layout::trellis ? (embedding_dim * static_cast<size_t>(grid.bits) + 7) / 8 + 1 : 0;
     make_table(c, random);
     return c;
 }
@@ -112,6 +115,26 @@ void test_trellis(const Isas& isas, LookupArenas& arenas) {
                 make_offsets(c, {1, 0, 330, 19, 250}, number % 2 == 0);
             check_case(c, isas, arenas);
         }
+}
+
+// Values that float16 and bfloat16 cannot hold, and those that are no number to begin with.
+void test_large_values(const Isas& isas, LookupArenas& arenas) {
+    Random random(7);
+    size_t number = 0;
+    for (Params params : {Params::finite, Params::any_bytes})
+        for (size_t d : {9, 16, 64, 130})
+            for (Grid grid : {Grid{2, true}, Grid{4, true}, Grid{4, false}, Grid{8, false}})
+                for (Layout layout : {Layout::uniform, Layout::codebook, Layout::clustered, Layout::trellis}) {
+                    if (layout == Layout::trellis && grid.bits == 8) continue;
+                    LookupCase c = make_case(9, d, grid, layout, random, params);
+                    make_indices(c, 40, random);
+                    for (ValueType type : types) {
+                        choose(c, number++, random);
+                        c.type = type;
+                        make_offsets(c, {1, 0, 3, 2, 34}, number % 2 == 0);
+                        check_case(c, isas, arenas);
+                    }
+                }
 }
 
 // A bag that is all padding counts as empty, whatever its size.
@@ -211,6 +234,7 @@ int main() {
     test_widths(isas, arenas);
     test_bags(isas, arenas);
     test_trellis(isas, arenas);
+    test_large_values(isas, arenas);
     test_only_padding(isas, arenas);
     test_outside(isas, arenas);
     test_large_tables(isas, arenas);

@@ -44,6 +44,9 @@ def build_bags(
 ) -> TableGraph:
     """Make the nodes that pool bags of rows, as table.embedding_bag(indices, offsets, mode, weights) does.
 
+    No standard operator can refuse offsets. Where table.embedding_bag raises, indices before the first offset or after
+    the last one of include_last_offset are left out, and what a mean is divided by may be wrong.
+
     Args:
         table: N rows, embedding_dim d; its bytes become the initializers, not copied.
         mode: "sum", "mean" or "max".
@@ -53,7 +56,8 @@ def build_bags(
         prefix: of all other names.
         include_last_offset: whether offsets, if there are any, are [B + 1], the last one being where the last bag ends.
         padding_idx: rows of this index are left out, of a mean's count too; negative counts from the end.
-        dtype: of the values: "float32", or "float16" or "bfloat16", to which the float32 sums are rounded.
+        dtype: of the values: "float32", or "float16" or "bfloat16", to which the float32 sums are rounded as by
+            table.embedding_bag.
 
     Raises:
         ValueError: there is no such mode, dtype or row, or the mode takes no weights.

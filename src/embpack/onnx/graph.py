@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from embpack.rotation import matrix
+from embpack.rows import LARGEST
 from embpack.table import PackedTable, output_dtype
 
 # The first operator set with BitwiseAnd, and with a ScatterElements that finds the largest.
@@ -47,7 +48,14 @@ class TableGraph:
         if dtype == "float32":
             self.add(op, *inputs, output=output)
         else:
-            self.add("Cast", self.add(op, *inputs), output=output, to=_VALUE_TYPES[dtype])
+            self.add_cast(self.add(op, *inputs), dtype, output)
+
+    def add_cast(self, values: str, dtype: str, output: str = "") -> str:
+        """Round float32 to float16 or bfloat16; finite values that it cannot hold become its largest."""
+        largest, infinity = LARGEST[dtype], self.constant(np.inf, np.float32)
+        clipped = self.add("Clip", values, self.constant(-largest, np.float32), self.constant(largest, np.float32))
+        is_finite = self.add("Less", self.add("Abs", values), infinity)
+        return self.add("Cast", self.add("Where", is_finite, clipped, values), output=output, to=_VALUE_TYPES[dtype])
 
     def constant(self, values: Any, dtype: Any = np.int64) -> str:
         """Add a small initializer, once for all uses of it."""
@@ -77,7 +85,7 @@ def build_gather(
         indices: name of a value, int64 or int32 of any shape [...], each in [-N, N); negative ones count from the end.
         output: name for the values [..., d].
         prefix: of all other names.
-        dtype: of the values: "float32", or "float16" or "bfloat16", to which float32 is rounded.
+        dtype: of the values: "float32", or "float16" or "bfloat16", to which float32 is rounded as by table.gather.
 
     Raises:
         ValueError: there is no such dtype.
@@ -93,7 +101,7 @@ def add_gather(graph: TableGraph, table: PackedTable, indices: str, output: str,
     flat = graph.add("Reshape", indices, graph.constant([-1]), name="flat")
     rows = add_rotation(graph, table, add_rows(graph, table, flat))
     if dtype != "float32":
-        rows = graph.add("Cast", rows, to=_VALUE_TYPES[dtype])
+        rows = graph.add_cast(rows, dtype)
     shape = graph.add("Concat", graph.add("Shape", indices), graph.constant([table.embedding_dim]), axis=0)
     graph.add("Reshape", rows, shape, output=output, allowzero=1)
 

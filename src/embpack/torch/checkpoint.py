@@ -23,6 +23,7 @@ from embpack.torch.convert import (
     walk_children,
 )
 from embpack.torch.modules import check_supported, leave_tables_out_of_ddp
+from embpack.torch.ops import dequantize
 from embpack.torch.tied import check_tied, group_names, retied
 
 
@@ -182,7 +183,7 @@ def _share_floats(
 
     @cache
     def unpack(table: str) -> Tensor:
-        return torch.from_numpy(tables[table].dequantize()).to(getattr(torch, tables[table].dtype))
+        return dequantize(tables[table], getattr(torch, tables[table].dtype))
 
     loaded = {name: tensor for name, tensor in floats.items() if name not in packed}
     for names in groups:

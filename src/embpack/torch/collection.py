@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from embpack.bags import check_end, check_weighted
+from embpack.bags import check_weighted
 from embpack.errors import kind_of, naming
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.table import PackedTable
@@ -255,9 +255,6 @@ class PackedEmbeddingBagCollection(nn.Module):
             raise ValueError("the collection is weighted, and the features have no weights")
         weights = features.weights() if self._is_weighted else None
         values, offsets = features.values(), features.offsets()
-        # While compiling, values must not be looked at.
-        if not torch.compiler.is_compiling() and offsets.numel():
-            check_end(int(offsets[-1]), values.numel())
         if features.variable_stride_per_key():
             offsets = _even_out(features)
         pooled = self._pool(where, (values, offsets), weights, include_last_offset=True)

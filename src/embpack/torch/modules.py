@@ -19,7 +19,7 @@ from embpack.packing import quantize
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 from embpack.torch.arguments import call_as_leaf, check_tensors, flatten_nested, map_nested
-from embpack.torch.ops import as_table, check_dtype
+from embpack.torch.ops import as_table, check_dtype, dequantize
 from embpack.torch.private import CastModule, GuardedModule, buffers_of, leave_out_of_ddp
 from embpack.torch.state import FORMAT, check_format, receive_state, write_format
 
@@ -164,7 +164,7 @@ class _PackedModule(CastModule, GuardedModule):
 
     def _float_weight(self) -> Tensor:
         table = self.table if self.rotate_back else self.table.as_packed
-        return torch.from_numpy(table.dequantize()).to(self.dtype)
+        return dequantize(table, self.dtype)
 
     def _look_up(self, operator: Any, *lookup: Any, **options: Any) -> Tensor:
         """Call an operator with the table's tensors and what is looked up in it."""

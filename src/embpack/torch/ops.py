@@ -60,6 +60,14 @@ def as_table(
     )
 
 
+def dequantize(table: PackedTable, dtype: torch.dtype) -> Tensor:
+    """All rows of a table as a tensor, of a type that operators return."""
+    if dtype == torch.float64:
+        return dequantize(table, torch.float32).double()
+    rows = torch.from_numpy(table.dequantize(DTYPE_NAMES[dtype]))
+    return rows.view(dtype) if dtype == torch.bfloat16 else rows  # NumPy has its bits in uint16
+
+
 def _as_array(entries: Tensor | None, spec: ArraySpec | None) -> NDArray[Any] | None:
     """View a tensor of what lies beside rows as the array that it should be; as it is if it cannot be that."""
     if entries is None:
@@ -265,9 +273,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         of_rows = gradient.unsqueeze(1)
     else:
         positions = torch.arange(indices.shape[0], dtype=offsets.dtype)
-        bags = torch.searchsorted(offsets.contiguous(), positions, right=True) - 1
-        nobodys = gradient.new_zeros((1, gradient.shape[1]))  # indices after the last offset are in no bag
-        of_rows = torch.cat([gradient, nobodys])[bags.clamp(max=gradient.shape[0])]
+        of_rows = gradient[torch.searchsorted(offsets.contiguous(), positions, right=True) - 1]
     by_weights = (rows * of_rows).sum(-1)
     if ctx.padding_idx is not None:
         by_weights = by_weights.masked_fill(indices == ctx.padding_idx % packed.shape[0], 0)
