@@ -177,15 +177,18 @@ inline Tiles<RowReader> find_tiles(const PackedRows& rows, const Bags& bags) {
     });
 }
 
+[[gnu::noinline]] void gather_by(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
+                                 LookupFault& fault) {
+    RowReader reader(rows, bags, first, end, true, fault);
+    if (rows.grid.bits == 2) return store_rows<2>(reader, first, out);
+    if (rows.grid.bits == 4) return store_rows<4>(reader, first, out);
+    store_rows<8>(reader, first, out);
+}
+
 void gather_rows(const PackedRows& rows, const Integers& indices, bool prefetches, size_t first, size_t end,
                  const Output& out, LookupFault& fault) noexcept {
     const Bags bags{.indices = indices, .prefetches = prefetches};
-    write_clipped(out, [&](const Output& to) {
-        RowReader reader(rows, bags, first, end, true, fault);
-        if (rows.grid.bits == 2) return store_rows<2>(reader, first, to);
-        if (rows.grid.bits == 4) return store_rows<4>(reader, first, to);
-        store_rows<8>(reader, first, to);
-    });
+    write_clipped(out, [&](const Output& to) { gather_by(rows, bags, first, end, to, fault); });
 }
 
 void pool_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,

@@ -20,6 +20,14 @@ inline void store_bf16(uint16_t* p, const float* values, size_t count) {
     }
 }
 
+// What is seldom asked for, kept out of the loops that store float32 and float16: it takes their registers.
+[[gnu::noinline]] void store_narrow(uint16_t* narrow, ValueType type, F32x16 values) {
+    if (type == ValueType::clipped_f16) return store_f16(narrow, clip_to_f16(values));
+    float wide[16];
+    store(wide, values);
+    store_bf16(narrow, wide, 16);
+}
+
 // Columns j .. j + n of a row of the output.
 inline void store_values(uint8_t* to, ValueType type, size_t j, F32x16 values, size_t n) {
     if (type == ValueType::f32) {
@@ -27,15 +35,10 @@ inline void store_values(uint8_t* to, ValueType type, size_t j, F32x16 values, s
         return n == 16 ? store(wide, values) : store_first(wide, values, n);
     }
     uint16_t narrow[16];
-    if (type == ValueType::f16) {
+    if (type == ValueType::f16)
         store_f16(narrow, values);
-    } else if (type == ValueType::clipped_f16) {
-        store_f16(narrow, clip_to_f16(values));
-    } else {
-        float wide[16];
-        store(wide, values);
-        store_bf16(narrow, wide, 16);
-    }
+    else
+        store_narrow(narrow, type, values);
     std::memcpy(to + 2 * j, narrow, 2 * n);
 }
 
