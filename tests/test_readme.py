@@ -149,6 +149,13 @@ def test_readme_names_every_method_and_every_file_format():
     assert [suffix for suffix in FORMATS if suffix not in README] == []
 
 
+def test_the_tests_that_pages_name_are_there():
+    named = [name for page in PAGES for name in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text())]
+    sources = {path: (ROOT / path).read_text() for path, _ in named if (ROOT / path).exists()}
+    assert [(path, name) for path, name in named if f"def {name}(" not in sources.get(path, "")] == []
+    assert len(named) > 50
+
+
 def test_the_map_of_contributing_is_right():
     [tree] = [block for block in blocks("", (ROOT / "CONTRIBUTING.md").read_text()) if "src/embpack/" in block]
     outer, missing = Path(), []
