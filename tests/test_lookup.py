@@ -452,6 +452,11 @@ def test_a_group_can_be_pickled_and_copied(rng, tmp_path, tables, way):
         np.testing.assert_array_equal(again.embedding_bag(indices, lengths=lengths), wanted)
 
 
+def test_a_group_takes_packed_tables_only(tables):
+    with pytest.raises(TypeError, match=r"tables\[1\] is .*; it must be an embpack.PackedTable"):
+        embpack.TableGroup([tables[0], np.zeros((4, 4), np.float32)])
+
+
 class NamedGroup(embpack.TableGroup):
     """A group that is made in another way than its class."""
 

@@ -17,6 +17,7 @@ from embpack.bags import (
     explain_offsets,
     sum_lengths,
 )
+from embpack.errors import kind_of
 from embpack.table import PackedTable, output_dtype
 
 
@@ -30,6 +31,7 @@ class TableGroup:
             PackedTable.embedding_bag is PyTorch's, "mean".
 
     Raises:
+        TypeError: a table is no PackedTable.
         ValueError: there is no feature, a feature reads no table of the group, or a mode is unknown.
 
     Source: torchrec.EmbeddingBagCollection and FBGEMM's table-batched embeddings, the meaning of their arguments.
@@ -65,6 +67,9 @@ class TableGroup:
         self._set_native()
 
     def _check(self) -> None:
+        for number, each in enumerate(self.tables):
+            if not isinstance(each, PackedTable):
+                raise TypeError(f"tables[{number}] is {kind_of(each)}; it must be an embpack.PackedTable")
         if not self.table_of:
             raise ValueError("the group has no feature; give it a table")
         for feature, table in enumerate(self.table_of):
