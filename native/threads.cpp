@@ -107,6 +107,9 @@ public:
 
 private:
     static void* live(void* self) {
+        // What the C++ library keeps of a thread's exceptions is made when it is first asked for. Later there may be no
+        // memory for it, and to throw the exception that says so would end the process.
+        [[maybe_unused]] const volatile int asked = std::uncaught_exceptions();
         static_cast<Worker*>(self)->obey();
         return nullptr;
     }

@@ -452,6 +452,29 @@ def test_a_group_can_be_pickled_and_copied(rng, tmp_path, tables, way):
         np.testing.assert_array_equal(again.embedding_bag(indices, lengths=lengths), wanted)
 
 
+def test_a_group_takes_packed_tables_only(tables):
+    with pytest.raises(TypeError, match=r"tables\[1\] is .*; it must be an embpack.PackedTable"):
+        embpack.TableGroup([tables[0], np.zeros((4, 4), np.float32)])
+
+
+class NamedGroup(embpack.TableGroup):
+    """A group that is made in another way than its class."""
+
+    def __init__(self, tables: dict[str, embpack.PackedTable]) -> None:
+        super().__init__(list(tables.values()))
+        self.names = list(tables)
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_subclass_of_a_group_can_be_pickled_and_copied(rng, tables, way):
+    group = NamedGroup({f"table {number}": table for number, table in enumerate(tables)})
+    again = COPIES[way](group)
+    assert (type(again), again.names) == (NamedGroup, group.names)
+    indices, lengths, _ = make_bags(rng, len(tables), 10)
+    wanted = group.embedding_bag(indices, lengths=lengths)
+    np.testing.assert_array_equal(again.embedding_bag(indices, lengths=lengths), wanted)
+
+
 def test_a_group_goes_to_a_process_that_is_spawned(rng, tables):
     group = embpack.TableGroup(tables)
     indices, _, offsets = make_bags(rng, 3, 10)

@@ -232,8 +232,11 @@ def _as_numpy(key):
         (True, IndexError, "a mask for indices has shape []; it must be [12]"),
         ((3, [True]), IndexError, "a mask for columns has shape [1]; it must be [5]"),
         ((12, 0), IndexError, "indices[0] is 12, but the table has 12 rows (valid: 0 to 11)"),
-        ((0, 5), IndexError, "index 5 is out of bounds for axis 0 with size 5"),
-        ((0, 1.0), IndexError, "`indices` must be an integer array"),
+        ((0, 5), IndexError, "columns[0] is 5, but the table has 5 columns (valid: 0 to 4)"),
+        ((slice(None), [0, -6]), IndexError, "columns[1] is -6, but the table has 5 columns (valid: 0 to 4)"),
+        ((0, np.uint64(2**63 + 1)), IndexError, "columns[0] is 9223372036854775809, but the table has 5 columns"),
+        ((0, 1.0), TypeError, "columns are float64; they must be integers"),
+        (([0, 1, 2], [0, 1]), IndexError, "the keys of rows and columns do not go together: shape mismatch: "),
         ([[1, 2], [3]], ValueError, "indices make no array: "),
     ],
 )

@@ -266,6 +266,36 @@ def test_too_little_memory_is_an_error_and_no_end(call, step):
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
+# Takes memory away from threads that have worked before, and never met an exception.
+EXPERIENCED = """
+import resource
+import numpy as np
+import embpack
+
+rng = np.random.default_rng(0)
+table = embpack.quantize(rng.standard_normal((5000, 64), dtype=np.float32), "asym", rotate="hadamard")
+indices = rng.integers(0, 5000, (20000, 20))
+embpack.set_num_threads(4)
+table.embedding_bag(indices[:5000], mode="max")
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+refused = 0
+for call in (lambda: table.embedding_bag(indices, mode="max"), lambda: table.gather(indices), table.dequantize) * 4:
+    try:
+        call()
+    except MemoryError:
+        refused += 1
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+table.dequantize()
+print(refused > 0)
+"""
+
+
+def test_too_little_memory_is_no_end_in_threads_that_are_there_already():
+    done = run_python(EXPERIENCED)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
 # Asks for more threads than there is memory for.
 CROWDED = """
 import os, resource

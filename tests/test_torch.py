@@ -263,9 +263,18 @@ def test_modules_are_traced_by_fx_as_their_float_twins(dtype):
     assert traced.state_dict().keys() == model.state_dict().keys()  # with what they say of their rows
     traced.get_submodule("rows").half()  # what is changed later counts, as in the float model
     assert traced.get_submodule("rows")(square).dtype == torch.float16
-    for module in (bag, model.rows):
-        with pytest.raises(ValueError, match="as a part of a model only; put it into one: "):
-            torch.fx.symbolic_trace(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_modules_by_themselves_are_traced_by_fx(dtype):
+    indices, offsets = make_bags()
+    rows = PackedEmbedding.from_table(make_table("kmeans")).to(dtype)
+    assert torch.equal(torch.fx.symbolic_trace(rows)(indices), rows(indices))
+    for bag in (PackedEmbeddingBag.from_table(make_table(), mode=mode).to(dtype) for mode in ("sum", "max")):
+        traced = torch.fx.symbolic_trace(bag, concrete_args={"per_sample_weights": None})
+        assert torch.equal(traced(indices, offsets), bag(indices, offsets))
+        with pytest.raises(ValueError, match="by itself only without weights: concrete_args="):
+            torch.fx.symbolic_trace(bag)
 
 
 def make_jagged(values: torch.Tensor, lengths: tuple[int, ...] = (3, 0, 1, 6)) -> torch.Tensor:
@@ -342,6 +351,16 @@ def test_padding_idx_is_any_integer(module):
     for wrong in (3.0, torch.tensor(3.0), "3"):
         with pytest.raises(TypeError, match=r"padding_idx is .*3.*; it must be an integer, the number of a row"):
             module(10, 4, padding_idx=wrong)
+
+
+@pytest.mark.parametrize("module", [PackedEmbedding, PackedEmbeddingBag])
+def test_padding_idx_that_is_set_later_is_read_alike(module):
+    made = module(10, 4)
+    made.padding_idx = torch.tensor(-1)
+    assert (type(made.padding_idx), made.padding_idx) == (int, 9)
+    with pytest.raises(ValueError, match="padding_idx is 10, but the table has 10 rows"):
+        made.padding_idx = 10
+    assert made.padding_idx == 9
 
 
 class LowRank(nn.Module):

@@ -17,6 +17,7 @@ from embpack.bags import (
     explain_offsets,
     sum_lengths,
 )
+from embpack.errors import kind_of
 from embpack.table import PackedTable, output_dtype
 
 
@@ -30,6 +31,7 @@ class TableGroup:
             PackedTable.embedding_bag is PyTorch's, "mean".
 
     Raises:
+        TypeError: a table is no PackedTable.
         ValueError: there is no feature, a feature reads no table of the group, or a mode is unknown.
 
     Source: torchrec.EmbeddingBagCollection and FBGEMM's table-batched embeddings, the meaning of their arguments.
@@ -45,19 +47,29 @@ class TableGroup:
         self.table_of = tuple(range(len(self.tables))) if table_of is None else tuple(table_of)
         self.modes = (modes,) * len(self.table_of) if isinstance(modes, str) else tuple(modes)
         self._check()
+        self._set_native()
+
+    def _set_native(self) -> None:
         views = [table.native_view for table in self.tables]
         self._native = _native.TableGroup(views, list(self.table_of), list(self.modes))
         self._width = sum(self.embedding_dims)  # once: a hundred tables take a while to ask
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """What is pickled and copied: tables and features, of which the core's view is made anew.
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: all but the core's view, which is made anew.
 
         copy.copy shares the tables. copy.deepcopy copies their bytes, and pickle carries them, those of mapped tables
         too.
         """
-        return type(self), (self.tables, self.table_of, self.modes)
+        return {name: value for name, value in self.__dict__.items() if name != "_native"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._set_native()
 
     def _check(self) -> None:
+        for number, each in enumerate(self.tables):
+            if not isinstance(each, PackedTable):
+                raise TypeError(f"tables[{number}] is {kind_of(each)}; it must be an embpack.PackedTable")
         if not self.table_of:
             raise ValueError("the group has no feature; give it a table")
         for feature, table in enumerate(self.table_of):

@@ -193,16 +193,19 @@ class PackedTable:
                 are more than two keys.
             TypeError: the key is of another type.
         """
-        rows, columns = _split_key(key)
+        rows, columns = _split_key(key) if isinstance(key, tuple) or key is ... or key is None else (key, _ALL)
         numbers = _as_numbers(rows, self.num_embeddings, "indices")
-        if isinstance(columns, slice) and columns == _ALL:
+        if columns is _ALL:
             return self._gather_from_end(numbers)
         if isinstance(columns, slice):
             return self._gather_from_end(numbers)[..., columns]
-        chosen = _as_numbers(columns, self.embedding_dim, "columns")
+        chosen = _as_columns(columns, self.embedding_dim)
         if isinstance(rows, slice):
             return self._gather_from_end(numbers)[..., chosen]
-        numbers, chosen = np.broadcast_arrays(numbers, chosen)
+        try:
+            numbers, chosen = np.broadcast_arrays(numbers, chosen)
+        except ValueError as error:
+            raise IndexError(f"the keys of rows and columns do not go together: {error}") from None
         return np.take_along_axis(self._gather_from_end(numbers), chosen[..., np.newaxis], axis=-1)[..., 0][()]
 
     def _gather_from_end(self, numbers: NDArray[Any]) -> NDArray[np.float32]:
@@ -373,8 +376,24 @@ def _as_numbers(key: Any, size: int, what: str) -> NDArray[Any]:
     if isinstance(key, slice):
         return np.arange(*key.indices(size))
     numbers = as_array(key, what)
-    if numbers.dtype != np.bool_:
+    if numbers.dtype.kind != "b":
         return numbers
     if numbers.shape != (size,):
         raise IndexError(f"a mask for {what} has shape {list(numbers.shape)}; it must be [{size}]")
     return np.flatnonzero(numbers)
+
+
+def _as_columns(key: Any, size: int) -> NDArray[np.int64]:
+    """The columns that a key names, each in [0, size).
+
+    Raises:
+        IndexError: there is no such column; names its position and value.
+        TypeError: the key is of another type.
+    """
+    numbers = as_integers(_as_numbers(key, size, "columns"), "columns")
+    is_wrong = (numbers < -size) | (numbers >= size)
+    if is_wrong.any():
+        at = int(np.argmax(is_wrong))
+        found = as_array(key, "columns").reshape(-1)[at]
+        raise IndexError(f"columns[{at}] is {found}, but the table has {size} columns (valid: 0 to {size - 1})")
+    return numbers.astype(np.int64) % size

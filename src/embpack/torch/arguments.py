@@ -29,15 +29,7 @@ def call_as_leaf(proxy: Any, module: nn.Module, *arguments: Any) -> Tensor:
     """Trace a module's call as that of a leaf, as torch.fx does with the modules of torch.nn.
 
     So the traced model has the module itself: what is changed in it later counts, and its state dict is the same.
-
-    Raises:
-        ValueError: the module is all that is traced.
     """
-    if proxy.tracer.root is module:
-        raise ValueError(
-            f"torch.fx traces {type(module).__name__} as a part of a model only; put it into one: "
-            "torch.nn.Sequential(module)"
-        )
     found: Tensor = proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(module), arguments, {})
     return found
 

@@ -218,6 +218,11 @@ class PackedEmbeddingBagCollection(nn.Module):
         """
         if isinstance(features, (Tensor, Proxy)):
             proxy = check_tensors(features=features, offsets=offsets, per_sample_weights=per_sample_weights)
+            if proxy is not None and proxy.tracer.root is self:
+                raise ValueError(
+                    "torch.fx traces a PackedEmbeddingBagCollection as a part of a model only; put it into one: "
+                    "torch.nn.Sequential(module)"
+                )
             if proxy is not None:
                 return call_as_leaf(proxy, self, features, offsets, per_sample_weights)
             has_last = self.include_last_offset

@@ -93,6 +93,11 @@ class _PackedModule(CastModule, GuardedModule):
         if FORMAT not in buffers_of(self):
             self.register_buffer(FORMAT, write_format(self.row_format))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "padding_idx" and value is not None:
+            value = as_row(value, self.num_embeddings)
+        super().__setattr__(name, value)
+
     @classmethod
     def from_float(
         cls, module: nn.Embedding | nn.EmbeddingBag, method: str | Method = DEFAULT_METHOD, **options: Any
@@ -226,7 +231,7 @@ class PackedEmbedding(_PackedModule):
     ) -> None:
         row_format = RowFormat(embedding_dim, bits, param_dtype, layout, rotation)
         super().__init__(num_embeddings, row_format, num_codebooks, dtype, rotate_back=rotate_back)
-        self.padding_idx = None if padding_idx is None else as_row(padding_idx, num_embeddings)
+        self.padding_idx = padding_idx
 
     @classmethod
     def from_table(
@@ -262,9 +267,9 @@ class PackedEmbedding(_PackedModule):
             TypeError: input is of another type.
         """
         proxy = check_tensors(input=input)
-        if proxy is not None:
+        if proxy is not None and proxy.tracer.root is not self:
             return call_as_leaf(proxy, self, input)
-        if input.is_nested:
+        if proxy is None and input.is_nested:
             return map_nested(self, input)
         return self._look_up(torch.ops.embpack.embedding.default, input)
 
@@ -322,8 +327,6 @@ class PackedEmbeddingBag(_PackedModule):
         self.padding_idx = padding_idx
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "padding_idx" and value is not None:
-            value = as_row(value, self.num_embeddings)
         super().__setattr__(name, value)
         if name in ("mode", "padding_idx", "_row_format_text"):
             known = self.__dict__
@@ -386,15 +389,20 @@ class PackedEmbeddingBag(_PackedModule):
             ValueError: the arguments do not go together.
         """
         proxy = check_tensors(input=input, offsets=offsets, per_sample_weights=per_sample_weights)
-        if proxy is not None:
+        if proxy is not None and proxy.tracer.root is not self:
             return call_as_leaf(proxy, self, input, offsets, per_sample_weights)
         include_last_offset = self.include_last_offset
-        if input.is_nested:
+        if proxy is None and input.is_nested:
             input, offsets, per_sample_weights = flatten_nested(input, offsets, per_sample_weights)
             include_last_offset = True
         pool: Any = torch.ops.embpack.embedding_bag.default
         how: str | Tensor = self.mode
         if per_sample_weights is not None:
+            if proxy is not None:  # whether there are weights, which have an operator of their own, is not known yet
+                raise ValueError(
+                    "torch.fx traces a PackedEmbeddingBag by itself only without weights: "
+                    "concrete_args={'per_sample_weights': None}; or put it into a model: torch.nn.Sequential(module)"
+                )
             check_weighted(self.mode)
             if per_sample_weights.dtype == self.dtype:
                 per_sample_weights = per_sample_weights.float()
