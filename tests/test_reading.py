@@ -630,8 +630,14 @@ def change_header(path, value):
             yield [*part, value]
 
     for header in alter(HEADER):
-        path.write_bytes(safetensors_bytes(header, bytes(11)))
+        write_anew(path, safetensors_bytes(header, bytes(11)))
         yield header
+
+
+def write_anew(path, content):
+    """Write a file that was not there: file systems put a file that is overwritten on the disk at once."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
 
 
 def is_valid(path):
@@ -688,7 +694,7 @@ def test_any_byte_of_a_header_altered_is_judged_as_by_the_library(tmp_path):
     path = tmp_path / "a.safetensors"
     whole = safetensors_bytes(HEADER, bytes(11))
     for at, byte in itertools.product(range(len(whole) - 11), b'\x00 "0}]\x80'):
-        path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+        write_anew(path, whole[:at] + bytes([byte]) + whole[at + 1 :])
         assert is_read(path) == is_valid(path), (at, byte)
 
 
@@ -1126,7 +1132,7 @@ def test_any_byte_of_a_header_of_numpy_altered(tmp_path):
     for path, length in ((tmp_path / "a.npy", 128), (tmp_path / "b.npz", 200)):
         content = path.read_bytes()
         for at, byte in itertools.product(range(length), b"\x00\x01(['{9,\xff"):
-            path.write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])
+            write_anew(path, content[:at] + bytes([byte]) + content[at + 1 :])
             try:
                 with open_checkpoint(path) as checkpoint:
                     for tensor in checkpoint.shards[0].tensors:
