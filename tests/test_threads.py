@@ -376,8 +376,9 @@ time.sleep(0.15)  # into the look for signals
 """
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("call", ["quantize", "pool", "get", "fit"])
+@pytest.mark.parametrize(
+    ("call", "threads"), [("quantize", 1), ("quantize", 3), ("pool", 1), ("pool", 3), ("get", 1), ("fit", 3)]
+)
 def test_threads_at_work_when_the_interpreter_ends_do_not_end_it_otherwise(call, threads):
     done = run_python(DAEMONS, call, threads)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
