@@ -18,8 +18,10 @@ std::vector<std::string> list_isas() {
 // Lets Python handle the signals that came while a loop ran: Ctrl-C raises KeyboardInterrupt in its main thread.
 void handle_signals() {
     if (!Py_IsInitialized()) return;   // a thread that is left when the interpreter ends
-    nb::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    const WithPython python;
+    outlive_python([] {
+        if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    });
 }
 
 }  // namespace
@@ -38,7 +40,10 @@ NB_MODULE(_native, m) {
     m.def("use_isa", [](const std::string& name) { return use_isa(name); }, nb::arg("name"),
           "Switch to an instruction set; False if this CPU lacks it.");
     m.def("num_threads", &num_threads, "Threads in use.");
-    m.def("set_num_threads", &set_num_threads, nb::arg("count"), "Use this many threads.");
+    m.def("set_num_threads", [](int count) {
+        require(count > 0, "count must be positive");
+        set_num_threads(count);
+    }, nb::arg("count"), "Use this many threads.");
 }
 
 }  // namespace embpack

@@ -6,6 +6,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <cxxabi.h>
+#include <unistd.h>
+
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -16,6 +19,46 @@
 namespace nb = nanobind;
 
 namespace embpack {
+
+// Calls what needs Python's lock. When the interpreter has ended, Python before 3.14 ends a thread that asks for the lock
+// (a daemon, within a call) by unwinding its stack, and destructors in the way end the process instead. The thread sleeps
+// until the process is gone, as Python 3.14 has it.
+template <class Call>
+void outlive_python(const Call& call) {
+    try {
+        call();
+    } catch (const abi::__forced_unwind&) {
+        while (true) pause();
+    }
+}
+
+// Takes Python's lock while it lives.
+class WithPython {
+public:
+    WithPython() {
+        outlive_python([&] { state_ = PyGILState_Ensure(); });
+    }
+    ~WithPython() { PyGILState_Release(state_); }
+    WithPython(const WithPython&) = delete;
+    WithPython& operator=(const WithPython&) = delete;
+
+private:
+    PyGILState_STATE state_;
+};
+
+// Gives Python's lock up while it lives.
+class WithoutPython {
+public:
+    WithoutPython() : state_(PyEval_SaveThread()) {}
+    ~WithoutPython() {
+        outlive_python([&] { PyEval_RestoreThread(state_); });
+    }
+    WithoutPython(const WithoutPython&) = delete;
+    WithoutPython& operator=(const WithoutPython&) = delete;
+
+private:
+    PyThreadState* state_;
+};
 
 // Each adds its functions to the module.
 void bind_quantize(nb::module_&);

@@ -57,14 +57,14 @@ constexpr size_t few_values = 4096;
 int64_t gather_into(const PackedRows& rows, const Integers& indices, const Output& out) {
     if (rows.num_rows == 0) return indices.values ? 0 : -1;
     const size_t count = indices.values ? indices.count : rows.num_rows;
-    std::optional<nb::gil_scoped_release> release;
-    if (count * rows.embedding_dim > few_values) release.emplace();
+    std::optional<WithoutPython> without;
+    if (count * rows.embedding_dim > few_values) without.emplace();
     return tell_fault(gather(rows, indices, out));
 }
 
 int64_t pool_into(const PackedRows& rows, const Bags& bags, const Output& out) {
-    std::optional<nb::gil_scoped_release> release;
-    if ((bags.indices.count + bags.num_bags) * rows.embedding_dim > few_values) release.emplace();
+    std::optional<WithoutPython> without;
+    if ((bags.indices.count + bags.num_bags) * rows.embedding_dim > few_values) without.emplace();
     if (bags.offsets.values) {
         require(bags.num_bags <= bags.offsets.count && bags.num_bags + 1 >= bags.offsets.count,
                 "out must have a row for each bag");
@@ -95,8 +95,8 @@ std::tuple<size_t, int64_t> pool_group_into(const std::vector<PackedRows>& table
     size_t width = 0;
     for (const FeatureLookup& lookup : lookups) width += tables[lookup.table].embedding_dim;
     const size_t indices_of_each = of_features.indices.count / std::max<size_t>(1, lookups.size());
-    std::optional<nb::gil_scoped_release> release;
-    if ((indices_of_each + batch) * width > few_values) release.emplace();
+    std::optional<WithoutPython> without;
+    if ((indices_of_each + batch) * width > few_values) without.emplace();
     const Integers& starts = of_features.offsets;
     if (!are_offsets(starts, of_features.num_bags, of_features.indices.count)) return {0, bad_offsets};
     const size_t offset_bytes = starts.are_64_bits ? 8 : 4;

@@ -63,8 +63,10 @@ using QuantizeAnswer = std::tuple<int, size_t, std::vector<std::tuple<double, do
 Progress make_progress(nb::handle on_rows) {
     if (on_rows.is_none()) return {};
     return [on_rows, told = size_t{0}](size_t done) mutable {
-        nb::gil_scoped_acquire acquire;
-        if (done > told) on_rows(done - told);
+        const WithPython python;
+        outlive_python([&] {
+            if (done > told) on_rows(done - told);
+        });
         told = done;
     };
 }
@@ -73,7 +75,7 @@ Progress make_progress(nb::handle on_rows) {
 template <class Pack>
 QuantizeAnswer pack_rows(const Rows& rows, nb::handle on_rows, const Pack& pack) {
     const Progress progress = make_progress(on_rows);
-    nb::gil_scoped_release release;
+    const WithoutPython without;
     const QuantizeResult result = pack(progress);
     if (progress && result.fault == RowFault::none) progress(rows.num_rows);
     std::vector<std::tuple<double, double, size_t, double>> sums;
@@ -172,14 +174,14 @@ void fit(const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& v
     for (size_t group = 0; group < groups; group++) require(start[group] <= start[group + 1], "starts decrease");
     require(codebooks.shape(0) == groups && codebooks.shape(1) == size_t{1} << bits, "codebooks have the wrong shape");
     float* out = codebooks.data();
-    nb::gil_scoped_release release;
+    const WithoutPython without;
     fit_codebooks(values.data(), start, groups, bits, out);
 }
 
 std::tuple<int, size_t, float, float> bound(const RowsArray& rows) {
     const Rows view = view_rows(rows);
     require(view.num_rows > 0, "there are no rows");
-    nb::gil_scoped_release release;
+    const WithoutPython without;
     const Bounds bounds = bound_table(view);
     return {static_cast<int>(bounds.fault), bounds.faulty_row, bounds.xmin, bounds.xmax};
 }
@@ -187,7 +189,7 @@ std::tuple<int, size_t, float, float> bound(const RowsArray& rows) {
 void rotate_in_place(const FloatOut& rows, bool back) {
     require(rows.shape(1) > 0, "rows have no columns");
     float* values = rows.data();
-    nb::gil_scoped_release release;
+    const WithoutPython without;
     rotate(values, rows.shape(0), rows.shape(1), back);
 }
 

@@ -80,9 +80,16 @@ inline constexpr size_t search_floats(size_t embedding_dim) {
     return columns > hist_brute_floats ? columns : hist_brute_floats;
 }
 
+// What a kernel that may take long asks now and then: whether to leave the rest undone, for nobody wants it any more.
+struct Stop {
+    bool (*is_wanted)(void* context) noexcept;
+    void* context;
+    bool operator()() const noexcept { return is_wanted(context); }
+};
+
 // Finds a codebook for each row of a block, 2^bits float32 levels that ascend. `room` holds
 // kmeans_doubles(embedding_dim, bits).
-using CodebookFn = void (*)(const RowBlock&, Grid, float* codebooks, double* room) noexcept;
+using CodebookFn = void (*)(const RowBlock&, Grid, float* codebooks, double* room, const Stop& stop) noexcept;
 
 inline constexpr size_t kmeans_doubles(size_t embedding_dim, int bits) {
     const size_t columns = lanes * embedding_dim / 2, prefix_sums = 2 * lanes * (embedding_dim + 1);

@@ -16,13 +16,13 @@ namespace {
 constexpr size_t rows_at_a_time = 1024;
 
 // Bytes of the second-level cache. Tables that fit stay there, and prefetching would only cost.
-size_t second_level_bytes() {
+const size_t second_level_bytes = [] {
 #ifdef _SC_LEVEL2_CACHE_SIZE
-    static const long known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    const long known = sysconf(_SC_LEVEL2_CACHE_SIZE);
     if (known > 0) return static_cast<size_t>(known);
 #endif
     return size_t{1} << 20;
-}
+}();
 
 size_t table_bytes(const PackedRows& rows) { return rows.num_rows * rows.row_bytes; }
 
@@ -150,7 +150,7 @@ LookupFault gather(const PackedRows& rows, const Integers& indices, const Output
     const auto gather_rows = k.lookups_of(rows).gather_rows;
     const size_t count = indices.values ? indices.count : rows.num_rows;
     const int threads = threads_for(count * rows.embedding_dim);
-    const bool prefetches = table_bytes(rows) > second_level_bytes();
+    const bool prefetches = table_bytes(rows) > second_level_bytes;
     const size_t pieces = (count + rows_at_a_time - 1) / rows_at_a_time;
     LookupFault fault;
     std::mutex mutex;
@@ -177,7 +177,7 @@ LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup) {
         total_values += count_values(lookup);
         total_bytes += table_bytes(lookup.rows);
     }
-    for (Lookup& lookup : lookups) lookup.bags.prefetches = total_bytes > second_level_bytes();
+    for (Lookup& lookup : lookups) lookup.bags.prefetches = total_bytes > second_level_bytes;
     const Kernels& k = kernels();
     const int threads = threads_for(total_values);
     const std::vector<Piece> pieces = cut(lookups, total_values, threads);

@@ -73,8 +73,7 @@ size_t first_not_finite_row(const RowBlock& block, const Kernels& k) {
 
 // Keeps the fault of the lowest row, whichever thread meets it first.
 template <class Result>
-void note_fault(Result& result, RowFault fault, size_t row) {
-    static std::mutex mutex;
+void note_fault(Result& result, std::mutex& mutex, RowFault fault, size_t row) {
     const std::lock_guard lock(mutex);
     if (result.fault == RowFault::none || row < result.faulty_row) {
         result.fault = fault;
@@ -137,19 +136,20 @@ QuantizeResult encode_blocks(const Rows& rows, size_t span_rows, const Progress&
     Aligned<T> room(static_cast<size_t>(threads) * room_of_thread);
     std::vector<SpanSums> sums(reader.num_blocks());
     QuantizeResult result;
+    std::mutex mutex;
 
     const auto encode_block = [&](size_t i, Turn& turn) {
         const RowBlock block = reader.read(i, turn.thread, k);
         Ranges bounds{};
         if (!k.bound_rows(block, bounds, sums[i].all.norm)) {
-            note_fault(result, RowFault::not_finite, i * block_rows + first_not_finite_row(block, k));
+            note_fault(result, mutex, RowFault::not_finite, i * block_rows + first_not_finite_row(block, k));
             return;
         }
         T* own_room = room.data() + static_cast<size_t>(turn.thread) * room_of_thread;
         const uint64_t overflows = encode(block, i, bounds, sums[i], own_room, turn);
         if (overflows != 0) {
             const size_t row = static_cast<size_t>(std::countr_zero(overflows));
-            note_fault(result, RowFault::params_overflow, i * block_rows + row);
+            note_fault(result, mutex, RowFault::params_overflow, i * block_rows + row);
         }
     };
     for_each_piece(reader.num_blocks(), reader.blocks_at_a_time(), threads, encode_block, progress);
@@ -203,7 +203,8 @@ QuantizeResult quantize_by_codebooks(const Rows& rows, CodebookFn Kernels::*sear
                             Turn& turn) {
         turn.advance(block.num_rows);
         float* codebooks = reinterpret_cast<float*>(room);
-        (k.*search)(block, grid, codebooks, room + codebook_doubles);
+        (k.*search)(block, grid, codebooks, room + codebook_doubles, turn.as_stop());
+        turn.check();
         uint8_t* const out = packed + i * block_bytes;
         const uint64_t overflows = k.encode_by_codebook(block, grid, {codebooks, nullptr, true}, out, sums.all);
         const size_t row_bytes = packed_row_bytes(d, grid, Layout::codebook);
@@ -282,12 +283,13 @@ Bounds bound_table(const Rows& rows) {
     BlockReader reader(rows, threads);
     std::vector<Ranges> ranges(reader.num_blocks());
     Bounds bounds;
+    std::mutex mutex;
 
     const auto bound_block = [&](size_t i, Turn& turn) {
         const RowBlock block = reader.read(i, turn.thread, k);
         double unused_norm;
         if (!k.bound_rows(block, ranges[i], unused_norm))
-            note_fault(bounds, RowFault::not_finite, i * block_rows + first_not_finite_row(block, k));
+            note_fault(bounds, mutex, RowFault::not_finite, i * block_rows + first_not_finite_row(block, k));
     };
     for_each_piece(reader.num_blocks(), reader.blocks_at_a_time(), threads, bound_block);
     bounds.xmin = ranges[0].xmin[0];

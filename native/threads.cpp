@@ -4,6 +4,9 @@
 #include <sched.h>
 #include <signal.h>
 #include <time.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <condition_variable>
@@ -40,10 +43,9 @@ int choose_num_threads() {
     return count > 0 ? static_cast<int>(std::min(count, 4096l)) : count_cpus();
 }
 
-std::atomic<int>& thread_count() {
-    static std::atomic<int> count{choose_num_threads()};
-    return count;
-}
+// Set before any thread is there, as what else lives as long: where one forks while another thread makes a value that is
+// static in a function, the child waits for ever for that thread.
+std::atomic<int> thread_count{choose_num_threads()};
 
 std::atomic<void (*)()> interruption{nullptr};
 
@@ -63,10 +65,12 @@ public:
         pthread_attr_t attributes;
         pthread_attr_init(&attributes);
         pthread_attr_setstacksize(&attributes, stack_bytes);
-        // Signals are for the threads of the program.
-        sigset_t all, before;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
+        // Signals are for the threads of the program, but for those that tell of what a thread did itself: blocked, they
+        // would end the process unheard by faulthandler.
+        sigset_t others, before;
+        sigfillset(&others);
+        for (int own : {SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGTRAP}) sigdelset(&others, own);
+        pthread_sigmask(SIG_SETMASK, &others, &before);
         const int error = pthread_create(&thread_, &attributes, &Worker::live, this);
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
         pthread_attr_destroy(&attributes);
@@ -169,8 +173,7 @@ public:
             }
         } catch (const std::exception&) {   // no memory, or no more threads are allowed: those that there are will do
         }
-        static const size_t num_cpus = static_cast<size_t>(count_cpus());
-        Worker::pauses.store(num_workers_ < num_cpus ? pauses_before_sleep : 0, std::memory_order_relaxed);
+        Worker::pauses.store(num_workers_ < num_cpus_ ? pauses_before_sleep : 0, std::memory_order_relaxed);
         return hired;
     }
 
@@ -186,6 +189,7 @@ public:
     }
 
 private:
+    const size_t num_cpus_ = static_cast<size_t>(count_cpus());
     std::mutex mutex_;
     Workers idle_;
     size_t num_workers_ = 0;
@@ -201,9 +205,9 @@ std::atomic<Crew*> crew{new Crew};
 
 }  // namespace
 
-int num_threads() { return thread_count().load(std::memory_order_relaxed); }
+int num_threads() { return thread_count.load(std::memory_order_relaxed); }
 
-void set_num_threads(int count) { thread_count().store(count, std::memory_order_relaxed); }
+void set_num_threads(int count) { thread_count.store(count, std::memory_order_relaxed); }
 
 int threads_for(size_t values) {
     const size_t worth = std::max<size_t>(1, values / values_worth_a_thread);
@@ -211,6 +215,22 @@ int threads_for(size_t values) {
 }
 
 void set_interruption(void (*check)()) { interruption.store(check); }
+
+#if defined(__x86_64__)
+StandardFloats::StandardFloats() : before_(_mm_getcsr()) {
+    constexpr unsigned flags = _MM_EXCEPT_MASK, standard = _MM_MASK_MASK;
+    if ((before_ & ~flags) != standard) _mm_setcsr(standard);
+}
+StandardFloats::~StandardFloats() {
+    if (_mm_getcsr() != before_) _mm_setcsr(before_);
+}
+#else
+StandardFloats::StandardFloats() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+}
+StandardFloats::~StandardFloats() { std::fesetenv(&before_); }
+#endif
 
 void Loop::look() {
     if (const auto check = interruption.load()) check();

@@ -7,6 +7,9 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#if !defined(__x86_64__)
+#include <cfenv>
+#endif
 
 namespace embpack {
 
@@ -24,6 +27,24 @@ void set_interruption(void (*check)());
 
 // Told of the rows that are done, now and then, in the thread that the loop was called in; what it throws ends the loop.
 using Progress = std::function<void(size_t rows_done)>;
+
+// Floats as the standard has them, while it lives: rounded to nearest, the smallest are no zeros, infinity and NaN no
+// trap. torch.set_flush_denormal and <cfenv> change that for a thread and for those that it starts later, and what a row
+// is packed to would depend on the thread that packs it. The caller gets back what it had, flags that were raised too.
+class StandardFloats {
+public:
+    StandardFloats();
+    ~StandardFloats();
+    StandardFloats(const StandardFloats&) = delete;
+    StandardFloats& operator=(const StandardFloats&) = delete;
+
+private:
+#if defined(__x86_64__)
+    unsigned before_;   // fegetenv asks for the old unit's, too, and takes as long as looking up a row
+#else
+    std::fenv_t before_;
+#endif
+};
 
 // What the threads of a loop share.
 class Loop {
@@ -67,8 +88,13 @@ public:
 
     // To be called between pieces, and within one that takes long: throws if the loop is to end.
     void check() {
+        if (fault_) std::rethrow_exception(fault_);
         if (loop_.is_stopped()) throw Stopped();
         if (thread == 0) look_in_time();
+    }
+    // The same for a kernel, which throws nothing: where it is told to stop, the next check() throws.
+    Stop as_stop() {
+        return {[](void* self) noexcept { return static_cast<Turn*>(self)->is_over(); }, this};
     }
     void advance(size_t rows) { loop_.advance(rows); }
 
@@ -77,8 +103,17 @@ public:
 
 private:
     void look_in_time();
+    bool is_over() noexcept {
+        try {
+            check();
+        } catch (...) {
+            fault_ = std::current_exception();
+        }
+        return fault_ != nullptr;
+    }
 
     Loop& loop_;
+    std::exception_ptr fault_;
     int64_t next_look_ = 0;   // in milliseconds
 };
 
@@ -93,6 +128,7 @@ template <class Run>
 void for_each_piece(size_t count, size_t at_a_time, int threads, const Run& run, const Progress& progress = {}) {
     Loop loop(count, at_a_time, progress);
     const auto work = [&](int thread) {
+        const StandardFloats floats;
         Turn turn(loop, thread);
         for (size_t first; (first = loop.take()) < count;) {
             const size_t end = count - first < at_a_time ? count : first + at_a_time;
@@ -112,7 +148,9 @@ void for_each_piece(size_t count, size_t at_a_time, int threads, const Run& run,
         }
     };
     const auto work_safely = [&](int thread) { keep_exception([&] { work(thread); }); };
-    const auto wait = [&] { keep_exception([&] { loop.look(); }); };
+    const auto wait = [&] {   // A loop that ends for one exception asks for no other, which would be lost.
+        if (!loop.is_stopped()) keep_exception([&] { loop.look(); });
+    };
     work_together(threads, std::ref(work_safely), std::ref(wait));
     loop.rethrow();
 }

@@ -371,3 +371,132 @@ def test_a_callback_that_raises_ends_the_loop(rng):
         _native.quantize(rows, *how, packed, refuse)
     assert len(calls) == 1
     assert 0 < calls[0] < 4096
+
+
+# Leaves threads at work when the interpreter ends.
+DAEMONS = """
+import sys, threading, time
+import numpy as np
+import embpack
+
+rows = np.random.default_rng(0).standard_normal((20_000, 64), dtype=np.float32)
+indices = np.random.default_rng(0).integers(0, 20_000, (20_000, 40))
+table = embpack.quantize(rows, "asym")
+embpack.set_num_threads(int(sys.argv[2]))
+told = []
+call = {
+    "quantize": lambda: embpack.quantize(rows, "optimal:effort=exact"),
+    "pool": lambda: table.embedding_bag(indices[:2000]),
+    "get": lambda: table[indices[0]],
+    "fit": lambda: embpack.quantize(rows[:2000], "kmeans-cls"),
+}[sys.argv[1]]
+
+
+def keep_going():
+    while True:
+        call()
+        told.append(None)
+
+
+for _ in range(3):
+    threading.Thread(target=keep_going, daemon=True).start()
+while len(told) < 9 and sys.argv[1] != "quantize":
+    time.sleep(0.01)
+time.sleep(0.15)  # into the look for signals
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "threads"), [("quantize", 1), ("quantize", 3), ("pool", 1), ("pool", 3), ("get", 1), ("fit", 3)]
+)
+def test_threads_at_work_when_the_interpreter_ends_do_not_end_it_otherwise(call, threads):
+    done = run_python(DAEMONS, call, threads)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# Prints whether tiny rows are packed, decoded and pooled to the same bits whatever becomes of small floats here, by
+# threads that were started before and after that was said.
+FLUSHED = """
+import hashlib
+import numpy as np
+import torch
+import embpack
+
+rng = np.random.default_rng(0)
+rows = (rng.standard_normal((6000, 64)) * 1e-38).astype(np.float32)
+indices = rng.integers(0, 6000, (4000, 10))
+
+
+def digest():
+    digest = hashlib.sha256()
+    for method in ("asym", "greedy", "kmeans"):
+        table = embpack.quantize(rows, method, param_dtype="float32")
+        for values in (table.packed, table.dequantize(), table.embedding_bag(indices)):
+            digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+digests = set()
+for threads, flushes in ((1, False), (2, False), (1, True), (2, True), (3, True), (3, False)):
+    embpack.set_num_threads(threads)
+    torch.set_flush_denormal(flushes)
+    digests.add(digest())
+    smallest = torch.tensor([1e-39])
+    assert (smallest * 1 == 0).item() == flushes
+print(len(digests))
+"""
+
+
+def test_bits_do_not_depend_on_whether_small_floats_are_flushed_to_zero():
+    pytest.importorskip("torch")
+    done = run_python(FLUSHED)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_the_core_refuses_fewer_threads_than_one(count):
+    with pytest.raises(ValueError, match="count must be positive"):
+        _native.set_num_threads(count)
+
+
+def test_a_callback_is_not_called_again_after_it_raised(restore_threads, rng):
+    """Neither while the others finish what they are at."""
+    embpack.set_num_threads(2)
+    rows = rng.standard_normal((512, 4096), dtype=np.float32)
+    calls = []
+
+    def refuse(done: int) -> None:
+        calls.append(done)
+        raise LookupError("enough")
+
+    how = ("optimal", _native.SearchParams(), 4, True, 512)
+    with pytest.raises(LookupError, match="enough"):
+        _native.quantize(rows, *how, np.empty((512, 2052), np.uint8), refuse)
+    assert len(calls) == 1
+
+
+# Another thread packs while the main one is interrupted.
+ELSEWHERE = """
+import os, signal, threading, time
+import numpy as np
+import embpack
+
+rows = np.random.default_rng(0).standard_normal((300, 64), dtype=np.float32)
+embpack.set_num_threads(1)
+packed = []
+other = threading.Thread(target=lambda: packed.append(embpack.quantize(rows, "optimal:effort=exact")))
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+other.start()
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted", end="")
+other.join()
+print(", then packed" if len(packed[0]) == 300 else ", and lost")
+"""
+
+
+def test_a_thread_that_is_not_main_hears_no_signal():
+    """Ctrl-C is for the main thread, however long another one's call takes."""
+    done = run_python(ELSEWHERE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted, then packed\n", "")

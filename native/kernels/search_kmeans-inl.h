@@ -63,9 +63,12 @@ inline F64x16 error_slack(const SortedRows& rows, const float* columns) {
 }
 
 // Where the last of k + 1 clusters starts if they end with value j, at splits[d * 16 * k + 16 * j]; the clusters' ends
-// are found backwards from there.
-inline void find_splits(const SortedRows& rows, size_t clusters, F64x16 slack, double* errors, float* splits) {
+// are found backwards from there. False if it was stopped.
+inline bool find_splits(const SortedRows& rows, size_t clusters, F64x16 slack, double* errors, float* splits,
+                        const Stop& stop) {
+    constexpr size_t few_steps = size_t{1} << 18;   // a millisecond or two
     const size_t d = rows.d;
+    size_t steps = 0;
     double *before = errors, *now = errors + d * lanes;
     for (size_t j = 0; j < d; j++) store_f64(before + lanes * j, cluster_error(rows, 0, j));
     for (size_t k = 1; k < clusters; k++) {
@@ -74,7 +77,8 @@ inline void find_splits(const SortedRows& rows, size_t clusters, F64x16 slack, d
         for (size_t j = k + 1 == clusters ? last : k; j <= last; j++) {
             F64x16 best = splat_f64(__builtin_inf());
             F32x16 split = splat(0.0f);
-            for (size_t first = j; first >= k; first--) {
+            size_t first = j;
+            for (; first >= k; first--) {
                 const F64x16 own = cluster_error(rows, first, j);
                 const F64x16 error = add(load_f64(before + lanes * (first - 1)), own);
                 const Mask16 better = less(error, best);
@@ -84,11 +88,17 @@ inline void find_splits(const SortedRows& rows, size_t clusters, F64x16 slack, d
             }
             store_f64(now + lanes * j, best);
             store(splits + lanes * (d * k + j), split);
+            steps += j - first + 1;
+            if (steps > few_steps) {
+                if (stop()) return false;
+                steps = 0;
+            }
         }
         double* other = before;
         before = now;
         now = other;
     }
+    return true;
 }
 
 // The best centres of one row, counted from the middle.
@@ -102,7 +112,8 @@ inline void read_centres(const SortedValues& row, size_t clusters, const float* 
 }
 
 template <bool is_exact>
-inline void search_kmeans_of(const RowBlock& block, Grid grid, float* codebooks, double* room) {
+inline void search_kmeans_of(const RowBlock& block, Grid grid, float* codebooks, double* room, const Stop& stop) {
+    constexpr size_t wide = size_t{1} << 14;   // a row of so many columns takes milliseconds
     const size_t d = block.embedding_dim, levels = size_t{1} << grid.bits;
     const size_t clusters = is_exact && d < levels ? d : levels;
     float* columns = reinterpret_cast<float*>(room);
@@ -112,10 +123,11 @@ inline void search_kmeans_of(const RowBlock& block, Grid grid, float* codebooks,
         const SortedRows rows = sort_and_sum(columns, d, room);
         double* errors = room + (d + 1) + 2 * (d + 1) * lanes;
         float* splits = reinterpret_cast<float*>(errors + 2 * d * lanes);
-        if (is_exact) find_splits(rows, clusters, error_slack(rows, columns), errors, splits);
+        if (is_exact && !find_splits(rows, clusters, error_slack(rows, columns), errors, splits, stop)) return;
         double middle[lanes];
         store_f64(middle, rows.middle);
         for (size_t lane = 0; lane < lanes && start + lane < block.num_rows; lane++) {
+            if (d > wide && stop()) return;
             double centres[256];
             const SortedValues row = {columns + lane, rows.sums + lane, d, lanes, middle[lane]};
             if (is_exact)
@@ -129,10 +141,10 @@ inline void search_kmeans_of(const RowBlock& block, Grid grid, float* codebooks,
     }
 }
 
-void search_kmeans(const RowBlock& block, Grid grid, float* codebooks, double* room) noexcept {
-    search_kmeans_of<true>(block, grid, codebooks, room);
+void search_kmeans(const RowBlock& block, Grid grid, float* codebooks, double* room, const Stop& stop) noexcept {
+    search_kmeans_of<true>(block, grid, codebooks, room, stop);
 }
 
-void search_kmeans_lloyd(const RowBlock& block, Grid grid, float* codebooks, double* room) noexcept {
-    search_kmeans_of<false>(block, grid, codebooks, room);
+void search_kmeans_lloyd(const RowBlock& block, Grid grid, float* codebooks, double* room, const Stop& stop) noexcept {
+    search_kmeans_of<false>(block, grid, codebooks, room, stop);
 }

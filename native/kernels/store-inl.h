@@ -44,6 +44,7 @@ inline void store_values(uint8_t* to, ValueType type, size_t j, F32x16 values, s
 
 // Calls write(out), which stores all of an output. Comparing each value would take a fifth of the time of gathering
 // float16 from the cache, so they are stored as they come, and again if the CPU has noted that one became infinity.
+// Loops run under StandardFloats (threads.h), so overflow is no trap, and what the caller had noted is not lost.
 template <class Write>
 inline void write_clipped(const Output& out, const Write& write) {
     if (out.type != ValueType::f16) return write(out);

@@ -124,7 +124,7 @@ void quantize_block_by_codebooks(const Kernels& k, const Case& c, Placement plac
     for (CodebookFn Kernels::*search : codebook_searches) {
         Buffer<float> codebooks(c.num_rows << c.grid.bits, placement, arenas.codebooks);
         std::vector<double> room(kmeans_doubles(c.embedding_dim, c.grid.bits));
-        (k.*search)(block, c.grid, codebooks.get(), room.data());
+        (k.*search)(block, c.grid, codebooks.get(), room.data(), {[](void*) noexcept { return false; }, nullptr});
         results.codebooks.push_back(codebooks.copy());
         std::vector<uint32_t> others;
         for (size_t row = 0; row < c.num_rows; row++) others.push_back(static_cast<uint32_t>((row * 7) % c.num_rows));
