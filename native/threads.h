@@ -11,6 +11,8 @@
 #include <cfenv>
 #endif
 
+#include "kernels.h"
+
 namespace embpack {
 
 // Threads that a parallel loop uses when there is work for all of them: OMP_NUM_THREADS or the CPUs available,
