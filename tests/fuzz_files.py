@@ -287,7 +287,7 @@ def main() -> None:
     outcomes: Counter[str] = Counter()
     for first in range(arguments.first, stop, BATCH):
         outcomes += _run_in_process(first, min(BATCH, stop - first), seed)
-        print(f"{first - arguments.first + BATCH:,} of {arguments.cases:,}: {dict(outcomes)}", flush=True)
+        print(f"{min(first + BATCH, stop) - arguments.first:,} of {arguments.cases:,}: {dict(outcomes)}", flush=True)
     sys.exit(bool(outcomes["FAILED"] or outcomes["DIED"]))
 
 

@@ -533,6 +533,14 @@ def test_closed_streams_are_no_failure(tmp_path, model, closing):
     assert set(embpack.load(dst, verify=True)) == set(make_arrays().tables)
 
 
+@pytest.mark.parametrize("args", [["--help"], ["inspect", "{dst}"], ["dequantize", "{dst}", "{dst}.npz", "--json"]])
+def test_what_cannot_be_printed_names_the_stream(tmp_path, model, args):
+    dst = tmp_path / "p.safetensors"
+    assert run_in_shell("{}", "quantize", model, dst).returncode == 0
+    done = run_in_shell("{} > /dev/full", *(arg.format(dst=dst) for arg in args))
+    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+
+
 def run_unread(*args):
     """Run embpack while nobody reads what it prints."""
     command = [Path(sys.executable).with_name("embpack"), *map(str, args)]

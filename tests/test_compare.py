@@ -63,6 +63,7 @@ def make_result(bytes_per_row=36.0, loss=0.1, table="emb", **values):
         "loss": loss,
         "bytes_per_row": bytes_per_row,
         "share_of_float32": bytes_per_row / 256,
+        "is_smaller": bytes_per_row < 256,
         "worst_row": 3,
         "worst_row_loss": 2 * loss,
         "row_losses": tuple(loss * (0.5 + 1.5 * share) for share in QUANTILES),

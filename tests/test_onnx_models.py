@@ -174,7 +174,7 @@ FORMS = {
     ],
     "offsets that end the last bag": [
         (INDICES, OFFSETS),
-        (INDICES, [0, 4, 4, 7]),
+        (INDICES[:7], [0, 4, 4, 7]),
         ([], [0]),
         ([], [0, 0]),
     ],

@@ -142,6 +142,17 @@ def test_max_loss_is_kept_in_the_fewest_bytes(tables):
     assert smaller.loss > 0.05
 
 
+def test_a_plan_has_no_way_that_is_larger_than_the_weights(rng):
+    half = rng.standard_normal((300, 6)).astype(np.float16)  # 12 bytes a row; at 8 bits 14
+    planned = embpack.plan({"emb": half}, max_bytes="100 %")
+    [table] = planned.tables
+    assert table.num_bytes < half.nbytes
+    with pytest.raises(ValueError, match=r"the least loss is 0\.\d+; allow that much, or exclude some"):
+        embpack.plan({"emb": half}, max_loss=0.9 * planned.loss)
+    [same] = embpack.plan({"emb": half.astype(np.float32)}, max_loss=0.9 * planned.loss).tables
+    assert same.num_bytes > half.nbytes
+
+
 def test_tables_that_are_looked_up_often_get_more(tables):
     names = list(tables)
     how = {"max_bytes": "18 %", "variants": FEW}

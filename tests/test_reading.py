@@ -702,6 +702,13 @@ def test_a_header_that_is_json_to_python_alone(tmp_path, text):
     assert not is_read(path)
 
 
+def test_a_name_that_is_not_unicode_is_what_is_said_to_be_wrong(tmp_path):
+    header = b'{"emb\\udce9": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}'
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, b"\0"))
+    with pytest.raises(FormatError, match=r"tensor 'emb\\udce9' has a name that is not Unicode; rename it"):
+        names(tmp_path / "a.safetensors")
+
+
 # shards
 
 
@@ -1257,6 +1264,14 @@ def test_parquet_numbers(tmp_path, tag, statistics):
     assert same_bits(found, array)
 
 
+@pytest.mark.parametrize("rows", [[[]] * 20, [None] * 20, [[1.0], [], None, [1.0, 2.0]] * 5])
+def test_lists_of_one_value_on_average_are_left_out_where_some_are_empty(tmp_path, rows):
+    vectors = pa.array([[1.0, 2.0]] * 20, pa.list_(pa.float32()))
+    pq.write_table(pa.table({"emb": vectors, "rare": pa.array(rows, pa.list_(pa.float32()))}), tmp_path / "a.parquet")
+    assert names(tmp_path / "a.parquet") == ["emb"]
+    assert ["'rare'" in note and "some are null" in note for note in notes(tmp_path / "a.parquet")] == [True]
+
+
 @pytest.mark.parametrize("statistics", [True, False])
 def test_parquet_leaves_out_other_columns(tmp_path, statistics):
     table = pa.table(
@@ -1274,7 +1289,7 @@ def test_parquet_leaves_out_other_columns(tmp_path, statistics):
         }
     )
     pq.write_table(table, tmp_path / "a.parquet", write_statistics=statistics)
-    why = "of several lengths; only vectors of one length are read"
+    why = "of several lengths, or some are null; only vectors of one length are read"
     assert names(tmp_path / "a.parquet") == []
     assert [note.replace("item:", "element:") for note in notes(tmp_path / "a.parquet")] == [
         "column 'word' (string)",

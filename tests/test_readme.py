@@ -141,12 +141,20 @@ def test_what_is_linked_is_there(page):
 
 
 def test_readme_links_the_other_pages():
-    assert {"docs/format.md", "docs/kernels.md", "docs/design.md", "CONTRIBUTING.md"} <= set(links(ROOT / "README.md"))
+    pages = {"docs/format.md", "docs/kernels.md", "docs/design.md", "docs/reliability.md", "CONTRIBUTING.md"}
+    assert pages <= set(links(ROOT / "README.md"))
 
 
 def test_readme_names_every_method_and_every_file_format():
     assert [name for name in METHODS if f"`{name}`" not in README] == []
     assert [suffix for suffix in FORMATS if suffix not in README] == []
+
+
+def test_the_tests_that_pages_name_are_there():
+    named = [name for page in PAGES for name in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text())]
+    sources = {path: (ROOT / path).read_text() for path, _ in named if (ROOT / path).exists()}
+    assert [(path, name) for path, name in named if f"def {name}(" not in sources.get(path, "")] == []
+    assert len(named) > 50
 
 
 def test_the_map_of_contributing_is_right():

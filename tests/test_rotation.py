@@ -202,7 +202,7 @@ def test_index_out_of_range_is_named(table, mode):
     with pytest.raises(IndexError, match=r"indices\[401\] is 300"):
         table.embedding_bag([0] * 401 + [300], [0, 5, 400], mode)
     with pytest.raises(IndexError, match=r"indices\[2\] is -1"):
-        table[[0, 1, -1]]
+        table.gather([0, 1, -1])
 
 
 def test_pickle_and_copy(table):

@@ -163,6 +163,10 @@ def test_a_glob_that_matches_nothing_is_an_error(option):
     tensors = [make_tensor(f"{name}.weight") for name in ("user_emb", "item_emb", "linear")]
     said = refuse(*tensors, **{option: ["*", "usr_*"]})
     assert said.startswith(f"{option} 'usr_*' matches no tensor; nearest: user_emb.weight, ")
+    # What is meant may be there, but of a kind that cannot be read.
+    left_out = ("entry 'sparse' (sparse tensor; save its .to_dense())",)
+    for rules in ({option: ["sparse"]}, {"variants": {"sparse": Variant()}}):
+        assert refuse(*tensors, left_out=left_out, **rules).endswith(f"; left out: {left_out[0]}")
     with pytest.raises(TypeError, match=rf"{option} is 'user\*'; give a list of globs: \['user\*'\]"):
         Rules(**{option: "user*"})
 

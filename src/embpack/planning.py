@@ -254,7 +254,8 @@ def _choose_variants(
         best = choose([(each.sizes, each.errors) for each in measured], most_bytes, most_error)
         if best is None:
             raise ValueError(
-                f"max_loss is {max_loss}, but the least loss is {_least_loss(measured, square):.5f}; allow that much"
+                f"max_loss is {max_loss}, but the least loss is {_least_loss(measured, square):.5f}; allow that much, "
+                "or exclude some"
                 if max_bytes is None
                 else _explain_max_bytes(max_bytes, measured, float32_bytes)
             )

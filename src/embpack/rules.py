@@ -226,7 +226,7 @@ def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
     path = printable(checkpoint.path)
     if any(METADATA_KEY in shard.metadata for shard in checkpoint.shards):
         raise ValueError(f"{path}: is packed already; unpack it first with: embpack dequantize")
-    _check_rules(path, rules, [tensor.name for shard in checkpoint.shards for tensor in shard.tensors])
+    _check_rules(path, rules, checkpoint)
     folder, single = checkpoint.path.parent, checkpoint.index_name is None
     decisions = [
         rules.decide(tensor, checkpoint.path if single else folder / shard.file_name)
@@ -262,8 +262,12 @@ def _explain_none(rules: Rules, decisions: Sequence[Decision], left_out: Sequenc
     said += [f"convert to float32 what is a table: {_list_reasons(convert)}"] if convert else []
     if not said:
         said = [f"its tensors are {_list_reasons(others)}" if others else "it has no tensor that can be read"]
-    said += [f"left out: {list_names(left_out)}"] if left_out else []
-    return "; ".join(said)
+    return "; ".join([*said, *_say_left_out(left_out)])
+
+
+def _say_left_out(left_out: Sequence[str]) -> list[str]:
+    """Name what the file has beside tensors that can be read, if it has anything: that may be what is looked for."""
+    return [f"left out: {list_names(left_out)}"] if left_out else []
 
 
 def _is_other_float(decision: Decision) -> bool:
@@ -272,15 +276,20 @@ def _is_other_float(decision: Decision) -> bool:
     return dtype.startswith("F") and dtype not in PACKABLE_DTYPES and len(decision.tensor.shape) == 2
 
 
-def _check_rules(path: str, rules: Rules, names: Sequence[str]) -> None:
-    """Raise ValueError if globs or names match no tensor: somebody has mistyped them."""
+def _check_rules(path: str, rules: Rules, checkpoint: Checkpoint) -> None:
+    """Raise ValueError if globs or names match no tensor: somebody has mistyped them, or means what cannot be read."""
+    names = [tensor.name for shard in checkpoint.shards for tensor in shard.tensors]
+
+    def advise(wrong: str) -> str:
+        return "; ".join([suggest(wrong, names), *_say_left_out(checkpoint.left_out)])
+
     for option in ("include", "exclude"):
         for pattern in getattr(rules, option):
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"{path}: {option} {pattern!r} matches no tensor; {suggest(pattern, names)}")
+                raise ValueError(f"{path}: {option} {pattern!r} matches no tensor; {advise(pattern)}")
     for name in rules.variants:
         if name not in names:
-            raise ValueError(f"{path}: variants name {name!r}, but there is no such tensor; {suggest(name, names)}")
+            raise ValueError(f"{path}: variants name {name!r}, but there is no such tensor; {advise(name)}")
 
 
 def suggest(wrong: str, names: Sequence[str]) -> str:

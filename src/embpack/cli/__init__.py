@@ -52,7 +52,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             show.print_traceback(error)
         else:
-            show.print_error(str(error) or type(error).__name__)
+            show.print_error(show.explain(error))
         sys.exit(1)
     finally:
         signal.signal(signal.SIGPIPE, on_broken_pipe)

@@ -15,7 +15,8 @@ from embpack.chunks import span_rows
 from embpack.comparison.variants import make_variants
 from embpack.methods import Method
 from embpack.packing import pack
-from embpack.rows import as_rows, explain_not_finite, widen
+from embpack.rows import ROW_DTYPES, as_rows, explain_not_finite, widen
+from embpack.rules import explain_growth
 from embpack.table import PackedTable
 from embpack.text import printable
 from embpack.variant import Variant
@@ -36,6 +37,8 @@ class Comparison:
         loss: normalized l2 loss ||X - Q(X)|| / ||X|| over all rows that were measured.
         bytes_per_row: of everything that packing the whole table leaves, codebooks included, by its number of rows.
         share_of_float32: those bytes as a share of the row in float32.
+        is_smaller: whether the whole table takes fewer bytes than its weights, whatever their type; others are left as
+            they are by quantize.
         worst_row: number of the row with the largest loss of its own.
         worst_row_loss: that loss.
         row_losses: normalized l2 loss of single rows at QUANTILES. A row of zeros has no loss of its own and is left
@@ -52,6 +55,7 @@ class Comparison:
     loss: float
     bytes_per_row: float
     share_of_float32: float
+    is_smaller: bool
     worst_row: int
     worst_row_loss: float
     row_losses: tuple[float, ...]
@@ -200,6 +204,7 @@ def _describe(sample: Sample, table: PackedTable, variant: Variant, seconds: flo
     worst = int(of_rows[losses[of_rows].argmax()]) if of_rows.size else 0
     shown = np.quantile(losses[of_rows], QUANTILES) if of_rows.size else np.zeros(len(QUANTILES))
     shared = 0 if table.codebooks is None else table.codebooks.nbytes
+    before = sample.num_embeddings * rows.shape[1] * ROW_DTYPES[sample.dtype].itemsize
     bytes_per_row = (table.nbytes - shared) / len(rows) + shared / sample.num_embeddings
     return Comparison(
         table=sample.name,
@@ -211,6 +216,7 @@ def _describe(sample: Sample, table: PackedTable, variant: Variant, seconds: flo
         loss=table.loss,
         bytes_per_row=bytes_per_row,
         share_of_float32=bytes_per_row / (4 * rows.shape[1]),
+        is_smaller=explain_growth(before, variant, sample.num_embeddings, rows.shape[1]) is None,
         worst_row=int(sample.numbers[worst]),
         worst_row_loss=float(losses[worst]) if of_rows.size else 0.0,
         row_losses=tuple(map(float, shown)),

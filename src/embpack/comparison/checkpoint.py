@@ -16,7 +16,7 @@ from embpack.comparison.front import find_front
 from embpack.formats import SourceTensor
 from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.layouts import RowFormat
-from embpack.rows import spread_rows
+from embpack.rows import ROW_DTYPES, spread_rows
 from embpack.rules import Decision
 from embpack.text import quote
 from embpack.variant import Variant
@@ -94,7 +94,7 @@ class FileComparison:
     def recommended(self) -> Comparison | None:
         """The way for a user who names no size: the least loss in about the bytes that quantize's defaults take.
 
-        If nothing that small was measured, the smallest; None if nothing is smaller than float32.
+        If nothing that small was measured, the smallest; None if nothing is smaller than the weights.
         """
         front = self.front
         fitting = [result for result in front if result.bytes_per_row <= ABOUT * self.default_bytes]
@@ -190,7 +190,8 @@ def _sum(tables: Sequence[TableComparison], results: Sequence[Comparison]) -> To
     errors = [result.loss**2 * square for result, square in zip(results, squares, strict=True)]
     rows = [table.num_embeddings for table in tables]
     packed = sum(result.bytes_per_row * n for result, n in zip(results, rows, strict=True))
-    plain = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
+    values = [table.num_embeddings * table.embedding_dim for table in tables]
+    before = sum(n * ROW_DTYPES[table.dtype].itemsize for n, table in zip(values, tables, strict=True))
     worst = max(results, key=lambda result: result.worst_row_loss)
     layouts = dict.fromkeys(result.layout for result in results)
     return Total(
@@ -202,7 +203,8 @@ def _sum(tables: Sequence[TableComparison], results: Sequence[Comparison]) -> To
         layout=", ".join(layouts),
         loss=math.sqrt(sum(errors) / sum(squares)) if sum(squares) else 0.0,
         bytes_per_row=packed / sum(rows),
-        share_of_float32=packed / plain,
+        share_of_float32=packed / (4 * sum(values)),
+        is_smaller=packed < before,
         worst_row=worst.worst_row,
         worst_row_loss=worst.worst_row_loss,
         row_losses=(),

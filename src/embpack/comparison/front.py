@@ -15,7 +15,7 @@ _LEAST_GAIN = 1.01
 
 
 def find_front(results: Sequence[Result]) -> list[Result]:
-    """Find the Pareto front: the results that are smaller than float32 and that no other beats.
+    """Find the Pareto front: the results that are smaller than the weights and that no other beats.
 
     A result beats another if it has fewer bytes and no more loss, or less loss and no more bytes; of equal ones the
     first counts. Results of rotated rows are left out unless they lose 1 % less than the same without rotation. The
@@ -27,7 +27,7 @@ def find_front(results: Sequence[Result]) -> list[Result]:
         unrotated = plain.get(replace(result.variant, rotate=None), math.inf)
         if result.rotate is not None and unrotated < _LEAST_GAIN * result.loss:
             continue
-        if result.share_of_float32 < 1 and (not front or result.loss < front[-1].loss):
+        if result.is_smaller and (not front or result.loss < front[-1].loss):
             front.append(result)
     return front
 

@@ -137,7 +137,7 @@ def _find_kind(source: SourceFile, field: pa.Field, chunks: list[ColumnChunk]) -
     if tag not in VECTOR_DTYPES:
         return str(dtype)
     if shape is None:
-        return f"{dtype}, of several lengths; only vectors of one length are read"
+        return f"{dtype}, of several lengths, or some are null; only vectors of one length are read"
     if math.prod(shape) > MOST_LIST_VALUES:
         return (
             f"{dtype}, {math.prod(shape)} values a row; at most {MOST_LIST_VALUES} are read, a row is in memory whole"
@@ -151,7 +151,9 @@ def _find_length(chunks: list[ColumnChunk]) -> tuple[int] | None:
     if len(lengths) != 1:
         return None if lengths else (0,)
     [(length, rest)] = lengths
-    return None if rest else (length,)
+    # A list that is null or empty counts as one value, and as a null: so lists of one may be no lists of one.
+    is_one = length == 1 and any(chunk.null_count != 0 for chunk in chunks)
+    return None if rest or is_one else (length,)
 
 
 def _has_nulls(source: SourceFile, name: str, chunks: list[ColumnChunk]) -> bool:

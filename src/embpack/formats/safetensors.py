@@ -95,7 +95,9 @@ def _read_length(source: SourceFile) -> int:
 def _sort_entries(path: Path, header: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Return the tensors' entries in the order in which they lie in the file."""
     for name, entry in header.items():
-        known = _is_text(name) and isinstance(entry, dict) and _is_text(entry.get("dtype"))
+        if not is_utf8(name):
+            raise FormatError(f"{path}: tensor {name!r} has a name that is not Unicode; rename it and save again")
+        known = isinstance(entry, dict) and _is_text(entry.get("dtype"))
         sizes = known and all(_are_sizes(entry.get(key)) for key in ("shape", "data_offsets"))
         if not sizes or len(entry["data_offsets"]) != 2:
             raise FormatError(f"{path}: the header's entry of tensor {name!r} is damaged: {entry!r:.200}")
