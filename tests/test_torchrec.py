@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 
     from embpack import fbgemm
     from embpack import torchrec as bridge
-    from embpack.torch import PackedEmbeddingBag, quantize_
+    from embpack.torch import PackedEmbeddingBag, PackedEmbeddingBagCollection, quantize_
 
 from test_fbgemm import group_bound, random_bags  # after TorchRec: it is skipped without
 
@@ -569,3 +569,13 @@ def test_a_missing_package_names_the_extra(package):
         "embpack.errors.MissingExtraError: embpack.torchrec needs TorchRec (pip install --no-deps torchrec==1.9.2) and "
         "what it runs on: pip install 'embpack[torchrec]'"
     )
+
+
+@pytest.mark.parametrize("pack", [bridge.quantize, PackedEmbeddingBagCollection.from_float])
+def test_a_table_of_which_rows_are_lost_is_named(rng, pack):
+    weight = rng.standard_normal((40, 16), np.float32) * np.float32(1e-8)
+    config = EmbeddingBagConfig(name="tiny", num_embeddings=40, embedding_dim=16, feature_names=["f"])
+    collection = EmbeddingBagCollection(tables=[config])
+    collection.embedding_bags["tiny"].weight.data = torch.from_numpy(weight)
+    with pytest.warns(UserWarning, match="table 'tiny': 40 of its rows come back no better than zeros"):
+        pack(collection)

@@ -12,6 +12,7 @@ from embpack.methods import DEFAULT_METHOD, Method, Packer, measure_loss
 from embpack.methods.base import OnRows, Sums, find_warning
 from embpack.rows import as_rows
 from embpack.table import PackedTable
+from embpack.text import printable
 from embpack.variant import Variant
 
 
@@ -56,9 +57,14 @@ def quantize(
     Source: Guan et al. 2019; with method="asym" at 4 bits the bytes of
     torch.ops.quantized.embedding_bag_4bit_prepack.
     """
-    table, warning = pack(weight, Variant(method, bits, param_dtype, rotate), error_weights)
+    return pack_and_warn(weight, Variant(method, bits, param_dtype, rotate), "weight", error_weights)
+
+
+def pack_and_warn(weight: Any, variant: Variant, name: str, error_weights: Any = None) -> PackedTable:
+    """Do what quantize does for a caller of its own, given one value for how to pack and what warnings call it."""
+    table, warning = pack(weight, variant, error_weights)
     if warning is not None:
-        warnings.warn(f"weight: {warning}", stacklevel=2)
+        warnings.warn(f"{printable(name)}: {warning}", stacklevel=3)
     return table
 
 

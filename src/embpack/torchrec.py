@@ -17,8 +17,9 @@ from typing import Any
 from embpack.errors import MissingExtraError, kind_of, naming
 from embpack.layouts import LAYOUTS
 from embpack.methods import DEFAULT_METHOD, Method, parse_method
-from embpack.packing import quantize as quantize_table
+from embpack.packing import pack_and_warn
 from embpack.table import PackedTable
+from embpack.variant import Variant
 
 try:
     import torch
@@ -189,7 +190,7 @@ def _read_collection(collection: Any) -> tuple[list[Any], Any]:
 def _quantize_table(weight: torch.Tensor, method: Method, bits: int, name: str) -> PackedTable:
     with naming(f"table {name!r}"):
         try:
-            return quantize_table(weight, method, bits, "float16")
+            return pack_and_warn(weight, Variant(method, bits, "float16"), f"table {name!r}")
         except ValueError as error:
             if "param_dtype=" not in str(error):
                 raise

@@ -10,11 +10,13 @@ from torch.fx import Proxy
 from embpack.bags import check_weighted
 from embpack.errors import kind_of, naming
 from embpack.methods import DEFAULT_METHOD, Method
+from embpack.packing import pack_and_warn
 from embpack.table import PackedTable
 from embpack.torch.arguments import call_as_leaf, check_tensors, flatten_nested
 from embpack.torch.collection_ops import TableUse, describe_tables
-from embpack.torch.modules import PackedEmbeddingBag
+from embpack.torch.modules import PackedEmbeddingBag, check_supported
 from embpack.torch.private import buffers_of
+from embpack.variant import Variant
 
 
 class PackedEmbeddingBagCollection(nn.Module):
@@ -110,10 +112,12 @@ class PackedEmbeddingBagCollection(nn.Module):
             method: as embpack.quantize takes it.
             **options: others that embpack.quantize takes: bits, param_dtype, rotate.
         """
-        packed = {}
+        packed, variant = {}, Variant(method, **options)
         for name, bag in collection.embedding_bags.items():
             with naming(f"table {name!r}"):
-                packed[name] = PackedEmbeddingBag.from_float(bag, method, **options)
+                check_supported(bag, "the module")
+                table = pack_and_warn(bag.weight.detach(), variant, f"table {name!r}")
+            packed[name] = PackedEmbeddingBag.like(bag, table)
         return cls.like(collection, packed)
 
     @classmethod
