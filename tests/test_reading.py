@@ -1358,9 +1358,9 @@ def test_parquet_tensors_of_more_dimensions(tmp_path):
             [[1, 2], [3], [4, 5, 6], [7, 8]],
             "has 1 values in row 1, and on average 2; only vectors of one length are read",
         ),
-        ([[1], [2], [3], None], "is null in row 3; drop such rows or fill them"),
+        ([[1, 2], [3, 4], None, [5, 6, 7]], "is null in row 2; drop such rows or fill them"),
         ([[1, 2], [3, None]], r"is null at \[1, 1\]; drop such rows or fill them"),
-        ([[1], [2], []], "has 0 values in row 2, and on average 1; only vectors"),
+        ([[1, 2], [3, 4, 5], []], "has 3 values in row 1, and on average 2; only vectors"),
     ],
 )
 def test_parquet_lists_that_only_look_as_if_of_one_length(tmp_path, rows, message):

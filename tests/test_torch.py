@@ -113,13 +113,6 @@ def test_weights_get_their_gradients(square, padding_idx):
     assert not any(parameter.requires_grad for parameter in packed.parameters())
 
 
-def test_indices_after_the_last_offset_have_no_gradient():
-    packed = PackedEmbeddingBag.from_table(make_table(), mode="sum", include_last_offset=True)
-    weights = torch.ones(6, requires_grad=True)
-    packed(torch.arange(6), torch.tensor([0, 2, 4]), weights).sum().backward()
-    assert (weights.grad[:4] != 0).all() and (weights.grad[4:] == 0).all()
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_operators_pass_opcheck(method):
     module = PackedEmbeddingBag.from_table(make_table(method))

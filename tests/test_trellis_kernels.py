@@ -65,8 +65,8 @@ def check(rows, row_format, parameters, wanted=None):
     assert len(sums) == -(-len(rows) // 64)
     wide = values.astype(np.float64)
     difference = values - trellis.decode(wanted, row_format, parameters)
-    np.testing.assert_allclose(sum(error for error, _ in sums), np.square(difference, dtype=np.float64).sum(), 1e-12)
-    np.testing.assert_allclose(sum(norm for _, norm in sums), np.square(wide).sum(), 1e-12)
+    np.testing.assert_allclose(sum(span[0] for span in sums), np.square(difference, dtype=np.float64).sum(), 1e-12)
+    np.testing.assert_allclose(sum(span[1] for span in sums), np.square(wide).sum(), 1e-12)
     return sums
 
 

@@ -132,7 +132,7 @@ def pack(
             save_file({name: tables[name]}, src / file_name, metadata={"format": "pt"})
         (src / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     how = {"method": method, "bits": bits, "param_dtype": param_dtype, "rotate": rotation}
-    embpack.quantize_file(src, dst, include=["*"], exclude=["bias"], **how)
+    embpack.quantize_file(src, dst, include=[*tables], **how)
     return dst
 
 
