@@ -353,6 +353,11 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         "a.npy: not a zip file that can be read, or damaged: Bad CRC-32",
     ),
     "npz-deflate": ("a.npz", _deflated_npz(), "a.npy: not a zip file that can be read, or damaged"),
+    "npz-name": (
+        "a.npz",
+        _npz_bytes({"\xe9.npy": _NPY}).replace("\xe9".encode(), b"\xff\xff"),
+        "not a zip file that can be read, or damaged: 'utf-8' codec can't decode",
+    ),
     "parquet-garbage": ("a.parquet", b"x" * 100, "not a Parquet file, or damaged"),
     "parquet-page": ("a.parquet", _corrupt_parquet(), "not a Parquet file, or damaged"),
 }

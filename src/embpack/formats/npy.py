@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -183,8 +184,8 @@ def _explain_damage(where: str) -> Iterator[None]:
         yield
     except FormatError:
         raise
-    # RuntimeError: encrypted, or compressed in a way that is not known here.
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    # RuntimeError: encrypted, or compressed in a way that is not known here. The last two: a damaged directory.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeDecodeError, struct.error) as error:
         raise FormatError(f"{where}: not a zip file that can be read, or damaged: {error}") from error
 
 
