@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../kernels.h"
+#include "x86_overflow-inl.h"
 
 namespace embpack::EMBPACK_ISA {
 namespace {
@@ -64,19 +65,6 @@ inline void store_f16(uint16_t* p, F32x16 x) {
 }
 inline F32x16 round_f16(F32x16 x) {
     return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
-
-// The CPU notes when a conversion to float16, or arithmetic, makes infinity of finite values. What is stored before the
-// question is asked has been computed: memory may not be touched across it.
-constexpr bool notes_overflow = true;
-inline void forget_overflow() {
-    asm volatile("" : : : "memory");
-    if (_mm_getcsr() & _MM_EXCEPT_OVERFLOW) _mm_setcsr(_mm_getcsr() & ~static_cast<unsigned>(_MM_EXCEPT_OVERFLOW));
-    asm volatile("" : : : "memory");
-}
-inline bool has_noted_overflow() {
-    asm volatile("" : : : "memory");
-    return _mm_getcsr() & _MM_EXCEPT_OVERFLOW;
 }
 
 inline F32x16 add(F32x16 a, F32x16 b) { return _mm512_add_ps(a, b); }
