@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.comparison.array import Comparison, Sample
-from embpack.comparison.checkpoint import ABOUT, TableComparison, compare_sample, compare_table
-from embpack.comparison.front import find_front
+from embpack.comparison.checkpoint import TableComparison, compare_sample, compare_table
+from embpack.comparison.front import ABOUT, find_front
 from embpack.convert import check_max_loss
 from embpack.errors import naming
 from embpack.formats import open_checkpoint

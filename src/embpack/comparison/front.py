@@ -10,7 +10,8 @@ from embpack.readers import READERS
 
 Result = TypeVar("Result", bound=Comparison)
 
-
+# Sizes within 1 % count as equal, to allow for shared codebooks.
+ABOUT = 1.01
 # A rotation counts only if the loss without it is at least so many times as large: lookups have to undo it.
 _LEAST_GAIN = 1.01
 
