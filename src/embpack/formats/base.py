@@ -178,6 +178,11 @@ class Checkpoint:
     index_name: str | None = None
     left_out: tuple[str, ...] = ()
 
+    @property
+    def tensors(self) -> list[SourceTensor]:
+        """All tensors, in file order."""
+        return [tensor for shard in self.shards for tensor in shard.tensors]
+
 
 def find_repeated(names: Iterable[str]) -> str | None:
     """Return the first name that was there before; None if all differ."""
