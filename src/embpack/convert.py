@@ -103,6 +103,7 @@ def quantize_file(
             suffix; a value is NaN or infinite, or a parameter overflows; there is no such method, bits, rotation or
             reader; a reader cannot read a table that is packed so (the message says what would do);
             max_loss is not positive and finite.
+        LossLimitError: tables lose more than max_loss; a ValueError that has their names and losses.
         OSError: dst cannot be written.
     """
     rules = Rules(include, exclude, Variant(method, bits, param_dtype, rotate), variants or {}, readable_by)
