@@ -324,7 +324,7 @@ def test_threads(embpack_command, tmp_path, model, restore_threads):
         (["--bits", "four"], "Invalid value for '--bits'"),
         (["--param-dtype", "float64"], "'float64'; choose float16 or float32"),
         (["--param-dtype", "float16", "--method", "trellis"], "param_dtype is 'float16'; the trellis layout has"),
-        (["--auto", "--max-bytes", "much"], "'much'; give bytes, a size such as '2 GB', or a share of float32"),
+        (["--auto", "--max-bytes", "much"], "'much' is no size; give bytes, 1e5, or a size such as"),
         (["--auto", "--max-bytes", "1 MB", "--max-loss", "1"], "does not go with --max-loss; give one of them"),
         (["--max-loss", "0"], "0.0; give a positive, finite number"),
         (["--max-loss", "nan"], "nan; give a positive, finite number"),
