@@ -1,10 +1,8 @@
 """Which method and how many bits each table of a model gets: the least error in the bytes that there are."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -23,6 +21,7 @@ from embpack.layouts import LAYOUTS, RowFormat
 from embpack.rows import as_rows, spread_rows
 from embpack.rules import Decision, Rules, decide_all, list_names, match_names, suggest
 from embpack.selection import list_ways, select_variants
+from embpack.sizes import parse_size
 from embpack.text import printable
 from embpack.variant import Variant
 
@@ -34,7 +33,6 @@ SAMPLE_ROWS = 20_000
 MOST_SUMS = 1 << 14
 # Larger ones are taken for a mistake, or mean no limit, and their squares and sums might overflow.
 _MOST_COUNT, _MOST_LOSS = 1e18, 1e9
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,8 @@ def plan(
 
     Args:
         src: a checkpoint that quantize_file reads; or weights by name, as quantize takes them.
-        max_bytes: of all packed tables: a number, "2 GB", or a share of their size in float32, "12.5 %".
+        max_bytes: of all packed tables, as parse_size reads it: a number, "2 GB", "100 KiB", or a share of their size
+            in float32, "12.5 %".
         max_loss: the normalized l2 loss over all tables.
         variants: the ways to pack a table that are measured; embpack.selection.select_variants lists some, such as
             those at 4 bits.
@@ -258,7 +257,8 @@ def _choose_variants(
     if max_bytes is None and max_loss is None:
         chosen = [_choose_alone(each) for each in measured]
     else:
-        most_bytes = None if max_bytes is None else parse_size(max_bytes, float32_bytes)
+        with naming("max_bytes"):
+            most_bytes = None if max_bytes is None else parse_size(max_bytes, float32_bytes)
         most_error = None if max_loss is None else min(max_loss, _MOST_LOSS) ** 2 * square
         best = choose([(each.sizes, each.errors) for each in measured], most_bytes, most_error)
         if best is None:
@@ -312,19 +312,6 @@ def _explain_max_bytes(max_bytes: int | str, measured: Sequence[_Measured], floa
 def _least_loss(measured: Sequence[_Measured], square: float) -> float:
     """The least loss that there is, rounded up so that it can be kept."""
     return math.ceil(1e5 * math.sqrt(sum(min(each.errors) for each in measured) / square)) / 1e5
-
-
-def parse_size(size: int | str, whole: int) -> int:
-    """Read a number of bytes, "2 GB", or a share of a whole, "12.5 %".
-
-    Raises:
-        ValueError: it is something else.
-    """
-    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Z]*|%)\s*", str(size).upper())
-    if not match or (match[2] not in _UNITS and match[2] != "%"):
-        raise ValueError(f"max_bytes is {size!r}; give bytes, a size such as '2 GB', or a share of float32, '12.5 %'")
-    number = Fraction(match[1])
-    return int(whole * number / 100 if match[2] == "%" else number * _UNITS[match[2]])
 
 
 def choose(
