@@ -15,7 +15,7 @@ from embpack.convert import Report, check_destination, check_max_loss, pack_chec
 from embpack.formats import open_checkpoint
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
-from embpack.planning import SAMPLE_ROWS, VARIANTS, Plan, check_counts, plan_decided
+from embpack.planning import VARIANTS, Plan, check_counts, count_work, plan_checkpoint
 from embpack.rules import Decision, Rules, decide_all
 from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
