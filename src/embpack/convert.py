@@ -53,6 +53,7 @@ def quantize_file(
     max_loss: float | None = None,
     rotate: str | None = None,
     variants: Mapping[str, Variant] | None = None,
+    readable_by: Sequence[str] = (),
     force: bool = False,
     progress: Progress = lambda name, rows: None,
 ) -> Report:
@@ -73,7 +74,9 @@ def quantize_file(
         max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit. All
             tables are packed before one that has a larger loss is refused, so that all of those are named.
         rotate: as quantize takes it.
-        variants: by name, how tables are packed that have a variant of their own, as embpack.plan(...).variants.
+        variants: by name or glob, how tables are packed that have a variant of their own, as embpack.plan(...).variants
+            or {"user_*": Variant("trellis", 3.5)}; of several that match, the last counts.
+        readable_by: names in embpack.readers.READERS, all of which are to read the packed rows as they are.
         force: write to dst though embpack did not write what is there. A file is replaced; of a folder what has the
             name of a new file, and other files stay.
         progress: called with a table's name and a number of rows as they are done.
@@ -84,12 +87,13 @@ def quantize_file(
         FormatError: src is damaged, or was changed, replaced or deleted while it was read.
         TypeError: a glob, or max_loss, is of another type.
         ValueError: no tensor is a table; a glob or a name in variants matches nothing; dst is src or has the wrong
-            suffix; a value is NaN or infinite, or a parameter overflows; there is no such method, bits or rotation;
+            suffix; a value is NaN or infinite, or a parameter overflows; there is no such method, bits, rotation or
+            reader; a reader cannot read a table that is packed so (the message says what would do);
             max_loss is not positive and finite.
         LossLimitError: tables lose more than max_loss; a ValueError that has their names and losses.
         OSError: dst cannot be written.
     """
-    rules = Rules(include, exclude, Variant(method, bits, param_dtype, rotate), variants or {})
+    rules = Rules(include, exclude, Variant(method, bits, param_dtype, rotate), variants or {}, readable_by)
     with open_checkpoint(src) as checkpoint:
         decisions = decide_all(checkpoint, rules)
         return pack_checkpoint(checkpoint, decisions, dst, max_loss=max_loss, force=force, progress=progress)

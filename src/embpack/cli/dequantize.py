@@ -43,7 +43,9 @@ def dequantize(
         show.print_json({"tables": [dataclasses.asdict(table) for table in tables]})
         return
     columns = ["table", "type", "rows", "dim", "before", "after"]
-    shown = show.start_table(f"Unpacked into {dst}", columns, text_columns=2)
+    shown = show.start_table(
+        f"Unpacked into {dst}", columns, text_columns=2, things="tables", drop=("dim", "type", "before")
+    )
     for table in tables:
         shown.add_row(
             table.name,

@@ -15,8 +15,9 @@ from embpack.convert import Report, check_destination, check_max_loss, pack_chec
 from embpack.formats import open_checkpoint
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
-from embpack.planning import SAMPLE_ROWS, VARIANTS, Plan, check_counts, parse_size, plan_decided
+from embpack.planning import SAMPLE_ROWS, VARIANTS, Plan, check_counts, plan_decided
 from embpack.rules import Decision, Rules, decide_all
+from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
 from embpack.variant import Variant, parse_bits
 
@@ -52,10 +53,8 @@ def _check_max_bytes(max_bytes: str | None) -> str | None:
     if max_bytes is not None:
         try:
             parse_size(max_bytes, 1)
-        except ValueError:
-            raise typer.BadParameter(
-                f"{max_bytes!r}; give bytes, a size such as '2 GB', or a share of float32, '12.5 %'"
-            ) from None
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
     return max_bytes
 
 

@@ -192,6 +192,11 @@ class Checkpoint:
         """Where its files lie in the folder."""
         return Path() if self.folder is None else self.path.parent.relative_to(self.folder)
 
+    @property
+    def tensors(self) -> list[SourceTensor]:
+        """All tensors, in file order."""
+        return [tensor for shard in self.shards for tensor in shard.tensors]
+
 
 def find_repeated(names: Iterable[str]) -> str | None:
     """Return the first name that was there before; None if all differ."""
