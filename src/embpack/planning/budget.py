@@ -1,7 +1,6 @@
 """How many bytes a packed checkpoint takes, before any row is packed."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -57,4 +56,4 @@ class Budget:
 
 
 def _write(decision: Decision) -> TableWriter:
-    return TableWriter(decision, math.inf, lambda name, rows: None)
+    return TableWriter(decision, lambda name, rows: None)

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from embpack.convert import check_max_loss
 from embpack.errors import naming
 from embpack.formats import Checkpoint, Shard, SourceTensor, open_checkpoint
-from embpack.layouts import ROTATIONS
-from embpack.methods import DEFAULT_METHOD
 from embpack.planning.budget import Budget
 from embpack.planning.candidates import LEVELS, Candidate, Candidates, count_rows
 from embpack.planning.counts import check_counts
@@ -22,17 +20,13 @@ from embpack.planning.plan import Plan
 from embpack.planning.planned import Better, PlannedTable
 from embpack.planning.rounds import Choice, Rounds
 from embpack.rows import as_rows
-from embpack.rules import PACKABLE_DTYPES, Decision, Rules, decide_all
+from embpack.rules import PACKABLE_DTYPES, Decision, Rules, decide_all, match_names
+from embpack.selection import list_ways, select_variants
 from embpack.sizes import parse_size, write_size
 from embpack.variant import Variant
 
 # The variants that are measured by default.
-VARIANTS = tuple(
-    Variant(method, bits, rotate=rotate)
-    for method, each in ((DEFAULT_METHOD, (2, 4, 8)), ("kmeans", (2, 4)), ("trellis", (2, 2.5, 3, 3.5, 4, 5, 6, 7)))
-    for bits in each
-    for rotate in (None, *ROTATIONS)
-)
+VARIANTS = tuple(select_variants())
 # How many variants of a table are expected to be measured on each level but the first.
 _EXPECTED = (3, 1)
 
@@ -47,6 +41,8 @@ def plan(
     variants: Sequence[Variant] = VARIANTS,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    chosen: Mapping[str, Variant] | None = None,
+    readable_by: Sequence[str] = (),
     access_counts: Mapping[str, float] | None = None,
     progress: Progress = lambda name, rows: None,
 ) -> Plan:
@@ -66,9 +62,13 @@ def plan(
             of what is read, "12.5 %". It is the file that quantize_file writes of src, of one in shards all of them
             together; of weights the file that save writes. A share is of the files of src, or of the weights.
         max_loss: the normalized l2 loss over all tables.
-        variants: the ways to pack a table that are measured.
+        variants: the ways to pack a table that are measured; embpack.selection.select_variants lists some, such as
+            those at 4 bits.
         include: globs of tensor names, as quantize_file takes them.
         exclude: the same, of those never to pack.
+        chosen: by name or glob, as quantize_file takes variants, how tables are packed for which there is nothing to
+            choose; their bytes and errors count.
+        readable_by: names in embpack.readers.READERS: only ways are chosen that all of these read as they are.
         access_counts: how often rows of each table are looked up, by the table's name, in all of its rows and all in
             the same time: of every table, or of none. A row's error counts this divided by the table's number of rows.
             None: each row counts 1.
@@ -79,23 +79,27 @@ def plan(
         FormatError: src is damaged.
         ValueError: no tensor is a table; a value is NaN or infinite; max_bytes or max_loss is no size or loss, or
             cannot be kept (the message says what can), or both are given; a glob matches nothing, or src is weights,
-            among which they do not choose; access_counts name something that is no table, or not every table, or are
+            among which they do not choose; there is no such reader, or a table in no way that all of them read;
+            access_counts name something that is no table, or not every table, or are
             not finite, or are negative or all 0; there are no weights or no variants.
         TypeError: a weight, a glob or a count is of another type.
     """
     limits: dict[str, Any] = {"max_bytes": max_bytes, "max_loss": max_loss, "access_counts": access_counts}
-    limits |= {"variants": variants, "progress": progress}
+    limits |= {"variants": variants, "readable_by": readable_by, "progress": progress}
     if not isinstance(src, Mapping):
         _check(max_bytes, max_loss, variants)
         with open_checkpoint(Path(src)) as checkpoint:
-            return plan_checkpoint(checkpoint, decide_all(checkpoint, Rules(include, exclude)), **limits)
+            return plan_checkpoint(checkpoint, decide_all(checkpoint, Rules(include, exclude, variants=chosen or {})), **limits)
     if include or exclude:
         raise ValueError("include and exclude choose among tensors of a checkpoint; leave weights out of src instead")
     if not src:
         raise ValueError("src has no weights; give at least one")
     tensors = tuple(_as_tensor(name, weight) for name, weight in src.items())
     shard = Shard("", sum(tensor.nbytes for tensor in tensors), tensors)
-    decisions = [Decision(tensor, Variant(), "given") for tensor in tensors]
+    own = {name: variant for pattern, variant in (chosen or {}).items() for name in match_names(pattern, src)}
+    decisions = [
+        Decision(each, own.get(each.name, Variant()), "given", is_chosen=each.name in own) for each in tensors
+    ]
     return plan_checkpoint(Checkpoint(Path(), (shard,)), decisions, **limits)
 
 
@@ -106,10 +110,11 @@ def plan_checkpoint(
     max_bytes: int | str | None = None,
     max_loss: float | None = None,
     variants: Sequence[Variant] = VARIANTS,
+    readable_by: Sequence[str] = (),
     access_counts: Mapping[str, float] | None = None,
     progress: Progress = lambda name, rows: None,
 ) -> Plan:
-    """Do what plan does, for an open checkpoint and what was decided on its tensors (rules.decide_all)."""
+    """Do what plan does, for an open checkpoint and what was decided on its tensors; is_chosen ones have one way."""
     _check(max_bytes, max_loss, variants)
     decided = [each for each in decisions if each.variant]
     counts = access_counts or {}
@@ -118,12 +123,14 @@ def plan_checkpoint(
         read = sum(shard.num_bytes for shard in checkpoint.shards)
         most = None if max_bytes is None else parse_size(max_bytes, read)
     budget = Budget.make(checkpoint, decisions)
-    with _metered(progress, {each.tensor.name: count_work(*each.tensor.shape, len(variants)) for each in decided}) as tell:
+    ways = {each.tensor.name: _list_ways(each, variants, readable_by) for each in decided}
+    work = {each.tensor.name: count_work(each, len(ways[each.tensor.name])) for each in decided}
+    with _metered(progress, work) as tell:
         tables = []
         for each in decided:
             weight = counts[each.tensor.name] / each.tensor.shape[0] if counts else 1.0
             tables.append(Candidates.read(each, weight, tell))
-            tables[-1].start(variants, budget)
+            tables[-1].start(ways[each.tensor.name], budget)
         rounds = Rounds(tables, None if most is None else most - budget.fixed, max_loss)
         choices, is_kept = rounds.settle()
     if not is_kept and max_bytes is not None:
@@ -160,9 +167,16 @@ def _iter_rows(rows: NDArray[Any], start: int, stop: int, n: int) -> Iterator[ND
     return (rows[at : min(at + n, stop)] for at in range(start, stop, n))
 
 
-def count_work(num_embeddings: int, embedding_dim: int, num_variants: int) -> int:
+def _list_ways(decision: Decision, variants: Sequence[Variant], readers: Sequence[str]) -> Sequence[Variant]:
+    with naming(decision.place):
+        chosen = decision.variant if decision.is_chosen else None
+        return list_ways(decision.tensor.shape[1], variants, chosen, readers)
+
+
+def count_work(decision: Decision, num_variants: int) -> int:
     """Count the rows that planning tells progress of a table."""
-    first, *others = (count_rows(num_embeddings, embedding_dim, level) for level in range(len(LEVELS)))
+    first, *others = (count_rows(*decision.tensor.shape, level) for level in range(len(LEVELS)))
+    num_variants = 1 if decision.is_chosen else num_variants
     return num_variants * first + sum(times * rows for times, rows in zip(_EXPECTED, others, strict=True))
 
 
