@@ -109,7 +109,7 @@ def test_a_checkpoint_is_opened_once(tmp_path, monkeypatch, embpack_command, mod
         opened.append(path)
         return formats.open_checkpoint(path)
 
-    for module in ("cli.quantize", "convert", "planning"):
+    for module in ("cli.quantize", "convert", "planning.planner"):
         monkeypatch.setattr(f"embpack.{module}.open_checkpoint", open_once)
     code, _, _ = embpack_command("quantize", model, tmp_path / "p.safetensors", *options)
     assert code == 0 and opened == [model]

@@ -55,12 +55,14 @@ def describe_quantized(
         "tables": tables,
         "other_tensors": [{**_describe_tensor(d.tensor), "reason": d.reason} for d in decisions if not d.variant],
         "left_out": list(checkpoint.left_out),
+        "copied_files": list(checkpoint.companions),
         "totals": {
             **_sum(tables),
             "source_bytes": sum(shard.num_bytes for shard in checkpoint.shards),
             "destination_bytes": (
                 count_file_bytes(checkpoint, decisions) if report is None else report.file_bytes_after
             ),
+            "loss": None if report is None else report.loss,
             "sample_loss": None if plan is None else plan.loss,
             "seconds": None if report is None else report.seconds,
         },

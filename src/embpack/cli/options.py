@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from embpack.layouts import PARAM_BYTES, ROTATIONS
-from embpack.methods import DEFAULT_METHOD, parse_method
+from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
 from embpack.readers import check_reader
 from embpack.selection import select_variants
 from embpack.variant import Variant, parse_bits, parse_variant
@@ -77,11 +77,13 @@ def check_readers(readers: list[str] | None) -> list[str] | None:
 
 def read_setting(text: str) -> tuple[str, Variant]:
     """Read "user_*=trellis:bits=3.5": a glob, and how the tables are packed that it matches."""
-    match = re.fullmatch(r"(.+?)=([^=:]+(?::.*)?)", text, re.DOTALL)
-    if not match:
+    # Names of tensors may have equals signs, too.
+    signs = [found.start() for found in re.finditer("=", text)]
+    at = next((sign for sign in signs if text[sign + 1 :].partition(":")[0] in METHODS), signs[0] if signs else 0)
+    if not at:
         raise typer.BadParameter(f"{text!r}; give a glob of names and a method, 'user_*=trellis:bits=3.5'")
     try:
-        return match[1], parse_variant(match[2])
+        return text[:at], parse_variant(text[at + 1 :])
     except ValueError as error:
         raise typer.BadParameter(f"{text!r}: {error}") from None
 

@@ -10,11 +10,10 @@ import typer
 
 from embpack.cli import options, show
 from embpack.cli.json_output import describe_quantized
-from embpack.comparison.checkpoint import count_rows
 from embpack.convert import check_destination, check_max_loss, count_file_bytes, pack_checkpoint
-from embpack.formats import open_checkpoint
+from embpack.formats import Checkpoint, open_checkpoint
 from embpack.methods import DEFAULT_METHOD, METHODS
-from embpack.planning import SAMPLE_ROWS, Plan, check_counts, plan_decided
+from embpack.planning import Plan, check_counts, count_work, plan_checkpoint
 from embpack.readers import READERS
 from embpack.rules import Decision, Rules, decide_all
 from embpack.sizes import parse_size
@@ -50,15 +49,16 @@ def quantize(
     src: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint: .safetensors, a folder or index of sharded ones, .pt/.pth/.bin/.ckpt, .npy, .npz "
-            "or .parquet.",
+            help="A checkpoint: .safetensors, an index of sharded ones, a model's folder, .pt/.pth/.bin/.ckpt, .npy, "
+            ".npz or .parquet.",
             show_default=False,
         ),
     ],
     dst: Annotated[
         Path | None,
         typer.Argument(
-            help="A .safetensors file (for a sharded SRC a new or empty folder); it appears only once it is whole.",
+            help="A .safetensors file; for a folder or an index as SRC a folder, with the model's small files, too. It "
+            "replaces what embpack wrote there, once it is whole.",
             show_default=False,
         ),
     ] = None,
@@ -158,6 +158,13 @@ def quantize(
             callback=options.check_rotations,
         ),
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Write to DST though embpack did not write what is there; a folder keeps files of other names.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show which tensors would be packed, and why.")
     ] = False,
@@ -189,10 +196,11 @@ def quantize(
         set_num_threads(threads)
     with open_checkpoint(src) as checkpoint:
         if dst is not None and not dry_run:
-            check_destination(checkpoint, dst)
+            check_destination(checkpoint, dst, force=force)
         decisions, plan = decide_all(checkpoint, rules), None
         if auto:
-            plan = _plan_tables(decisions, max_bytes, max_loss, access_counts, variants, readers, quiet=as_json)
+            limits = max_bytes, max_loss, access_counts
+            plan = _plan_tables(checkpoint, decisions, *limits, variants, readers, quiet=as_json)
             # A table stays as it is, still, if its own way makes no row smaller.
             decisions = decide_all(checkpoint, replace(rules, variants=plan.variants, readable_by=readers))
         if dst is None or dry_run:
@@ -207,7 +215,7 @@ def quantize(
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
         limit = None if auto else max_loss
         with show.row_progress(totals, shown=not as_json) as progress:
-            report = pack_checkpoint(checkpoint, decisions, dst, max_loss=limit, progress=progress)
+            report = pack_checkpoint(checkpoint, decisions, dst, max_loss=limit, force=force, progress=progress)
     if as_json:
         show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, report))
     else:
@@ -226,6 +234,7 @@ def _check_together(auto: bool, max_bytes: str | None, max_loss: float | None, a
 
 
 def _plan_tables(
+    checkpoint: Checkpoint,
     decisions: Sequence[Decision],
     max_bytes: str | None,
     max_loss: float | None,
@@ -235,11 +244,19 @@ def _plan_tables(
     *,
     quiet: bool,
 ) -> Plan:
-    decided = [each for each in decisions if each.variant]
-    rows = {d.tensor.name: (1 if d.is_chosen else len(variants)) * count_rows(d, SAMPLE_ROWS) for d in decided}
-    counts = {} if access_counts is None else _read_counts(access_counts, list(rows))
+    rows = {each.tensor.name: count_work(each, len(variants)) for each in decisions if each.variant}
+    counts = None if access_counts is None else _read_counts(access_counts, list(rows))
     with show.row_progress(rows, shown=not quiet) as progress:
-        return plan_decided(decisions, max_bytes, max_loss, variants, counts, progress, readers)
+        return plan_checkpoint(
+            checkpoint,
+            decisions,
+            max_bytes=max_bytes,
+            max_loss=max_loss,
+            variants=variants,
+            readable_by=readers,
+            access_counts=counts,
+            progress=progress,
+        )
 
 
 def _read_counts(path: Path, tables: Sequence[str]) -> dict[str, float]:

@@ -288,6 +288,7 @@ def print_report(path: str, report: Report) -> None:
             output.print(f"{item.name}: {item.warning}", style="yellow")
     before, after = report.file_bytes_before, report.file_bytes_after
     copied = f", {count(len(report.passed_through), 'other tensor')} copied" if report.passed_through else ""
+    copied += f", {count(len(report.copied_files), 'other file')} copied" if report.copied_files else ""
     output.print(
         f"{size(before)} -> {size(after)} ({share(after, before)}) in {report.seconds:.1f} s{copied}",
         style="bold",
