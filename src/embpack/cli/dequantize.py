@@ -14,14 +14,14 @@ from embpack.files import open_packed
 def dequantize(
     src: Annotated[
         Path,
-        typer.Argument(help="What embpack quantize wrote: a file, or a folder of shards.", show_default=False),
+        typer.Argument(metavar="SRC", help="What embpack quantize wrote: a file, or a folder of shards."),
     ],
     dst: Annotated[
         Path,
         typer.Argument(
+            metavar="DST",
             help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin/.ckpt, .npy, .npz or "
             ".parquet; for a sharded SRC a new or empty folder.",
-            show_default=False,
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
