@@ -83,7 +83,9 @@ class Plan:
         path = Path(path)
         value = _read_value(path)
         if value.get("format") != _FORMAT:
-            raise FormatError(f"{path}: is no plan; make one: embpack quantize SRC --auto --save-plan {quote(str(path))}")
+            raise FormatError(
+                f"{path}: is no plan; make one: embpack quantize SRC --auto --save-plan {quote(str(path))}"
+            )
         if value.get("version") != FORMAT_VERSION:
             raise FormatError(
                 f"{path}: plan version {value.get('version')!r:.20}, but this embpack reads version {FORMAT_VERSION}; "

@@ -89,7 +89,9 @@ def plan(
     if not isinstance(src, Mapping):
         _check(max_bytes, max_loss, variants)
         with open_checkpoint(Path(src)) as checkpoint:
-            return plan_checkpoint(checkpoint, decide_all(checkpoint, Rules(include, exclude, variants=chosen or {})), **limits)
+            return plan_checkpoint(
+                checkpoint, decide_all(checkpoint, Rules(include, exclude, variants=chosen or {})), **limits
+            )
     if include or exclude:
         raise ValueError("include and exclude choose among tensors of a checkpoint; leave weights out of src instead")
     if not src:
@@ -98,9 +100,7 @@ def plan(
     shard = Shard("", sum(tensor.nbytes for tensor in tensors), tensors)
     checkpoint = Checkpoint(Path(), (shard,))
     own = name_variants("src", Rules(include=["*"], variants=chosen or {}), checkpoint)
-    decisions = [
-        Decision(each, own.get(each.name, Variant()), "given", is_chosen=each.name in own) for each in tensors
-    ]
+    decisions = [Decision(each, own.get(each.name, Variant()), "given", is_chosen=each.name in own) for each in tensors]
     return plan_checkpoint(checkpoint, decisions, **limits)
 
 
@@ -243,5 +243,9 @@ def _describe(table: Candidates, choice: Choice, total: float) -> PlannedTable:
 
 def _write_step(chosen: Candidate, better: Better) -> str:
     """Say in few words what more bytes would do; the method only if it is another."""
-    bits = f"{better.variant.bits} bits" if better.variant.spec == chosen.variant.spec else f"{better.variant.spec} {better.variant.bits}"
+    bits = (
+        f"{better.variant.bits} bits"
+        if better.variant.spec == chosen.variant.spec
+        else f"{better.variant.spec} {better.variant.bits}"
+    )
     return f"{bits}: {better.loss:.3g}, +{write_size(better.num_bytes - chosen.num_bytes)}"

@@ -76,7 +76,9 @@ class Rounds:
     def _choose(self, most_sums: int) -> tuple[list[Choice], bool]:
         fronts = [table.find_front() for table in self.tables]
         if self.max_bytes is None and self.max_loss is None:
-            return [Choice(front, _choose_alone(table, front)) for table, front in zip(self.tables, fronts, strict=True)], True
+            return [
+                Choice(front, _choose_alone(table, front)) for table, front in zip(self.tables, fronts, strict=True)
+            ], True
         options = [
             ([each.file_bytes for each in front], [table.error(each) for each in front])
             for table, front in zip(self.tables, fronts, strict=True)
