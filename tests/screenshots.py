@@ -1,101 +1,55 @@
-"""Pictures of what commands print, for people to look at: python -m tests.screenshots FOLDER [--columns 80].
+"""Photographs pages of embpack compare, to be looked at: python -m tests.screenshots FOLDER.
 
-Each is an SVG of a real terminal of that width, which was given the command.
+Each page, of 1, 3 and 200 tables, on a phone and on a screen, light and dark, with the first table unfolded and a mark
+in focus; and on paper, as PDF. Prints how long the page of 200 tables takes to open.
 """
 
 import argparse
-import fcntl
-import os
-import re
-import struct
-import subprocess
 import sys
-import termios
-import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.text import Text
-from safetensors.numpy import save_file
+sys.path.insert(0, str(Path(__file__).parent))
 
-FOLDER = "sparse_arch.embedding_bag_collection.embedding_bags."
-COMMANDS = {
-    "help": "--help",
-    "help-quantize": "quantize --help",
-    "help-compare": "compare --help",
-    "help-inspect": "inspect --help",
-    "quantize": "quantize model.safetensors packed.safetensors",
-    "quantize-auto": "quantize model.safetensors packed.safetensors --auto --dry-run",
-    "inspect": "inspect packed.safetensors",
-    "dequantize": "dequantize packed.safetensors plain.safetensors",
-    "compare": "compare model.safetensors --exclude *_[0-9]?.weight --rows 1000 --methods asym,optimal,trellis,kmeans",
-    "methods": "methods",
-    "methods-greedy": "methods greedy",
-    "wrong-method": "quantize model.safetensors packed.safetensors --method trelis",
-    "wrong-glob": "quantize model.safetensors packed.safetensors --include t_cat_1*",
-}
+from pages import SCHEMES, WIDTHS, make_comparison, open_browser
 
-
-def run_on_terminal(columns: int, command: list[str], folder: Path) -> list[bytes]:
-    """Run a command on a pseudo-terminal, and return what that got, ten times a second."""
-    leader, follower = os.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
-    environment |= {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdin=follower, stdout=follower, stderr=follower)
-    os.close(follower)
-    chunks = []
-    while True:
-        try:
-            chunks.append(os.read(leader, 1 << 16))
-        except OSError:  # the other end is closed
-            break
-        time.sleep(0.1)
-    process.wait()
-    return chunks
-
-
-def draw(text: str, columns: int, path: Path, title: str) -> None:
-    """Write a picture of lines that a terminal has got."""
-    console = Console(record=True, width=columns, file=Path(os.devnull).open("w"), force_terminal=True)
-    for line in text.splitlines():
-        console.print(Text.from_ansi(line), soft_wrap=True)
-    path.write_text(console.export_svg(title=title))
-
-
-def take_final(chunks: list[bytes]) -> str:
-    """What is left on the terminal: bars have been wiped out."""
-    text = b"".join(chunks).decode().replace("\r\n", "\n")
-    return re.sub(r"(?m)^.*\x1b\[2K", "", re.sub(r"\x1b\[\?25[lh]|\x1b\[\d*A", "", text).replace("\r", ""))
-
-
-def take_bars(chunks: list[bytes]) -> str:
-    """The bars in the middle of the work."""
-    frames = re.split(r"\r(?:\x1b\[2K(?:\x1b\[1A)?)+", b"".join(chunks).decode().replace("\r\n", "\n"))
-    bars = [frame for frame in frames if " tables" in frame and "━" in frame]
-    return bars[2 * len(bars) // 3] if bars else ""
+from embpack.comparison.report import make_page
 
 
 def main() -> None:
-    """Draw all of them."""
-    parser = argparse.ArgumentParser(prog="python -m tests.screenshots", description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--columns", type=int, default=80)
-    options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    names = [f"{FOLDER}t_cat_{i}.weight" for i in range(26)]
-    weights = {name: rng.standard_normal((500 * (1 + i % 7), 32), np.float32) for i, name in enumerate(names)}
-    with TemporaryDirectory() as folder:
-        save_file({**weights, "over_arch.weight": np.ones((4, 4), np.float32)}, Path(folder) / "model.safetensors")
-        for name, arguments in COMMANDS.items():
-            command = [sys.executable, "-m", "embpack", *arguments.split()]
-            chunks = run_on_terminal(options.columns, command, Path(folder))
-            draw(take_final(chunks), options.columns, options.folder / f"{name}.svg", f"embpack {arguments}")
-            if name == "quantize":
-                draw(take_bars(chunks), options.columns, options.folder / "bars.svg", f"embpack {arguments}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where to put the pictures")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_browser() as browser:
+        for count in (3, 200):
+            page = folder / f"{count}.html"
+            page.write_text(make_page(make_comparison(count)))
+            for width in WIDTHS:
+                for scheme in SCHEMES:
+                    _photograph(browser, page, width, scheme)
+            _print(browser, page)
+
+
+def _photograph(browser: Any, page: Path, width: int, scheme: str) -> None:
+    view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    view.goto(page.as_uri())
+    time = view.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+    print(f"{page.name} at {width} pixels, {scheme}: {page.stat().st_size:,} bytes, open in {time:.0f} ms")
+    if view.locator("summary").count():
+        view.locator("summary").first.click()
+    mark = view.locator("svg:visible .mark[tabindex='0']").first
+    mark.focus()
+    view.keyboard.press("ArrowRight")
+    view.screenshot(path=page.with_name(f"{page.stem}-{width}-{scheme}.png"), full_page=True)
+    view.close()
+
+
+def _print(browser: Any, page: Path) -> None:
+    view = browser.new_page()
+    view.goto(page.as_uri())
+    view.pdf(path=page.with_suffix(".pdf"), format="A4")
+    view.close()
 
 
 if __name__ == "__main__":
