@@ -90,7 +90,7 @@ def test_auto_packs_what_another_method_would_not_make_smaller(tmp_path, embpack
 
 
 def test_auto_looks_at_the_destination_before_it_measures(tmp_path, embpack_command, monkeypatch):
-    monkeypatch.setattr(quantize, "plan_decided", lambda *_, **__: pytest.fail("it measured before it looked"))
+    monkeypatch.setattr(quantize, "plan_checkpoint", lambda *_, **__: pytest.fail("it measured before it looked"))
     src = write_shards(tmp_path, make_arrays())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -617,7 +617,7 @@ def test_compare_prints_json_with_the_figures_of_quantize(embpack_command, model
     assert {table["name"]: table["rows_measured"] for table in value["tables"]} == {
         name: len(weight) for name, weight in weights.items()
     }
-    assert (value["for"], value["prefer"]) == ([], "loss")
+    assert (value["readers"], value["prefer"]) == ([], "loss")
     reason = value["recommended"].pop("reason")
     assert value["recommended"] in value["front"]
     assert reason.startswith("greedy:b=100,r=0.2 at 4 bits has the least loss in about the bytes of uniform rows of 4 ")
@@ -687,7 +687,7 @@ def test_compare_recommends_by_readers_and_by_what_counts_most(embpack_command, 
     assert value["recommended"]["reason"].startswith(said)
     assert value["recommended"]["command"] in recommended
     assert value["prefer"] == (options[1] if "--prefer" in options else "loss")
-    assert value["for"] == (["fbgemm", "onnx"] if "--for" in options else [])
+    assert value["readers"] == (["fbgemm", "onnx"] if "--for" in options else [])
 
 
 def test_compare_says_that_a_reader_reads_nothing(embpack_command, model):
