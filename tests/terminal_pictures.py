@@ -1,4 +1,4 @@
-"""Pictures of what commands print, for people to look at: python -m tests.screenshots FOLDER [--columns 80].
+"""Pictures of what commands print, for people to look at: python -m tests.terminal_pictures FOLDER [--columns 80].
 
 Each is an SVG of a real terminal of that width, which was given the command.
 """
@@ -80,7 +80,7 @@ def take_bars(chunks: list[bytes]) -> str:
 
 def main() -> None:
     """Draw all of them."""
-    parser = argparse.ArgumentParser(prog="python -m tests.screenshots", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.terminal_pictures", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--columns", type=int, default=80)
     options = parser.parse_args()
