@@ -73,7 +73,12 @@ def test_json(embpack_command):
     code, out, err = embpack_command("methods", "--json")
     value = json.loads(out)
     assert (code, err) == (0, "")
-    assert (value["schema"], value["command"], value["rows"], value["embedding_dim"]) == (1, "methods", 100, 64)
+    assert (value["schema"], value["command"], value["rows_measured"], value["embedding_dim"]) == (
+        1,
+        "methods",
+        100,
+        64,
+    )
     assert [each["name"] for each in value["methods"]] == list(METHODS)
     for each in value["methods"]:
         method = METHODS[each["name"]]

@@ -12,6 +12,7 @@ from checkpoints import Arrays, write_safetensors, write_shards
 from golden.make import PACKED
 
 import embpack
+from embpack.cli import methods
 from embpack.readers import READERS
 
 SCHEMA = json.loads((files("embpack.cli") / "schema.json").read_text())
@@ -179,6 +180,14 @@ def test_compare(printed, model, excluded):
     assert len(value["overall"]) == 6
     assert value["recommended"] in value["front"]
     assert {result["rotation"] for result in value["results"]} == {None, "hadamard"}
+
+
+def test_methods(embpack_command, monkeypatch):
+    monkeypatch.setattr(methods, "_ROWS", 50)
+    for more in ([], ["greedy:b=7"]):
+        code, out, err = embpack_command("methods", *more, "--json")
+        assert (code, err) == (0, "")
+        VALIDATOR.validate(json.loads(out))
 
 
 def test_every_value_is_documented():

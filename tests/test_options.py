@@ -161,6 +161,14 @@ def test_a_plan_spreads_what_is_left_of_the_budget(model, weights):
         embpack.plan(model, variants=few, chosen={"user*": Variant("sym", 8)}, readable_by=["fbgemm"])
 
 
+def test_a_plan_refuses_a_pattern_that_means_no_table(model, weights):
+    for src in (model, weights):
+        with pytest.raises(
+            ValueError, match=r"variants \(--set\) name 'usr\*', but there is no such tensor; nearest: user"
+        ):
+            embpack.plan(src, chosen={"usr*": Variant()})
+
+
 # Patterns
 
 

@@ -349,9 +349,11 @@ def test_no_permission_to_read(tmp_path, monkeypatch, name):
 
 
 def test_no_permission_to_read_a_shard(tmp_path, monkeypatch):
-    index = write_shards(tmp_path, {"a": "m-1.safetensors", "b": "m-2.safetensors"}, SHARDS_OF_TWO)
+    index, open_file = write_shards(tmp_path, {"a": "m-1.safetensors", "b": "m-2.safetensors"}, SHARDS_OF_TWO), os.open
 
     def refuse(path, flags):
+        if path == index:
+            return open_file(path, flags)
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr("embpack.formats.source.os.open", refuse)

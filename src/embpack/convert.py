@@ -76,7 +76,7 @@ def quantize_file(
         bits: as quantize takes them.
         param_dtype: as quantize takes it.
         include: globs of tensor names to pack too; otherwise a table is a 2-D float tensor whose name says embedding
-            (rules.says_embedding).
+            (table_names.says_embedding).
         exclude: globs of tensor names never to pack.
         max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit. All
             tables are packed before one that has a larger loss is refused, so that all of those are named.

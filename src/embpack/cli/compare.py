@@ -13,7 +13,7 @@ from embpack.cli.options import split_bits, split_methods, split_rotations
 from embpack.comparison.array import Comparison
 from embpack.comparison.checkpoint import FileComparison, Total, compare_table, count_rows
 from embpack.comparison.front import find_front, list_readers, name_variant
-from embpack.comparison.report import make_page
+from embpack.comparison.report import is_page, make_page
 from embpack.comparison.variants import make_variants
 from embpack.formats import open_checkpoint
 from embpack.formats.atomic import new_file
@@ -118,6 +118,9 @@ def compare(
         Path | None,
         typer.Option(help="Also write a page with pictures, one file that needs no network.", show_default=False),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the page over a file that is no page of embpack's.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads to use.", show_default="all CPUs, or OMP_NUM_THREADS")
     ] = None,
@@ -145,7 +148,8 @@ def compare(
     if html is not None and html.exists() and src.exists() and html.samefile(src):
         raise typer.BadParameter(f"{printable(html)} is the checkpoint; choose another name", param_hint="--html")
     # The page's place is taken before anything is measured: whoever cannot write there learns it at once.
-    with open_checkpoint(src) as checkpoint, nullcontext() if html is None else new_file(html) as page:
+    place = nullcontext() if html is None else new_file(html, lambda path: force or is_page(path))
+    with open_checkpoint(src) as checkpoint, place as page:
         decisions = [decision for decision in decide_all(checkpoint, rules) if decision.variant]
         totals = {d.tensor.name: count_rows(d, most_rows) * len(variants) for d in decisions}
         with show.row_progress(totals, shown=not as_json) as progress:

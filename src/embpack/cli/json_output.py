@@ -5,17 +5,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from embpack import _native
 from embpack.comparison.array import QUANTILES, Comparison, Skipped
 from embpack.comparison.checkpoint import FileComparison
 from embpack.convert import Report, count_file_bytes
 from embpack.files import PackedFile, TableEntry
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.layouts import RowFormat
+from embpack.methods import parse_method
 from embpack.planning import Plan, PlannedTable
 from embpack.readers import find_readers
 from embpack.rows import ROW_DTYPES
 from embpack.rules import Decision
 from embpack.shard_writer import TableReport
+from embpack.threads import get_num_threads
 
 # Raised when a value changes its name or its meaning, or goes; new ones may come at any time.
 SCHEMA = 1
@@ -186,6 +189,38 @@ def _describe_choice(report: FileComparison, result: Comparison) -> Record:
 
 def _describe_variant(measured: Comparison | Skipped) -> Record:
     return _rename(dataclasses.asdict(measured.variant))
+
+
+def describe_methods(
+    rows: int, embedding_dim: int, results: Sequence[Comparison], parameters: Sequence[Record]
+) -> Record:
+    """Describe methods by what they came to on a sample.
+
+    Args:
+        rows: of the sample.
+        embedding_dim: values of a row.
+        results: one for each method, or for each number of bits of one method.
+        parameters: of each result's method, by name.
+    """
+    measured = ("loss", "bytes_per_row", "rows_per_second", "lookups_per_second")
+    return {
+        "schema": SCHEMA,
+        "command": "methods",
+        "rows_measured": rows,
+        "embedding_dim": embedding_dim,
+        "threads": get_num_threads(),
+        "isa": _native.isa(),
+        "methods": [
+            {
+                "name": parse_method(result.method).name,
+                "summary": parse_method(result.method).summary,
+                "parameters": own,
+                **_describe_rows(result.variant.make_row_format(embedding_dim)),
+                **{key: getattr(result, key) for key in measured},
+            }
+            for result, own in zip(results, parameters, strict=True)
+        ],
+    }
 
 
 def _rename(record: Record) -> Record:

@@ -12,6 +12,7 @@ import typer
 
 from embpack import _native
 from embpack.cli import show
+from embpack.cli.json_output import describe_methods
 from embpack.comparison.array import Comparison, Sample, compare_rows
 from embpack.comparison.front import find_front, list_readers
 from embpack.methods import DEFAULT_METHOD, METHODS, Method, parse_method
@@ -62,7 +63,8 @@ def methods(
     with show.row_progress({"methods": _ROWS * len(variants)}, shown=not as_json) as progress:
         results = _measure(variants, lambda _, rows: progress("methods", rows))
     if as_json:
-        show.print_json(_as_json(results))
+        parameters = [_list_parameters(parse_method(result.method)) for result in results]
+        show.print_json(describe_methods(_ROWS, _DIM, results, parameters))
     elif method is None:
         _print_all(results)
     else:
@@ -79,28 +81,6 @@ def _measure(variants: Sequence[Variant], progress: Any) -> Sequence[Comparison]
     return compare_rows(Sample.make("methods", weight, "float32", np.arange(_ROWS), _ROWS), variants, progress)[0]
 
 
-def _as_json(results: Sequence[Comparison]) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "command": "methods",
-        "rows": _ROWS,
-        "embedding_dim": _DIM,
-        "threads": get_num_threads(),
-        "isa": _native.isa(),
-        "methods": [_method_json(parse_method(result.method), result) for result in results],
-    }
-
-
-def _method_json(method: Method, result: Comparison) -> dict[str, Any]:
-    return {
-        "name": method.name,
-        "summary": method.summary,
-        "parameters": _list_parameters(method),
-        **{name: getattr(result, name) for name in _MEASURED},
-        "readers": list(result.readers),
-    }
-
-
 def _list_parameters(method: Method) -> dict[str, Any]:
     """List the parameters; None is one that is found in each table."""
     values = dataclasses.asdict(method)
@@ -109,9 +89,6 @@ def _list_parameters(method: Method) -> dict[str, Any]:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-_MEASURED = ("layout", "bits", "bytes_per_row", "loss", "rows_per_second", "lookups_per_second")
 
 
 def _print_all(results: Sequence[Comparison]) -> None:

@@ -20,7 +20,7 @@ from embpack.planning.plan import Plan
 from embpack.planning.planned import Better, PlannedTable
 from embpack.planning.rounds import Choice, Rounds
 from embpack.rows import as_rows
-from embpack.rules import PACKABLE_DTYPES, Decision, Rules, decide_all, match_names
+from embpack.rules import PACKABLE_DTYPES, Decision, Rules, decide_all, name_variants
 from embpack.selection import list_ways, select_variants
 from embpack.sizes import parse_size, write_size
 from embpack.variant import Variant
@@ -98,9 +98,10 @@ def plan(
         raise ValueError("src has no weights; give at least one")
     tensors = tuple(_as_tensor(name, weight) for name, weight in src.items())
     shard = Shard("", sum(tensor.nbytes for tensor in tensors), tensors)
-    own = {name: variant for pattern, variant in (chosen or {}).items() for name in match_names(pattern, src)}
+    checkpoint = Checkpoint(Path(), (shard,))
+    own = name_variants("src", Rules(include=["*"], variants=chosen or {}), checkpoint)
     decisions = [Decision(each, own.get(each.name, Variant()), "given", is_chosen=each.name in own) for each in tensors]
-    return plan_checkpoint(Checkpoint(Path(), (shard,)), decisions, **limits)
+    return plan_checkpoint(checkpoint, decisions, **limits)
 
 
 def plan_checkpoint(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import embpack
 from embpack.comparison.array import Comparison
@@ -13,6 +14,9 @@ from embpack.comparison.report.svg import element, escape
 from embpack.methods import DEFAULT_METHOD
 from embpack.variant import Variant
 
+# By which a later run knows a page that it may replace.
+_GENERATOR = '<meta name="generator" content="embpack"/>'
+_HEAD_BYTES = 256
 # The width of the text on a screen, and on a phone.
 _WIDE, _NARROW = 760.0, 350.0
 _WIDE_ONLY = (1, 4, 6, 7)
@@ -38,12 +42,18 @@ def make_page(comparison: FileComparison) -> str:
         body += "".join(_make_table(table, comparison) for table in comparison.tables)
     body += _make_skipped(comparison.tables) + _make_notes(comparison)
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        f'<!DOCTYPE html>\n<html lang="en"><head>{_GENERATOR}<meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"/>"
         f"<title>Packing {escape(name)}</title><style>{CSS}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
+
+
+def is_page(path: Path) -> bool:
+    """Whether the file at a path is such a page."""
+    with path.open("rb") as file:
+        return _GENERATOR.encode() in file.read(_HEAD_BYTES)
 
 
 def _paragraph(content: str, kind: str = "") -> str:
