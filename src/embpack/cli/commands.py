@@ -14,11 +14,13 @@ def _hide_types_of_flags(params: list[Any]) -> list[Any]:
 
 
 class Command(TyperCommand):
-    """A command."""
+    """A command; its help lists --help last, in the last group of options."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """List arguments and options."""
-        return _hide_types_of_flags(super().get_params(ctx))
+        *params, asking = _hide_types_of_flags(super().get_params(ctx))
+        asking.rich_help_panel = getattr(params[-1], "rich_help_panel", None) if params else None
+        return [*params, asking]
 
 
 class Group(TyperGroup):

@@ -13,6 +13,7 @@ import typer
 from embpack import _native
 from embpack.cli import show
 from embpack.cli.json_output import describe_methods
+from embpack.cli.options import complete_methods
 from embpack.comparison.array import Comparison, Sample, compare_rows
 from embpack.comparison.front import find_front, list_readers
 from embpack.methods import DEFAULT_METHOD, METHODS, Method, parse_method
@@ -27,19 +28,13 @@ _ROWS, _DIM = 2000, 64
 _BITS = (2, 3, 4, 6, 8)
 
 
-def check_method(spec: str | None) -> str | None:
-    """Refuse what is no method, with its parameters."""
+def _check_method(spec: str | None) -> str | None:
     if spec is not None:
         try:
             parse_method(spec)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     return spec
-
-
-def complete_method(incomplete: str) -> list[tuple[str, str]]:
-    """List the methods that begin so, and what they are, for a shell."""
-    return [(name, method.summary) for name, method in METHODS.items() if name.startswith(incomplete)]
 
 
 def methods(
@@ -49,8 +44,8 @@ def methods(
             metavar="METHOD",
             help="One method, with its parameters: trellis, greedy:b=1000,r=0.5.",
             show_default="all",
-            callback=check_method,
-            autocompletion=complete_method,
+            callback=_check_method,
+            autocompletion=complete_methods,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

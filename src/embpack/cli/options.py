@@ -1,7 +1,7 @@
 """What options of several commands say: read from text, checked, put together."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,14 @@ import typer
 
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
-from embpack.readers import check_reader
+from embpack.readers import READER_TITLES, check_reader
 from embpack.selection import select_variants
 from embpack.variant import Variant, parse_bits, parse_variant
+
+# Groups of options in a help.
+WHAT, HOW, LIMITS, OUTPUT = "What", "How", "Limits", "Output"
+
+Completions = list[tuple[str, str]]
 
 
 def split_methods(text: str) -> list[str]:
@@ -73,6 +78,27 @@ def check_readers(readers: list[str] | None) -> list[str] | None:
     """Refuse readers that there are not."""
     list(map(_checking(check_reader), readers or ()))
     return readers
+
+
+def _completing(choices: Mapping[str, str]) -> Callable[[str], Completions]:
+    """Make what a shell asks how a word may go on: the last one where there are several, with commas between.
+
+    Args:
+        choices: what there is, and what to say of it; "" for nothing.
+    """
+
+    def complete(incomplete: str) -> Completions:
+        before, comma, last = incomplete.rpartition(",")
+        return [(f"{before}{comma}{name}", said) for name, said in choices.items() if name.startswith(last)]
+
+    return complete
+
+
+complete_methods = _completing({name: method.summary for name, method in METHODS.items()})
+complete_bits = _completing(dict.fromkeys(("2", "4", "8"), ""))
+complete_param_dtype = _completing(dict.fromkeys(PARAM_BYTES, ""))
+complete_rotations = _completing(dict.fromkeys(("none", *ROTATIONS), ""))
+complete_readers = _completing(READER_TITLES)
 
 
 def read_setting(text: str) -> tuple[str, Variant]:

@@ -12,7 +12,7 @@ from embpack.cli import options, show
 from embpack.cli.json_output import describe_quantized
 from embpack.convert import check_destination, check_max_loss, count_file_bytes, pack_checkpoint
 from embpack.formats import Checkpoint, open_checkpoint
-from embpack.methods import DEFAULT_METHOD, METHODS
+from embpack.methods import DEFAULT_METHOD
 from embpack.planning import Plan, check_counts, count_work, plan_checkpoint
 from embpack.readers import READERS
 from embpack.rules import Decision, Rules, decide_all
@@ -39,139 +39,163 @@ def _check_max_loss(max_loss: float | None) -> float | None:
     return max_loss
 
 
-_METHOD_HELP = (
-    "What chooses each row's scale and bias, its codebook, or what all rows share; with parameters after a colon "
-    "(greedy:b=1000,r=0.5). " + " ".join(f"[bold]{name}[/]: {method.summary}." for name, method in METHODS.items())
-)
-
-
 def quantize(
     src: Annotated[
         Path,
         typer.Argument(
+            metavar="SRC",
             help="A checkpoint: .safetensors, an index of sharded ones, a model's folder, .pt/.pth/.bin/.ckpt, .npy, "
             ".npz or .parquet.",
-            show_default=False,
         ),
     ],
     dst: Annotated[
         Path | None,
         typer.Argument(
-            help="A .safetensors file; for a folder or an index as SRC a folder, with the model's small files, too. It "
-            "replaces what embpack wrote there, once it is whole.",
+            metavar="DST",
+            help="A .safetensors file; a folder if SRC is a folder or an index. What embpack wrote there is replaced.",
             show_default=False,
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Also pack tensors of such names; may be repeated.", rich_help_panel=options.WHAT
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Never pack tensors of such names; may be repeated.", rich_help_panel=options.WHAT
         ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help=_METHOD_HELP,
+            metavar="METHOD",
+            help="How rows are packed: optimal, or greedy:b=1000,r=0.5 with parameters. [bold]embpack methods[/] "
+            "lists all.",
             show_default=f"{DEFAULT_METHOD}; with --auto also kmeans and trellis",
             callback=options.check_methods,
+            autocompletion=options.complete_methods,
+            rich_help_panel=options.HOW,
         ),
     ] = None,
     bits: Annotated[
         str | None,
         typer.Option(
-            help="Bits a value: 2, 4 or 8; with --method trellis any number from 2 to 7, such as 3.5.",
-            show_default="4; with --auto all that methods have",
+            metavar="BITS",
+            help="Bits a value: 2, 4 or 8; trellis has any from 2 to 7, such as 3.5.",
+            show_default="4; with --auto all",
             callback=options.check_bits,
-            metavar="NUMBER",
+            autocompletion=options.complete_bits,
+            rich_help_panel=options.HOW,
         ),
     ] = None,
     param_dtype: Annotated[
         str | None,
         typer.Option(
-            help="Type of scales and biases, or of codebooks: float16 or float32.",
+            metavar="DTYPE",
+            help="Scales, biases and codebooks: float16 or float32.",
             show_default="float16; float32 for uniform rows at 8 bits, and for trellis",
             callback=options.check_param_dtype,
+            autocompletion=options.complete_param_dtype,
+            rich_help_panel=options.HOW,
         ),
     ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Also pack tensors whose name matches this glob; may be repeated."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="Never pack tensors whose name matches this glob; may be repeated."),
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Rotate rows first: hadamard or none. Less loss where values are heavy-tailed.",
+            show_default="none; with --auto both",
+            callback=options.check_rotations,
+            autocompletion=options.complete_rotations,
+            rich_help_panel=options.HOW,
+        ),
     ] = None,
     chosen: Annotated[
         list[Any] | None,
         typer.Option(
             "--set",
-            help="Pack the tables whose names match a glob in a way of their own, 'user_*=trellis:bits=3.5': a method; "
-            "after a colon bits, rotate, param_dtype and its parameters. Of several that match, the last counts.",
-            parser=options.read_setting,
             metavar="GLOB=METHOD",
+            help="Pack such tables in a way of their own, 'user_*=trellis:bits=3.5'. The last that matches counts.",
+            parser=options.read_setting,
             show_default=False,
-        ),
-    ] = None,
-    readable_by: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Refuse, or with --auto do not choose, rows that {', '.join(READERS[:-1])} or {READERS[-1]} cannot "
-            "read as they are; may be repeated.",
-            callback=options.check_readers,
-            metavar="READER",
-            show_default=False,
-        ),
-    ] = None,
-    max_loss: Annotated[
-        float | None,
-        typer.Option(
-            help="Write nothing, and exit with 3, if a table's normalized l2 loss is larger. With --auto: the largest "
-            "loss of all tables together; they get the fewest bytes that keep it.",
-            show_default="no limit",
-            callback=_check_max_loss,
+            rich_help_panel=options.HOW,
         ),
     ] = None,
     auto: Annotated[
         bool,
         typer.Option(
             "--auto",
-            help="Choose method, bits and rotation of each table by the loss on a sample; without a limit, the least "
-            "loss in the bytes of 4 bits. --method, --bits, --rotate and --param-dtype restrict what it chooses from; "
-            "the first three may name several, with commas between.",
+            help="Choose the way of each table by its loss on a sample: the least in the bytes of 4 bits, or within "
+            "the limits. Options above restrict the choice: --bits 2,4,8.",
+            rich_help_panel=options.HOW,
         ),
     ] = False,
-    max_bytes: Annotated[
-        str | None,
-        typer.Option(
-            help="With --auto: spread this size over the tables, '2 GB' or '12.5 %' of float32, for the least error.",
-            show_default="no limit",
-            callback=_check_max_bytes,
-        ),
-    ] = None,
     access_counts: Annotated[
         Path | None,
         typer.Option(
-            help="With --auto: a JSON file that says, by a table's name, how often its rows are looked up.",
-            show_default="each row counts the same",
+            metavar="FILE",
+            help="With --auto: how often each table is looked up, as JSON; otherwise each row counts the same.",
+            show_default=False,
+            rich_help_panel=options.HOW,
         ),
     ] = None,
-    rotate: Annotated[
+    max_bytes: Annotated[
         str | None,
         typer.Option(
-            help="Multiply rows by an orthogonal matrix before packing: hadamard, or none. Lookups undo it. Less loss "
-            "where values are heavy-tailed.",
-            show_default="none; with --auto both",
-            callback=options.check_rotations,
+            metavar="SIZE",
+            help="With --auto: the file is no larger than '2 GB', '100 KiB' or '12.5 %' of SRC.",
+            show_default=False,
+            callback=_check_max_bytes,
+            rich_help_panel=options.LIMITS,
         ),
     ] = None,
-    force: Annotated[
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LOSS",
+            help="Exit with 3, and write nothing, if a table loses more. With --auto: of all tables together.",
+            show_default=False,
+            callback=_check_max_loss,
+            rich_help_panel=options.LIMITS,
+        ),
+    ] = None,
+    readable_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="READER",
+            help=f"Only rows that {', '.join(READERS[:-1])} or {READERS[-1]} reads as they are; may be repeated.",
+            callback=options.check_readers,
+            autocompletion=options.complete_readers,
+            show_default=False,
+            rich_help_panel=options.LIMITS,
+        ),
+    ] = None,
+    dry_run: Annotated[
         bool,
         typer.Option(
-            "--force",
-            help="Write to DST though embpack did not write what is there; a folder keeps files of other names.",
+            "--dry-run", help="Show what would be packed, and to how many bytes.", rich_help_panel=options.OUTPUT
         ),
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show which tensors would be packed, and why.")
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Write to DST though embpack did not write it.", rich_help_panel=options.OUTPUT),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=options.OUTPUT)
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads to use.", show_default="all CPUs, or OMP_NUM_THREADS")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Threads to use; otherwise OMP_NUM_THREADS, or all CPUs.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Pack the embedding tables of a checkpoint; everything else is copied as it is.
 

@@ -141,6 +141,11 @@ def loss_text(loss: float | None) -> str:
     return "unknown" if loss is None else f"{loss:.5f}"
 
 
+def find_width(console: Console) -> int | None:
+    """Columns of the terminal; None if there is none, where lines may be of any length."""
+    return None if console.width == _ENDLESS else console.width
+
+
 class ShownTable:
     """A table under a title, one line a row, as wide as the terminal at most."""
 
@@ -153,8 +158,9 @@ class ShownTable:
         self._rows.append(cells)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = None if options.max_width == _ENDLESS else options.max_width
-        fitted = fit_table(self._columns, self._rows, width, has_names=self._things is not None, **self._layout)
+        fitted = fit_table(
+            self._columns, self._rows, find_width(console), has_names=self._things is not None, **self._layout
+        )
         for line, style in (
             (printable(self._title), "bold"),
             (fitted.say_prefix(self._things or ""), "dim"),
@@ -246,7 +252,7 @@ def print_decisions(
         style="dim",
     )
     if plan is not None:
-        for line in ("", *str(plan).split("\n")):
+        for line in ("", *plan.describe(find_width(output)).split("\n")):
             output.print(line)
     if file_sizes is not None:
         before, after = file_sizes
