@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 
 import embpack
 from embpack import FormatError, chunks
+from embpack.errors import LossLimitError
 from embpack.layouts import BITS, PARAM_BYTES
 from embpack.methods import METHODS
 
@@ -651,8 +652,8 @@ def test_a_table_over_the_largest_loss_is_named_and_nothing_is_written(tmp_path,
     losses = embpack.quantize(fine).loss, embpack.quantize(worse).loss
     limit = sum(losses) / 2
     assert losses[0] < limit < losses[1]
-    message = f": user[0]_emb: its normalized l2 loss is {losses[1]:.6g}, over the limit of {limit:.6g}, so nothing was"
-    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+    message = f": 1 of 2 tables loses more than the limit of {limit:.6g}, so nothing was written; "
+    with pytest.raises(LossLimitError, match=re.escape(message)) as refused:
         embpack.quantize_file(src, tmp_path / f"packed{kind.suffix}", max_loss=limit)
     assert names_in(tmp_path) == before
     exclude = shlex.split(str(refused.value).partition("--exclude ")[2].partition(", or")[0])
@@ -663,7 +664,7 @@ def test_a_table_over_the_largest_loss_is_named_and_nothing_is_written(tmp_path,
 def test_a_table_over_the_largest_loss_leaves_what_was_there(tmp_path):
     src, dst = write_npy(tmp_path, Arrays({"vectors": make_weight()})), tmp_path / "packed.safetensors"
     dst.write_bytes(b"old")
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(src))}: vectors: its normalized l2 loss is "):
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(src))}: 1 of 1 tables loses more than "):
         embpack.quantize_file(src, dst, max_loss=1e-3)
     assert dst.read_bytes() == b"old"
     assert names_in(tmp_path) == {src.name, dst.name}
@@ -674,7 +675,7 @@ def test_a_table_may_have_just_the_largest_loss(tmp_path):
     src, loss = write_npy(tmp_path, Arrays({"vectors": weight})), embpack.quantize(weight).loss
     report = embpack.quantize_file(src, tmp_path / "packed.safetensors", max_loss=loss)
     assert report.tables[0].loss == loss
-    with pytest.raises(ValueError, match="over the limit"):
+    with pytest.raises(ValueError, match="loses more than the limit"):
         embpack.quantize_file(src, tmp_path / "packed.safetensors", max_loss=np.nextafter(loss, 0))
 
 

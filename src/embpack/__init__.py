@@ -3,7 +3,7 @@
 from embpack import _core  # noqa: F401  (first: it says how the core is loaded)
 from embpack.comparison.array import Comparison, compare
 from embpack.convert import Report, dequantize_file, quantize_file
-from embpack.errors import FormatError, MissingExtraError
+from embpack.errors import FormatError, LossLimitError, MissingExtraError
 from embpack.files import load, save
 from embpack.group import TableGroup
 from embpack.methods import METHODS, Method, parse_method
@@ -20,6 +20,7 @@ __all__ = [
     "METHODS",
     "Comparison",
     "FormatError",
+    "LossLimitError",
     "Method",
     "MissingExtraError",
     "PackedTable",

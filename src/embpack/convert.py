@@ -27,6 +27,8 @@ from embpack.formats import (
 )
 from embpack.formats.atomic import refuse_occupied
 from embpack.formats.base import as_bytes
+from embpack.formats.safetensors import count_file_bytes as count_shard_bytes
+from embpack.gate import check_losses
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.rows import ROW_DTYPES
 from embpack.rules import Decision, Rules, decide_all
@@ -84,7 +86,8 @@ def quantize_file(
         include: globs of tensor names to pack too; otherwise a table is a 2-D float tensor whose name says embedding
             (rules.says_embedding).
         exclude: globs of tensor names never to pack.
-        max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit.
+        max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit. All
+            tables are packed before one that has a larger loss is refused, so that all of those are named.
         rotate: as quantize takes it.
         variants: by name, how tables are packed that have a variant of their own, as embpack.plan(...).variants.
         progress: called with a table's name and a number of rows as they are done.
@@ -95,7 +98,8 @@ def quantize_file(
         TypeError: a glob, or max_loss, is of another type.
         ValueError: no tensor is a table; a glob or a name in variants matches nothing; dst is src or has the wrong
             suffix; a value is NaN or infinite, or a parameter overflows; there is no such method, bits or rotation;
-            max_loss is not positive and finite, or a table's loss is larger.
+            max_loss is not positive and finite.
+        LossLimitError: tables lose more than max_loss; a ValueError that has their names and losses.
         OSError: dst cannot be written.
     """
     rules = Rules(include, exclude, Variant(method, bits, param_dtype, rotate), variants or {})
@@ -117,22 +121,56 @@ def pack_checkpoint(
     if max_loss is not None:
         check_max_loss(max_loss)
     check_destination(checkpoint, dst)
-    limit, remaining = math.inf if max_loss is None else max_loss, iter(decisions)
-    writers, shards = [], []
-    for shard in checkpoint.shards:
-        own = islice(remaining, len(shard.tensors))
-        tensors = (TableWriter(each, limit, progress) if each.variant else each.tensor for each in own)
-        writers.append(ShardWriter(tuple(tensors), shard.metadata))
-        shards.append(writers[-1].out_shard(dst.name if checkpoint.index_name is None else shard.file_name))
-    write_checkpoint(dst, shards, checkpoint.index_name)
+    writers = _make_writers(checkpoint, decisions, progress)
+    shards = _make_shards(checkpoint, writers, dst.name)
+
+    def reports() -> tuple[TableReport, ...]:
+        return tuple(table.report for writer in writers for table in writer.tables if table.report is not None)
+
+    def check() -> None:
+        check_losses(checkpoint.path, reports(), math.inf if max_loss is None else max_loss)
+
+    write_checkpoint(dst, shards, checkpoint.index_name, check=check)
     return Report(
-        tables=tuple(table.report for writer in writers for table in writer.tables if table.report is not None),
+        tables=reports(),
         passed_through=tuple(each.tensor.name for each in decisions if each.variant is None),
         left_out=checkpoint.left_out,
         file_bytes_before=sum(shard.num_bytes for shard in checkpoint.shards),
         file_bytes_after=_bytes_on_disk(dst if checkpoint.index_name else dst.parent, shards),
         seconds=time.perf_counter() - started,
     )
+
+
+def count_file_bytes(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> int:
+    """Count the bytes of all files with tensors that pack_checkpoint would write, to the byte, without packing.
+
+    Args:
+        checkpoint: which is open.
+        decisions: on all of its tensors, in order, as rules.decide_all makes them.
+
+    Raises:
+        ValueError: pack_checkpoint could not write them.
+    """
+    shards = _make_shards(checkpoint, _make_writers(checkpoint, decisions, lambda name, rows: None), "")
+    return sum(count_shard_bytes(checkpoint.path, shard) for shard in shards)
+
+
+def _make_writers(checkpoint: Checkpoint, decisions: Sequence[Decision], progress: Progress) -> list[ShardWriter]:
+    remaining = iter(decisions)
+    writers = []
+    for shard in checkpoint.shards:
+        own = islice(remaining, len(shard.tensors))
+        tensors = (TableWriter(each, progress) if each.variant else each.tensor for each in own)
+        writers.append(ShardWriter(tuple(tensors), shard.metadata))
+    return writers
+
+
+def _make_shards(checkpoint: Checkpoint, writers: Sequence[ShardWriter], name: str) -> list[OutShard]:
+    """Make the files to write: of a sharded checkpoint as many as it has, otherwise one called name."""
+    return [
+        writer.out_shard(name if checkpoint.index_name is None else shard.file_name)
+        for shard, writer in zip(checkpoint.shards, writers, strict=True)
+    ]
 
 
 def check_max_loss(max_loss: float) -> None:

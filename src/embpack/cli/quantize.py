@@ -118,7 +118,7 @@ def quantize(
     max_loss: Annotated[
         float | None,
         typer.Option(
-            help="Write nothing, and exit with 1, if a table's normalized l2 loss is larger. With --auto: the largest "
+            help="Write nothing, and exit with 3, if a table's normalized l2 loss is larger. With --auto: the largest "
             "loss of all tables together; they get the fewest bytes that keep it.",
             show_default="no limit",
             callback=_check_max_loss,

@@ -125,7 +125,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
         yield checkpoint
 
 
-def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], index_name: str | None = None) -> None:
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    shards: Sequence[OutShard],
+    index_name: str | None = None,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Write a checkpoint of plain tensors: whole or not at all.
 
     Args:
@@ -134,6 +140,7 @@ def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], i
         shards: the files of the folder; without index_name just one. Only PyTorch's (.pt and the like) need all of its
             tensors in memory. Only safetensors files have a place for metadata.
         index_name: of the index of a checkpoint in shards, "model.safetensors.index.json".
+        check: called when everything is written but has no name yet; what it raises leaves all as it was.
 
     Raises:
         FileExistsError: the folder is not empty.
@@ -153,7 +160,7 @@ def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], i
     if repeated is not None:
         raise ValueError(f"{path}: there is more than one tensor named {repeated!r}; rename all but one")
     if index_name is not None:
-        write_sharded(path, shards, index_name)
+        write_sharded(path, shards, index_name, check)
         return
     file_format = FORMATS.get(path.suffix.lower())
     if file_format is None:
@@ -162,3 +169,4 @@ def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], i
         raise ValueError(f"{path}: one file is to be written, but there are {len(shards)} shards; give an index_name")
     with new_file(path) as file:
         file_format.write(file, path, shards[0])
+        check()

@@ -1,7 +1,7 @@
 """Checkpoints in several safetensors files with an index."""
 
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -121,13 +121,14 @@ def _check_weight_map(path: Path, weight_map: dict[str, str], shards: list[Shard
             )
 
 
-def write_sharded(path: Path, shards: Sequence[OutShard], index_name: str) -> None:
+def write_sharded(path: Path, shards: Sequence[OutShard], index_name: str, check: Callable[[], None]) -> None:
     """Write a folder of safetensors files with their index.
 
     Args:
         path: of the folder, which must be new or empty.
         shards: the files.
         index_name: of the index, "model.safetensors.index.json".
+        check: called when everything is written but has no name yet.
 
     Raises:
         FileExistsError: the folder is not empty.
@@ -143,3 +144,4 @@ def write_sharded(path: Path, shards: Sequence[OutShard], index_name: str) -> No
             with shard_path.open("xb") as file:
                 write_safetensors(file, path / shard.file_name, shard)
         (folder / index_name).write_text(json.dumps(index, indent=2) + "\n")
+        check()
