@@ -88,7 +88,8 @@ CI_RUN = (ROOT / ".ci" / "run").read_text()
 
 def test_ci_runs_the_blocks_that_there_are():
     named = re.findall(r"^<!-- ci: (\w+) -->$", README, re.MULTILINE)
-    assert named == re.findall(r'\$\(readme_command (\w+)\)"$', CI_RUN, re.MULTILINE) == ["install", "manual", "test"]
+    assert sorted(re.findall(r'\$\(readme_command (\w+)\)"$', CI_RUN, re.MULTILINE)) == sorted(named)
+    assert named == ["install", "manual", "test"]
 
 
 @pytest.mark.parametrize("name", ["install", "manual", "test"])
