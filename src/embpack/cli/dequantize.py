@@ -14,14 +14,14 @@ from embpack.unpacking import dequantize_file
 def dequantize(
     src: Annotated[
         Path,
-        typer.Argument(help="What embpack quantize wrote: a file or a folder.", show_default=False),
+        typer.Argument(metavar="SRC", help="What embpack quantize wrote: a file or a folder."),
     ],
     dst: Annotated[
         Path,
         typer.Argument(
+            metavar="DST",
             help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin/.ckpt, .npy, .npz or "
             ".parquet; for a folder as SRC a folder, with the model's small files, too.",
-            show_default=False,
         ),
     ],
     force: Annotated[

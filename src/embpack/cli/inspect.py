@@ -13,7 +13,7 @@ from embpack.rows import ROW_DTYPES
 def inspect(
     file: Annotated[
         Path,
-        typer.Argument(help="What embpack quantize wrote: a file, or a folder of shards.", show_default=False),
+        typer.Argument(metavar="FILE", help="What embpack quantize wrote: a file, or a folder of shards."),
     ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything through and compare all checksums.")

@@ -149,7 +149,7 @@ class ShownTable:
         self._rows: list[Sequence[str]] = []
 
     def add_row(self, *cells: str) -> None:
-        """Add a row, a cell for each column."""
+        """Add a row, a cell for each column; one cell alone is a line of its own, such as a heading."""
         self._rows.append(cells)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -1,0 +1,29 @@
+"""What all commands have in common: help in which flags look like flags."""
+
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+
+def _hide_types_of_flags(params: list[Any]) -> list[Any]:
+    """Leave the type of what takes no value out of the help: --json, not --json <bool>."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
+class Command(TyperCommand):
+    """A command."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """List arguments and options."""
+        return _hide_types_of_flags(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """All commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """List options."""
+        return _hide_types_of_flags(super().get_params(ctx))
