@@ -40,6 +40,13 @@ class Report:
     file_bytes_after: int
     seconds: float
 
+    @property
+    def loss(self) -> float:
+        """Normalized l2 loss over the values of all tables together."""
+        square = math.fsum(table.square_norm for table in self.tables)
+        error = math.fsum(table.loss**2 * table.square_norm for table in self.tables)
+        return math.sqrt(error / square) if square else 0.0
+
 
 def quantize_file(
     src: str | Path,

@@ -1,15 +1,16 @@
 """embpack compare."""
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from embpack.cli import show
-from embpack.comparison.array import QUANTILES, Comparison
+from embpack.cli.json_output import describe_comparison
+from embpack.cli.options import split_bits, split_methods, split_rotations
+from embpack.comparison.array import Comparison
 from embpack.comparison.checkpoint import FileComparison, Total, compare_table, count_rows
 from embpack.comparison.front import find_front, list_readers, name_variant
 from embpack.comparison.report import make_page
@@ -19,27 +20,15 @@ from embpack.formats.atomic import new_file
 from embpack.rules import Rules, decide_all
 from embpack.text import printable
 from embpack.threads import get_num_threads, set_num_threads
-from embpack.variant import parse_bits
 
 # Columns of a terminal that has room for all columns of the table.
 _WIDE = 135
 
 
-def _split_methods(text: str) -> list[str]:
-    """Split "greedy:b=1000,r=0.5,asym": a comma also lies between the parameters of one method."""
-    methods: list[str] = []
-    for part in text.split(","):
-        if methods and ":" in methods[-1] and "=" in part and ":" not in part:
-            methods[-1] += f",{part}"
-        else:
-            methods.append(part)
-    return methods
-
-
 def _check_methods(text: str | None) -> str | None:
     if text is not None:
         try:
-            make_variants(_split_methods(text))
+            make_variants(split_methods(text))
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     return text
@@ -54,14 +43,10 @@ def _check_param_dtype(text: str | None) -> str | None:
     return text
 
 
-def _split_rotations(text: str) -> list[str | None]:
-    return [None if part == "none" else part for part in text.split(",")]
-
-
 def _check_rotate(text: str | None) -> str | None:
     if text is not None:
         try:
-            make_variants(rotate=_split_rotations(text))
+            make_variants(rotate=split_rotations(text))
         except ValueError:
             raise typer.BadParameter(f"{text!r}; choose none, hadamard or none,hadamard") from None
     return text
@@ -148,10 +133,10 @@ def compare(
         set_num_threads(threads)
     try:
         variants = make_variants(
-            _split_methods(methods) if methods else None,
-            [parse_bits(part) for part in bits.split(",")] if bits else None,
+            split_methods(methods) if methods else None,
+            split_bits(bits) if bits else None,
             param_dtype.split(",") if param_dtype else None,
-            _split_rotations(rotate) if rotate else None,
+            split_rotations(rotate) if rotate else None,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--bits") from None
@@ -169,38 +154,9 @@ def compare(
         if page is not None:
             page.write(make_page(report).encode())
     if as_json:
-        show.print_json(_as_json(report))
+        show.print_json(describe_comparison(report))
     else:
         _print(report, html)
-
-
-def _as_json(report: FileComparison) -> dict[str, Any]:
-    recommended = report.recommended
-    overall = report.overall if len(report.tables) > 1 else ()
-    return {
-        "source": str(report.src),
-        "threads": report.threads,
-        "tables": [
-            {
-                "name": table.name,
-                "num_embeddings": table.num_embeddings,
-                "embedding_dim": table.embedding_dim,
-                "dtype": table.dtype,
-                "rows_measured": table.rows_measured,
-            }
-            for table in report.tables
-        ],
-        "quantiles": QUANTILES,
-        "results": [dataclasses.asdict(result) for table in report.tables for result in table.results],
-        "total": [dataclasses.asdict(result) for result in overall],
-        "skipped": [dataclasses.asdict(item) for table in report.tables for item in table.skipped],
-        "front": [_choice_json(report, result) for result in report.front],
-        "recommended": None if recommended is None else _choice_json(report, recommended),
-    }
-
-
-def _choice_json(report: FileComparison, result: Comparison) -> dict[str, Any]:
-    return {**dataclasses.asdict(result.variant), "command": report.write_command(result)}
 
 
 def _print(report: FileComparison, html: Path | None) -> None:

@@ -1,12 +1,12 @@
 """embpack dequantize."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from embpack.cli import show
+from embpack.cli.json_output import describe_unpacked
 from embpack.files import open_packed
 from embpack.unpacking import dequantize_file
 
@@ -40,7 +40,7 @@ def dequantize(
     with show.row_progress(totals, shown=not as_json) as progress:
         tables = dequantize_file(src, dst, force=force, progress=progress)
     if as_json:
-        show.print_json({"tables": [dataclasses.asdict(table) for table in tables]})
+        show.print_json(describe_unpacked(src, dst, files))
         return
     columns = ["table", "type", "rows", "dim", "before", "after"]
     shown = show.start_table(
