@@ -1,21 +1,22 @@
 """embpack compare."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from embpack.cli import compare_arguments as arguments
 from embpack.cli import show
-from embpack.comparison.array import QUANTILES, Comparison
+from embpack.cli.json_output import describe_comparison
+from embpack.cli.options import check_readers, split_bits, split_methods, split_rotations
+from embpack.comparison.array import Comparison
 from embpack.comparison.checkpoint import FileComparison, Total, compare_table, count_rows
 from embpack.comparison.choice import PREFERENCES
 from embpack.comparison.front import list_readers, name_variant
-from embpack.comparison.report import make_csv, make_page, make_png, make_svg, require_matplotlib
+from embpack.comparison.report import is_report, make_csv, make_page, make_png, make_svg, require_matplotlib
 from embpack.comparison.variants import make_variants
 from embpack.formats import open_checkpoint
 from embpack.formats.atomic import new_file
@@ -23,7 +24,6 @@ from embpack.readers import READERS
 from embpack.rules import Rules, decide_all
 from embpack.text import printable
 from embpack.threads import get_num_threads, set_num_threads
-from embpack.variant import parse_bits
 
 # Columns of a terminal that has room for all columns of the table.
 _WIDE = 135
@@ -125,7 +125,7 @@ def compare(
             "--for",
             help=f"Recommend what this reads as it is: {', '.join(READERS)}; may be repeated.",
             metavar="READER",
-            callback=arguments.check_readers,
+            callback=check_readers,
         ),
     ] = None,
     prefer: Annotated[
@@ -137,6 +137,9 @@ def compare(
             callback=arguments.check_preference,
         ),
     ] = "loss",
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over files that embpack compare did not write.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads to use.", show_default="all CPUs, or OMP_NUM_THREADS")
     ] = None,
@@ -162,10 +165,10 @@ def compare(
         set_num_threads(threads)
     try:
         variants = make_variants(
-            arguments.split_methods(methods) if methods else None,
-            [parse_bits(part) for part in bits.split(",")] if bits else None,
+            split_methods(methods) if methods else None,
+            split_bits(bits) if bits else None,
             param_dtype.split(",") if param_dtype else None,
-            arguments.split_rotations(rotate) if rotate else None,
+            split_rotations(rotate) if rotate else None,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--bits") from None
@@ -176,7 +179,9 @@ def compare(
         require_matplotlib()
     # The places of files are taken before anything is measured: whoever cannot write there learns it at once.
     with open_checkpoint(src) as checkpoint, ExitStack() as stack:
-        files = [stack.enter_context(new_file(output.path)) for output in written]
+        files = [
+            stack.enter_context(new_file(output.path, lambda path: force or is_report(path))) for output in written
+        ]
         decisions = [decision for decision in decide_all(checkpoint, rules) if decision.variant]
         totals = {d.tensor.name: count_rows(d, most_rows) * len(variants) for d in decisions}
         with show.row_progress(totals, shown=not as_json) as progress:
@@ -194,40 +199,9 @@ def compare(
             made = output.make(report)
             file.write(made if isinstance(made, bytes) else made.encode())
     if as_json:
-        show.print_json(_as_json(report))
+        show.print_json(describe_comparison(report))
     else:
         _print(report, written)
-
-
-def _as_json(report: FileComparison) -> dict[str, Any]:
-    recommended = report.recommendation
-    overall = report.overall if len(report.tables) > 1 else ()
-    return {
-        "source": str(report.src),
-        "threads": report.threads,
-        "tables": [
-            {
-                "name": table.name,
-                "num_embeddings": table.num_embeddings,
-                "embedding_dim": table.embedding_dim,
-                "dtype": table.dtype,
-                "rows_measured": table.rows_measured,
-            }
-            for table in report.tables
-        ],
-        "quantiles": QUANTILES,
-        "results": [dataclasses.asdict(result) for table in report.tables for result in table.results],
-        "total": [dataclasses.asdict(result) for result in overall],
-        "skipped": [dataclasses.asdict(item) for table in report.tables for item in table.skipped],
-        "front": [_choice_json(report, result) for result in report.front],
-        "for": report.readers,
-        "prefer": report.prefer,
-        "recommended": recommended and {**_choice_json(report, recommended.result), "reason": recommended.reason},
-    }
-
-
-def _choice_json(report: FileComparison, result: Comparison) -> dict[str, Any]:
-    return {**dataclasses.asdict(result.variant), "command": report.write_command(result)}
 
 
 def _print(report: FileComparison, written: Sequence[_Output]) -> None:

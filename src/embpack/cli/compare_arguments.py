@@ -2,20 +2,9 @@
 
 import typer
 
+from embpack.cli.options import split_methods, split_rotations
 from embpack.comparison.choice import PREFERENCES
 from embpack.comparison.variants import make_variants
-from embpack.readers import check_reader
-
-
-def split_methods(text: str) -> list[str]:
-    """Split "greedy:b=1000,r=0.5,asym": a comma also lies between the parameters of one method."""
-    methods: list[str] = []
-    for part in text.split(","):
-        if methods and ":" in methods[-1] and "=" in part and ":" not in part:
-            methods[-1] += f",{part}"
-        else:
-            methods.append(part)
-    return methods
 
 
 def check_methods(text: str | None) -> str | None:
@@ -36,11 +25,6 @@ def check_param_dtype(text: str | None) -> str | None:
         except ValueError:
             raise typer.BadParameter(f"{text!r}; choose float16, float32 or float16,float32") from None
     return text
-
-
-def split_rotations(text: str) -> list[str | None]:
-    """Split "none,hadamard"."""
-    return [None if part == "none" else part for part in text.split(",")]
 
 
 def check_rotate(text: str | None) -> str | None:
@@ -65,16 +49,6 @@ def check_rows(text: str) -> str:
     if text != "all" and not (text.isascii() and text.isdigit()):
         raise typer.BadParameter(f"{text!r}; give a number of rows, or all")
     return text
-
-
-def check_readers(names: list[str] | None) -> list[str] | None:
-    """Refuse those who read no packed rows."""
-    for name in names or ():
-        try:
-            check_reader(name)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    return names
 
 
 def check_preference(text: str) -> str:

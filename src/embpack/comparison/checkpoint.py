@@ -155,11 +155,15 @@ def compare_table(
         FormatError: the source is damaged.
         ValueError: a value that was looked at is NaN or infinite, or no variant can be done.
     """
+    return compare_sample(read_sample(decision, most_rows), variants, progress)
+
+
+def read_sample(decision: Decision, most_rows: int | None) -> Sample:
+    """Read the rows of a table that are measured, as compare_table does."""
     tensor = decision.tensor
     numbers = spread_rows(tensor.shape[0], count_rows(decision, most_rows))
     rows = _read_rows(tensor, numbers)
-    sample = Sample.make(tensor.name, rows, decision.dtype, numbers, tensor.shape[0], decision.place)
-    return compare_sample(sample, variants, progress)
+    return Sample.make(tensor.name, rows, decision.dtype, numbers, tensor.shape[0], decision.place)
 
 
 def compare_sample(
