@@ -31,6 +31,7 @@ import embpack
 from embpack import formats
 from embpack.cli import compare, quantize, show
 from embpack.methods import METHODS
+from embpack.samples import make_table
 from embpack.text import printable
 
 
@@ -89,7 +90,7 @@ def test_auto_packs_what_another_method_would_not_make_smaller(tmp_path, embpack
 
 
 def test_auto_looks_at_the_destination_before_it_measures(tmp_path, embpack_command, monkeypatch):
-    monkeypatch.setattr(quantize, "plan_decided", lambda *_, **__: pytest.fail("it measured before it looked"))
+    monkeypatch.setattr(quantize, "plan_checkpoint", lambda *_, **__: pytest.fail("it measured before it looked"))
     src = write_shards(tmp_path, make_arrays())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -590,7 +591,7 @@ def test_compare_prints_tables_total_and_commands(embpack_command, tmp_path, mod
     for method in METHODS:
         param_dtype = "float32" if method == "trellis" else "float16"
         assert len(re.findall(rf"^\*? +{method} +{param_dtype} +\w+ +4 +\d\.\d{{5}} ", out, re.MULTILINE)) == 3
-    assert re.search(r"^ *embpack quantize .*model-4bit\.safetensors --method ", out, re.MULTILINE)
+    assert re.search(r"^ *embpack quantize .*model-\S+-4bit\S*\.safetensors --method ", out, re.MULTILINE)
     assert out.count("(recommended)") == 1
     assert names_in(tmp_path) == {model.name}
 
@@ -616,7 +617,10 @@ def test_compare_prints_json_with_the_figures_of_quantize(embpack_command, model
     assert {table["name"]: table["rows_measured"] for table in value["tables"]} == {
         name: len(weight) for name, weight in weights.items()
     }
+    assert (value["readers"], value["prefer"]) == ([], "loss")
+    reason = value["recommended"].pop("reason")
     assert value["recommended"] in value["front"]
+    assert reason.startswith("greedy:b=100,r=0.2 at 4 bits has the least loss in about the bytes of uniform rows of 4 ")
 
 
 @pytest.mark.parametrize(
@@ -642,6 +646,70 @@ def test_compare_writes_a_page(embpack_command, tmp_path, model):
     assert f"The page with pictures is {tmp_path / 'report.html'}" in out
     assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert names_in(tmp_path) == {model.name, "report.html"}
+
+
+def test_compare_writes_pictures_and_rows(embpack_command, tmp_path, model):
+    pytest.importorskip("matplotlib")
+    names = {"--svg": "a.svg", "--png": "a.png", "--csv": "a.csv", "--html": "a.html"}
+    options = [part for option, name in names.items() for part in (option, tmp_path / name)]
+    code, out, err = embpack_command("compare", model, "--methods", "asym,trellis", *options)
+    assert (code, err) == (0, "")
+    assert all(f"is {tmp_path / name}\n" in out for name in names.values())
+    assert names_in(tmp_path) == {model.name, *names.values()}
+    starts = {"a.svg": b"<svg ", "a.png": b"\x89PNG", "a.csv": b"table,", "a.html": b"<!DOCTYPE html>"}
+    assert all((tmp_path / name).read_bytes().startswith(start) for name, start in starts.items())
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 1 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "command"),
+    [
+        ([], "trellis at 4 bits has the least loss", "--method trellis --bits 4"),
+        (
+            ["--for", "fbgemm", "--for", "onnx"],
+            "Of the ways that FBGEMM and ONNX Runtime can read, optimal at",
+            "optimal",
+        ),
+        (["--prefer", "size"], "trellis at 3.5 bits takes the fewest bytes", "--method trellis --bits 3.5"),
+        (["--prefer", "speed"], "optimal at 4 bits has the fastest lookups", "--method optimal --bits 4"),
+    ],
+)
+def test_compare_recommends_by_readers_and_by_what_counts_most(embpack_command, tmp_path, options, said, command):
+    # So many rows that what all trellis-coded rows share is less than 1 % of them.
+    src = write_npy(tmp_path, Arrays({"vectors": make_table(np.random.default_rng(0), 20_000, 64)}))
+    asked = ["compare", src, "--methods", "optimal,trellis", "--bits", "3.5,4", "--rows", "400", *options]
+    code, out, _ = embpack_command(*asked)
+    assert code == 0
+    recommended = out[out.index("Recommended:") : out.index("* least loss")]
+    assert said in flat(recommended)
+    assert command in recommended
+    value = json.loads(embpack_command(*asked, "--json")[1])
+    assert value["recommended"]["reason"].startswith(said)
+    assert value["recommended"]["command"] in recommended
+    assert value["prefer"] == (options[1] if "--prefer" in options else "loss")
+    assert value["readers"] == (["fbgemm", "onnx"] if "--for" in options else [])
+
+
+def test_compare_says_that_a_reader_reads_nothing(embpack_command, model):
+    code, out, _ = embpack_command("compare", model, "--methods", "trellis", "--for", "fbgemm")
+    assert code == 0
+    assert "No way that was measured makes all of these tables smaller and is read by fbgemm." in out
+
+
+def test_compare_into_pixels_needs_matplotlib_before_it_measures(embpack_command, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(compare, "compare_table", lambda *_: pytest.fail("it measured before it looked"))
+    monkeypatch.setattr("embpack.comparison.report.pictures.find_spec", lambda name: None)
+    code, _, err = embpack_command("compare", model, "--png", tmp_path / "a.png")
+    assert code == 1
+    assert "a PNG picture needs matplotlib" in flat(err)
+    assert names_in(tmp_path) == {model.name}
+
+
+def test_compare_writes_no_two_files_over_each_other(embpack_command, tmp_path, model):
+    options = ["--svg", tmp_path / "a.svg", "--csv", tmp_path / "b" / ".." / "a.svg"]
+    code, _, err = embpack_command("compare", model, *options)
+    assert code == 2
+    assert "is what --svg writes; choose another name" in flat(err)
 
 
 def test_compare_includes_and_excludes(embpack_command, model):
@@ -679,7 +747,7 @@ def test_compare_of_tables_that_do_not_get_smaller(embpack_command, tmp_path):
 def test_compare_fits_a_narrow_terminal(embpack_command, monkeypatch, model):
     monkeypatch.setattr(show.output, "_width", 80)
     code, out, _ = embpack_command("compare", model, "--exclude", "item*", "--rows", "100")
-    table = out[: out.index("* least loss")].splitlines()
+    table = out[: out.index("Recommended:")].splitlines()
     assert code == 0
     assert max(map(len, table[1:])) <= 80
     assert re.search(r"^ +asym +4 +0\.\d{5} +13\.89 % +\S+ \w +\S+ \w +all$", out, re.MULTILINE)
@@ -698,6 +766,8 @@ def test_compare_fits_a_narrow_terminal(embpack_command, monkeypatch, model):
         (["--rows", "-1"], "'-1'; give a number of rows, or all"),
         (["--rows", "many"], "'many'; give a number of rows, or all"),
         (["--threads", "0"], "Invalid value for '--threads'"),
+        (["--for", "faiss"], "there is no reader 'faiss'; choose one of torch, fbgemm, torchrec, onnx"),
+        (["--prefer", "luck"], "'luck'; choose loss or size or speed"),
     ],
 )
 def test_wrong_options_of_compare_exit_2(embpack_command, model, options, message):
@@ -908,6 +978,7 @@ HELP = {
     "compare": [
         *("SRC", "--methods", "--bits", "--param-dtype", "--rows", "--include", "--exclude", "--html", "--threads"),
         *("--json", "20000", "embpack compare model.safetensors --html report.html"),
+        *("--svg", "--png", "--csv", "--for", "torch, fbgemm, torchrec, onnx", "--prefer", "loss|size|speed"),
     ],
     "inspect": ["FILE", "--verify", "--json", "embpack inspect model-4bit.safetensors --verify"],
     "dequantize": ["SRC", "DST", ".parquet", "--json", "embpack dequantize model-4bit.safetensors"],

@@ -178,6 +178,7 @@ def test_compare(printed, model, excluded):
     assert {table["name"] for table in value["tables"]} == set(names)
     assert len(value["results"]) == len(names) * 6 and len(value["skipped"]) == len(names) * 2
     assert len(value["overall"]) == 6
+    assert value["recommended"].pop("reason")
     assert value["recommended"] in value["front"]
     assert {result["rotation"] for result in value["results"]} == {None, "hadamard"}
 

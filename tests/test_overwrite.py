@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import stat
 import threading
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from checkpoints import Arrays, names_in, write_safetensors, write_shards
+from checkpoints import Arrays, names_in, run_python, write_safetensors, write_shards
 
 import embpack
 from embpack import onnx as embpack_onnx
@@ -315,6 +316,26 @@ def test_a_failure_leaves_the_old_folder(tmp_path, source, monkeypatch, exchange
         with pytest.raises(failure):
             pack_into(path, source, bits=8)
     assert read_all(path) == before
+    assert names_in(tmp_path) == {source.name, "packed"}
+
+
+KILLED = """
+import os, signal, sys, embpack
+from embpack.formats import temporary
+temporary._remove = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+embpack.quantize_file(sys.argv[1], sys.argv[2], bits=8, method="asym")
+"""
+
+
+def test_a_kill_after_the_exchange_leaves_the_new_folder_and_what_the_next_run_removes(tmp_path, source):
+    path = tmp_path / "packed"
+    pack_into(path, source)
+    done = run_python(KILLED, source, path)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert {table.bits for table in embpack.load(path, verify=True).values()} == {8}
+    [left] = names_in(tmp_path) - {source.name, "packed"}
+    assert left.startswith(".embpack-")
+    pack_into(path, source)
     assert names_in(tmp_path) == {source.name, "packed"}
 
 

@@ -152,7 +152,7 @@ def _describe_others(files: Sequence[PackedFile]) -> list[Record]:
 
 def describe_comparison(report: FileComparison) -> Record:
     """Describe what compare measured."""
-    recommended = report.recommended
+    recommended = report.recommendation
     return {
         **_start("compare", report.src),
         "threads": report.threads,
@@ -171,7 +171,9 @@ def describe_comparison(report: FileComparison) -> Record:
         "overall": list(map(_describe_result, report.overall)),
         "skipped": [_describe_skipped(item) for table in report.tables for item in table.skipped],
         "front": [_describe_choice(report, result) for result in report.front],
-        "recommended": None if recommended is None else _describe_choice(report, recommended),
+        "readers": list(report.readers),
+        "prefer": report.prefer,
+        "recommended": recommended and {**_describe_choice(report, recommended.result), "reason": recommended.reason},
     }
 
 

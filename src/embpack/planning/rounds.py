@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embpack.comparison.checkpoint import ABOUT
+from embpack.comparison.front import ABOUT
 from embpack.layouts import RowFormat
 from embpack.planning.candidates import LEVELS, Candidate, Candidates
 from embpack.planning.spread import MOST_SUMS, choose
