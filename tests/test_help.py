@@ -74,13 +74,13 @@ def test_the_flags_of_quantize_are_in_groups(help_of):
     text = "\n".join(help_of("quantize"))
     panels = dict(re.findall(r"╭─ (\w+) ─+╮\n(.*?)╰", text, re.DOTALL))
     assert list(panels) == ["Arguments", "What", "How", "Limits", "Output"]
-    for panel, options in {
+    for panel, names in {
         "What": ("--include", "--exclude"),
         "How": ("--method", "--bits", "--param-dtype", "--rotate", "--set", "--auto", "--access-counts"),
         "Limits": ("--max-bytes", "--max-loss", "--readable-by"),
         "Output": ("--dry-run", "--force", "--json", "--threads", "--help"),
     }.items():
-        assert [option for option in options if not re.search(rf"^│ {option} ", panels[panel], re.MULTILINE)] == []
+        assert [option for option in names if not re.search(rf"^│ {option} ", panels[panel], re.MULTILINE)] == []
 
 
 def test_help_says_where_the_methods_are_and_what_codes_mean(help_of):
