@@ -1,6 +1,7 @@
 """What chooses how tables are packed: patterns, restrictions of a plan, readers; in Python and on the command line."""
 
 import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -64,6 +65,13 @@ def test_a_variant_is_read(text, variant):
 def test_what_is_no_variant(text, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         parse_variant(text)
+
+
+def test_every_field_of_a_variant_can_be_set():
+    settings = {"bits": "8", "param_dtype": "float32", "rotate": "hadamard"}
+    text = "asym:" + ",".join(f"{key}={value}" for key, value in settings.items())
+    assert {field.name for field in fields(Variant)} == {"method", *settings}
+    assert parse_variant(text) == Variant("asym", 8, "float32", "hadamard")
 
 
 # What a plan chooses from
