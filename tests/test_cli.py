@@ -171,7 +171,7 @@ main()
         assert re.search(rf"^{method} +0\.\d{{5}} ", done.stdout, re.MULTILINE), method
 
 
-@pytest.mark.parametrize(("suffix", "package"), [(".pt", "torch"), (".parquet", "parquet")])
+@pytest.mark.parametrize(("suffix", "package"), [(".pt", "torch"), (".parquet", "(pyarrow|parquet)")])
 def test_a_missing_extra_says_how_to_install_it(tmp_path, suffix, package):
     (tmp_path / f"model{suffix}").write_bytes(b"something")
     code = """
@@ -187,7 +187,7 @@ main()
 """
     done = run_python(code, tmp_path / f"model{suffix}")
     assert done.returncode == 1
-    assert f"pip install 'embpack[{package}]'" in done.stderr
+    assert re.search(rf"pip install '.*{package}.*'", done.stderr)
     assert "Traceback" not in done.stderr
 
 

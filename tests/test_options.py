@@ -7,10 +7,9 @@ import pytest
 from checkpoints import Arrays, write_safetensors
 
 import embpack
-from embpack import Variant
+from embpack import Variant, parse_variant, select_variants
 from embpack.planning import VARIANTS
-from embpack.selection import keep_readable, select_variants
-from embpack.variant import parse_variant
+from embpack.selection import keep_readable
 
 
 @pytest.fixture
@@ -313,6 +312,17 @@ def test_options_without_effect_or_sense_exit_2(embpack_command, tmp_path, model
     assert (code, out) == (2, "")
     assert f"Invalid value for '{option}'" in said or f"Invalid value for {option}" in said
     assert message in said
+
+
+def test_force_of_compare_goes_with_a_file(embpack_command, tmp_path, model):
+    code, _, err = embpack_command("compare", model, "--force")
+    assert code == 2 and "goes with --html, --svg, --png or --csv" in err
+    (tmp_path / "notes.svg").write_text("<svg/>")
+    options = ["--methods", "asym", "--rows", "50", "--svg", tmp_path / "notes.svg"]
+    code, _, err = embpack_command("compare", model, *options)
+    assert code == 1 and "notes.svg" in err and "--force" in err
+    for more in (["--force"], []):  # the second time it is embpack's own
+        assert embpack_command("compare", model, *options, *more)[0] == 0
 
 
 def test_set_takes_names_with_equals_signs_and_colons(embpack_command, tmp_path, rng):

@@ -218,6 +218,8 @@ def compare(
         )
         if path is not None
     ]
+    if force and not written:
+        raise typer.BadParameter("goes with --html, --svg, --png or --csv", param_hint="--force")
     if written:
         show.go_on_unread()
     if threads is not None:
