@@ -158,6 +158,7 @@ def test_a_plan_spreads_what_is_left_of_the_budget(model, weights):
         plan = embpack.plan(src, variants=few, chosen={"user*": Variant("sym", 8)}, max_bytes="40 %")
         ways = {table.name: (table.variant.method, table.variant.bits) for table in plan.tables}
         assert ways == {"user_emb.weight": ("sym", 8), "user_emb[2].weight": ("sym", 8), "item_emb.weight": ("asym", 8)}
+        assert {each.reason for each in plan.tables if each.variant.method == "sym"} == {"chosen beforehand"}
         tight = embpack.plan(src, variants=few, chosen={"user*": Variant("sym", 8)}, max_bytes="31 %")
         assert {each.name: each.variant.bits for each in tight.tables if each.variant.method == "asym"} == {
             "item_emb.weight": 4
