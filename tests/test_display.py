@@ -263,3 +263,16 @@ def test_the_common_prefix_ends_with_a_dot():
 def test_names_in_tables_can_be_seen():
     fitted = fit_table(["table"], [["\x1b[31ma\nb"]], 80)
     assert fitted.lines == (r"\x1b[31ma\nb",)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_compare_prints_one_line_a_way(tmp_path, at_width, width):
+    lines = at_width(
+        width, "compare", write_model(tmp_path, 2), "--methods", "asym,optimal", "--bits", "4", "--rows", "20"
+    )
+    assert [line for line in lines if cell_len(line) > width and not line.startswith("  embpack quantize ")] == []
+    tables, last = "\n".join(lines[: lines.index("Recommended:")]), " all" if width >= 80 else " [kMG]"
+    for method in ("asym", "optimal"):
+        assert len(re.findall(rf"^[* ] +{method} .*{last}$", tables, re.MULTILINE)) == 3  # of each table and of both
+    if width == 200:
+        assert "no room for" not in tables

@@ -10,11 +10,13 @@ from embpack.group import TableGroup
 from embpack.methods import METHODS, Method, parse_method
 from embpack.packing import quantize
 from embpack.planning import Plan, PlannedTable, plan
+from embpack.readers import find_readers
+from embpack.selection import select_variants
 from embpack.shard_writer import TableReport
 from embpack.table import PackedTable
 from embpack.threads import get_num_threads, set_num_threads
 from embpack.unpacking import dequantize_file
-from embpack.variant import Variant
+from embpack.variant import Variant, parse_variant
 
 __version__ = "0.1.0"
 
@@ -35,13 +37,16 @@ __all__ = [
     "Variant",
     "compare",
     "dequantize_file",
+    "find_readers",
     "get_num_threads",
     "load",
     "parse_method",
+    "parse_variant",
     "plan",
     "quantize",
     "quantize_file",
     "recommend",
     "save",
+    "select_variants",
     "set_num_threads",
 ]

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from embpack.cli import compare_arguments as arguments
-from embpack.cli import show
+from embpack.cli import options, show
 from embpack.cli.json_output import describe_comparison
-from embpack.cli.options import check_readers, split_bits, split_methods, split_rotations
 from embpack.comparison.array import Comparison
 from embpack.comparison.checkpoint import FileComparison, Total, compare_table, count_rows
 from embpack.comparison.choice import PREFERENCES
@@ -25,8 +24,8 @@ from embpack.rules import Rules, decide_all
 from embpack.text import printable
 from embpack.threads import get_num_threads, set_num_threads
 
-# Columns of a terminal that has room for all columns of the table.
-_WIDE = 135
+# A group of options in the help.
+_RECOMMENDED = "What is recommended"
 
 
 @dataclass(frozen=True)
@@ -58,92 +57,152 @@ def _check_outputs(written: Sequence[_Output], src: Path) -> None:
 def compare(
     src: Annotated[
         Path,
-        typer.Argument(help="A checkpoint, of the formats that embpack quantize reads.", show_default=False),
+        typer.Argument(metavar="SRC", help="A checkpoint, of the formats that embpack quantize reads."),
     ],
-    methods: Annotated[
-        str | None,
+    include: Annotated[
+        list[str] | None,
         typer.Option(
-            help="Methods, with commas between: greedy,asym or greedy:b=1000,r=0.5,asym.",
-            show_default="all; asym, optimal and trellis also at other bits, optimal and trellis also rotated",
-            callback=arguments.check_methods,
+            metavar="GLOB", help="Also compare on tensors of such names; may be repeated.", rich_help_panel=options.WHAT
         ),
     ] = None,
-    bits: Annotated[
-        str | None,
+    exclude: Annotated[
+        list[str] | None,
         typer.Option(
-            help="Bits a value, with commas between: 2,4,8, for trellis also 3.5.", show_default="4", metavar="NUMBERS"
-        ),
-    ] = None,
-    rotate: Annotated[
-        str | None,
-        typer.Option(
-            help="Rotations, with commas between: none,hadamard.", show_default="none", callback=arguments.check_rotate
-        ),
-    ] = None,
-    param_dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Types of scales and biases, or of codebooks, with commas between: float16,float32.",
-            show_default="float16; float32 for uniform rows at 8 bits, and for trellis",
-            callback=arguments.check_param_dtype,
+            metavar="GLOB",
+            help="Never compare on tensors of such names; may be repeated.",
+            rich_help_panel=options.WHAT,
         ),
     ] = None,
     rows: Annotated[
         str,
         typer.Option(
-            help="Measure this many rows of each larger table, evenly spread and packed as a table of their own; all "
-            "or 0 measures every row, in memory.",
+            metavar="N",
+            help="Measure so many rows of a larger table, evenly spread; all measures every row, in memory.",
             callback=arguments.check_rows,
+            rich_help_panel=options.WHAT,
         ),
     ] = "20000",
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Also compare on tensors whose name matches this glob; may be repeated."),
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHODS",
+            help="With commas between: greedy:b=1000,r=0.5,asym. [bold]embpack methods[/] lists all.",
+            show_default="all; some also at other bits and rotated",
+            callback=arguments.check_methods,
+            autocompletion=options.complete_methods,
+            rich_help_panel=options.HOW,
+        ),
     ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="Never compare on tensors whose name matches this glob; may be repeated."),
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS",
+            help="Bits a value: 2,4,8; for trellis also 3.5.",
+            show_default="4",
+            autocompletion=options.complete_bits,
+            rich_help_panel=options.HOW,
+        ),
     ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option(help="Also write a page with pictures, one file that needs no network.", show_default=False),
+    param_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPES",
+            help="Scales, biases and codebooks: float16,float32.",
+            show_default="float16; float32 for uniform rows at 8 bits, and for trellis",
+            callback=arguments.check_param_dtype,
+            autocompletion=options.complete_param_dtype,
+            rich_help_panel=options.HOW,
+        ),
     ] = None,
-    svg: Annotated[
-        Path | None, typer.Option(help="Also write the picture of loss against bytes as SVG.", show_default=False)
-    ] = None,
-    png: Annotated[
-        Path | None,
-        typer.Option(help="Also write that picture as PNG; needs matplotlib (embpack[png]).", show_default=False),
-    ] = None,
-    csv: Annotated[
-        Path | None,
-        typer.Option(help="Also write a row for each result of each table (docs/compare.md).", show_default=False),
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Rotations: none,hadamard.",
+            show_default="none",
+            callback=arguments.check_rotate,
+            autocompletion=options.complete_rotations,
+            rich_help_panel=options.HOW,
+        ),
     ] = None,
     readers: Annotated[
         list[str] | None,
         typer.Option(
             "--for",
-            help=f"Recommend what this reads as it is: {', '.join(READERS)}; may be repeated.",
             metavar="READER",
-            callback=check_readers,
+            help=f"Recommend what {', '.join(READERS[:-1])} or {READERS[-1]} reads as it is; may be repeated.",
+            callback=options.check_readers,
+            autocompletion=options.complete_readers,
+            show_default=False,
+            rich_help_panel=_RECOMMENDED,
         ),
     ] = None,
     prefer: Annotated[
         str,
         typer.Option(
-            help="What counts most. loss: the least loss in the bytes of 4 bits; size: the fewest bytes with no more "
-            "loss than quantize's default; speed: the fastest lookups with about its bytes and loss.",
             metavar="|".join(PREFERENCES),
+            help="loss: the least in the bytes of 4 bits; size: the fewest bytes with no more loss than quantize's "
+            "default; speed: the fastest lookups with about its bytes and loss.",
             callback=arguments.check_preference,
+            autocompletion=options.complete_preference,
+            rich_help_panel=_RECOMMENDED,
         ),
     ] = "loss",
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write a page with pictures, which needs no network.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write the picture of loss against bytes.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The same in pixels; needs matplotlib.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write a row for each result of each table.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Write over files that embpack compare did not write.")
+        bool,
+        typer.Option(
+            "--force", help="Write over files that embpack compare did not write.", rich_help_panel=options.OUTPUT
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=options.OUTPUT)
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads to use.", show_default="all CPUs, or OMP_NUM_THREADS")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Threads to use; otherwise OMP_NUM_THREADS, or all CPUs.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure every method on your own tables: loss, bytes and speed; nothing is packed to a file.
 
@@ -159,16 +218,18 @@ def compare(
         )
         if path is not None
     ]
+    if force and not written:
+        raise typer.BadParameter("goes with --html, --svg, --png or --csv", param_hint="--force")
     if written:
         show.go_on_unread()
     if threads is not None:
         set_num_threads(threads)
     try:
         variants = make_variants(
-            split_methods(methods) if methods else None,
-            split_bits(bits) if bits else None,
+            options.split_methods(methods) if methods else None,
+            options.split_bits(bits) if bits else None,
             param_dtype.split(",") if param_dtype else None,
-            split_rotations(rotate) if rotate else None,
+            options.split_rotations(rotate) if rotate else None,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--bits") from None
@@ -208,31 +269,34 @@ def _print(report: FileComparison, written: Sequence[_Output]) -> None:
     for table in report.tables:
         _print_results(f"{table.name}: {table.describe_sample()}", table.results, report)
         for item in table.skipped:
-            show.output.print(f"left out: {item.variant}: {item.reason}", style="yellow", soft_wrap=True)
+            show.output.print(f"left out: {item.variant}: {item.reason}", style="yellow")
         show.output.print()
     if len(report.tables) > 1:
         _print_results(f"All {len(report.tables)} tables", report.overall, report)
         show.output.print()
     _print_choices(report)
     for output in written:
-        show.output.print(f"{output.title} is {output.path}", style="dim", soft_wrap=True)
+        show.output.print(f"{output.title} is {output.path}", style="dim")
 
 
 def _print_results(title: str, results: Sequence[Comparison], report: FileComparison) -> None:
-    # A narrow terminal has room for what there is to choose by.
-    is_wide = show.output.width >= _WIDE
-    details, more = (["parameters", "layout"], ["worst row", "its loss", "bytes/row"]) if is_wide else ([], [])
-    columns = ["", "method", *details, "bits", "l2 loss", *more, "of fp32", "rows/s", "lookups/s", "read by"]
-    shown = show.start_table(title, columns, text_columns=2 + len(details))
+    columns = ["", "method", "parameters", "layout", "bits", "l2 loss", "worst row", "its loss", "bytes/row"]
+    columns += ["of fp32", "rows/s", "lookups/s", "read by"]
+    drop = ("worst row", "its loss", "layout", "parameters", "bytes/row", "read by", "rows/s")
+    shown = show.start_table(title, columns, text_columns=4, left=["read by"], drop=drop, cut="method")
     front = report.find_front(results)
     for result in sorted(results, key=lambda result: (result.bytes_per_row, result.loss)):
         where = f"{result.worst_table}[{result.worst_row}]" if isinstance(result, Total) else str(result.worst_row)
         shown.add_row(
             "*" if result in front else "",
-            *([result.variant.name, result.param_dtype, result.layout] if is_wide else [name_variant(result, results)]),
+            name_variant(result, results),
+            result.param_dtype,
+            result.layout,
             str(result.bits),
             show.loss_text(result.loss),
-            *([where, show.loss_text(result.worst_row_loss), f"{result.bytes_per_row:.4g}"] if is_wide else []),
+            where,
+            show.loss_text(result.worst_row_loss),
+            f"{result.bytes_per_row:.4g}",
             f"{100 * result.share_of_float32:.2f} %",
             show.rate(result.rows_per_second),
             show.rate(result.lookups_per_second),

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from embpack.comparison.choice import PREFERENCES
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
 from embpack.readers import READER_TITLES, check_reader
@@ -99,6 +100,7 @@ complete_bits = _completing(dict.fromkeys(("2", "4", "8"), ""))
 complete_param_dtype = _completing(dict.fromkeys(PARAM_BYTES, ""))
 complete_rotations = _completing(dict.fromkeys(("none", *ROTATIONS), ""))
 complete_readers = _completing(READER_TITLES)
+complete_preference = _completing(dict.fromkeys(PREFERENCES, ""))
 
 
 def read_setting(text: str) -> tuple[str, Variant]:
