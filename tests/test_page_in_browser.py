@@ -137,7 +137,8 @@ def test_nothing_is_wider_than_a_phone_and_no_name_is_broken(show, tmp_path):
         broken = """words => words.filter(word => {
             const range = document.createRange();
             range.selectNodeContents(word);
-            return new Set([...range.getClientRects()].filter(box => box.width > 0).map(box => Math.round(box.top))).size > 1;
+            const boxes = [...range.getClientRects()].filter(box => box.width > 0);
+            return new Set(boxes.map(box => Math.round(box.top))).size > 1;
         }).map(word => word.textContent)"""
         assert words.evaluate_all(broken) == []
 
