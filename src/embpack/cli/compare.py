@@ -190,19 +190,8 @@ def compare(
             "--force", help="Write over files that embpack compare did not write.", rich_help_panel=options.OUTPUT
         ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=options.OUTPUT)
-    ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Threads to use; otherwise OMP_NUM_THREADS, or all CPUs.",
-            show_default=False,
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
+    as_json: options.AsJson = False,
+    threads: options.Threads = None,
 ) -> None:
     """Measure every method on your own tables: loss, bytes and speed; nothing is packed to a file.
 

@@ -183,19 +183,8 @@ def quantize(
         bool,
         typer.Option("--force", help="Write to DST though embpack did not write it.", rich_help_panel=options.OUTPUT),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=options.OUTPUT)
-    ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Threads to use; otherwise OMP_NUM_THREADS, or all CPUs.",
-            show_default=False,
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
+    as_json: options.AsJson = False,
+    threads: options.Threads = None,
 ) -> None:
     """Pack the embedding tables of a checkpoint; everything else is copied as it is.
 
