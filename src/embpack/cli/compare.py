@@ -57,18 +57,24 @@ def _check_outputs(written: Sequence[_Output], src: Path) -> None:
 def compare(
     src: Annotated[
         Path,
-        typer.Argument(metavar="SRC", help="A checkpoint, of the formats that embpack quantize reads."),
+        typer.Argument(
+            metavar="SRC", show_default=False, help="A checkpoint, of the formats that embpack quantize reads."
+        ),
     ],
     include: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GLOB", help="Also compare on tensors of such names; may be repeated.", rich_help_panel=options.WHAT
+            metavar="GLOB",
+            show_default=False,
+            help="Also compare on tensors of such names; may be repeated.",
+            rich_help_panel=options.WHAT,
         ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
             metavar="GLOB",
+            show_default=False,
             help="Never compare on tensors of such names; may be repeated.",
             rich_help_panel=options.WHAT,
         ),

@@ -44,6 +44,7 @@ def quantize(
         Path,
         typer.Argument(
             metavar="SRC",
+            show_default=False,
             help="A checkpoint: .safetensors, an index of sharded ones, a model's folder, .pt/.pth/.bin/.ckpt, .npy, "
             ".npz or .parquet.",
         ),
@@ -59,13 +60,19 @@ def quantize(
     include: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GLOB", help="Also pack tensors of such names; may be repeated.", rich_help_panel=options.WHAT
+            metavar="GLOB",
+            show_default=False,
+            help="Also pack tensors of such names; may be repeated.",
+            rich_help_panel=options.WHAT,
         ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GLOB", help="Never pack tensors of such names; may be repeated.", rich_help_panel=options.WHAT
+            metavar="GLOB",
+            show_default=False,
+            help="Never pack tensors of such names; may be repeated.",
+            rich_help_panel=options.WHAT,
         ),
     ] = None,
     method: Annotated[
