@@ -1,6 +1,7 @@
 """What chooses how tables are packed: patterns, restrictions of a plan, readers; in Python and on the command line."""
 
 import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -64,6 +65,13 @@ def test_a_variant_is_read(text, variant):
 def test_what_is_no_variant(text, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         parse_variant(text)
+
+
+def test_every_field_of_a_variant_can_be_set():
+    settings = {"bits": "8", "param_dtype": "float32", "rotate": "hadamard"}
+    text = "asym:" + ",".join(f"{key}={value}" for key, value in settings.items())
+    assert {field.name for field in fields(Variant)} == {"method", *settings}
+    assert parse_variant(text) == Variant("asym", 8, "float32", "hadamard")
 
 
 # What a plan chooses from
@@ -150,6 +158,7 @@ def test_a_plan_spreads_what_is_left_of_the_budget(model, weights):
         plan = embpack.plan(src, variants=few, chosen={"user*": Variant("sym", 8)}, max_bytes="40 %")
         ways = {table.name: (table.variant.method, table.variant.bits) for table in plan.tables}
         assert ways == {"user_emb.weight": ("sym", 8), "user_emb[2].weight": ("sym", 8), "item_emb.weight": ("asym", 8)}
+        assert {each.reason for each in plan.tables if each.variant.method == "sym"} == {"chosen beforehand"}
         tight = embpack.plan(src, variants=few, chosen={"user*": Variant("sym", 8)}, max_bytes="31 %")
         assert {each.name: each.variant.bits for each in tight.tables if each.variant.method == "asym"} == {
             "item_emb.weight": 4

@@ -186,7 +186,7 @@ def test_the_csv_has_a_row_for_each_result_of_each_table():
     results = [(table, result) for table in comparison.tables for result in table.results]
     for row, (table, result) in zip(rows, results, strict=True):
         assert (row["table"], int(row["num_embeddings"]), row["dtype"]) == (table.name, table.num_embeddings, "float32")
-        assert (row["method"], float(row["bits"]), row["rotate"]) == (result.method, result.bits, result.rotate or "")
+        assert (row["method"], float(row["bits"]), row["rotation"]) == (result.method, result.bits, result.rotate or "")
         assert (float(row["loss"]), float(row["bytes_per_row"])) == (result.loss, result.bytes_per_row)
         assert float(row["lookups_per_second"]) == result.lookups_per_second
         assert tuple(row["readers"].split()) == result.readers

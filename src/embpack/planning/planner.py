@@ -224,6 +224,8 @@ def _describe(table: Candidates, choice: Choice, total: float) -> PlannedTable:
         reason = "never looked up"
     elif not error:
         reason = "no error"
+    elif table.decision.is_chosen:
+        reason = "chosen beforehand"
     elif better is None:
         reason = "nothing measured loses less"
     else:
