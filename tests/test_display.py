@@ -272,6 +272,9 @@ def test_compare_prints_one_line_a_way(tmp_path, at_width, width):
         width, "compare", write_model(tmp_path, 2), "--methods", "asym,optimal", "--bits", "4", "--rows", "20"
     )
     assert [line for line in lines if cell_len(line) > width and not line.startswith("  embpack quantize ")] == []
+    said = sum(FOLDER in line for line in lines[: lines.index("Recommended:")])
+    assert said == (3 if width == 200 else 1)  # there is room for the worst row of both tables
+    assert any(line.startswith("t_cat_0.weight: 20 rows of 8 float32 values") for line in lines)
     tables, last = "\n".join(lines[: lines.index("Recommended:")]), " all" if width >= 80 else " [kMG]"
     for method in ("asym", "optimal"):
         assert len(re.findall(rf"^[* ] +{method} .*{last}$", tables, re.MULTILINE)) == 3  # of each table and of both

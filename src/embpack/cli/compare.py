@@ -21,6 +21,7 @@ from embpack.formats import open_checkpoint
 from embpack.formats.atomic import new_file
 from embpack.readers import READERS
 from embpack.rules import Rules, decide_all
+from embpack.tables import find_prefix
 from embpack.text import printable
 from embpack.threads import get_num_threads, set_num_threads
 
@@ -261,8 +262,12 @@ def compare(
 
 
 def _print(report: FileComparison, written: Sequence[_Output]) -> None:
-    for table in report.tables:
-        _print_results(f"{table.name}: {table.describe_sample()}", table.results, report)
+    names = [printable(table.name) for table in report.tables]
+    prefix = "" if show.find_width(show.output) is None else find_prefix(names)
+    if prefix:
+        show.output.print(f"tables under {prefix}", style="dim")
+    for name, table in zip(names, report.tables, strict=True):
+        _print_results(f"{name.removeprefix(prefix)}: {table.describe_sample()}", table.results, report)
         for item in table.skipped:
             show.output.print(f"left out: {item.variant}: {item.reason}", style="yellow")
         show.output.print()
