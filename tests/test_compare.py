@@ -38,6 +38,7 @@ from embpack.comparison.variants import make_variants
 from embpack.formats import open_checkpoint
 from embpack.layouts import BITS, PARAM_BYTES
 from embpack.methods import DEFAULT_METHOD, METHODS, Greedy
+from embpack.readers import READERS, find_readers
 from embpack.rotation import rotate
 from embpack.rows import spread_rows
 from embpack.rules import Rules, decide_all
@@ -68,6 +69,8 @@ def make_result(bytes_per_row=36.0, loss=0.1, table="emb", **values):
         "worst_row_loss": 2 * loss,
         "row_losses": tuple(loss * (0.5 + 1.5 * share) for share in QUANTILES),
         "rows_per_second": 1e6,
+        "lookups_per_second": 1e8,
+        "readers": READERS,
     }
     return Comparison(**{**whole, **values})
 
@@ -162,6 +165,7 @@ def test_figures_are_those_of_quantize(method, dtype):
     losses = np.divide(errors, norms, where=norms > 0, out=np.full(len(norms), -1.0))
     param_dtype = "float32" if method == "trellis" else "float16"
     assert (result.method, result.bits, result.param_dtype, result.layout) == (method, 4, param_dtype, table.layout)
+    assert result.readers == find_readers(table.row_format)
     assert result.loss == table.loss
     assert result.bytes_per_row == table.nbytes / len(weight)
     assert result.share_of_float32 == table.nbytes / (4 * weight.size)
@@ -169,6 +173,7 @@ def test_figures_are_those_of_quantize(method, dtype):
     assert result.worst_row_loss == pytest.approx(losses.max(), rel=1e-12)
     assert result.row_losses == pytest.approx(np.quantile(losses[norms > 0], QUANTILES), rel=1e-12)
     assert 0 < result.rows_per_second < np.inf
+    assert 0 < result.lookups_per_second < np.inf
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -221,6 +226,20 @@ def test_a_table_of_zeros_has_no_loss():
     (result,) = embpack.compare(np.zeros((20, 8), np.float32), ["asym"])
     assert (result.loss, result.worst_row, result.worst_row_loss) == (0, 0, 0)
     assert result.row_losses == (0.0,) * len(QUANTILES)
+
+
+def test_lookups_are_timed_on_one_thread(monkeypatch, restore_threads):
+    embpack.set_num_threads(2)
+    real, seen = embpack.PackedTable.embedding_bag, []
+
+    def spy(table, indices, **options):
+        seen.append((embpack.get_num_threads(), indices.shape, options))
+        return real(table, indices, **options)
+
+    monkeypatch.setattr(embpack.PackedTable, "embedding_bag", spy)
+    embpack.compare(make_weight(), ["asym"])
+    assert set(map(str, seen)) == {str((1, (1000, 20), {"mode": "sum"}))}
+    assert embpack.get_num_threads() == 2
 
 
 def test_the_weight_is_not_changed():
@@ -441,8 +460,9 @@ def test_totals_are_those_of_all_rows_together(tmp_path):
         results = {r.table: r for table in comparison.tables for r in table.results if r.variant == total.variant}
         worst = max(results.values(), key=lambda result: result.worst_row_loss)
         assert (total.worst_table, total.worst_row) == (worst.table, worst.worst_row)
-        seconds = sum(len(weights[name]) / result.rows_per_second for name, result in results.items())
-        assert total.rows_per_second == pytest.approx(210 / seconds, rel=1e-9)
+        for rate in ("rows_per_second", "lookups_per_second"):
+            seconds = sum(len(weights[name]) / getattr(result, rate) for name, result in results.items())
+            assert getattr(total, rate) == pytest.approx(210 / seconds, rel=1e-9)
 
 
 @pytest.mark.parametrize("method", ["trellis", "kmeans-cls:K=8", "kmeans", "optimal"])
@@ -463,6 +483,12 @@ def test_a_sample_stands_for_its_table_in_the_total():
     # 200 of a's squares, 50 of b's.
     assert total.loss == pytest.approx(np.sqrt((0.01 * 200 + 0.09 * 50) / 250), rel=1e-12)
     assert total.bytes_per_row == (36 * 1000 + 20 * 100) / 1100
+
+
+def test_a_total_is_read_by_those_who_read_all_tables():
+    readers = ("torch", "onnx"), ("fbgemm", "onnx")
+    tables = [compare_file_table([make_result(readers=each)], name) for each, name in zip(readers, "ab", strict=True)]
+    assert sum_tables(tables)[0].readers == ("onnx",)
 
 
 def test_a_total_has_what_every_table_has():

@@ -783,7 +783,8 @@ def test_a_folder_of_torch_distributed(tmp_path):
         f"format_utils.dcp_to_torch_save({str(tmp_path)!r}, 'model.pt')"
     )
     with pytest.raises(
-        FileNotFoundError, match=re.escape(f"{tmp_path}: no *.safetensors.index.json in this folder; {advice}")
+        FileNotFoundError,
+        match=re.escape(f"{tmp_path}: no *.safetensors.index.json and no *.safetensors in this folder; {advice}"),
     ):
         open_checkpoint(tmp_path).__enter__()
     for name in (".metadata", "__0_0.distcp"):
@@ -804,13 +805,13 @@ def test_an_index_of_files_of_pytorch(tmp_path):
 
 
 def test_folder_without_index(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no \*.safetensors.index.json in this folder; it has no file to read"):
+    with pytest.raises(FileNotFoundError, match=r"no \*.safetensors in this folder; it has no file to read"):
         open_checkpoint(tmp_path).__enter__()
     (tmp_path / "config.json").touch()
     with pytest.raises(FileNotFoundError, match=r"in this folder; it has no file to read"):
         open_checkpoint(tmp_path).__enter__()
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(FileNotFoundError, match=r"choose one of its files: model.safetensors$"):
+    (tmp_path / "model.npz").touch()
+    with pytest.raises(FileNotFoundError, match=r"choose one of its files: model.npz$"):
         open_checkpoint(tmp_path).__enter__()
 
 

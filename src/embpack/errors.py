@@ -1,6 +1,6 @@
 """The exceptions that are embpack's own, and what messages say of values; arguments raise Python's built-in ones."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from embpack.text import printable
@@ -14,6 +14,22 @@ class FormatError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class LossLimitError(ValueError):
+    """Tables lose more than they may, so nothing was written.
+
+    Attributes:
+        limit: the largest normalized l2 loss that a table may have.
+        losses: of the tables that have a larger one, by name, worst first.
+    """
+
+    def __init__(self, message: str, limit: float, losses: Mapping[str, float]) -> None:
+        super().__init__(message, limit, losses)  # all of them, so that it goes from process to process
+        self.limit, self.losses = limit, dict(losses)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def kind_of(value: object) -> str:

@@ -354,6 +354,15 @@ def split_shard(
     return parts, list(tensors.values())
 
 
+def is_packed(path: Path) -> bool:
+    """Whether embpack packed the file, or all files of the index, at a path."""
+    try:
+        with open_checkpoint(path) as checkpoint:
+            return all(METADATA_KEY in shard.metadata for shard in checkpoint.shards)
+    except (ValueError, OSError):
+        return False
+
+
 def load(path: str | Path, *, verify: bool = False, in_memory: bool = False) -> dict[str, PackedTable]:
     """Open the tables of a file without reading them: rows are read when they are looked up.
 
@@ -389,14 +398,16 @@ def load(path: str | Path, *, verify: bool = False, in_memory: bool = False) -> 
     return tables
 
 
-def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
+def save(path: str | Path, tables: Mapping[str, PackedTable], *, force: bool = False) -> None:
     """Write tables to one safetensors file, all or nothing.
 
     Args:
-        path: ends in .safetensors; an existing file is replaced at once, when everything is on the disk.
+        path: ends in .safetensors; a file of embpack's that exists is replaced at once, when everything is on the disk.
         tables: name to table.
+        force: replace any other file, too, such as a checkpoint that is not packed.
 
     Raises:
+        FileExistsError: there is a file that embpack did not write, and no force.
         TypeError: tables are not PackedTables by name.
         ValueError: there are no tables, one has no rows or has attributes that a file cannot have, two tensors would
             have one name, or one that is no text, or path has another suffix.
@@ -431,7 +442,8 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
         _read_entry(f"{path}: table {name!r}", entry.as_json(), name, shapes)
     metadata = make_metadata(entries, {}, tensors)
     room = len(json.dumps(metadata))
-    write_checkpoint(path, [OutShard(path.name, tuple(tensors), lambda: metadata, room)])
+    shard = OutShard(path.name, tuple(tensors), lambda: metadata, room)
+    write_checkpoint(path, [shard], list_own=lambda path: [path.name] * is_packed(path), force=force)
 
 
 def _check_tables(path: Path, tables: Mapping[str, PackedTable]) -> None:

@@ -1,10 +1,8 @@
 """Which method and how many bits each table of a model gets: the least error in the bytes that there are."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -19,27 +17,22 @@ from embpack.comparison.front import find_front
 from embpack.convert import check_max_loss
 from embpack.errors import naming
 from embpack.formats import open_checkpoint
-from embpack.layouts import LAYOUTS, ROTATIONS, RowFormat
-from embpack.methods import DEFAULT_METHOD
+from embpack.layouts import LAYOUTS, RowFormat
 from embpack.rows import as_rows, spread_rows
-from embpack.rules import Decision, Rules, decide_all, list_names, suggest
+from embpack.rules import Decision, Rules, decide_all, list_names, match_names, suggest
+from embpack.selection import list_ways, select_variants
+from embpack.sizes import parse_size
 from embpack.text import printable
 from embpack.variant import Variant
 
 # The variants that are measured by default.
-VARIANTS = tuple(
-    Variant(method, bits, rotate=rotate)
-    for method, each in ((DEFAULT_METHOD, (2, 4, 8)), ("kmeans", (2, 4)), ("trellis", (2, 2.5, 3, 3.5, 4, 5, 6, 7)))
-    for bits in each
-    for rotate in (None, *ROTATIONS)
-)
+VARIANTS = tuple(select_variants())
 # Rows that a table is measured by, evenly spread.
 SAMPLE_ROWS = 20_000
 # Sums of choices that are kept after each table. Models of few tables never have more; others lose next to nothing.
 MOST_SUMS = 1 << 14
 # Larger ones are taken for a mistake, or mean no limit, and their squares and sums might overflow.
 _MOST_COUNT, _MOST_LOSS = 1e18, 1e9
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
@@ -161,6 +154,8 @@ def plan(
     variants: Sequence[Variant] = VARIANTS,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    chosen: Mapping[str, Variant] | None = None,
+    readable_by: Sequence[str] = (),
     access_counts: Mapping[str, float] | None = None,
     progress: Callable[[str, int], None] = lambda name, rows: None,
 ) -> Plan:
@@ -173,11 +168,16 @@ def plan(
 
     Args:
         src: a checkpoint that quantize_file reads; or weights by name, as quantize takes them.
-        max_bytes: of all packed tables: a number, "2 GB", or a share of their size in float32, "12.5 %".
+        max_bytes: of all packed tables, as parse_size reads it: a number, "2 GB", "100 KiB", or a share of their size
+            in float32, "12.5 %".
         max_loss: the normalized l2 loss over all tables.
-        variants: the ways to pack a table that are measured.
+        variants: the ways to pack a table that are measured; embpack.selection.select_variants lists some, such as
+            those at 4 bits.
         include: globs of tensor names, as quantize_file takes them.
         exclude: the same, of those never to pack.
+        chosen: by name or glob, as quantize_file takes variants, how tables are packed for which there is nothing to
+            choose; their bytes and errors count.
+        readable_by: names in embpack.readers.READERS: only ways are chosen that all of these read as they are.
         access_counts: by a table's name, how often rows of it are looked up, all in the same time; a row's error counts
             this divided by the table's number of rows. Rows of tables that are not named count 1 each.
         progress: called with a table's name and a number of rows for each variant that was measured.
@@ -187,7 +187,8 @@ def plan(
         FormatError: src is damaged.
         ValueError: no tensor is a table; a value is NaN or infinite; max_bytes or max_loss is no size or loss, or
             cannot be kept (the message says what can), or both are given; a glob matches nothing, or src is weights,
-            among which they do not choose; access_counts name something that is no table, or are not finite, or are
+            among which they do not choose; there is no such reader, or a table in no way that all of them read;
+            access_counts name something that is no table, or are not finite, or are
             negative or all 0; there are no weights or no variants.
         TypeError: a weight, a glob or a count is of another type.
     """
@@ -197,20 +198,22 @@ def plan(
         raise ValueError("there are no variants to measure; give at least one")
     if not isinstance(src, Mapping):
         with open_checkpoint(Path(src)) as checkpoint:
-            decisions = decide_all(checkpoint, Rules(include, exclude))
-            return plan_decided(decisions, *limits, variants, access_counts, progress)
+            decisions = decide_all(checkpoint, Rules(include, exclude, variants=chosen or {}))
+            return plan_decided(decisions, *limits, variants, access_counts, progress, readable_by=readable_by)
     if include or exclude:
         raise ValueError("include and exclude choose among tensors of a checkpoint; leave weights out of src instead")
     if not src:
         raise ValueError("src has no weights; give at least one")
     check_counts(access_counts or {}, list(src))
     tables = []
+    own = {name: variant for pattern, variant in (chosen or {}).items() for name in match_names(pattern, src)}
     for name, weight in src.items():
         with naming(name):
             rows, dtype = as_rows(weight)
+            ways = list_ways(rows.shape[1], variants, own.get(name), readable_by)
         numbers = spread_rows(len(rows), min(len(rows), SAMPLE_ROWS))
         sample = Sample.make(name, rows[numbers], dtype, numbers, len(rows))
-        tables.append(compare_sample(sample, variants, progress))
+        tables.append(compare_sample(sample, ways, progress))
     return _choose_variants(tables, *limits, access_counts or {})
 
 
@@ -221,12 +224,17 @@ def plan_decided(
     variants: Sequence[Variant] = VARIANTS,
     access_counts: Mapping[str, float] | None = None,
     progress: Callable[[str, int], None] = lambda name, rows: None,
+    readable_by: Sequence[str] = (),
 ) -> Plan:
-    """Do what plan does, for those tensors of an open checkpoint that are tables."""
+    """Do what plan does, for those tensors of an open checkpoint that are tables; is_chosen ones have one way."""
     _check_limits(max_bytes, max_loss)
     decided = [each for each in decisions if each.variant]
     check_counts(access_counts or {}, [each.tensor.name for each in decided])
-    tables = [compare_table(each, variants, SAMPLE_ROWS, progress) for each in decided]
+    tables = []
+    for each in decided:
+        with naming(each.place):
+            ways = list_ways(each.tensor.shape[1], variants, each.variant if each.is_chosen else None, readable_by)
+        tables.append(compare_table(each, ways, SAMPLE_ROWS, progress))
     return _choose_variants(tables, max_bytes, max_loss, access_counts or {})
 
 
@@ -249,7 +257,8 @@ def _choose_variants(
     if max_bytes is None and max_loss is None:
         chosen = [_choose_alone(each) for each in measured]
     else:
-        most_bytes = None if max_bytes is None else parse_size(max_bytes, float32_bytes)
+        with naming("max_bytes"):
+            most_bytes = None if max_bytes is None else parse_size(max_bytes, float32_bytes)
         most_error = None if max_loss is None else min(max_loss, _MOST_LOSS) ** 2 * square
         best = choose([(each.sizes, each.errors) for each in measured], most_bytes, most_error)
         if best is None:
@@ -303,19 +312,6 @@ def _explain_max_bytes(max_bytes: int | str, measured: Sequence[_Measured], floa
 def _least_loss(measured: Sequence[_Measured], square: float) -> float:
     """The least loss that there is, rounded up so that it can be kept."""
     return math.ceil(1e5 * math.sqrt(sum(min(each.errors) for each in measured) / square)) / 1e5
-
-
-def parse_size(size: int | str, whole: int) -> int:
-    """Read a number of bytes, "2 GB", or a share of a whole, "12.5 %".
-
-    Raises:
-        ValueError: it is something else.
-    """
-    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Z]*|%)\s*", str(size).upper())
-    if not match or (match[2] not in _UNITS and match[2] != "%"):
-        raise ValueError(f"max_bytes is {size!r}; give bytes, a size such as '2 GB', or a share of float32, '12.5 %'")
-    number = Fraction(match[1])
-    return int(whole * number / 100 if match[2] == "%" else number * _UNITS[match[2]])
 
 
 def choose(
@@ -374,7 +370,9 @@ def _describe(measured: _Measured, chosen: int, total: float) -> PlannedTable:
         reason = "no error"
     else:
         reason = f"{error / total:.0%} of the squared error; "
-        if chosen + 1 < len(measured.front):
+        if len(measured.table.results) == 1:
+            reason += "the only way measured"
+        elif chosen + 1 < len(measured.front):
             better = measured.front[chosen + 1]
             less, more = (error - errors[chosen + 1]) / total, sizes[chosen + 1] - size
             reason += f"{better.variant.name} at {better.bits} bits: {less:.0%} less for {more:,} bytes more"

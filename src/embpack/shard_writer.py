@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from glob import escape
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from embpack.methods.base import Sums, find_warning
 from embpack.packing import iter_packed
 from embpack.rotation import rotate_chunks
 from embpack.rules import Decision
-from embpack.text import quote
 
 # Told of rows as they are done: the table's name and how many more.
 Progress = Callable[[str, int], None]
@@ -66,14 +64,12 @@ class TableWriter:
 
     Attributes:
         decision: to pack it.
-        max_loss: the largest normalized l2 loss that it may have.
         progress: is told of packed rows, several times a second.
         beside: the arrays beside its rows, by name; there once it is fitted, before any row is written.
         entry, report: there once its rows are written.
     """
 
     decision: Decision
-    max_loss: float
     progress: Progress
     beside: dict[str, NDArray[Any]] = field(default_factory=dict)
     entry: TableEntry | None = None
@@ -118,7 +114,6 @@ class TableWriter:
         for array in self.beside.values():
             digest.update(as_bytes(array))
         loss = measure_loss(sums)
-        _check_loss(self.decision, loss, self.max_loss)
         self.entry = self._make_entry(packer.spec, loss, format_checksum(digest))
         self.report = self._make_report(self.entry, loss, time.perf_counter() - started, find_warning(sums))
 
@@ -210,15 +205,6 @@ def _check_names(tensors: Sequence[OutTensor]) -> None:
                 f"tensor {tensor.name!r} would be there twice: what lies beside a table needs that name; rename it"
             )
         seen.add(tensor.name)
-
-
-def _check_loss(decision: Decision, loss: float, max_loss: float) -> None:
-    if loss > max_loss:
-        raise ValueError(
-            f"{decision.place}: its normalized l2 loss is {loss:.6g}, over the limit of {max_loss:.6g}, so nothing was "
-            "written; use a better method or more bits, leave it as it is with --exclude "
-            f"{quote(escape(decision.tensor.name))}, or raise the limit"
-        )
 
 
 def copy_tensor(tensor: SourceTensor, finish: Callable[["hashlib._Hash"], None]) -> OutTensor:

@@ -8,6 +8,7 @@ import typer
 
 import embpack
 from embpack.cli import compare, demo, dequantize, inspect, quantize, show
+from embpack.errors import LossLimitError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,8 +39,22 @@ def _options(
     pass
 
 
+def _print_failure(error: Exception) -> None:
+    if not isinstance(error, LossLimitError):
+        show.print_error(show.explain(error))
+        return
+    message, *tables = str(error).split("\n")
+    show.print_error(message)
+    for line in tables:
+        show.errors.print(line, soft_wrap=True)
+
+
 def main() -> None:
-    """Run the command line. Exit code 2 for wrong usage, 1 for a failure, which is one line on stderr."""
+    """Run the command line.
+
+    Exit code 2 for wrong usage, 1 for a failure, which is one line on stderr, 3 if a limit of loss is not kept, which
+    is a line more for each table.
+    """
     show.mend_streams()
     if not sys.warnoptions:
         # PyTorch warns of pickle protocols and storages in checkpoints; a user who packs one can do nothing about them.
@@ -52,7 +67,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             show.print_traceback(error)
         else:
-            show.print_error(show.explain(error))
-        sys.exit(1)
+            _print_failure(error)
+        sys.exit(3 if isinstance(error, LossLimitError) else 1)
     finally:
         signal.signal(signal.SIGPIPE, on_broken_pipe)

@@ -11,7 +11,7 @@ import typer
 from embpack.cli import show
 from embpack.comparison.array import QUANTILES, Comparison
 from embpack.comparison.checkpoint import FileComparison, Total, compare_table, count_rows
-from embpack.comparison.front import find_front, name_variant
+from embpack.comparison.front import find_front, list_readers, name_variant
 from embpack.comparison.report import make_page
 from embpack.comparison.variants import make_variants
 from embpack.formats import open_checkpoint
@@ -22,7 +22,7 @@ from embpack.threads import get_num_threads, set_num_threads
 from embpack.variant import parse_bits
 
 # Columns of a terminal that has room for all columns of the table.
-_WIDE = 105
+_WIDE = 135
 
 
 def _split_methods(text: str) -> list[str]:
@@ -218,23 +218,24 @@ def _print(report: FileComparison, html: Path | None) -> None:
 
 
 def _print_results(title: str, results: Sequence[Comparison]) -> None:
-    # A narrow terminal has no room for what a method's name says anyway.
-    details = ["parameters", "layout"] if show.output.width >= _WIDE else []
-    columns = ["", "method", *details, "bits", "l2 loss", "bytes/row", "of fp32", "worst row", "its loss", "rows/s"]
+    # A narrow terminal has room for what there is to choose by.
+    is_wide = show.output.width >= _WIDE
+    details, more = (["parameters", "layout"], ["worst row", "its loss", "bytes/row"]) if is_wide else ([], [])
+    columns = ["", "method", *details, "bits", "l2 loss", *more, "of fp32", "rows/s", "lookups/s", "read by"]
     shown = show.start_table(title, columns, text_columns=2 + len(details))
     front = find_front(results)
     for result in sorted(results, key=lambda result: (result.bytes_per_row, result.loss)):
         where = f"{result.worst_table}[{result.worst_row}]" if isinstance(result, Total) else str(result.worst_row)
         shown.add_row(
             "*" if result in front else "",
-            *([result.variant.name, result.param_dtype, result.layout] if details else [name_variant(result, results)]),
+            *([result.variant.name, result.param_dtype, result.layout] if is_wide else [name_variant(result, results)]),
             str(result.bits),
             show.loss_text(result.loss),
-            f"{result.bytes_per_row:.4g}",
+            *([where, show.loss_text(result.worst_row_loss), f"{result.bytes_per_row:.4g}"] if is_wide else []),
             f"{100 * result.share_of_float32:.2f} %",
-            where,
-            show.loss_text(result.worst_row_loss),
             show.rate(result.rows_per_second),
+            show.rate(result.lookups_per_second),
+            list_readers(result),
         )
     show.output.print(shown)
 

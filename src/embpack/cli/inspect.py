@@ -49,21 +49,24 @@ def _others(files: list[PackedFile]) -> list[str]:
 
 
 def _print(path: str, files: list[PackedFile], *, verified: bool) -> None:
-    columns = ["table", "layout", "method", "rows", "dim", "bytes", "ratio", "l2 loss"]
-    table = show.start_table(path, columns, text_columns=3)
+    columns = ["table", "layout", "bits", "params", "method", "rows", "dim", "bytes", "ratio", "of", "l2 loss"]
+    drop = ("params", "dim", "of", "rows", "method")
+    table = show.start_table(path, columns, text_columns=2, things="tables", left=("params", "method"), drop=drop)
     for packed in files:
         for name, entry in packed.entries.items():
             nbytes = sum(tensor.nbytes for tensor in packed.parts[name])
             original = entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize
             table.add_row(
                 name,
-                f"{entry.layout}, {entry.bits} bits, {entry.param_dtype}"
-                + (f", {entry.rotation}" if entry.rotation else ""),
+                f"{entry.layout}, {entry.rotation}" if entry.rotation else entry.layout,
+                str(entry.bits),
+                entry.param_dtype,
                 entry.method or "unknown",
                 f"{entry.num_embeddings:,}",
                 str(entry.embedding_dim),
                 show.size(nbytes),
-                f"{show.share(nbytes, original)} of {entry.dtype}",
+                show.share(nbytes, original),
+                entry.dtype,
                 show.loss_text(entry.loss),
             )
     show.output.print(table)

@@ -15,8 +15,9 @@ from embpack.convert import Report, check_destination, check_max_loss, pack_chec
 from embpack.formats import open_checkpoint
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
-from embpack.planning import SAMPLE_ROWS, VARIANTS, Plan, check_counts, parse_size, plan_decided
+from embpack.planning import SAMPLE_ROWS, VARIANTS, Plan, check_counts, plan_decided
 from embpack.rules import Decision, Rules, decide_all
+from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
 from embpack.variant import Variant, parse_bits
 
@@ -52,10 +53,8 @@ def _check_max_bytes(max_bytes: str | None) -> str | None:
     if max_bytes is not None:
         try:
             parse_size(max_bytes, 1)
-        except ValueError:
-            raise typer.BadParameter(
-                f"{max_bytes!r}; give bytes, a size such as '2 GB', or a share of float32, '12.5 %'"
-            ) from None
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
     return max_bytes
 
 
@@ -78,15 +77,16 @@ def quantize(
     src: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint: .safetensors, a folder or index of sharded ones, .pt/.pth/.bin/.ckpt, .npy, .npz "
-            "or .parquet.",
+            help="A checkpoint: .safetensors, an index of sharded ones, a model's folder, .pt/.pth/.bin/.ckpt, .npy, "
+            ".npz or .parquet.",
             show_default=False,
         ),
     ],
     dst: Annotated[
         Path | None,
         typer.Argument(
-            help="A .safetensors file (for a sharded SRC a new or empty folder); it appears only once it is whole.",
+            help="A .safetensors file; for a folder or an index as SRC a folder, with the model's small files, too. It "
+            "replaces what embpack wrote there, once it is whole.",
             show_default=False,
         ),
     ] = None,
@@ -118,7 +118,7 @@ def quantize(
     max_loss: Annotated[
         float | None,
         typer.Option(
-            help="Write nothing, and exit with 1, if a table's normalized l2 loss is larger. With --auto: the largest "
+            help="Write nothing, and exit with 3, if a table's normalized l2 loss is larger. With --auto: the largest "
             "loss of all tables together; they get the fewest bytes that keep it.",
             show_default="no limit",
             callback=_check_max_loss,
@@ -156,6 +156,13 @@ def quantize(
             callback=_check_rotate,
         ),
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Write to DST though embpack did not write what is there; a folder keeps files of other names.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show which tensors would be packed, and why.")
     ] = False,
@@ -179,7 +186,7 @@ def quantize(
         set_num_threads(threads)
     with open_checkpoint(src) as checkpoint:
         if dst is not None and not dry_run:
-            check_destination(checkpoint, dst)
+            check_destination(checkpoint, dst, force=force)
         decisions, plan = decide_all(checkpoint, rules), None
         if auto:
             plan = _plan_tables(decisions, max_bytes, max_loss, access_counts, quiet=as_json)
@@ -194,7 +201,7 @@ def quantize(
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
         limit = None if auto else max_loss
         with show.row_progress(totals, shown=not as_json) as progress:
-            report = pack_checkpoint(checkpoint, decisions, dst, max_loss=limit, progress=progress)
+            report = pack_checkpoint(checkpoint, decisions, dst, max_loss=limit, force=force, progress=progress)
     if as_json:
         show.print_json(_report_json(report))
     else:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,16 +16,20 @@ from embpack.chunks import span_rows
 from embpack.comparison.variants import make_variants
 from embpack.methods import Method
 from embpack.packing import pack
+from embpack.readers import find_readers
 from embpack.rows import ROW_DTYPES, as_rows, explain_not_finite, widen
 from embpack.rules import explain_growth
 from embpack.table import PackedTable
 from embpack.text import printable
+from embpack.threads import get_num_threads, set_num_threads
 from embpack.variant import Variant
 
 # The quantiles by which the losses of single rows are summed up.
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 # A fast method is timed this often, and the fastest time counts: the first run pays for new memory.
 _MOST_RUNS, _ENOUGH_SECONDS = 3, 0.2
+# Lookups are timed so often, after a run that warms the cache; each sums so many bags.
+_LOOKUP_RUNS, _NUM_BAGS, _BAG_SIZE = 5, 1000, 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,9 @@ class Comparison:
         row_losses: normalized l2 loss of single rows at QUANTILES. A row of zeros has no loss of its own and is left
             out here and in worst_row.
         rows_per_second: that quantize packs in memory, with as many threads as are set.
+        lookups_per_second: rows that embedding_bag sums on one thread, in bags of 20 rows drawn at random from what was
+            packed, which lie in the cache if they fit there.
+        readers: who else reads such rows as they are: names in embpack.readers.READERS. embpack reads all.
     """
 
     table: str
@@ -60,6 +68,8 @@ class Comparison:
     worst_row_loss: float
     row_losses: tuple[float, ...]
     rows_per_second: float
+    lookups_per_second: float
+    readers: tuple[str, ...]
 
     @property
     def variant(self) -> Variant:
@@ -196,6 +206,27 @@ def _time(rows: NDArray[Any], variant: Variant) -> tuple[PackedTable, float]:
     return table, min(times)
 
 
+def _time_lookups(table: PackedTable) -> float:
+    """Return how many rows a second one thread sums: the median of a few runs.
+
+    More threads would do so few rows no sooner than it takes to wake them.
+    """
+    indices = np.random.default_rng(0).integers(0, len(table), (_NUM_BAGS, _BAG_SIZE))
+    threads = get_num_threads()
+    set_num_threads(1)
+    try:
+        times = [_time_call(lambda: table.embedding_bag(indices, mode="sum")) for _ in range(1 + _LOOKUP_RUNS)]
+    finally:
+        set_num_threads(threads)
+    return indices.size / statistics.median(times[1:])
+
+
+def _time_call(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
 def _describe(sample: Sample, table: PackedTable, variant: Variant, seconds: float) -> Comparison:
     assert table.loss is not None  # quantize measures it
     rows = sample.rows
@@ -221,6 +252,8 @@ def _describe(sample: Sample, table: PackedTable, variant: Variant, seconds: flo
         worst_row_loss=float(losses[worst]) if of_rows.size else 0.0,
         row_losses=tuple(map(float, shown)),
         rows_per_second=len(rows) / seconds,
+        lookups_per_second=_time_lookups(table),
+        readers=find_readers(table.row_format),
     )
 
 

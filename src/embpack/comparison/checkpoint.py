@@ -16,6 +16,7 @@ from embpack.comparison.front import find_front
 from embpack.formats import SourceTensor
 from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.layouts import RowFormat
+from embpack.readers import READERS
 from embpack.rows import ROW_DTYPES, spread_rows
 from embpack.rules import Decision
 from embpack.text import quote
@@ -208,9 +209,16 @@ def _sum(tables: Sequence[TableComparison], results: Sequence[Comparison]) -> To
         worst_row=worst.worst_row,
         worst_row_loss=worst.worst_row_loss,
         row_losses=(),
-        rows_per_second=sum(rows) / sum(n / result.rows_per_second for result, n in zip(results, rows, strict=True)),
+        rows_per_second=_mean_rate(rows, [result.rows_per_second for result in results]),
+        lookups_per_second=_mean_rate(rows, [result.lookups_per_second for result in results]),
+        readers=tuple(reader for reader in READERS if all(reader in result.readers for result in results)),
         worst_table=worst.table,
     )
+
+
+def _mean_rate(rows: Sequence[int], rates: Sequence[float]) -> float:
+    """Rows a second over all tables, each with a rate of its own."""
+    return sum(rows) / sum(n / rate for n, rate in zip(rows, rates, strict=True))
 
 
 def _name_packed(src: Path, bits: float) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from embpack.comparison.array import Comparison
+from embpack.readers import READERS
 
 Result = TypeVar("Result", bound=Comparison)
 
@@ -37,3 +38,10 @@ def name_variant(result: Comparison, others: Iterable[Comparison]) -> str:
     name = result.variant.name
     twins = {other.param_dtype for other in others if (other.variant.name, other.bits) == (name, result.bits)}
     return f"{name}, {result.param_dtype}" if len(twins) > 1 else name
+
+
+def list_readers(result: Comparison) -> str:
+    """Say in a word or two who else reads the rows."""
+    if result.readers == READERS:
+        return "all"
+    return ", ".join(result.readers) or "embpack"

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 
+import embpack
 from embpack.comparison.array import Comparison
 from embpack.comparison.checkpoint import ABOUT, FileComparison, TableComparison, Total
 from embpack.comparison.front import find_front, name_variant
@@ -238,6 +238,6 @@ def _make_notes(comparison: FileComparison) -> str:
         "Normalized l2 loss is ‖X - Q(X)‖ / ‖X‖, over all rows that were measured or over one row. Of a large table, "
         "evenly spread rows are measured and packed as a table of their own. Bytes a row count everything that packing "
         f"leaves, codebooks too. Rows a second are quantize's, in memory, with {threads} on the machine that wrote "
-        f"this page. embpack {version('embpack')}."
+        f"this page. embpack {embpack.__version__}."
     )
     return element("h2", "How it was measured") + _paragraph(said, "note")
