@@ -18,6 +18,7 @@ from embpack.shard_writer import Progress, TableReport
 from embpack.table import PackedTable
 from embpack.text import printable
 from embpack.torch.collection import PackedEmbeddingBagCollection
+from embpack.torch.encoders import adopt_static_encoders
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported, leave_tables_out_of_ddp
 from embpack.torch.private import has_hooks
 from embpack.torch.tied import check_tied, key_of, refuse_tied, retied
@@ -139,6 +140,7 @@ def quantize_(
             for place in hangs:
                 hang(place, new)
         collections = swap_collections(model, hang)
+        adopt_static_encoders(model)
         leave_tables_out_of_ddp(model)
     inside = tuple(f"{name}." for name, _ in collections)
     alone = [(hangs[0].name, type(new).__name__) for hangs, new in swaps if not hangs[0].name.startswith(inside)]
