@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import embpack
-from embpack.planning import choose
+from embpack.planning.spread import choose
 
 
 def make_options(rng, num_tables, num_options):

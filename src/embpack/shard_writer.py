@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class TableReport:
     Attributes:
         bytes_before, bytes_after: of its weights and of its packed rows.
         loss: normalized l2 loss ||X - Q(X)|| / ||X||.
+        square_norm: sum of the squares of its values.
         seconds: spent reading, packing and writing it.
         warning: what to know of it and to do about it, such as rows that are lost; None if there is nothing.
     """
@@ -49,6 +51,7 @@ class TableReport:
     bytes_before: int
     bytes_after: int
     loss: float
+    square_norm: float
     seconds: float
     warning: str | None = None
 
@@ -115,7 +118,10 @@ class TableWriter:
             digest.update(as_bytes(array))
         loss = measure_loss(sums)
         self.entry = self._make_entry(packer.spec, loss, format_checksum(digest))
-        self.report = self._make_report(self.entry, loss, time.perf_counter() - started, find_warning(sums))
+        square_norm = math.fsum(span.square for span in sums)
+        self.report = self._make_report(
+            self.entry, loss, square_norm, time.perf_counter() - started, find_warning(sums)
+        )
 
     def _read(self, name: str) -> Iterator[NDArray[Any]]:
         yield self.beside[name]
@@ -130,7 +136,9 @@ class TableWriter:
             checksum=checksum,
         )
 
-    def _make_report(self, entry: TableEntry, loss: float, seconds: float, warning: str | None) -> TableReport:
+    def _make_report(
+        self, entry: TableEntry, loss: float, square_norm: float, seconds: float, warning: str | None
+    ) -> TableReport:
         return TableReport(
             name=self.decision.tensor.name,
             num_embeddings=entry.num_embeddings,
@@ -140,6 +148,7 @@ class TableWriter:
             bytes_before=self.decision.bytes_before,
             bytes_after=self.decision.bytes_after,
             loss=loss,
+            square_norm=square_norm,
             seconds=seconds,
             warning=warning,
         )

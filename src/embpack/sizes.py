@@ -28,7 +28,7 @@ def parse_size(text: float | str, whole: int | None = None) -> int:
     """
     match = _SIZE.fullmatch(str(text).upper())
     example = "give bytes, 1e5, or a size such as '100 KiB' or '2 GB'"
-    share = "" if whole is None else ", or a share of float32, '12.5 %'"
+    share = "" if whole is None else ", or a share of what is read, '12.5 %'"
     if not match or not (match[2] in _UNITS or (match[2] == "%" and whole is not None)):
         raise ValueError(f"{text!r} is no size; {example}{share}")
     number = Fraction(match[1])
@@ -37,6 +37,16 @@ def parse_size(text: float | str, whole: int | None = None) -> int:
     size = number * _UNITS[match[2]]
     if match[2] == "" and size.denominator != 1:
         meant = f"{float(size if size >= 1 else 100 * size):g} %"
-        hint = f"for a share of float32 write '{meant}'" if whole is not None else "write a whole number"
+        hint = f"for a share of what is read write '{meant}'" if whole is not None else "write a whole number"
         raise ValueError(f"{text!r} is no whole number of bytes; {hint}, or give a unit, '{text} MB'")
     return int(size)
+
+
+def write_size(count: int) -> str:
+    """Bytes for a person to read, in decimal units: "950 B", "4.0 MB"."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 999.95:
+            break
+        size, unit = size / 1000, larger
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"

@@ -181,8 +181,8 @@ def compare_rows(
     for variant in variants:
         try:
             table, seconds = _time(sample.rows, variant)
-        except ValueError as error:
-            skipped.append(Skipped(sample.name, variant, _name_place(str(error), sample)))
+        except (TypeError, ValueError) as error:  # a TypeError of bits that have a fraction
+            skipped.append(Skipped(sample.name, variant, name_place(str(error), sample)))
         else:
             results.append(_describe(sample, table, variant, seconds))
         progress(sample.name, len(sample.rows))
@@ -191,7 +191,7 @@ def compare_rows(
     return results, skipped
 
 
-def _name_place(message: str, sample: Sample) -> str:
+def name_place(message: str, sample: Sample) -> str:
     """Name a row of the table where quantize names one of the sample."""
     return re.sub(r"^weight\[(\d+)", lambda found: f"{sample.name}[{sample.numbers[int(found[1])]}", message)
 

@@ -3,14 +3,37 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from embpack.comparison.array import Comparison
 from embpack.readers import READERS
+from embpack.variant import Variant
 
-Result = TypeVar("Result", bound=Comparison)
+
+class Measured(Protocol):
+    """What was measured of a way to pack a table; a Comparison is one."""
+
+    @property
+    def variant(self) -> Variant:
+        """The way."""
+
+    @property
+    def loss(self) -> float:
+        """Normalized l2 loss."""
+
+    @property
+    def bytes_per_row(self) -> float:
+        """Bytes of the packed table by its number of rows."""
+
+    @property
+    def is_smaller(self) -> bool:
+        """Whether the packed table takes fewer bytes than its weights."""
 
 
+Result = TypeVar("Result", bound=Measured)
+
+# Sizes within 1 % count as equal, to allow for shared codebooks.
+ABOUT = 1.01
 # A rotation counts only if the loss without it is at least so many times as large: lookups have to undo it.
 _LEAST_GAIN = 1.01
 
@@ -22,11 +45,11 @@ def find_front(results: Sequence[Result]) -> list[Result]:
     first counts. Results of rotated rows are left out unless they lose 1 % less than the same without rotation. The
     front comes by rising bytes, that is, by falling loss.
     """
-    plain = {result.variant: result.loss for result in results if result.rotate is None}
+    plain = {result.variant: result.loss for result in results if result.variant.rotate is None}
     front: list[Result] = []
     for result in sorted(results, key=lambda result: (result.bytes_per_row, result.loss)):
         unrotated = plain.get(replace(result.variant, rotate=None), math.inf)
-        if result.rotate is not None and unrotated < _LEAST_GAIN * result.loss:
+        if result.variant.rotate is not None and unrotated < _LEAST_GAIN * result.loss:
             continue
         if result.is_smaller and (not front or result.loss < front[-1].loss):
             front.append(result)

@@ -231,6 +231,21 @@ def _reserve(path: Path, shard: OutShard) -> int:
     return reserved
 
 
+def bound_bytes(shard: OutShard, most: int) -> int:
+    """Count the bytes that write_safetensors writes, or some more: as many for each tensor, whatever the others are.
+
+    Args:
+        shard: what is written.
+        most: the payload is not larger; tensors may lie anywhere in it.
+    """
+    entries: dict[str, object] = {
+        tensor.name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [most, most]}
+        for tensor in shard.tensors
+    }
+    header = len(_encode({_METADATA_KEY: {}, **entries})) + shard.metadata_room
+    return _LENGTH_BYTES + header + _ALIGNMENT + sum(tensor.nbytes for tensor in shard.tensors)
+
+
 def _make_header(path: Path, shard: OutShard, reserved: int) -> bytes:
     entries, metadata = _place_tensors(path, shard), shard.metadata()
     header = _encode({_METADATA_KEY: metadata, **entries} if metadata else entries)
