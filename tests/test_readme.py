@@ -49,6 +49,7 @@ RUN_PAGES = {
     "rotation.md": [],
     "pytorch.md": ["torch"],
     "bridges.md": ["torchrec", "onnxruntime", "onnxscript"],
+    "compare.md": [],
     "recommender.md": ["torch"],
     "language_models.md": ["torch", "transformers"],
     "researchers.md": [],

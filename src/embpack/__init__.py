@@ -2,6 +2,7 @@
 
 from embpack import _core  # noqa: F401  (first: it says how the core is loaded)
 from embpack.comparison.array import Comparison, compare
+from embpack.comparison.choice import Recommendation, recommend
 from embpack.convert import Report, quantize_file
 from embpack.errors import FormatError, LossLimitError, MissingExtraError
 from embpack.files import load, save
@@ -29,6 +30,7 @@ __all__ = [
     "PackedTable",
     "Plan",
     "PlannedTable",
+    "Recommendation",
     "Report",
     "TableGroup",
     "TableReport",
@@ -43,6 +45,7 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_file",
+    "recommend",
     "save",
     "select_variants",
     "set_num_threads",

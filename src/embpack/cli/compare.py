@@ -12,18 +12,18 @@ from embpack.cli import compare_arguments as arguments
 from embpack.cli import options, show
 from embpack.cli.json_output import describe_comparison
 from embpack.comparison.array import Comparison
-from embpack.comparison.checkpoint import FileComparison, Total, compare_table, count_rows
+from embpack.comparison.checkpoint import FileComparison, TableComparison, Total, compare_table, count_rows
 from embpack.comparison.choice import PREFERENCES
 from embpack.comparison.front import list_readers, name_variant
 from embpack.comparison.report import is_report, make_csv, make_page, make_png, make_svg, require_matplotlib
-from embpack.comparison.variants import make_variants
 from embpack.formats import open_checkpoint
 from embpack.formats.atomic import new_file
 from embpack.readers import READERS
-from embpack.rules import Rules, decide_all
+from embpack.rules import Decision, Rules, decide_all
 from embpack.tables import find_prefix
 from embpack.text import printable
 from embpack.threads import get_num_threads, set_num_threads
+from embpack.variant import Variant
 
 # A group of options in the help.
 _RECOMMENDED = "What is recommended"
@@ -37,6 +37,16 @@ class _Output:
     title: str
     path: Path
     make: Callable[[FileComparison], str | bytes]
+
+
+def _list_outputs(html: Path | None, svg: Path | None, png: Path | None, csv: Path | None) -> list[_Output]:
+    outputs = (
+        ("--html", "The page with pictures", html, make_page),
+        ("--svg", "The picture", svg, make_svg),
+        ("--png", "The picture in pixels", png, make_png),
+        ("--csv", "The table of all results", csv, make_csv),
+    )
+    return [_Output(option, title, path, make) for option, title, path, make in outputs if path is not None]
 
 
 def _check_outputs(written: Sequence[_Output], src: Path) -> None:
@@ -204,31 +214,14 @@ def compare(
 
     [dim]embpack compare model.safetensors --html report.html[/]
     """
-    written = [
-        _Output(option, title, path, make)
-        for option, title, path, make in (
-            ("--html", "The page with pictures", html, make_page),
-            ("--svg", "The picture", svg, make_svg),
-            ("--png", "The picture in pixels", png, make_png),
-            ("--csv", "The table of all results", csv, make_csv),
-        )
-        if path is not None
-    ]
+    written = _list_outputs(html, svg, png, csv)
     if force and not written:
         raise typer.BadParameter("goes with --html, --svg, --png or --csv", param_hint="--force")
     if written:
         show.go_on_unread()
     if threads is not None:
         set_num_threads(threads)
-    try:
-        variants = make_variants(
-            options.split_methods(methods) if methods else None,
-            options.split_bits(bits) if bits else None,
-            param_dtype.split(",") if param_dtype else None,
-            options.split_rotations(rotate) if rotate else None,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--bits") from None
+    variants = arguments.list_variants(methods, bits, param_dtype, rotate)
     most_rows = arguments.parse_rows(rows)
     rules = Rules(tuple(include or ()), tuple(exclude or ()))
     _check_outputs(written, src)
@@ -240,12 +233,9 @@ def compare(
             stack.enter_context(new_file(output.path, lambda path: force or is_report(path))) for output in written
         ]
         decisions = [decision for decision in decide_all(checkpoint, rules) if decision.variant]
-        totals = {d.tensor.name: count_rows(d, most_rows) * len(variants) for d in decisions}
-        with show.row_progress(totals, shown=not as_json) as progress:
-            tables = [compare_table(decision, variants, most_rows, progress) for decision in decisions]
         report = FileComparison(
             src,
-            tuple(tables),
+            _measure(decisions, variants, most_rows, shown=not as_json),
             tuple(rules.include),
             tuple(rules.exclude),
             get_num_threads(),
@@ -259,6 +249,14 @@ def compare(
         show.print_json(describe_comparison(report))
     else:
         _print(report, written)
+
+
+def _measure(
+    decisions: Sequence[Decision], variants: Sequence[Variant], most_rows: int | None, *, shown: bool
+) -> tuple[TableComparison, ...]:
+    totals = {decision.tensor.name: count_rows(decision, most_rows) * len(variants) for decision in decisions}
+    with show.row_progress(totals, shown=shown) as progress:
+        return tuple(compare_table(decision, variants, most_rows, progress) for decision in decisions)
 
 
 def _print(report: FileComparison, written: Sequence[_Output]) -> None:
