@@ -20,6 +20,7 @@ from embpack.formats import open_checkpoint
 from embpack.formats.atomic import new_file
 from embpack.readers import READERS
 from embpack.rules import Decision, Rules, decide_all
+from embpack.tables import find_prefix
 from embpack.text import printable
 from embpack.threads import get_num_threads, set_num_threads
 from embpack.variant import Variant
@@ -67,18 +68,24 @@ def _check_outputs(written: Sequence[_Output], src: Path) -> None:
 def compare(
     src: Annotated[
         Path,
-        typer.Argument(metavar="SRC", help="A checkpoint, of the formats that embpack quantize reads."),
+        typer.Argument(
+            metavar="SRC", show_default=False, help="A checkpoint, of the formats that embpack quantize reads."
+        ),
     ],
     include: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GLOB", help="Also compare on tensors of such names; may be repeated.", rich_help_panel=options.WHAT
+            metavar="GLOB",
+            show_default=False,
+            help="Also compare on tensors of such names; may be repeated.",
+            rich_help_panel=options.WHAT,
         ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
             metavar="GLOB",
+            show_default=False,
             help="Never compare on tensors of such names; may be repeated.",
             rich_help_panel=options.WHAT,
         ),
@@ -200,19 +207,8 @@ def compare(
             "--force", help="Write over files that embpack compare did not write.", rich_help_panel=options.OUTPUT
         ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=options.OUTPUT)
-    ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Threads to use; otherwise OMP_NUM_THREADS, or all CPUs.",
-            show_default=False,
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
+    as_json: options.AsJson = False,
+    threads: options.Threads = None,
 ) -> None:
     """Measure every method on your own tables: loss, bytes and speed; nothing is packed to a file.
 
@@ -264,8 +260,12 @@ def _measure(
 
 
 def _print(report: FileComparison, written: Sequence[_Output]) -> None:
-    for table in report.tables:
-        _print_results(f"{table.name}: {table.describe_sample()}", table.results, report)
+    names = [printable(table.name) for table in report.tables]
+    prefix = "" if show.find_width(show.output) is None else find_prefix(names)
+    if prefix:
+        show.output.print(f"tables under {prefix}", style="dim")
+    for name, table in zip(names, report.tables, strict=True):
+        _print_results(f"{name.removeprefix(prefix)}: {table.describe_sample()}", table.results, report)
         for item in table.skipped:
             show.output.print(f"left out: {item.variant}: {item.reason}", style="yellow")
         show.output.print()

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,19 @@ from embpack.variant import Variant, parse_bits, parse_variant
 
 # Groups of options in a help.
 WHAT, HOW, LIMITS, OUTPUT = "What", "How", "Limits", "Output"
+
+# Options of several commands.
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=OUTPUT)]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Threads to use; otherwise OMP_NUM_THREADS, or all CPUs.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 Completions = list[tuple[str, str]]
 
