@@ -85,32 +85,43 @@ def quantize_as(weight, variant):
     return embpack.quantize(weight, variant.method, variant.bits, variant.param_dtype, rotate=variant.rotate)
 
 
-def pack(tables, plan):
-    packed = {name: quantize_as(weight, plan.variants[name]) for name, weight in tables.items()}
-    errors = {name: np.square(tables[name] - packed[name].dequantize(), dtype=np.float64).sum() for name in tables}
-    return packed, errors
+def named_by_default(variant):
+    """Leave out of a variant what it has by default anyway."""
+    return embpack.Variant(variant.method, variant.bits, rotate=variant.rotate)
 
 
-@pytest.mark.parametrize("share", ["11 %", "12.5 %", "20 %", "30 %"])
-def test_within_max_bytes_the_error_is_the_least(tables, share):
+# A plan counts so many bytes too many at most for files of three tables: 7 to fill up the header, and of each number
+# in it that says where one of six tensors begins or ends some digits.
+SLACK_BYTES = 100
+
+
+@pytest.mark.parametrize("share", ["17 %", "20 %", "30 %", "40 %"])
+def test_within_max_bytes_the_error_is_the_least(tmp_path, tables, share):
     variants = [embpack.Variant("optimal", bits) for bits in (2, 4, 8)]
     variants += [embpack.Variant("trellis", 2.5), embpack.Variant("trellis", 4, rotate="hadamard")]
     plan = embpack.plan(tables, max_bytes=share, variants=variants)
-    limit = sum(weight.nbytes for weight in tables.values()) * float(share[:-1]) / 100
-    packed, errors = pack(tables, plan)
-    assert sum(table.nbytes for table in packed.values()) == plan.num_bytes <= limit
+    limit = sum(weight.nbytes for weight in tables.values()) * int(share[:-2]) // 100
     every = {(name, variant): quantize_as(weight, variant) for name, weight in tables.items() for variant in variants}
     error_of = {
         key: np.square(tables[key[0]] - table.dequantize(), dtype=np.float64).sum() for key, table in every.items()
     }
-    best = min(
-        sum(error_of[key] for key in zip(tables, way, strict=True))
-        for way in product(variants, repeat=3)
-        if sum(every[key].nbytes for key in zip(tables, way, strict=True)) <= limit
-    )
-    assert sum(errors.values()) == pytest.approx(best)
+
+    def count_file(way):
+        embpack.save(tmp_path / "t.safetensors", {key[0]: every[key] for key in zip(tables, way, strict=True)})
+        return (tmp_path / "t.safetensors").stat().st_size
+
+    own = tuple(map(named_by_default, plan.variants.values()))
+    assert count_file(own) <= plan.file_bytes <= limit
+    ways = sorted(product(variants, repeat=3), key=lambda way: sum(error_of[key] for key in zip(tables, way)))
+    # What describes tables is counted to within some bytes: of those within these of the limit, none is missed.
+    best = next(way for way in ways if count_file(way) <= limit)
+    surely = next(way for way in ways if count_file(way) <= limit - SLACK_BYTES)
+    assert own in (best, surely)
+    error = sum(error_of[key] for key in zip(tables, own, strict=True))
     norm = sum(np.square(weight, dtype=np.float64).sum() for weight in tables.values())
-    assert plan.loss == pytest.approx(np.sqrt(best / norm), rel=1e-5)
+    assert plan.loss == pytest.approx(np.sqrt(error / norm), rel=1e-5)
+    assert plan.num_bytes == sum(every[key].nbytes for key in zip(tables, own, strict=True))
+    assert sum(table.error_share for table in plan.tables) == pytest.approx(1)
 
 
 def test_rotation_and_trellis_are_chosen_where_they_lose_less(rng):
@@ -125,8 +136,8 @@ def test_rotation_and_trellis_are_chosen_where_they_lose_less(rng):
     assert str(plan).splitlines()[-1].startswith("trellis: embpack alone reads these rows, and sums them at .6 to .9")
     uniform = [embpack.Variant("optimal", 4), embpack.Variant("optimal", 4, rotate="hadamard")]
     plan = embpack.plan(tables, variants=uniform)
-    assert plan.variants["laplace"].rotate == "hadamard" and "of the squared error" in str(plan)
-    assert str(plan).splitlines()[-1].startswith("324,000 bytes")
+    assert plan.variants["laplace"].rotate == "hadamard"
+    assert str(plan).splitlines()[-1].startswith("324,000 bytes, 14.06% of float32, in a file of 324,")
 
 
 def test_what_rows_share_is_counted_once_for_tables_larger_than_the_sample(rng):
@@ -144,10 +155,10 @@ def test_max_loss_is_kept_in_the_fewest_bytes(tables):
 
 def test_a_plan_has_no_way_that_is_larger_than_the_weights(rng):
     half = rng.standard_normal((300, 6)).astype(np.float16)  # 12 bytes a row; at 8 bits 14
-    planned = embpack.plan({"emb": half}, max_bytes="100 %")
+    planned = embpack.plan({"emb": half}, max_bytes="130 %")
     [table] = planned.tables
     assert table.num_bytes < half.nbytes
-    with pytest.raises(ValueError, match=r"the least loss is 0\.\d+; allow that much, or exclude some"):
+    with pytest.raises(ValueError, match=r"the least loss is 0\.\d+; allow that much"):
         embpack.plan({"emb": half}, max_loss=0.9 * planned.loss)
     [same] = embpack.plan({"emb": half.astype(np.float32)}, max_loss=0.9 * planned.loss).tables
     assert same.num_bytes > half.nbytes
@@ -155,30 +166,41 @@ def test_a_plan_has_no_way_that_is_larger_than_the_weights(rng):
 
 def test_tables_that_are_looked_up_often_get_more(tables):
     names = list(tables)
-    how = {"max_bytes": "18 %", "variants": FEW}
-    plans = [embpack.plan(tables, access_counts={names[0]: often, names[2]: 1}, **how) for often in (1, 1e9)]
+    how = {"max_bytes": "24 %", "variants": FEW}
+    plans = [embpack.plan(tables, access_counts=dict(zip(names, (often, 0, 1))), **how) for often in (1, 1e9)]
     assert plans[1].tables[0].num_bytes > plans[0].tables[0].num_bytes
 
 
 def test_a_plan_prints_as_a_table_with_reasons(tables):
-    lines = str(embpack.plan(tables, max_bytes="12.5 %")).splitlines()
-    assert lines[0].split() == ["table", "rows", "dim", "method", "bits", "bytes", "l2", "loss", "why"]
-    assert "of the squared error" in lines[1] and "% of float32; l2 loss 0." in lines[4]
+    plan = embpack.plan(tables, max_bytes="19 %")
+    lines = str(plan).splitlines()
+    assert lines[0].split() == ["table", "rows", "dim", "method", "bits", "bytes", "l2", "loss", "error", "why"]
+    assert f"in a file of {plan.file_bytes:,}; l2 loss 0." in lines[4]
+    for table, line in zip(plan.tables, lines[1:4], strict=True):
+        more = table.better.num_bytes - table.num_bytes
+        assert more > 0 and table.better.loss < table.loss and 0 < table.better.saved_share < table.error_share
+        assert re.fullmatch(r"([a-z]+ )?[\d.]+( bits)?: [\d.]+, \+[\d.]+ k?B", table.reason)
+        assert len(table.reason) <= 30 and line.endswith(table.reason)
+    assert len({table.reason for table in plan.tables}) == 3
 
 
 def test_limits_that_cannot_be_kept_are_named(tables):
-    with pytest.raises(ValueError, match=r"max_bytes is 10, but the tables take at least [\d,]+ bytes"):
+    with pytest.raises(ValueError, match=r"max_bytes is 10, but the packed file takes at least [\d,]+ bytes"):
         embpack.plan(tables, max_bytes=10, variants=FEW)
     with pytest.raises(ValueError, match=r"max_loss is 1e-09, but the least loss is 0\.00"):
         embpack.plan(tables, max_loss=1e-9, variants=FEW)
     with pytest.raises(ValueError, match="max_loss is 0; give a positive, finite number"):
         embpack.plan(tables, max_loss=0, variants=FEW)
-    with pytest.raises(ValueError, match="give max_bytes or max_loss, not both"):
+    with pytest.raises(ValueError, match="give max_bytes or max_loss, not both; max_loss of quantize_file refuses"):
         embpack.plan(tables, max_bytes=10, max_loss=1, variants=FEW)
     with pytest.raises(ValueError, match="access_counts are of 'nobody', but the tables are user_embedding"):
         embpack.plan(tables, access_counts={"nobody": 1}, variants=FEW)
     with pytest.raises(ValueError, match=r"nearest: user_embedding\.weight, "):
         embpack.plan(tables, access_counts={"usr_embedding.weight": 1}, variants=FEW)
+    with pytest.raises(
+        ValueError, match=r"have 1 of the 3 tables, and not item_embedding\.weight, city_embedding\.weight; give each"
+    ):
+        embpack.plan(tables, access_counts={"user_embedding.weight": 1}, variants=FEW)
 
 
 @pytest.mark.parametrize("limit", ["max_bytes", "max_loss"])
@@ -190,25 +212,25 @@ def test_the_limit_that_a_message_names_can_be_kept(tables, limit):
         can = float(re.search(r"the least loss is ([\d.]+); allow that much", str(failed.value))[1])
         assert embpack.plan(tables, variants=FEW, max_loss=can).loss <= can
         return
-    found = re.search(r"at least ([\d,]+) bytes, ([\d.]+ %) of float32; allow that much", str(failed.value))
+    found = re.search(r"at least ([\d,]+) bytes, ([\d.]+ %) of what is read; allow that much", str(failed.value))
     least = int(found[1].replace(",", ""))
     for can in (least, found[2]):
-        assert embpack.plan(tables, variants=FEW, max_bytes=can).num_bytes == least
+        assert embpack.plan(tables, variants=FEW, max_bytes=can).file_bytes == least
 
 
 def test_tables_of_zeros_are_planned():
     zeros = {"t": np.zeros((200, 16), np.float32)}
-    for limit in ({}, {"max_loss": 0.1}, {"max_loss": 1e308}, {"max_bytes": "50 %"}):
+    for limit in ({}, {"max_loss": 0.1}, {"max_loss": 1e308}, {"max_bytes": "90 %"}):
         plan = embpack.plan(zeros, variants=FEW, **limit)
         assert (plan.loss, plan.tables[0].loss, plan.tables[0].reason) == (0, 0, "no error")
         assert "nan" not in str(plan)
-    with pytest.raises(ValueError, match=r"max_bytes is 1, but the tables take at least 1,600 bytes; allow that much"):
+    with pytest.raises(ValueError, match=r"max_bytes is 1, but the packed file takes at least 2,\d\d\d bytes; allow that much"):
         embpack.plan(zeros, variants=FEW, max_bytes=1)
 
 
 def test_a_table_that_is_never_looked_up_gets_the_fewest_bytes(tables):
     names = list(tables)
-    plan = embpack.plan(tables, variants=FEW, max_bytes="18 %", access_counts={names[0]: 0})
+    plan = embpack.plan(tables, variants=FEW, max_bytes="24 %", access_counts=dict(zip(names, (0, 1, 1))))
     assert plan.tables[0].reason == "never looked up"
     assert plan.tables[0].num_bytes == min(quantize_as(tables[names[0]], variant).nbytes for variant in FEW)
 

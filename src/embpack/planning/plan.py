@@ -100,34 +100,6 @@ class Plan:
             raise FormatError(f"{path}: has table {repeated!r} twice; make the plan anew")
         return cls(tables, float(value["loss"]), int(value["file_bytes"]))
 
-    def check(self, decisions: Sequence[Decision]) -> None:
-        """See to it, before anything is packed, that a checkpoint's tables are those of the plan, and as wide.
-
-        Args:
-            decisions: on all tensors of the checkpoint.
-
-        Raises:
-            ValueError: a table is not in the plan, a table of the plan is not there, or its rows have another length.
-        """
-        anew = "make the plan anew with --auto --save-plan"
-        there = {each.tensor.name: each.tensor for each in decisions}
-        planned = {table.name: table for table in self.tables}
-        missing = [name for name in planned if name not in there]
-        if missing:
-            raise ValueError(f"the plan has {list_names(missing)}, but the checkpoint has no such tensor; {anew}")
-        new = [each.tensor.name for each in decisions if each.variant and each.tensor.name not in planned]
-        if new:
-            raise ValueError(
-                f"the plan does not have {list_names(new)}, which would be packed; {anew}, or leave new tables as they "
-                "are with --exclude"
-            )
-        for name, table in planned.items():
-            shape = there[name].shape
-            if len(shape) == 2 and shape[1] != table.embedding_dim:
-                raise ValueError(
-                    f"the plan has {name!r} with rows of {table.embedding_dim} values, but they have {shape[1]}; {anew}"
-                )
-
     def find_changes(self, reports: Sequence[TableReport]) -> dict[str, str]:
         """Find the tables for which the plan should be made anew.
 
