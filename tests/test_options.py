@@ -1,5 +1,7 @@
 """What chooses how tables are packed: patterns, restrictions of a plan, readers; in Python and on the command line."""
 
+import re
+
 import numpy as np
 import pytest
 from checkpoints import Arrays, write_safetensors
@@ -159,6 +161,14 @@ def test_a_plan_spreads_what_is_left_of_the_budget(model, weights):
         embpack.plan(model, variants=few, chosen={"user*": Variant("sym", 8)}, readable_by=["fbgemm"])
 
 
+def test_a_plan_refuses_a_pattern_that_means_no_table(model, weights):
+    for src in (model, weights):
+        with pytest.raises(
+            ValueError, match=r"variants \(--set\) name 'usr\*', but there is no such tensor; nearest: user"
+        ):
+            embpack.plan(src, chosen={"usr*": Variant()})
+
+
 # Patterns
 
 
@@ -195,3 +205,119 @@ def test_what_a_reader_cannot_read_is_refused_before_packing(tmp_path, model):
     embpack.quantize_file(model, dst, readable_by=["fbgemm"], variants={"item*": Variant("asym", 8, "float16")})
     with pytest.raises(TypeError, match=r"readable_by is 'torch'; give a list of readers: \['torch'\]"):
         embpack.quantize_file(model, dst, readable_by="torch")
+
+
+# On the command line
+
+
+def quantized(embpack_command, model, *options):
+    dst = model.with_name("p.safetensors")
+    code, _, err = embpack_command("quantize", model, dst, *options)
+    assert (code, err) == (0, "")
+    return packed_ways(dst)
+
+
+def test_auto_chooses_within_restrictions(embpack_command, model):
+    ways = quantized(embpack_command, model, "--auto", "--method", "sym,trellis", "--bits", "2,2.5", "--rotate", "none")
+    assert {way[0] for way in ways.values()} <= {"sym", "trellis"}
+    assert {way[1] for way in ways.values()} <= {2, 2.5}
+    assert {way[3] for way in ways.values()} == {None}
+    ways = quantized(embpack_command, model, "--auto", "--method", "greedy:b=50,r=0.5", "--param-dtype", "float32")
+    assert {way[0::2] for way in ways.values()} == {("greedy", "float32")}
+    ways = quantized(embpack_command, model, "--auto", "--method", "optimal", "--bits", "4", "--rotate", "hadamard")
+    assert set(ways.values()) == {("optimal", 4, "float16", "hadamard")}
+
+
+def test_auto_chooses_what_others_read(embpack_command, model):
+    ways = quantized(embpack_command, model, "--auto", "--readable-by", "torchrec", "--readable-by", "onnx")
+    assert ways == {
+        "user_emb.weight": ("optimal", 4, "float16", None),
+        "user_emb[2].weight": ("optimal", 4, "float16", None),
+        "item_emb.weight": ("optimal", 8, "float16", None),
+    }
+    code, _, err = embpack_command("quantize", model, "--dry-run", "--auto", "--bits", "4", "--readable-by", "torch")
+    assert code == 1
+    assert "item_emb.weight: has embedding_dim 15, but PyTorch takes multiples of 2 at 4 bits" in err
+    assert "PyTorch can read optimal at 8 bits" in err
+
+
+def test_set_packs_by_pattern_with_and_without_auto(embpack_command, model):
+    chosen = [
+        "--set",
+        "user*=trellis:bits=2.5,rotate=hadamard",
+        "--set",
+        "user_emb[[]2]*=sym:bits=8,param-dtype=float16",
+    ]
+    ways = quantized(embpack_command, model, "--method", "asym", *chosen)
+    assert ways == {
+        "user_emb.weight": ("trellis", 2.5, "float32", "hadamard"),
+        "user_emb[2].weight": ("sym", 8, "float16", None),
+        "item_emb.weight": ("asym", 4, "float16", None),
+    }
+    ways = quantized(
+        embpack_command, model, "--auto", "--rotate", "none", "--method", "asym", "--max-bytes", "45 %", *chosen
+    )
+    assert ways == {
+        "user_emb.weight": ("trellis", 2.5, "float32", "hadamard"),
+        "user_emb[2].weight": ("sym", 8, "float16", None),
+        "item_emb.weight": ("asym", 8, "float32", None),
+    }
+
+
+def test_readable_by_checks_before_packing(embpack_command, tmp_path, model):
+    dst = tmp_path / "p.safetensors"
+    for options, message in (
+        (["--rotate", "hadamard"], "has rotation 'hadamard', which FBGEMM would not undo"),
+        (["--method", "trellis"], "has rows of the trellis layout, but FBGEMM reads uniform ones only"),
+        (["--bits", "8"], "FBGEMM can read optimal at 8 bits with float16 parameters"),
+        (["--set", "user*=kmeans", "--exclude", "item*"], "has rows of the codebook layout, but FBGEMM reads uniform"),
+    ):
+        code, out, err = embpack_command("quantize", model, dst, "--readable-by", "fbgemm", *options)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert message in err and "_emb" in err and "leave it as it is with --exclude" in err
+        assert not dst.exists()
+    assert quantized(embpack_command, model, "--readable-by", "fbgemm", "--bits", "8", "--param-dtype", "float16")
+
+
+def test_a_glob_of_set_that_matches_nothing_is_refused(embpack_command, tmp_path, model):
+    code, out, err = embpack_command("quantize", model, tmp_path / "p.safetensors", "--set", "usr*=asym")
+    assert (code, out) == (1, "")
+    assert "variants (--set) name 'usr*', but there is no such tensor; nearest: user_emb" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "option", "message"),
+    [
+        (["--max-bytes", "1 MB"], "--max-bytes", "goes with --auto"),
+        (["--access-counts", "counts.json"], "--access-counts", "goes with --auto"),
+        (["--method", "asym,greedy:b=5,r=0.5"], "--method", "give one, or add --auto, which chooses among several"),
+        (["--bits", "2,4"], "--bits", "give one, or add --auto"),
+        (["--rotate", "none,hadamard"], "--rotate", "give one, or add --auto"),
+        (["--rotate", "twice"], "--rotate", "'twice'; choose none, hadamard"),
+        (["--param-dtype", "float16,float32"], "--param-dtype", "choose float16 or float32"),
+        (["--param-dtype", "float16", "--method", "trellis"], "--param-dtype", "the trellis layout has 'float32'"),
+        (["--auto", "--param-dtype", "float16", "--method", "trellis"], "--auto", "the trellis layout has 'float32'"),
+        (["--auto", "--bits", "9"], "--auto", "bits is 9; the trellis layout has 2 to 7"),
+        (["--auto", "--method", "kmeans", "--bits", "4,3.5"], "--auto", "bits is 3.5; choose 2, 4 or 8"),
+        (["--readable-by", "faiss"], "--readable-by", "there is no reader 'faiss'; choose one of torch, fbgemm,"),
+        (["--set", "user*"], "--set", "'user*'; give a glob of names and a method, 'user_*=trellis:bits=3.5'"),
+        (["--set", "user*=best"], "--set", "'user*=best': there is no method 'best'; choose one of asym"),
+        (["--set", "=asym"], "--set", "'=asym'; give a glob of names and a method"),
+        (["--set", "a=b=trellis:bits=9"], "--set", "'a=b=trellis:bits=9': bits is 9; the trellis layout has 2 to 7"),
+        (["--set", "a=trellis:bit=9"], "--set", "sets 'bit'; what can be set: bits, param_dtype, rotate"),
+    ],
+)
+def test_options_without_effect_or_sense_exit_2(embpack_command, tmp_path, model, options, option, message):
+    code, out, err = embpack_command("quantize", model, tmp_path / "p.safetensors", *options)
+    said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", err).split())
+    assert (code, out) == (2, "")
+    assert f"Invalid value for '{option}'" in said or f"Invalid value for {option}" in said
+    assert message in said
+
+
+def test_set_takes_names_with_equals_signs_and_colons(embpack_command, tmp_path, rng):
+    arrays = Arrays({"a=b:0_emb": rng.standard_normal((50, 16), np.float32)}, {})
+    model = write_safetensors(tmp_path, arrays)
+    assert quantized(embpack_command, model, "--set", "a=b:0*=greedy:b=20,bits=8") == {
+        "a=b:0_emb": ("greedy", 8, "float32", None)
+    }

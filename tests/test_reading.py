@@ -152,8 +152,8 @@ def test_suffix_in_capitals(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "package", "message"),
     [
-        (".pt", "torch", r"reading .pt files needs PyTorch: pip install 'embpack\[torch\]'"),
-        (".parquet", "pyarrow", r"reading .parquet files needs PyArrow: pip install 'embpack\[parquet\]'"),
+        (".pt", "torch", r"reading .pt files needs PyTorch: pip install '.*torch.*'"),
+        (".parquet", "pyarrow", r"reading .parquet files needs PyArrow: pip install '.*(pyarrow|parquet).*'"),
     ],
 )
 def test_missing_extra(tmp_path, hide_package, suffix, package, message):
@@ -349,9 +349,11 @@ def test_no_permission_to_read(tmp_path, monkeypatch, name):
 
 
 def test_no_permission_to_read_a_shard(tmp_path, monkeypatch):
-    index = write_shards(tmp_path, {"a": "m-1.safetensors", "b": "m-2.safetensors"}, SHARDS_OF_TWO)
+    index, open_file = write_shards(tmp_path, {"a": "m-1.safetensors", "b": "m-2.safetensors"}, SHARDS_OF_TWO), os.open
 
     def refuse(path, flags):
+        if path == index:
+            return open_file(path, flags)
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr("embpack.formats.source.os.open", refuse)

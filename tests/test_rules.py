@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from embpack.formats import Checkpoint, Shard, SourceTensor
-from embpack.rules import Rules, decide_all, says_embedding
+from embpack.rules import Rules, decide_all
+from embpack.table_names import says_embedding
 from embpack.variant import Variant
 
 TABLES = [

@@ -325,8 +325,8 @@ def test_unknown_suffix(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "package", "message"),
     [
-        (".bin", "torch", r"writing .bin files needs PyTorch: pip install 'embpack\[torch\]'"),
-        (".parquet", "pyarrow", r"writing .parquet files needs PyArrow: pip install 'embpack\[parquet\]'"),
+        (".bin", "torch", r"writing .bin files needs PyTorch: pip install '.*torch.*'"),
+        (".parquet", "pyarrow", r"writing .parquet files needs PyArrow: pip install '.*(pyarrow|parquet).*'"),
     ],
 )
 def test_missing_extra(tmp_path, hide_package, suffix, package, message):

@@ -40,6 +40,13 @@ class Report:
     file_bytes_after: int
     seconds: float
 
+    @property
+    def loss(self) -> float:
+        """Normalized l2 loss over the values of all tables together."""
+        square = math.fsum(table.square_norm for table in self.tables)
+        error = math.fsum(table.loss**2 * table.square_norm for table in self.tables)
+        return math.sqrt(error / square) if square else 0.0
+
 
 def quantize_file(
     src: str | Path,
@@ -69,7 +76,7 @@ def quantize_file(
         bits: as quantize takes them.
         param_dtype: as quantize takes it.
         include: globs of tensor names to pack too; otherwise a table is a 2-D float tensor whose name says embedding
-            (rules.says_embedding).
+            (table_names.says_embedding).
         exclude: globs of tensor names never to pack.
         max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit. All
             tables are packed before one that has a larger loss is refused, so that all of those are named.

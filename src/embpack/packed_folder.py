@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from embpack.files import format_checksum, is_packed
 from embpack.formats import INDEX_SUFFIX, Checkpoint
+from embpack.formats.new_folder import iter_files
 
 MANIFEST_NAME = "embpack.json"
 """Lists a packed folder's files, so that a later run knows which it may replace."""
@@ -79,7 +80,9 @@ def list_own(path: Path) -> set[str]:
     if not path.is_dir():
         return {path.name} if is_packed(path) else set()
     listed = _read_list(path)
-    own = {name for name, checksum in listed.items() if _is_as_written(path / name, checksum)}
+    # A list may name anything; what is looked at are files that really are in the folder.
+    there = listed.keys() & iter_files(path) if listed else set()
+    own = {name for name in there if _is_as_written(path / name, listed[name])}
     return {*own, MANIFEST_NAME} if listed else own
 
 

@@ -6,8 +6,7 @@ and packing makes them smaller.
 """
 
 import glob
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
@@ -20,6 +19,7 @@ from embpack.formats.dtypes import count_bytes
 from embpack.layouts import ArraySpec, RowFormat
 from embpack.readers import check_reader
 from embpack.selection import refuse_unread
+from embpack.table_names import says_embedding
 from embpack.text import printable, quote
 from embpack.variant import Variant
 
@@ -29,48 +29,6 @@ PACKABLE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Each row of a small table (token types, say) is in a large part of all inputs: an error there costs the most, and
 # packing it saves the least.
 MIN_ROWS = 16
-
-_EMBEDDING_WORDS = {"embedding", "embeddings", "embed", "embeds", "emb", "embs", "embeddingbag", "wte", "wpe"}
-# After a first word such as "embed" or "embedding": what a table holds, never what a layer does.
-_ITEM_WORDS = {
-    *("token", "tokens", "word", "words", "position", "positions", "segment", "segments", "type", "types"),
-    *(
-        "user",
-        "users",
-        "item",
-        "items",
-        "id",
-        "ids",
-        "feature",
-        "features",
-        "category",
-        "categories",
-        "field",
-    ),
-    *("bag", "bags", "table", "tables", "entity", "entities", "relation", "relations", "l"),
-}
-
-
-def says_embedding(name: str) -> bool:
-    """Whether a parameter's name says that it is an embedding table.
-
-    The name before ``.weight``, numbers left out, must end with a word for embedding ("word_embeddings", "wte",
-    "user_emb"), or begin with one and go on with what is embedded ("embed_tokens", "embedding_user", "emb_l");
-    or the parameter lies in an ``embedding_bags`` module (TorchRec). Layers that only work on embeddings
-    ("embed_proj", "embedding_hidden_mapping_in", "time_embedding.linear_1") do not match.
-    """
-    parts = [part for part in name.split(".") if not part.isdigit()]
-    if parts and parts[-1] == "weight":
-        parts = parts[:-1]
-    if len(parts) > 1 and parts[-2] == "embedding_bags":
-        return True
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", parts[-1]) if parts else ""
-    words = [word for word in re.split(r"[^a-z]+", spaced.lower()) if word]
-    if not words:
-        return False
-    if words[-1] in _EMBEDDING_WORDS:
-        return True
-    return words[0] in _EMBEDDING_WORDS and all(word in _ITEM_WORDS for word in words[1:])
 
 
 @dataclass(frozen=True)
@@ -241,7 +199,7 @@ def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
     if any(METADATA_KEY in shard.metadata for shard in checkpoint.shards):
         raise ValueError(f"{path}: is packed already; unpack it first with: embpack dequantize")
     _check_globs(path, rules, checkpoint)
-    rules = replace(rules, variants=_name_variants(path, rules, checkpoint))
+    rules = replace(rules, variants=name_variants(path, rules, checkpoint))
     folder, single = checkpoint.path.parent, checkpoint.index_name is None
     decisions = [
         rules.decide(tensor, checkpoint.path if single else folder / shard.file_name)
@@ -294,8 +252,13 @@ def _check_globs(path: str, rules: Rules, checkpoint: Checkpoint) -> None:
                 raise ValueError(f"{path}: {option} {pattern!r} matches no tensor; {_advise(pattern, checkpoint)}")
 
 
-def _name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, Variant]:
-    """Make variants by name of those by name or glob.
+def name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, Variant]:
+    """Make variants by name of rules.variants, which are by name or glob.
+
+    Args:
+        path: of the checkpoint, for messages.
+        rules: what chooses tables.
+        checkpoint: whose tensors are meant.
 
     Raises:
         ValueError: a name or glob matches no tensor, or none that can be packed.
@@ -303,7 +266,7 @@ def _name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str,
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     variants: dict[str, Variant] = {}
     for pattern, variant in rules.variants.items():
-        matched = match_names(pattern, tensors)
+        matched = [pattern] if pattern in tensors else [name for name in tensors if fnmatchcase(name, pattern)]
         where = f"{path}: variants (--set) name {pattern!r}"
         if not matched:
             raise ValueError(f"{where}, but there is no such tensor; {_advise(pattern, checkpoint)}")
@@ -314,11 +277,6 @@ def _name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str,
             raise ValueError(f"{where}, which is no table: {others}; include or drop it")
         variants |= dict.fromkeys(matched, variant)
     return variants
-
-
-def match_names(pattern: str, names: Collection[str]) -> list[str]:
-    """Find the names that a name or glob means. A name that there is means itself, whatever its characters."""
-    return [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
 
 
 def _advise(wrong: str, checkpoint: Checkpoint) -> str:

@@ -61,7 +61,7 @@ def fit_table(
 
     Args:
         columns: headers.
-        rows: a cell for each column.
+        rows: a cell for each column; one cell alone is a line of its own, such as a heading.
         width: of the terminal; None leaves every cell whole.
         left: headers of columns that are flush left; numbers are flush right.
         drop: headers of columns that may be left out, the first one first.
@@ -70,11 +70,12 @@ def fit_table(
         has_names: whether the cells of that column are names of which a common prefix may be left out.
     """
     cells = [list(map(printable, row)) for row in rows]
+    full = [row for row in cells if len(row) == len(columns)]
     at = 0 if cut is None else columns.index(cut)
-    prefix = find_prefix([row[at] for row in cells]) if has_names and width is not None else ""
-    for row in cells:
+    prefix = find_prefix([row[at] for row in full]) if has_names and width is not None else ""
+    for row in full:
         row[at] = row[at].removeprefix(prefix)
-    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *full, strict=True)]
     kept = list(range(len(columns)))
     if width is not None:
         kept = _choose_columns(widths, width, at, list(map(columns.index, drop)))
@@ -83,8 +84,10 @@ def fit_table(
     flush_left = [columns[i] in left for i in range(len(columns))]
 
     def write(row: Sequence[str]) -> str:
-        texts = [(shorten or cut_middle)(text, widths[i]) if i == at else text for i, text in enumerate(row)]
-        line = _GAP.join(_pad(texts[i], widths[i], flush_left=flush_left[i]) for i in kept).rstrip()
+        line = row[0]
+        if len(row) == len(columns):
+            texts = [(shorten or cut_middle)(text, widths[i]) if i == at else text for i, text in enumerate(row)]
+            line = _GAP.join(_pad(texts[i], widths[i], flush_left=flush_left[i]) for i in kept).rstrip()
         return line if width is None else cut_end(line, width)
 
     left_out = tuple(column for i, column in enumerate(columns) if i not in kept)

@@ -10,9 +10,9 @@ import embpack
 from embpack.cli import show
 from embpack.convert import quantize_file
 from embpack.formats.temporary import temporary_folder
-from embpack.rules import says_embedding
 from embpack.samples import make_checkpoint
 from embpack.table import PackedTable
+from embpack.table_names import says_embedding
 from embpack.tables import cut_end
 
 

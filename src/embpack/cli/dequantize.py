@@ -1,12 +1,12 @@
 """embpack dequantize."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from embpack.cli import show
+from embpack.cli.json_output import describe_unpacked
 from embpack.files import open_packed
 from embpack.unpacking import dequantize_file
 
@@ -14,14 +14,14 @@ from embpack.unpacking import dequantize_file
 def dequantize(
     src: Annotated[
         Path,
-        typer.Argument(help="What embpack quantize wrote: a file or a folder.", show_default=False),
+        typer.Argument(metavar="SRC", help="What embpack quantize wrote: a file or a folder."),
     ],
     dst: Annotated[
         Path,
         typer.Argument(
+            metavar="DST",
             help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin/.ckpt, .npy, .npz or "
             ".parquet; for a folder as SRC a folder, with the model's small files, too.",
-            show_default=False,
         ),
     ],
     force: Annotated[
@@ -40,7 +40,7 @@ def dequantize(
     with show.row_progress(totals, shown=not as_json) as progress:
         tables = dequantize_file(src, dst, force=force, progress=progress)
     if as_json:
-        show.print_json({"tables": [dataclasses.asdict(table) for table in tables]})
+        show.print_json(describe_unpacked(src, dst, files))
         return
     columns = ["table", "type", "rows", "dim", "before", "after"]
     shown = show.start_table(

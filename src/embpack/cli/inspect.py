@@ -1,11 +1,12 @@
 """embpack inspect."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from embpack.cli import show
+from embpack.cli.json_output import describe_packed
 from embpack.files import PackedFile, open_packed
 from embpack.rows import ROW_DTYPES
 
@@ -13,7 +14,7 @@ from embpack.rows import ROW_DTYPES
 def inspect(
     file: Annotated[
         Path,
-        typer.Argument(help="What embpack quantize wrote: a file, or a folder of shards.", show_default=False),
+        typer.Argument(metavar="FILE", help="What embpack quantize wrote: a file, or a folder of shards."),
     ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything through and compare all checksums.")
@@ -30,18 +31,9 @@ def inspect(
                 packed.verify_all()
     if as_json:
         checked, unchecked = _count_checked(files, verified=verify)
-        show.print_json({"verified": verify, "checked": checked, "unchecked": unchecked, **_as_json(files)})
+        show.print_json(describe_packed(file, files, checked, unchecked, verified=verify))
     else:
         _print(str(file), files, verified=verify)
-
-
-def _as_json(files: list[PackedFile]) -> dict[str, Any]:
-    tables = {
-        name: {**entry.as_json(), "row_bytes": entry.row_format.row_bytes, "file": packed.path.name}
-        for packed in files
-        for name, entry in packed.entries.items()
-    }
-    return {"tables": tables, "other_tensors": _others(files)}
 
 
 def _others(files: list[PackedFile]) -> list[str]:

@@ -141,6 +141,11 @@ def loss_text(loss: float | None) -> str:
     return "unknown" if loss is None else f"{loss:.5f}"
 
 
+def find_width(console: Console) -> int | None:
+    """Columns of the terminal; None if there is none, where lines may be of any length."""
+    return None if console.width == _ENDLESS else console.width
+
+
 class ShownTable:
     """A table under a title, one line a row, as wide as the terminal at most."""
 
@@ -149,12 +154,13 @@ class ShownTable:
         self._rows: list[Sequence[str]] = []
 
     def add_row(self, *cells: str) -> None:
-        """Add a row, a cell for each column."""
+        """Add a row, a cell for each column; one cell alone is a line of its own, such as a heading."""
         self._rows.append(cells)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = None if options.max_width == _ENDLESS else options.max_width
-        fitted = fit_table(self._columns, self._rows, width, has_names=self._things is not None, **self._layout)
+        fitted = fit_table(
+            self._columns, self._rows, find_width(console), has_names=self._things is not None, **self._layout
+        )
         for line, style in (
             (printable(self._title), "bold"),
             (fitted.say_prefix(self._things or ""), "dim"),
@@ -213,13 +219,26 @@ def row_progress(totals: dict[str, int], *, shown: bool) -> Iterator[OnRows]:
         yield bars.advance
 
 
-def print_decisions(path: str, decisions: Sequence[Decision], left_out: Sequence[str], plan: Plan | None) -> None:
-    """Print which tensors are packed and which are not, and why, and what a plan makes of them, if there is one."""
-    columns = ["to pack", "shape", "type", "why"]
-    table = start_table(f"Plan for {path}", columns, text_columns=4, things="tables", drop=("type", "why"))
+def print_decisions(
+    path: str,
+    decisions: Sequence[Decision],
+    left_out: Sequence[str],
+    plan: Plan | None,
+    file_sizes: tuple[int, int] | None = None,
+) -> None:
+    """Print which tensors are packed and which are not, and why, and what a plan makes of them, if there is one.
+
+    With the sizes of the files that are read and would be written, both to the byte, also what each table takes.
+    """
+    sizes = () if file_sizes is None else ("method", "bits", "before", "after")
+    columns = ["to pack", "shape", "type", *sizes, "why"]
+    left, drop = (("method", "why"), ("type", "why", "shape", "before")) if sizes else (("why",), ("type", "why"))
+    table = start_table(f"Plan for {path}", columns, text_columns=3, left=left, things="tables", drop=drop)
     for decision in decisions:
         if decision.variant:
-            table.add_row(decision.tensor.name, _shape(decision), decision.dtype, decision.reason)
+            variant, before, after = decision.variant, decision.bytes_before, decision.bytes_after
+            cells = (variant.name, str(variant.bits), f"{before:,}", f"{after:,}") if sizes else ()
+            table.add_row(decision.tensor.name, _shape(decision), decision.dtype, *cells, decision.reason)
     output.print(table)
     for reason, names in _group_copied(decisions).items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -233,8 +252,11 @@ def print_decisions(path: str, decisions: Sequence[Decision], left_out: Sequence
         style="dim",
     )
     if plan is not None:
-        for line in ("", *str(plan).split("\n")):
+        for line in ("", *plan.describe(find_width(output)).split("\n")):
             output.print(line)
+    if file_sizes is not None:
+        before, after = file_sizes
+        output.print(f"file: {before:,} -> {after:,} bytes ({share(after, before)}); nothing was written", style="bold")
 
 
 def _group_copied(decisions: Sequence[Decision]) -> dict[str, list[str]]:

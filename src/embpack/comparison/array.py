@@ -181,7 +181,7 @@ def compare_rows(
     for variant in variants:
         try:
             table, seconds = _time(sample.rows, variant)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # a TypeError of bits that have a fraction
             skipped.append(Skipped(sample.name, variant, name_place(str(error), sample)))
         else:
             results.append(_describe(sample, table, variant, seconds))

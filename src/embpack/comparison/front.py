@@ -32,6 +32,8 @@ class Measured(Protocol):
 
 Result = TypeVar("Result", bound=Measured)
 
+# Sizes within 1 % count as equal, to allow for shared codebooks.
+ABOUT = 1.01
 # A rotation counts only if the loss without it is at least so many times as large: lookups have to undo it.
 _LEAST_GAIN = 1.01
 

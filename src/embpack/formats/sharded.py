@@ -24,10 +24,14 @@ def open_sharded(path: Path) -> Iterator[Checkpoint]:
         path: of the index, "model.safetensors.index.json".
 
     Raises:
-        FormatError: index and files do not agree, or one of them is damaged.
+        FormatError: index and files do not agree, one of them is damaged, or the folder was replaced while they were
+            opened.
     """
-    weight_map, left_out = _read_index(path)
-    shards = [_read_shard(path.parent / name, name) for name in sorted(set(weight_map.values()))]
+    with SourceFile(path) as index:
+        weight_map, left_out = _read_index(path, index.read(0, index.size))
+        # In a folder that is replaced meanwhile, some files would be old and some new.
+        with index.unchanged("index"):
+            shards = [_read_shard(path.parent / name, name) for name in sorted(set(weight_map.values()))]
     _check_weight_map(path, weight_map, shards)
     yield Checkpoint(path, tuple(shards), path.name, left_out)
 
@@ -54,9 +58,9 @@ def explain_other(path: Path) -> str | None:
     return None
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+def _read_index(path: Path, text: bytes) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return which file each tensor is in, and notes on what else the index says."""
-    index = parse_object(path, path.read_bytes())
+    index = parse_object(path, text)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: has no weight_map from tensors to files; not the index of a checkpoint")

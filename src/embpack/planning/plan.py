@@ -15,7 +15,8 @@ from embpack.layouts import LAYOUTS
 from embpack.planning.planned import PlannedTable, is_measure
 from embpack.rules import Decision, list_names
 from embpack.shard_writer import TableReport
-from embpack.text import printable, quote
+from embpack.tables import find_terminal_width, fit_table
+from embpack.text import quote
 from embpack.variant import Variant
 
 _FORMAT, FORMAT_VERSION = "embpack plan", 1
@@ -83,7 +84,9 @@ class Plan:
         path = Path(path)
         value = _read_value(path)
         if value.get("format") != _FORMAT:
-            raise FormatError(f"{path}: is no plan; make one: embpack quantize SRC --auto --save-plan {quote(str(path))}")
+            raise FormatError(
+                f"{path}: is no plan; make one: embpack quantize SRC --auto --save-plan {quote(str(path))}"
+            )
         if value.get("version") != FORMAT_VERSION:
             raise FormatError(
                 f"{path}: plan version {value.get('version')!r:.20}, but this embpack reads version {FORMAT_VERSION}; "
@@ -134,10 +137,13 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        rows = [("table", "rows", "dim", "method", "bits", "bytes", "l2 loss", "error", "why")]
-        rows += [
+        return self.describe(find_terminal_width())
+
+    def describe(self, width: int | None = None) -> str:
+        """Write the plan as a table of one line a table, which is cut to the width of a terminal; None cuts nothing."""
+        rows = [
             (
-                printable(table.name),
+                table.name,
                 f"{table.num_embeddings:,}",
                 str(table.embedding_dim),
                 table.variant.name,
@@ -149,15 +155,10 @@ class Plan:
             )
             for table in self.tables
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        left = (0, 3, 8)
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i in left else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        columns = ("table", "rows", "dim", "method", "bits", "bytes", "l2 loss", "error", "why")
+        drop = ("dim", "rows", "error", "why")
+        fitted = fit_table(columns, rows, width, left=("table", "method", "why"), drop=drop, has_names=True)
+        lines = fitted.write("tables")
         share = self.num_bytes / self.float32_bytes
         lines.append(
             f"{self.num_bytes:,} bytes, {share:.2%} of float32, in a file of {self.file_bytes:,}; "

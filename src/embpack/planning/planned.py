@@ -65,7 +65,8 @@ class PlannedTable:
         """Say in words what of a table has moved by more than MOST_CHANGE since it was planned."""
         values = self.num_embeddings * self.embedding_dim, report.num_embeddings * report.embedding_dim
         planned, found = (
-            math.sqrt(square / count) for square, count in zip((self.square_norm, report.square_norm), values, strict=True)
+            math.sqrt(square / count)
+            for square, count in zip((self.square_norm, report.square_norm), values, strict=True)
         )
         changes = []
         for what, before, after, form in (

@@ -20,7 +20,7 @@ from embpack.planning.plan import Plan
 from embpack.planning.planned import Better, PlannedTable
 from embpack.planning.rounds import Choice, Rounds
 from embpack.rows import as_rows
-from embpack.rules import PACKABLE_DTYPES, Decision, Rules, decide_all, match_names
+from embpack.rules import PACKABLE_DTYPES, Decision, Rules, decide_all, name_variants
 from embpack.selection import list_ways, select_variants
 from embpack.sizes import write_size
 from embpack.variant import Variant
@@ -89,18 +89,19 @@ def plan(
     if not isinstance(src, Mapping):
         _check(max_bytes, max_loss, variants)
         with open_checkpoint(Path(src)) as checkpoint:
-            return plan_checkpoint(checkpoint, decide_all(checkpoint, Rules(include, exclude, variants=chosen or {})), **limits)
+            return plan_checkpoint(
+                checkpoint, decide_all(checkpoint, Rules(include, exclude, variants=chosen or {})), **limits
+            )
     if include or exclude:
         raise ValueError("include and exclude choose among tensors of a checkpoint; leave weights out of src instead")
     if not src:
         raise ValueError("src has no weights; give at least one")
     tensors = tuple(_as_tensor(name, weight) for name, weight in src.items())
     shard = Shard("", sum(tensor.nbytes for tensor in tensors), tensors)
-    own = {name: variant for pattern, variant in (chosen or {}).items() for name in match_names(pattern, src)}
-    decisions = [
-        Decision(each, own.get(each.name, Variant()), "given", is_chosen=each.name in own) for each in tensors
-    ]
-    return plan_checkpoint(Checkpoint(Path(), (shard,)), decisions, **limits)
+    checkpoint = Checkpoint(Path(), (shard,))
+    own = name_variants("src", Rules(include=["*"], variants=chosen or {}), checkpoint)
+    decisions = [Decision(each, own.get(each.name, Variant()), "given", is_chosen=each.name in own) for each in tensors]
+    return plan_checkpoint(checkpoint, decisions, **limits)
 
 
 def plan_checkpoint(
@@ -252,5 +253,9 @@ def _describe(table: Candidates, choice: Choice, total: float) -> PlannedTable:
 
 def _write_step(chosen: Candidate, better: Better) -> str:
     """Say in few words what more bytes would do; the method only if it is another."""
-    bits = f"{better.variant.bits} bits" if better.variant.spec == chosen.variant.spec else f"{better.variant.spec} {better.variant.bits}"
+    bits = (
+        f"{better.variant.bits} bits"
+        if better.variant.spec == chosen.variant.spec
+        else f"{better.variant.spec} {better.variant.bits}"
+    )
     return f"{bits}: {better.loss:.3g}, +{write_size(better.num_bytes - chosen.num_bytes)}"

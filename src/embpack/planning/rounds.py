@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embpack.comparison.checkpoint import ABOUT
+from embpack.comparison.front import ABOUT
 from embpack.layouts import RowFormat
 from embpack.planning.candidates import LEVELS, Candidate, Candidates
 from embpack.planning.spread import MOST_SUMS, choose
@@ -76,7 +76,9 @@ class Rounds:
     def _choose(self, most_sums: int) -> tuple[list[Choice], bool]:
         fronts = [table.find_front() for table in self.tables]
         if self.max_bytes is None and self.max_loss is None:
-            return [Choice(front, _choose_alone(table, front)) for table, front in zip(self.tables, fronts, strict=True)], True
+            return [
+                Choice(front, _choose_alone(table, front)) for table, front in zip(self.tables, fronts, strict=True)
+            ], True
         options = [
             ([each.file_bytes for each in front], [table.error(each) for each in front])
             for table, front in zip(self.tables, fronts, strict=True)

@@ -16,6 +16,7 @@ from embpack.packing import pack
 from embpack.rules import MIN_ROWS, explain_growth
 from embpack.shard_writer import Progress, TableReport
 from embpack.table import PackedTable
+from embpack.tables import find_terminal_width, fit_table
 from embpack.text import printable
 from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported, leave_tables_out_of_ddp
@@ -40,12 +41,10 @@ class ModelReport:
     left_alone: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        rows = [COLUMNS, *map(_describe, self.tables)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-        lines = []
-        for name, *cells in rows:
-            numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-            lines.append("  ".join([name.ljust(widths[0]), *numbers]))
+        rows = list(map(_describe, self.tables))
+        drop = ("dim", "before", "rows")
+        width = find_terminal_width()
+        lines = fit_table(COLUMNS, rows, width, left=COLUMNS[:1], drop=drop, has_names=True).write("modules")
         before, after = (sum(getattr(table, name) for table in self.tables) for name in ("bytes_before", "bytes_after"))
         lines.append(f"{before:,} -> {after:,} bytes" + (f" ({after / before:.2%})" if before else ""))
         lines += [f"{printable(table.name)}: {printable(table.warning)}" for table in self.tables if table.warning]
@@ -281,4 +280,4 @@ def _describe(table: TableReport) -> tuple[str, ...]:
     before, after = table.bytes_before, table.bytes_after
     ratio = f"{after / before:.2%}" if before else "-"
     shape = (f"{table.num_embeddings:,}", str(table.embedding_dim))
-    return (printable(table.name), *shape, f"{before:,}", f"{after:,}", ratio, f"{table.loss:.5f}")
+    return (table.name, *shape, f"{before:,}", f"{after:,}", ratio, f"{table.loss:.5f}")
