@@ -30,7 +30,7 @@ class Budget:
 
     @classmethod
     def make(cls, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> "Budget":
-        """Find the bytes that do not depend on how tables are packed, given decisions on all tensors of a checkpoint."""
+        """Find the bytes that do not depend on how tables are packed, given what was decided on all tensors."""
         remaining = iter(decisions)
         shards = [
             ShardWriter(
@@ -76,8 +76,8 @@ def check_file_bytes(checkpoint: Checkpoint, decisions: Sequence[Decision], max_
     most, found = read_max_bytes(checkpoint, max_bytes), count_file_bytes(checkpoint, decisions)
     if found > most:
         raise ValueError(
-            f"max_bytes is {max_bytes}, but the packed file would take {found:,} bytes by this plan; make the plan anew "
-            "with --auto --save-plan, or allow that much"
+            f"max_bytes is {max_bytes}, but the packed file would take {found:,} bytes by this plan; make the plan "
+            "anew with --auto --save-plan, or allow that much"
         )
 
 

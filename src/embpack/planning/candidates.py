@@ -221,7 +221,9 @@ class Candidates:
         every = []
         for own in _group(self.ways):
             ways = [self.ways[each] for each in own]
-            known = {each.variant.bits: each.losses[-1] * math.prod(growth[each.level :]) for each in ways if each.losses}
+            known = {
+                each.variant.bits: each.losses[-1] * math.prod(growth[each.level :]) for each in ways if each.losses
+            }
             logs = [math.log(max(loss, _LEAST_LOSS)) for loss in known.values()]
             for each in ways:
                 loss = known.get(each.variant.bits)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from embpack.errors import FormatError
-from embpack.formats.atomic import new_file
+from embpack.formats.atomic import check_new, new_file
 from embpack.formats.base import find_repeated
 from embpack.formats.safetensors import parse_object
 from embpack.layouts import LAYOUTS
 from embpack.planning.planned import PlannedTable, is_measure
-from embpack.rules import Decision, list_names
 from embpack.shard_writer import TableReport
 from embpack.tables import find_terminal_width, fit_table
 from embpack.text import quote
@@ -128,12 +127,7 @@ class Plan:
         found = {report.name: report for report in reports}
         return replace(
             self,
-            tables=tuple(
-                replace(table, loss=found[table.name].loss, square_norm=found[table.name].square_norm)
-                if table.name in found
-                else table
-                for table in self.tables
-            ),
+            tables=tuple(table.measured(found[table.name]) if table.name in found else table for table in self.tables),
         )
 
     def __str__(self) -> str:
@@ -170,11 +164,12 @@ class Plan:
 
 
 def check_plan_path(path: Path) -> None:
-    """Refuse to write a plan over anything else.
+    """Refuse to write a plan over anything else, or where nothing can be written.
 
     Raises:
         ValueError: the path does not end in .json.
         FileExistsError: what is there is no plan.
+        OSError: the folder is missing or cannot be written.
     """
     if path.suffix.lower() != ".json":
         raise ValueError(f"{path}: a plan ends in .json")
@@ -185,6 +180,7 @@ def check_plan_path(path: Path) -> None:
             is_plan = False
         if not is_plan:
             raise FileExistsError(f"{path}: exists and is no plan, so it is not replaced; choose another name")
+    check_new(path)
 
 
 def _read_value(path: Path) -> dict[str, Any]:

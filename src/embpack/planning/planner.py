@@ -120,13 +120,9 @@ def plan_checkpoint(
     decided = [each for each in decisions if each.variant]
     counts = access_counts or {}
     check_counts(counts, [each.tensor.name for each in decided])
-    budget = Budget.make(checkpoint, decisions)
     work = {each.tensor.name: count_work(each, variants, readable_by) for each in decided}
     with _metered(progress, work) as tell:
-        tables = []
-        for each in decided:
-            weight = counts[each.tensor.name] / each.tensor.shape[0] if counts else 1.0
-            tables.append(Candidates.make(each, weight, _list_ways(each, variants, readable_by), budget, tell))
+        budget, tables = _list_candidates(checkpoint, decisions, variants, readable_by, counts, tell)
         room = None if max_bytes is None else _find_room(max_bytes, checkpoint, budget.fixed, tables)
         for table in tables:
             table.start()
@@ -139,6 +135,39 @@ def plan_checkpoint(
         least_loss = math.ceil(1e5 * rounds.measure_loss(choices)) / 1e5
         raise ValueError(f"max_loss is {max_loss}, but the least loss is {least_loss:.5f}; allow that much")
     return _make_plan(rounds, choices, budget.fixed)
+
+
+def count_least_bytes(
+    checkpoint: Checkpoint,
+    decisions: Sequence[Decision],
+    variants: Sequence[Variant] = VARIANTS,
+    readable_by: Sequence[str] = (),
+) -> int:
+    """Count the bytes of the smallest packed file that plan_checkpoint can plan, given what that takes.
+
+    Raises:
+        ValueError: there is no way to pack a table.
+    """
+    budget, tables = _list_candidates(checkpoint, decisions, variants, readable_by, {}, lambda name, rows: None)
+    return budget.fixed + sum(table.least_file_bytes for table in tables)
+
+
+def _list_candidates(
+    checkpoint: Checkpoint,
+    decisions: Sequence[Decision],
+    variants: Sequence[Variant],
+    readable_by: Sequence[str],
+    counts: Mapping[str, float],
+    progress: Progress,
+) -> tuple[Budget, list[Candidates]]:
+    """List the ways to pack each table, before any row is read."""
+    budget, tables = Budget.make(checkpoint, decisions), []
+    for each in decisions:
+        if each.variant:
+            weight = counts[each.tensor.name] / each.tensor.shape[0] if counts else 1.0
+            ways = _list_ways(each, variants, readable_by)
+            tables.append(Candidates.make(each, weight, ways, budget, progress))
+    return budget, tables
 
 
 def _check(max_bytes: int | str | None, max_loss: float | None, variants: Sequence[Variant]) -> None:
@@ -178,8 +207,9 @@ def count_work(decision: Decision, variants: Sequence[Variant] = VARIANTS, reada
     Raises:
         ValueError: there is no way that all of the readers read.
     """
+    shape = decision.tensor.shape[0], decision.tensor.shape[1]
     ways = pick_first(_list_ways(decision, variants, readable_by))
-    first, *others = (count_rows(*decision.tensor.shape, level) for level in range(len(LEVELS)))
+    first, *others = (count_rows(*shape, level) for level in range(len(LEVELS)))
     return len(ways) * first + sum(times * rows for times, rows in zip(_EXPECTED, others, strict=True))
 
 

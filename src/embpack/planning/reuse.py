@@ -40,8 +40,8 @@ def _refuse_others(plan: Plan, tensors: dict[str, SourceTensor]) -> None:
         shape = tensors[table.name].shape
         if len(shape) != 2 or shape[1] != table.embedding_dim:
             raise ValueError(
-                f"the plan has {table.name!r} with rows of {table.embedding_dim} values, but its shape is {list(shape)}; "
-                f"{_ANEW}"
+                f"the plan has {table.name!r} with rows of {table.embedding_dim} values, but its shape is "
+                f"{list(shape)}; {_ANEW}"
             )
 
 
@@ -50,6 +50,6 @@ def _refuse_new(plan: Plan, decisions: Sequence[Decision]) -> None:
     new = [each.tensor.name for each in decisions if each.variant and each.tensor.name not in planned]
     if new:
         raise ValueError(
-            f"the plan does not have {list_names(new)}, which would be packed; {_ANEW}, or leave new tables as they are "
-            "with --exclude"
+            f"the plan does not have {list_names(new)}, which would be packed; {_ANEW}, or leave new tables as they "
+            "are with --exclude"
         )
