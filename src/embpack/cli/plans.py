@@ -105,8 +105,10 @@ class Planning:
             counts = _read_counts(self.access_counts, [each.tensor.name for each in decided])
         if dst is not None:
             check_space(dst, count_least_bytes(checkpoint, decisions, self.variants, self.readers))
-        work = {each.tensor.name: count_work(each, self.variants, self.readers) for each in decided}
-        with show.row_progress(work, shown=not quiet) as progress:
+        work = sum(count_work(each, self.variants, self.readers) for each in decided)
+        # One bar: tables are measured in turns, and are done all at once.
+        what = f"measuring {show.count(len(decided), 'table')}"
+        with show.row_progress({what: work}, shown=not quiet) as advance:
             return plan_checkpoint(
                 checkpoint,
                 decisions,
@@ -116,7 +118,7 @@ class Planning:
                 variants=self.variants,
                 readable_by=self.readers,
                 access_counts=counts,
-                progress=progress,
+                progress=lambda name, rows: advance(what, rows),
             )
 
     def finish(self, plan: Plan | None, report: Report | None) -> None:
