@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from embpack.errors import kind_of, naming
@@ -311,6 +312,7 @@ def _report(name: str, weight: Tensor, table: PackedTable, seconds: float, warni
         bytes_before=weight.numel() * weight.element_size(),
         bytes_after=table.nbytes,
         loss=table.loss or 0.0,
+        square_norm=float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)) ** 2,
         seconds=seconds,
         warning=warning,
     )
