@@ -11,12 +11,14 @@ import typer
 from embpack.cli import compare_arguments as arguments
 from embpack.cli import show
 from embpack.cli.json_output import describe_comparison
+from embpack.cli.metric import load_metric
 from embpack.cli.options import check_readers, split_bits, split_methods, split_rotations
 from embpack.comparison.array import Comparison
-from embpack.comparison.checkpoint import FileComparison, Total, compare_table, count_rows
+from embpack.comparison.checkpoint import FileComparison, Total, count_rows, read_sample
 from embpack.comparison.choice import PREFERENCES
-from embpack.comparison.front import list_readers, name_variant
+from embpack.comparison.front import describe_metric, list_readers, name_variant
 from embpack.comparison.report import is_report, make_csv, make_page, make_png, make_svg, require_matplotlib
+from embpack.comparison.tables import compare_samples
 from embpack.comparison.variants import make_variants
 from embpack.formats import open_checkpoint
 from embpack.formats.atomic import new_file
@@ -27,6 +29,8 @@ from embpack.threads import get_num_threads, set_num_threads
 
 # Columns of a terminal that has room for all columns of the table.
 _WIDE = 135
+# Columns that the user's own figure takes, in about.
+_FIGURE = 20
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,23 @@ def compare(
         ),
     ] = None,
     rows: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Measure this many rows of each larger table, evenly spread and packed as a table of their own; all "
             "or 0 measures every row, in memory.",
             callback=arguments.check_rows,
+            show_default="20000; all with --metric",
         ),
-    ] = "20000",
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure a figure of your own, too, such as an AUC: a function in a module of this folder, or an "
+            "installed one, that makes a number of all tables by name. Takes all rows, in memory.",
+            metavar="MODULE:FUNCTION",
+            show_default=False,
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Also compare on tensors whose name matches this glob; may be repeated."),
@@ -172,7 +186,10 @@ def compare(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--bits") from None
-    most_rows = arguments.parse_rows(rows)
+    function = load_metric(metric) if metric else None
+    if function and rows is not None and arguments.parse_rows(rows) is not None:
+        raise typer.BadParameter(f"{rows} rows are a sample, but --metric takes whole tables", param_hint="--rows")
+    most_rows = None if function else arguments.parse_rows(rows or "20000")
     rules = Rules(tuple(include or ()), tuple(exclude or ()))
     _check_outputs(written, src)
     if png is not None:
@@ -183,9 +200,11 @@ def compare(
             stack.enter_context(new_file(output.path, lambda path: force or is_report(path))) for output in written
         ]
         decisions = [decision for decision in decide_all(checkpoint, rules) if decision.variant]
-        totals = {d.tensor.name: count_rows(d, most_rows) * len(variants) for d in decisions}
+        times = len(variants) * (2 if function else 1)
+        totals = {d.tensor.name: count_rows(d, most_rows) * times for d in decisions}
         with show.row_progress(totals, shown=not as_json) as progress:
-            tables = [compare_table(decision, variants, most_rows, progress) for decision in decisions]
+            samples = (read_sample(decision, most_rows) for decision in decisions)
+            tables, metrics = compare_samples(samples, variants, function, progress)
         report = FileComparison(
             src,
             tuple(tables),
@@ -194,6 +213,7 @@ def compare(
             get_num_threads(),
             tuple(dict.fromkeys(readers or ())),
             prefer,
+            metrics,
         )
         for output, file in zip(written, files, strict=True):
             made = output.make(report)
@@ -206,7 +226,8 @@ def compare(
 
 def _print(report: FileComparison, written: Sequence[_Output]) -> None:
     for table in report.tables:
-        _print_results(f"{table.name}: {table.describe_sample()}", table.results, report)
+        results = report.overall if len(report.tables) == 1 else table.results
+        _print_results(f"{table.name}: {table.describe_sample()}", results, report)
         for item in table.skipped:
             show.output.print(f"left out: {item.variant}: {item.reason}", style="yellow", soft_wrap=True)
         show.output.print()
@@ -219,26 +240,31 @@ def _print(report: FileComparison, written: Sequence[_Output]) -> None:
 
 
 def _print_results(title: str, results: Sequence[Comparison], report: FileComparison) -> None:
+    has_metric = report.metrics is not None and all(result.metric is not None for result in results)
+    figure = [report.metrics.name, "change"] if report.metrics and has_metric else []
     # A narrow terminal has room for what there is to choose by.
-    is_wide = show.output.width >= _WIDE
+    is_wide = show.output.width >= _WIDE + _FIGURE * has_metric
     details, more = (["parameters", "layout"], ["worst row", "its loss", "bytes/row"]) if is_wide else ([], [])
-    columns = ["", "method", *details, "bits", "l2 loss", *more, "of fp32", "rows/s", "lookups/s", "read by"]
+    others = ["lookups/s"] if figure and not is_wide else ["rows/s", "lookups/s", "read by"]
+    columns = ["", "method", *details, "bits", "l2 loss", *figure, *more, "of fp32", *others]
     shown = show.start_table(title, columns, text_columns=2 + len(details))
     front = report.find_front(results)
     for result in sorted(results, key=lambda result: (result.bytes_per_row, result.loss)):
         where = f"{result.worst_table}[{result.worst_row}]" if isinstance(result, Total) else str(result.worst_row)
+        rates = [show.rate(result.rows_per_second), show.rate(result.lookups_per_second), list_readers(result)]
         shown.add_row(
             "*" if result in front else "",
             *([result.variant.name, result.param_dtype, result.layout] if is_wide else [name_variant(result, results)]),
             str(result.bits),
             show.loss_text(result.loss),
+            *describe_metric(result),
             *([where, show.loss_text(result.worst_row_loss), f"{result.bytes_per_row:.4g}"] if is_wide else []),
             f"{100 * result.share_of_float32:.2f} %",
-            show.rate(result.rows_per_second),
-            show.rate(result.lookups_per_second),
-            list_readers(result),
+            *(rates[1:2] if len(others) == 1 else rates),
         )
     show.output.print(shown)
+    if report.metrics and has_metric:
+        show.output.print(f"{report.metrics.name} of the float tables: {report.metrics.of_floats:.6g}", soft_wrap=True)
 
 
 def _print_choices(report: FileComparison) -> None:
