@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, float64, linalg, nn
 
 from embpack.errors import kind_of, naming
 from embpack.methods import DEFAULT_METHOD, Method
@@ -311,6 +311,7 @@ def _report(name: str, weight: Tensor, table: PackedTable, seconds: float, warni
         bytes_before=weight.numel() * weight.element_size(),
         bytes_after=table.nbytes,
         loss=table.loss or 0.0,
+        square_norm=float(linalg.vector_norm(weight.detach(), dtype=float64)) ** 2,
         seconds=seconds,
         warning=warning,
     )
