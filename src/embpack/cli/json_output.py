@@ -87,6 +87,7 @@ def _describe_decision(decision: Decision, planned: PlannedTable | None, report:
         "sample_loss": None if planned is None else planned.loss,
         "reason": decision.reason,
         "plan_reason": None if planned is None else planned.reason,
+        "plan_change": None if planned is None or report is None else ", ".join(planned.find_changes(report)) or None,
         "warning": None if report is None else report.warning,
         "seconds": None if report is None else report.seconds,
         "rows_per_second": None if report is None else report.rows_per_second,

@@ -1,21 +1,17 @@
 """embpack quantize."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from embpack.cli import options, show
+from embpack.cli import options, plans, show
 from embpack.cli.json_output import describe_quantized
 from embpack.convert import check_destination, check_max_loss, count_file_bytes, pack_checkpoint
-from embpack.formats import Checkpoint, open_checkpoint
+from embpack.formats import open_checkpoint
 from embpack.methods import DEFAULT_METHOD
-from embpack.planning import Plan, check_counts, count_work, plan_checkpoint
 from embpack.readers import READERS
-from embpack.rules import Decision, Rules, decide_all
+from embpack.rules import Rules
 from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
 from embpack.variant import Variant
@@ -149,11 +145,30 @@ def quantize(
             rich_help_panel=options.HOW,
         ),
     ] = None,
+    save_plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --auto: write down what is chosen, plan.json.",
+            show_default=False,
+            rich_help_panel=options.HOW,
+        ),
+    ] = None,
+    plan_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="FILE",
+            help="Pack as --save-plan wrote down, and say which tables have changed too much since.",
+            show_default=False,
+            rich_help_panel=options.HOW,
+        ),
+    ] = None,
     max_bytes: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="With --auto: the file is no larger than '2 GB', '100 KiB' or '12.5 %' of SRC.",
+            help="With --auto or --plan: the file is no larger than '2 GB', '100 KiB' or '12.5 %' of SRC.",
             show_default=False,
             callback=_check_max_bytes,
             rich_help_panel=options.LIMITS,
@@ -163,7 +178,7 @@ def quantize(
         float | None,
         typer.Option(
             metavar="LOSS",
-            help="Exit with 3, and write nothing, if a table loses more. With --auto: of all tables together.",
+            help="Exit with 3, and write nothing, if a table loses more. With --auto alone: of all tables together.",
             show_default=False,
             callback=_check_max_loss,
             rich_help_panel=options.LIMITS,
@@ -199,10 +214,13 @@ def quantize(
     """
     if dst is None and not dry_run:
         raise typer.BadParameter("give a destination, or --dry-run", param_hint="DST")
-    _check_together(auto, max_bytes, max_loss, access_counts)
     ways = options.Ways(method, bits, param_dtype, rotate)
     # The readers restrict what --auto chooses from: whether they take what is tried before it chooses is no matter.
     readers, variants = readable_by or [], ways.all() if auto else []
+    limits = max_bytes, max_loss, access_counts
+    planning = plans.Planning(auto, plan_path, save_plan, *limits, variants, readers)
+    given = {"--method": method, "--bits": bits, "--param-dtype": param_dtype, "--rotate": rotate, "--set": chosen}
+    planning.check(given)
     rules = Rules(
         include=include or (),
         exclude=exclude or (),
@@ -217,13 +235,9 @@ def quantize(
     with open_checkpoint(src) as checkpoint:
         if dst is not None and not dry_run:
             check_destination(checkpoint, dst, force=force)
-        decisions, plan = decide_all(checkpoint, rules), None
-        if auto:
-            limits = max_bytes, max_loss, access_counts
-            plan = _plan_tables(checkpoint, decisions, *limits, variants, readers, quiet=as_json)
-            # A table stays as it is, still, if its own way makes no row smaller.
-            decisions = decide_all(checkpoint, replace(rules, variants=plan.variants, readable_by=readers))
+        decisions, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
         if dst is None or dry_run:
+            planning.finish(plan, None)
             if as_json:
                 show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, None))
             else:
@@ -233,72 +247,12 @@ def quantize(
         if not as_json:
             show.print_decisions(str(src), decisions, checkpoint.left_out, plan)
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
-        limit = None if auto else max_loss
+        limit = planning.max_table_loss
         with show.row_progress(totals, shown=not as_json) as progress:
             report = pack_checkpoint(checkpoint, decisions, dst, max_loss=limit, force=force, progress=progress)
+    planning.finish(plan, report)
     if as_json:
         show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, report))
     else:
         show.output.print()
         show.print_report(str(dst), report)
-
-
-def _check_together(auto: bool, max_bytes: str | None, max_loss: float | None, access_counts: Path | None) -> None:
-    """Refuse options that would have no effect."""
-    if not auto and (max_bytes is not None or access_counts is not None):
-        raise typer.BadParameter(
-            "goes with --auto", param_hint="--access-counts" if max_bytes is None else "--max-bytes"
-        )
-    if max_bytes is not None and max_loss is not None:
-        raise typer.BadParameter("does not go with --max-loss; give one of them", param_hint="--max-bytes")
-
-
-def _plan_tables(
-    checkpoint: Checkpoint,
-    decisions: Sequence[Decision],
-    max_bytes: str | None,
-    max_loss: float | None,
-    access_counts: Path | None,
-    variants: Sequence[Variant],
-    readers: Sequence[str],
-    *,
-    quiet: bool,
-) -> Plan:
-    rows = {each.tensor.name: count_work(each, len(variants)) for each in decisions if each.variant}
-    counts = None if access_counts is None else _read_counts(access_counts, list(rows))
-    with show.row_progress(rows, shown=not quiet) as progress:
-        return plan_checkpoint(
-            checkpoint,
-            decisions,
-            max_bytes=max_bytes,
-            max_loss=max_loss,
-            variants=variants,
-            readable_by=readers,
-            access_counts=counts,
-            progress=progress,
-        )
-
-
-def _read_counts(path: Path, tables: Sequence[str]) -> dict[str, float]:
-    """Read how often tables are looked up.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no JSON object of counts of these tables.
-    """
-    example = '{"user_embedding.weight": 1200}'
-    try:
-        counts = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; --access-counts takes counts by table: {example}") from None
-    except OSError as error:
-        raise type(error)(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(counts, dict):
-        raise ValueError(f"{path}: it must be an object of counts by table: {example}")
-    try:
-        check_counts(counts, tables)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    return counts

@@ -81,6 +81,17 @@ def check_new(path: Path) -> None:
             pass
 
 
+def check_space(path: Path, num_bytes: int) -> None:
+    """Raise OSError unless so many bytes are free where a file or folder is to be written."""
+    folder = next(place for place in path.absolute().parents if place.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            f"cannot write {path}: it takes at least {num_bytes} bytes, but {free} bytes are free in {folder}; make "
+            "space or choose another folder"
+        )
+
+
 def refuse_other(path: Path, may_replace: Callable[[Path], bool]) -> None:
     """Raise FileExistsError if there is a file that is not empty and may not be replaced."""
     if path.is_file() and path.stat().st_size and not may_replace(path):

@@ -4,6 +4,7 @@ Source: docs/trellis.md.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,12 +149,18 @@ def make_scales(largest: NDArray[np.float32], bounds: tuple[float, float], count
 
 def _deal_out(grid: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scales by their numbers, [NUM_SCALES]: each state has as many of a grid, in turn."""
-    of_state = NUM_SCALES // NUM_STATES
-    apart = len(grid) // of_state
-    places = [number % of_state * apart + first_state(number) % apart for number in range(NUM_SCALES)]
-    scales = grid[places]
+    scales = grid[_find_places(len(grid))]
     scales[0] = 0
     return scales
+
+
+@cache
+def _find_places(count: int) -> NDArray[np.int64]:
+    """Where in a grid of so many each scale is."""
+    of_state = NUM_SCALES // NUM_STATES
+    apart = count // of_state
+    places = [number % of_state * apart + first_state(number) % apart for number in range(NUM_SCALES)]
+    return np.array(places)
 
 
 def fit(

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from embpack.convert import count_file_bytes
+from embpack.errors import naming
 from embpack.formats import Checkpoint, OutShard
 from embpack.formats.safetensors import bound_bytes
 from embpack.rules import Decision
 from embpack.shard_writer import ShardWriter, TableWriter
+from embpack.sizes import parse_size
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Budget:
 
     @classmethod
     def make(cls, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> "Budget":
-        """Find the bytes that do not depend on how tables are packed, given decisions on all tensors of a checkpoint."""
+        """Find the bytes that do not depend on how tables are packed, given what was decided on all tensors."""
         remaining = iter(decisions)
         shards = [
             ShardWriter(
@@ -57,3 +60,28 @@ class Budget:
 
 def _write(decision: Decision) -> TableWriter:
     return TableWriter(decision, lambda name, rows: None)
+
+
+def check_file_bytes(checkpoint: Checkpoint, decisions: Sequence[Decision], max_bytes: int | str) -> None:
+    """Refuse a packed checkpoint that would be too large, before anything is packed.
+
+    Args:
+        checkpoint: that is packed.
+        decisions: on all of its tensors.
+        max_bytes: as embpack.plan takes it.
+
+    Raises:
+        ValueError: it would take more; or max_bytes is no size.
+    """
+    most, found = read_max_bytes(checkpoint, max_bytes), count_file_bytes(checkpoint, decisions)
+    if found > most:
+        raise ValueError(
+            f"max_bytes is {max_bytes}, but the packed file would take {found:,} bytes by this plan; make the plan "
+            "anew with --auto --save-plan, or allow that much"
+        )
+
+
+def read_max_bytes(checkpoint: Checkpoint, max_bytes: int | str) -> int:
+    """Read a size; a share is of all files of a checkpoint."""
+    with naming("max_bytes"):
+        return parse_size(max_bytes, sum(shard.num_bytes for shard in checkpoint.shards))

@@ -1,7 +1,7 @@
 """The ways to pack one table, measured on as few of its rows as will do."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,8 +19,12 @@ from embpack.variant import Variant
 SAMPLE_ROWS = 20_000
 # Values that a way is measured on, roughly, level by level: all ways on the first, what may be chosen on the second,
 # what is chosen on the last. And the fewest rows: of wide ones there would be too few to find what columns share.
-LEVELS = (1 << 13, 1 << 16, 1 << 19)
+LEVELS = (1 << 13, 1 << 15, 1 << 19)
 FEWEST_ROWS = (64, 256, 1024)
+# Of ways that differ in bits alone, if they are more than so many, every so many are measured on the first level.
+_STRIDE = 3
+# Losses are not taken for smaller between two that were measured.
+_LEAST_LOSS = 1e-30
 # A way that takes no more bytes may lose less than it seems to by so much, as long as it is measured on few rows.
 _DOUBT = 1.05
 
@@ -70,45 +74,54 @@ class Candidate:
         """The last that it was measured on; -1 if on none."""
         return len(self.losses) - 1
 
-    def estimate(self, growth: Sequence[float]) -> "Candidate":
-        """Estimate the loss on the last level, given by what factor losses grow to each level but the first."""
-        return replace(self, loss=self.losses[-1] * math.prod(growth[self.level :]))
-
 
 @dataclass(eq=False)
 class Candidates:
-    """The ways to pack one table, at least one of them measured on the first level.
+    """The ways to pack one table.
 
     Attributes:
         decision: on a tensor that is a table.
         weight: how often a row's error counts.
-        sample: the rows of the last level.
-        square_norm: sum of the squares of all values of the table, estimated.
         progress: called with the table's name and how many rows were packed.
-        ways: those that were measured, by what they are.
+        ways: those that there are, by what they are and by rising bytes, without those that cannot pack the rows.
+        refusals: why there are no others.
+        sample: the rows of the last level; there once it is read.
+        square_norm: sum of the squares of all values of the table, estimated by more rows.
     """
 
     decision: Decision
     weight: float
-    sample: Sample
-    square_norm: float
     progress: Callable[[str, int], None]
-    ways: dict[Variant, Candidate] = field(default_factory=dict)
+    ways: dict[Variant, Candidate]
+    refusals: list[str] = field(default_factory=list)
+    sample: Sample | None = None
+    square_norm: float = math.nan
 
     @classmethod
-    def read(cls, decision: Decision, weight: float, progress: Callable[[str, int], None]) -> "Candidates":
-        """Read a sample of a table.
+    def make(
+        cls,
+        decision: Decision,
+        weight: float,
+        variants: Sequence[Variant],
+        budget: Budget,
+        progress: Callable[[str, int], None],
+    ) -> "Candidates":
+        """List the ways that take fewer bytes than the weights, or if there are none the smallest, and read nothing.
 
         Raises:
-            FormatError: the source is damaged.
-            ValueError: a value that was looked at is NaN or infinite.
+            ValueError: there is no way.
         """
-        rows, dim = decision.tensor.shape
-        sample = read_sample(decision, SAMPLE_ROWS)
-        values = sample.rows
-        square = float(np.einsum("ij,ij->", values, values, dtype=np.float64))
-        few = _thin(sample, count_rows(rows, dim, len(LEVELS) - 1))
-        return cls(decision, weight, few, square * rows / len(values), progress)
+        made, refusals = [], []
+        for variant in variants:
+            try:
+                made.append(Candidate.make(decision, variant, budget))
+            except ValueError as error:
+                refusals.append(f"{variant}: {error}")
+        made.sort(key=lambda each: (not each.is_smaller, each.num_bytes))
+        kept = [each for each in made if each.is_smaller] or made[:1]
+        if not kept:
+            raise _explain_none(decision, refusals)
+        return cls(decision, weight, progress, {each.variant: each for each in kept}, refusals)
 
     @property
     def name(self) -> str:
@@ -125,50 +138,52 @@ class Candidates:
         """Values of a row."""
         return self.decision.tensor.shape[1]
 
-    def start(self, variants: Sequence[Variant], budget: Budget) -> None:
-        """Measure the ways on the first level.
+    @property
+    def least_file_bytes(self) -> int:
+        """The fewest bytes that it can add to a file."""
+        return next(iter(self.ways.values())).file_bytes
 
-        Those are left out that cannot pack the table's rows, and those that take no fewer bytes than its weights; if
-        all others do, the smallest is measured.
+    def start(self) -> None:
+        """Read a sample, and measure ways on the first level: so many that the losses of all others lie between.
 
         Raises:
-            ValueError: none can.
+            FormatError: the source is damaged.
+            ValueError: a value that was looked at is NaN or infinite; or no way can pack the rows.
         """
-        made, refusals = [], []
-        for variant in variants:
-            try:
-                made.append(Candidate.make(self.decision, variant, budget))
-            except ValueError as error:
-                refusals.append(f"{variant}: {error}")
-        made.sort(key=lambda each: (not each.is_smaller, each.num_bytes))
-        for each in made:
-            if each.is_smaller or not self.ways:
-                try:
-                    self.measure(each, 0)
-                except ValueError as error:
-                    refusals.append(f"{each.variant}: {error}")
-        if not self.ways:
-            raise ValueError(f"{self.decision.place}: nothing asked for can be done; {refusals[0]}")
+        sample = read_sample(self.decision, SAMPLE_ROWS)
+        square = float(np.einsum("ij,ij->", sample.rows, sample.rows, dtype=np.float64))
+        self.square_norm = square * self.num_embeddings / len(sample.rows)
+        self.sample = _thin(sample, self._rows(len(LEVELS) - 1))
+        for own in _group(self.ways):
+            few = pick_first(own)
+            for each in few:
+                self.measure(self.ways[each], 0)
+            is_refused = any(each not in self.ways for each in few)
+            for each in own if is_refused else ():
+                if each not in few:
+                    self.measure(self.ways[each], 0)
 
     def measure(self, candidate: Candidate, level: int) -> None:
         """Measure a way on a level and those before it; one that cannot pack these rows is left out from then on.
 
         Raises:
-            ValueError: it cannot, and no other is left.
+            ValueError: it was the last one.
         """
-        self.ways.pop(candidate.variant, None)
         losses = candidate.losses
         for finer in range(len(losses), level + 1):
             is_new = not finer or self._rows(finer) > self._rows(finer - 1)
             try:
                 losses += (self._pack(candidate.variant, finer) if is_new else losses[-1],)
-            except ValueError:
-                if self.ways:
-                    return
-                raise
+            except ValueError as error:
+                self.refusals.append(f"{candidate.variant}: {error}")
+                self.ways.pop(candidate.variant, None)
+                if not self.ways:
+                    raise _explain_none(self.decision, self.refusals) from None
+                return
         self.ways[candidate.variant] = replace(candidate, losses=losses)
 
     def _pack(self, variant: Variant, level: int) -> float:
+        assert self.sample is not None  # it has started
         few = _thin(self.sample, self._rows(level))
         try:
             table, _ = pack(few.rows, variant)
@@ -197,13 +212,54 @@ class Candidates:
         return [each for each in every if each.num_bytes <= chosen.num_bytes and each.loss < _DOUBT * chosen.loss]
 
     def _estimate_all(self) -> list[Candidate]:
-        """Estimate all losses: few rows are easier to fit than many, by a factor that ways have in common."""
+        """Estimate all losses on the last level.
+
+        Few rows are easier to fit than many, by a factor that ways have in common. What was not measured lies between
+        those with fewer and with more bits: from one to the next, losses fall by about the same factor for each bit.
+        """
+        growth = self._find_growth()
+        every = []
+        for own in _group(self.ways):
+            ways = [self.ways[each] for each in own]
+            known = {
+                each.variant.bits: each.losses[-1] * math.prod(growth[each.level :]) for each in ways if each.losses
+            }
+            logs = [math.log(max(loss, _LEAST_LOSS)) for loss in known.values()]
+            for each in ways:
+                loss = known.get(each.variant.bits)
+                if loss is None:
+                    loss = math.exp(np.interp(each.variant.bits, list(known), logs))
+                every.append(replace(each, loss=loss))
+        return every
+
+    def _find_growth(self) -> list[float]:
+        """Find by what factor losses grow to each level but the first."""
         growth = []
         for level in range(1, len(LEVELS)):
             both = [own.losses for own in self.ways.values() if own.level >= level and own.losses[level - 1]]
             changes = [math.log(own[level] / own[level - 1]) for own in both if own[level]]
             growth.append(math.exp(sum(changes) / len(changes)) if changes else 1.0)
-        return [own.estimate(growth) for own in self.ways.values()]
+        return growth
+
+
+def _group(variants: Iterable[Variant]) -> list[list[Variant]]:
+    """Group ways that differ in bits alone, by rising bits."""
+    groups: dict[Variant, list[Variant]] = {}
+    for each in variants:
+        groups.setdefault(replace(each, bits=0), []).append(each)
+    return [sorted(own, key=lambda each: each.bits) for own in groups.values()]
+
+
+def pick_first(variants: Iterable[Variant]) -> list[Variant]:
+    """Pick the ways that are measured on the first level, so that all others lie between two of them."""
+    few: list[Variant] = []
+    for own in _group(variants):
+        few += own if len(own) <= _STRIDE else dict.fromkeys([*own[::_STRIDE], own[-1]])
+    return few
+
+
+def _explain_none(decision: Decision, refusals: Sequence[str]) -> ValueError:
+    return ValueError(f"{decision.place}: nothing asked for can be done; {refusals[0]}")
 
 
 def _thin(sample: Sample, count: int) -> Sample:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from embpack.errors import FormatError
-from embpack.formats.atomic import new_file
+from embpack.formats.atomic import check_new, new_file
 from embpack.formats.base import find_repeated
 from embpack.formats.safetensors import parse_object
 from embpack.layouts import LAYOUTS
 from embpack.planning.planned import PlannedTable, is_measure
-from embpack.rules import Decision, list_names
 from embpack.shard_writer import TableReport
 from embpack.tables import find_terminal_width, fit_table
 from embpack.text import quote
@@ -103,34 +102,6 @@ class Plan:
             raise FormatError(f"{path}: has table {repeated!r} twice; make the plan anew")
         return cls(tables, float(value["loss"]), int(value["file_bytes"]))
 
-    def check(self, decisions: Sequence[Decision]) -> None:
-        """See to it, before anything is packed, that a checkpoint's tables are those of the plan, and as wide.
-
-        Args:
-            decisions: on all tensors of the checkpoint.
-
-        Raises:
-            ValueError: a table is not in the plan, a table of the plan is not there, or its rows have another length.
-        """
-        anew = "make the plan anew with --auto --save-plan"
-        there = {each.tensor.name: each.tensor for each in decisions}
-        planned = {table.name: table for table in self.tables}
-        missing = [name for name in planned if name not in there]
-        if missing:
-            raise ValueError(f"the plan has {list_names(missing)}, but the checkpoint has no such tensor; {anew}")
-        new = [each.tensor.name for each in decisions if each.variant and each.tensor.name not in planned]
-        if new:
-            raise ValueError(
-                f"the plan does not have {list_names(new)}, which would be packed; {anew}, or leave new tables as they "
-                "are with --exclude"
-            )
-        for name, table in planned.items():
-            shape = there[name].shape
-            if len(shape) == 2 and shape[1] != table.embedding_dim:
-                raise ValueError(
-                    f"the plan has {name!r} with rows of {table.embedding_dim} values, but they have {shape[1]}; {anew}"
-                )
-
     def find_changes(self, reports: Sequence[TableReport]) -> dict[str, str]:
         """Find the tables for which the plan should be made anew.
 
@@ -156,12 +127,7 @@ class Plan:
         found = {report.name: report for report in reports}
         return replace(
             self,
-            tables=tuple(
-                replace(table, loss=found[table.name].loss, square_norm=found[table.name].square_norm)
-                if table.name in found
-                else table
-                for table in self.tables
-            ),
+            tables=tuple(table.measured(found[table.name]) if table.name in found else table for table in self.tables),
         )
 
     def __str__(self) -> str:
@@ -198,11 +164,12 @@ class Plan:
 
 
 def check_plan_path(path: Path) -> None:
-    """Refuse to write a plan over anything else.
+    """Refuse to write a plan over anything else, or where nothing can be written.
 
     Raises:
         ValueError: the path does not end in .json.
         FileExistsError: what is there is no plan.
+        OSError: the folder is missing or cannot be written.
     """
     if path.suffix.lower() != ".json":
         raise ValueError(f"{path}: a plan ends in .json")
@@ -213,6 +180,7 @@ def check_plan_path(path: Path) -> None:
             is_plan = False
         if not is_plan:
             raise FileExistsError(f"{path}: exists and is no plan, so it is not replaced; choose another name")
+    check_new(path)
 
 
 def _read_value(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from embpack.errors import FormatError
@@ -63,11 +63,8 @@ class PlannedTable:
 
     def find_changes(self, report: TableReport) -> list[str]:
         """Say in words what of a table has moved by more than MOST_CHANGE since it was planned."""
-        values = self.num_embeddings * self.embedding_dim, report.num_embeddings * report.embedding_dim
-        planned, found = (
-            math.sqrt(square / count)
-            for square, count in zip((self.square_norm, report.square_norm), values, strict=True)
-        )
+        planned = math.sqrt(self.square_norm / (self.num_embeddings * self.embedding_dim))
+        found = math.sqrt(report.square_norm / (report.num_embeddings * report.embedding_dim))
         changes = []
         for what, before, after, form in (
             ("rows", self.num_embeddings, report.num_embeddings, ",d"),
@@ -77,6 +74,10 @@ class PlannedTable:
             if not before <= MOST_CHANGE * after <= MOST_CHANGE**2 * before:
                 changes.append(f"{what} {before:{form}} -> {after:{form}}")
         return changes
+
+    def measured(self, report: TableReport) -> "PlannedTable":
+        """Return it with what packing came to in place of what was measured on a sample."""
+        return replace(self, loss=report.loss, square_norm=report.square_norm)
 
     def as_json(self) -> dict[str, Any]:
         """Return what a plan's file has of it."""

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from embpack.convert import check_max_loss
 from embpack.errors import naming
 from embpack.formats import Checkpoint, Shard, SourceTensor, open_checkpoint
-from embpack.planning.budget import Budget
-from embpack.planning.candidates import LEVELS, Candidate, Candidates, count_rows
+from embpack.planning.budget import Budget, read_max_bytes
+from embpack.planning.candidates import LEVELS, Candidate, Candidates, count_rows, pick_first
 from embpack.planning.counts import check_counts
 from embpack.planning.plan import Plan
 from embpack.planning.planned import Better, PlannedTable
@@ -22,7 +22,7 @@ from embpack.planning.rounds import Choice, Rounds
 from embpack.rows import as_rows
 from embpack.rules import PACKABLE_DTYPES, Decision, Rules, decide_all, name_variants
 from embpack.selection import list_ways, select_variants
-from embpack.sizes import parse_size, write_size
+from embpack.sizes import write_size
 from embpack.variant import Variant
 
 # The variants that are measured by default.
@@ -120,27 +120,54 @@ def plan_checkpoint(
     decided = [each for each in decisions if each.variant]
     counts = access_counts or {}
     check_counts(counts, [each.tensor.name for each in decided])
-    with naming("max_bytes"):
-        read = sum(shard.num_bytes for shard in checkpoint.shards)
-        most = None if max_bytes is None else parse_size(max_bytes, read)
-    budget = Budget.make(checkpoint, decisions)
-    ways = {each.tensor.name: _list_ways(each, variants, readable_by) for each in decided}
-    work = {each.tensor.name: count_work(each, len(ways[each.tensor.name])) for each in decided}
+    work = {each.tensor.name: count_work(each, variants, readable_by) for each in decided}
     with _metered(progress, work) as tell:
-        tables = []
-        for each in decided:
-            weight = counts[each.tensor.name] / each.tensor.shape[0] if counts else 1.0
-            tables.append(Candidates.read(each, weight, tell))
-            tables[-1].start(ways[each.tensor.name], budget)
-        rounds = Rounds(tables, None if most is None else most - budget.fixed, max_loss)
+        budget, tables = _list_candidates(checkpoint, decisions, variants, readable_by, counts, tell)
+        room = None if max_bytes is None else _find_room(max_bytes, checkpoint, budget.fixed, tables)
+        for table in tables:
+            table.start()
+        rounds = Rounds(tables, room, max_loss)
         choices, is_kept = rounds.settle()
     if not is_kept and max_bytes is not None:
-        least = budget.fixed + sum(min(each.file_bytes for each in choice.front) for choice in choices)
-        raise ValueError(_explain_max_bytes(max_bytes, least, read))
+        # The smallest way has turned out to be none.
+        _find_room(max_bytes, checkpoint, budget.fixed, tables)
     if not is_kept:
         least_loss = math.ceil(1e5 * rounds.measure_loss(choices)) / 1e5
         raise ValueError(f"max_loss is {max_loss}, but the least loss is {least_loss:.5f}; allow that much")
     return _make_plan(rounds, choices, budget.fixed)
+
+
+def count_least_bytes(
+    checkpoint: Checkpoint,
+    decisions: Sequence[Decision],
+    variants: Sequence[Variant] = VARIANTS,
+    readable_by: Sequence[str] = (),
+) -> int:
+    """Count the bytes of the smallest packed file that plan_checkpoint can plan, given what that takes.
+
+    Raises:
+        ValueError: there is no way to pack a table.
+    """
+    budget, tables = _list_candidates(checkpoint, decisions, variants, readable_by, {}, lambda name, rows: None)
+    return budget.fixed + sum(table.least_file_bytes for table in tables)
+
+
+def _list_candidates(
+    checkpoint: Checkpoint,
+    decisions: Sequence[Decision],
+    variants: Sequence[Variant],
+    readable_by: Sequence[str],
+    counts: Mapping[str, float],
+    progress: Progress,
+) -> tuple[Budget, list[Candidates]]:
+    """List the ways to pack each table, before any row is read."""
+    budget, tables = Budget.make(checkpoint, decisions), []
+    for each in decisions:
+        if each.variant:
+            weight = counts[each.tensor.name] / each.tensor.shape[0] if counts else 1.0
+            ways = _list_ways(each, variants, readable_by)
+            tables.append(Candidates.make(each, weight, ways, budget, progress))
+    return budget, tables
 
 
 def _check(max_bytes: int | str | None, max_loss: float | None, variants: Sequence[Variant]) -> None:
@@ -174,11 +201,16 @@ def _list_ways(decision: Decision, variants: Sequence[Variant], readers: Sequenc
         return list_ways(decision.tensor.shape[1], variants, chosen, readers)
 
 
-def count_work(decision: Decision, num_variants: int) -> int:
-    """Count the rows that planning tells progress of a table."""
-    first, *others = (count_rows(*decision.tensor.shape, level) for level in range(len(LEVELS)))
-    num_variants = 1 if decision.is_chosen else num_variants
-    return num_variants * first + sum(times * rows for times, rows in zip(_EXPECTED, others, strict=True))
+def count_work(decision: Decision, variants: Sequence[Variant] = VARIANTS, readable_by: Sequence[str] = ()) -> int:
+    """Count the rows of a table that plan_checkpoint tells progress of.
+
+    Raises:
+        ValueError: there is no way that all of the readers read.
+    """
+    shape = decision.tensor.shape[0], decision.tensor.shape[1]
+    ways = pick_first(_list_ways(decision, variants, readable_by))
+    first, *others = (count_rows(*shape, level) for level in range(len(LEVELS)))
+    return len(ways) * first + sum(times * rows for times, rows in zip(_EXPECTED, others, strict=True))
 
 
 @contextmanager
@@ -197,13 +229,21 @@ def _metered(progress: Progress, work: Mapping[str, int]) -> Iterator[Progress]:
         tell(name, rows)
 
 
-def _explain_max_bytes(max_bytes: int | str, least: int, read: int) -> str:
-    """Say which max_bytes can be kept, in the unit in which it was given."""
-    can, limit = f"{least:,} bytes", f"{max_bytes:,}" if isinstance(max_bytes, int) else str(max_bytes)
-    if limit.rstrip().endswith("%"):
-        # Rounded up, so that it can be kept.
-        can += f", {math.ceil(least * 10_000 / read) / 100} % of what is read"
-    return f"max_bytes is {limit}, but the packed file takes at least {can}; allow that much"
+def _find_room(max_bytes: int | str, checkpoint: Checkpoint, fixed: int, tables: Sequence[Candidates]) -> int:
+    """Find how many bytes tables may add to a file.
+
+    Raises:
+        ValueError: there are too few; it says what can be kept, in the unit in which it was given.
+    """
+    least, most = fixed + sum(table.least_file_bytes for table in tables), read_max_bytes(checkpoint, max_bytes)
+    if least > most:
+        can, limit = f"{least:,} bytes", f"{max_bytes:,}" if isinstance(max_bytes, int) else str(max_bytes)
+        if limit.rstrip().endswith("%"):
+            # Rounded up, so that it can be kept.
+            share = math.ceil(least * 10_000 / sum(shard.num_bytes for shard in checkpoint.shards)) / 100
+            can += f", {share} % of what is read"
+        raise ValueError(f"max_bytes is {limit}, but the packed file takes at least {can}; allow that much")
+    return most - fixed
 
 
 def _make_plan(rounds: Rounds, choices: Sequence[Choice], fixed: int) -> Plan:
