@@ -12,7 +12,7 @@ import numpy as np
 
 import embpack
 from embpack.comparison.array import QUANTILES, Comparison
-from embpack.comparison.checkpoint import FileComparison, TableComparison, compare_table
+from embpack.comparison.checkpoint import FileComparison, TableComparison, compare_sample, read_sample
 from embpack.comparison.variants import make_variants
 from embpack.formats import open_checkpoint
 from embpack.readers import READERS
@@ -60,7 +60,9 @@ def compare_file(src: Path, variants=None, most_rows=None, include=(), exclude=(
     rules = Rules(tuple(include), tuple(exclude))
     with open_checkpoint(src) as checkpoint:
         decisions = [decision for decision in decide_all(checkpoint, rules) if decision.row_format]
-        tables = tuple(compare_table(decision, variants or make_variants(), most_rows) for decision in decisions)
+        tables = tuple(
+            compare_sample(read_sample(decision, most_rows), variants or make_variants()) for decision in decisions
+        )
     return FileComparison(src, tables, tuple(include), tuple(exclude), 2)
 
 

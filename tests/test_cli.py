@@ -695,7 +695,7 @@ def test_compare_says_that_a_reader_reads_nothing(embpack_command, model):
 
 
 def test_compare_into_pixels_needs_matplotlib_before_it_measures(embpack_command, tmp_path, model, monkeypatch):
-    monkeypatch.setattr(compare, "compare_table", lambda *_: pytest.fail("it measured before it looked"))
+    monkeypatch.setattr(compare, "compare_samples", lambda *_: pytest.fail("it measured before it looked"))
     monkeypatch.setattr("embpack.comparison.report.pictures.find_spec", lambda name: None)
     code, _, err = embpack_command("compare", model, "--png", tmp_path / "a.png")
     assert code == 1
@@ -793,7 +793,7 @@ def test_compare_writes_a_page_of_names_that_are_no_text(embpack_command, tmp_pa
 
 
 def test_compare_into_a_folder_that_is_not_there_exits_1(embpack_command, tmp_path, model, monkeypatch):
-    monkeypatch.setattr(compare, "compare_table", lambda *_: pytest.fail("it measured before it looked"))
+    monkeypatch.setattr(compare, "compare_samples", lambda *_: pytest.fail("it measured before it looked"))
     code, _, err = embpack_command("compare", model, "--methods", "asym", "--html", tmp_path / "no" / "report.html")
     assert code == 1
     assert "does not exist; create it first" in err

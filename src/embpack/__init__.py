@@ -1,8 +1,9 @@
 """Pack trained embedding tables to 4 bits a value, and look rows up straight from the packed bytes."""
 
 from embpack import _core  # noqa: F401  (first: it says how the core is loaded)
-from embpack.comparison.array import Comparison, compare
+from embpack.comparison.array import Comparison
 from embpack.comparison.choice import Recommendation, recommend
+from embpack.comparison.tables import compare
 from embpack.convert import Report, quantize_file
 from embpack.errors import FormatError, LossLimitError, MissingExtraError
 from embpack.files import load, save

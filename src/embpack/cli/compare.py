@@ -11,11 +11,14 @@ import typer
 from embpack.cli import compare_arguments as arguments
 from embpack.cli import options, show
 from embpack.cli.json_output import describe_comparison
+from embpack.cli.metric import load_metric
 from embpack.comparison.array import Comparison
-from embpack.comparison.checkpoint import FileComparison, TableComparison, Total, compare_table, count_rows
+from embpack.comparison.checkpoint import FileComparison, TableComparison, Total, count_rows, read_sample
 from embpack.comparison.choice import PREFERENCES
-from embpack.comparison.front import list_readers, name_variant
+from embpack.comparison.front import describe_metric, list_readers, name_variant
+from embpack.comparison.metric import Metric, Metrics
 from embpack.comparison.report import is_report, make_csv, make_page, make_png, make_svg, require_matplotlib
+from embpack.comparison.tables import compare_samples
 from embpack.formats import open_checkpoint
 from embpack.formats.atomic import new_file
 from embpack.readers import READERS
@@ -91,14 +94,25 @@ def compare(
         ),
     ] = None,
     rows: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="N",
             help="Measure so many rows of a larger table, evenly spread; all measures every row, in memory.",
             callback=arguments.check_rows,
+            show_default="20000; all with --metric",
             rich_help_panel=options.WHAT,
         ),
-    ] = "20000",
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Measure a figure of your own, too, such as an AUC: a function in a module of this folder, or an "
+            "installed one, that makes a number of all tables by name. Takes all rows, in memory.",
+            show_default=False,
+            rich_help_panel=options.WHAT,
+        ),
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -222,7 +236,10 @@ def compare(
     if threads is not None:
         set_num_threads(threads)
     variants = arguments.list_variants(methods, bits, param_dtype, rotate)
-    most_rows = arguments.parse_rows(rows)
+    function = load_metric(metric) if metric else None
+    if function and rows is not None and arguments.parse_rows(rows) is not None:
+        raise typer.BadParameter(f"{rows} rows are a sample, but --metric takes whole tables", param_hint="--rows")
+    most_rows = None if function else arguments.parse_rows(rows or "20000")
     rules = Rules(tuple(include or ()), tuple(exclude or ()))
     _check_outputs(written, src)
     if png is not None:
@@ -233,14 +250,16 @@ def compare(
             stack.enter_context(new_file(output.path, lambda path: force or is_report(path))) for output in written
         ]
         decisions = [decision for decision in decide_all(checkpoint, rules) if decision.variant]
+        tables, metrics = _measure(decisions, variants, most_rows, function, shown=not as_json)
         report = FileComparison(
             src,
-            _measure(decisions, variants, most_rows, shown=not as_json),
+            tables,
             tuple(rules.include),
             tuple(rules.exclude),
             get_num_threads(),
             tuple(dict.fromkeys(readers or ())),
             prefer,
+            metrics,
         )
         for output, file in zip(written, files, strict=True):
             made = output.make(report)
@@ -252,11 +271,19 @@ def compare(
 
 
 def _measure(
-    decisions: Sequence[Decision], variants: Sequence[Variant], most_rows: int | None, *, shown: bool
-) -> tuple[TableComparison, ...]:
-    totals = {decision.tensor.name: count_rows(decision, most_rows) * len(variants) for decision in decisions}
+    decisions: Sequence[Decision],
+    variants: Sequence[Variant],
+    most_rows: int | None,
+    metric: Metric | None,
+    *,
+    shown: bool,
+) -> tuple[tuple[TableComparison, ...], Metrics | None]:
+    times = len(variants) * (1 if metric is None else 2)
+    totals = {decision.tensor.name: count_rows(decision, most_rows) * times for decision in decisions}
     with show.row_progress(totals, shown=shown) as progress:
-        return tuple(compare_table(decision, variants, most_rows, progress) for decision in decisions)
+        samples = (read_sample(decision, most_rows) for decision in decisions)
+        tables, metrics = compare_samples(samples, variants, metric, progress)
+    return tuple(tables), metrics
 
 
 def _print(report: FileComparison, written: Sequence[_Output]) -> None:
@@ -265,7 +292,8 @@ def _print(report: FileComparison, written: Sequence[_Output]) -> None:
     if prefix:
         show.output.print(f"tables under {prefix}", style="dim")
     for name, table in zip(names, report.tables, strict=True):
-        _print_results(f"{name.removeprefix(prefix)}: {table.describe_sample()}", table.results, report)
+        results = report.overall if len(report.tables) == 1 else table.results
+        _print_results(f"{name.removeprefix(prefix)}: {table.describe_sample()}", results, report)
         for item in table.skipped:
             show.output.print(f"left out: {item.variant}: {item.reason}", style="yellow")
         show.output.print()
@@ -278,13 +306,16 @@ def _print(report: FileComparison, written: Sequence[_Output]) -> None:
 
 
 def _print_results(title: str, results: Sequence[Comparison], report: FileComparison) -> None:
-    columns = ["", "method", "parameters", "layout", "bits", "l2 loss", "worst row", "its loss", "bytes/row"]
+    has_metric = report.metrics is not None and all(result.metric is not None for result in results)
+    figure = [report.metrics.name, "change"] if report.metrics and has_metric else []
+    columns = ["", "method", "parameters", "layout", "bits", "l2 loss", *figure, "worst row", "its loss", "bytes/row"]
     columns += ["of fp32", "rows/s", "lookups/s", "read by"]
     drop = ("worst row", "its loss", "layout", "parameters", "bytes/row", "read by", "rows/s")
     shown = show.start_table(title, columns, text_columns=4, left=["read by"], drop=drop, cut="method")
     front = report.find_front(results)
     for result in sorted(results, key=lambda result: (result.bytes_per_row, result.loss)):
         where = f"{result.worst_table}[{result.worst_row}]" if isinstance(result, Total) else str(result.worst_row)
+        rates = [show.rate(result.rows_per_second), show.rate(result.lookups_per_second), list_readers(result)]
         shown.add_row(
             "*" if result in front else "",
             name_variant(result, results),
@@ -292,15 +323,16 @@ def _print_results(title: str, results: Sequence[Comparison], report: FileCompar
             result.layout,
             str(result.bits),
             show.loss_text(result.loss),
+            *(describe_metric(result) if has_metric else []),
             where,
             show.loss_text(result.worst_row_loss),
             f"{result.bytes_per_row:.4g}",
             f"{100 * result.share_of_float32:.2f} %",
-            show.rate(result.rows_per_second),
-            show.rate(result.lookups_per_second),
-            list_readers(result),
+            *rates,
         )
     show.output.print(shown)
+    if report.metrics and has_metric:
+        show.output.print(f"{report.metrics.name} of the float tables: {report.metrics.of_floats:.6g}", soft_wrap=True)
 
 
 def _print_choices(report: FileComparison) -> None:

@@ -45,9 +45,9 @@ def parse_rows(text: str) -> int | None:
     return int(text)
 
 
-def check_rows(text: str) -> str:
+def check_rows(text: str | None) -> str | None:
     """Refuse what is no number of rows."""
-    if text != "all" and not (text.isascii() and text.isdigit()):
+    if text is not None and text != "all" and not (text.isascii() and text.isdigit()):
         raise typer.BadParameter(f"{text!r}; give a number of rows, or all")
     return text
 

@@ -174,6 +174,7 @@ def describe_comparison(report: FileComparison) -> Record:
         "front": [_describe_choice(report, result) for result in report.front],
         "readers": list(report.readers),
         "prefer": report.prefer,
+        "metric": report.metrics and report.metrics.name,
         "recommended": recommended and {**_describe_choice(report, recommended.result), "reason": recommended.reason},
     }
 

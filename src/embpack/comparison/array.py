@@ -1,23 +1,20 @@
-"""Methods side by side on a table: loss, bytes, speed, and the rows that fare worst."""
+"""Methods side by side on the rows of a table: loss, bytes, speed, and the rows that fare worst."""
 
 import math
 import re
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embpack.chunks import span_rows
-from embpack.comparison.variants import make_variants
-from embpack.methods import Method
 from embpack.packing import pack
 from embpack.readers import find_readers
-from embpack.rows import ROW_DTYPES, as_rows, explain_not_finite, widen
+from embpack.rows import ROW_DTYPES, explain_not_finite, widen
 from embpack.rules import explain_growth
 from embpack.table import PackedTable
 from embpack.text import printable
@@ -52,6 +49,8 @@ class Comparison:
         lookups_per_second: rows that embedding_bag sums on one thread, in bags of 20 rows drawn at random from what was
             packed, which lie in the cache if they fit there.
         readers: who else reads such rows as they are: names in embpack.readers.READERS. embpack reads all.
+        metric: the user's own figure of all tables packed so; None if there is none, or this is one of several tables.
+        metric_of_floats: the same of the float tables.
     """
 
     table: str
@@ -70,6 +69,8 @@ class Comparison:
     rows_per_second: float
     lookups_per_second: float
     readers: tuple[str, ...]
+    metric: float | None = field(default=None, kw_only=True)
+    metric_of_floats: float | None = field(default=None, kw_only=True)
 
     @property
     def variant(self) -> Variant:
@@ -84,40 +85,6 @@ class Skipped:
     table: str
     variant: Variant
     reason: str
-
-
-def compare(
-    weight: Any,
-    methods: str | Method | Sequence[str | Method] | None = None,
-    bits: float | Sequence[float] | None = None,
-    param_dtype: str | Sequence[str] | None = None,
-    rotate: str | Sequence[str | None] | None = None,
-) -> list[Comparison]:
-    """Pack a table in several ways and measure each.
-
-    Args:
-        weight: as for quantize: [num_embeddings, embedding_dim] of float32, float16 or bfloat16.
-        methods: one or more names, with parameters if need be, or Methods; None is all of embpack.METHODS.
-        bits: one or more numbers that quantize takes; None is 4. If methods and rotate are not given either, asym and
-            optimal are also compared at 2 and 8 bits, trellis at 2, 3 and 6, and optimal and trellis with rotated rows.
-        param_dtype: one or more of "float16" and "float32"; None is quantize's default for the method and bits.
-        rotate: one or more of None and "hadamard".
-
-    Returns:
-        One Comparison for each method, bits, param_dtype and rotation, in this order; combinations that a method does
-        not support are left out with a warning.
-
-    Raises:
-        TypeError: weight is of another type.
-        ValueError: weight is not 2-D, is empty or has NaN or infinity; no such method, bits, param_dtype or
-            rotation; or nothing asked for can be done.
-    """
-    rows, dtype = as_rows(weight)
-    variants = make_variants(methods, bits, param_dtype, rotate)
-    results, skipped = compare_rows(Sample.make("weight", rows, dtype, np.arange(len(rows)), len(rows)), variants)
-    for item in skipped:
-        warnings.warn(f"left out {item.variant}: {item.reason}", stacklevel=2)
-    return results
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +134,7 @@ def compare_rows(
     variants: Sequence[Variant],
     progress: Callable[[str, int], None] = lambda name, rows: None,
 ) -> tuple[list[Comparison], list[Skipped]]:
-    """Do what compare does, for a sample of a table.
+    """Pack a sample of a table in several ways and measure each.
 
     Args:
         sample: what is packed.

@@ -15,6 +15,7 @@ from embpack.chunks import chunk_rows
 from embpack.comparison.array import Comparison, Sample, Skipped, compare_rows
 from embpack.comparison.choice import Recommendation, keep_readable, recommend
 from embpack.comparison.front import find_front
+from embpack.comparison.metric import Metrics
 from embpack.formats import SourceTensor
 from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.layouts import LAYOUTS, RowFormat
@@ -75,6 +76,7 @@ class FileComparison:
         threads: how many packed them.
         readers: who must be able to read what is recommended, as recommend takes them.
         prefer: what counts most in what is recommended, as recommend takes it.
+        metrics: the user's own figure, or None.
     """
 
     src: Path
@@ -84,11 +86,13 @@ class FileComparison:
     threads: int
     readers: tuple[str, ...] = ()
     prefer: str = "loss"
+    metrics: Metrics | None = None
 
     @cached_property
     def overall(self) -> Sequence[Comparison]:
         """What to choose by: totals of several tables, or the results of the only one."""
-        return sum_tables(self.tables) if len(self.tables) > 1 else self.tables[0].results
+        overall = find_overall(self.tables)
+        return self.metrics.add_to(overall) if self.metrics else overall
 
     @property
     def front(self) -> list[Comparison]:
@@ -137,29 +141,17 @@ def count_rows(decision: Decision, most: int | None) -> int:
     return rows if most is None else min(rows, most)
 
 
-def compare_table(
-    decision: Decision,
-    variants: Sequence[Variant],
-    most_rows: int | None,
-    progress: Callable[[str, int], None] = lambda name, rows: None,
-) -> TableComparison:
-    """Compare on one table of a checkpoint.
+def read_sample(decision: Decision, most_rows: int | None) -> Sample:
+    """Read the rows of a table that are measured.
 
     Args:
         decision: on a tensor that is a table.
-        variants: how to pack it.
         most_rows: of a larger table this many rows are measured, evenly spread; None is all, in memory.
-        progress: called with the table's name and the number of rows for each variant that is done.
 
     Raises:
         FormatError: the source is damaged.
-        ValueError: a value that was looked at is NaN or infinite, or no variant can be done.
+        ValueError: a value that was looked at is NaN or infinite.
     """
-    return compare_sample(read_sample(decision, most_rows), variants, progress)
-
-
-def read_sample(decision: Decision, most_rows: int | None) -> Sample:
-    """Read the rows of a table that are measured, as compare_table does."""
     tensor = decision.tensor
     numbers = spread_rows(tensor.shape[0], count_rows(decision, most_rows))
     rows = _read_rows(tensor, numbers)
@@ -167,9 +159,18 @@ def read_sample(decision: Decision, most_rows: int | None) -> Sample:
 
 
 def compare_sample(
-    sample: Sample, variants: Sequence[Variant], progress: Callable[[str, int], None]
+    sample: Sample, variants: Sequence[Variant], progress: Callable[[str, int], None] = lambda name, rows: None
 ) -> TableComparison:
-    """Do what compare_table does, for a sample of any table."""
+    """Compare on one table.
+
+    Args:
+        sample: the rows that are measured.
+        variants: how to pack them.
+        progress: called with the table's name and the number of rows for each variant that is done.
+
+    Raises:
+        ValueError: no variant can be done.
+    """
     results, skipped = compare_rows(sample, variants, progress)
     rows = sample.rows
     return TableComparison(
@@ -192,6 +193,11 @@ def _read_rows(tensor: SourceTensor, numbers: NDArray[np.int64]) -> NDArray[Any]
         begin, end = np.searchsorted(numbers, (i * step, i * step + len(chunk)))
         rows[begin:end] = chunk[numbers[begin:end] - i * step]
     return rows
+
+
+def find_overall(tables: Sequence[TableComparison]) -> Sequence[Comparison]:
+    """Find what to choose by: totals of several tables, or the results of the only one."""
+    return sum_tables(tables) if len(tables) > 1 else tables[0].results
 
 
 def sum_tables(tables: Sequence[TableComparison]) -> list[Total]:

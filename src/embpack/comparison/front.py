@@ -63,6 +63,13 @@ def name_variant(result: Comparison, others: Iterable[Comparison]) -> str:
     return f"{name}, {result.param_dtype}" if len(twins) > 1 else name
 
 
+def describe_metric(result: Comparison) -> list[str]:
+    """Write the user's own figure, and how it differs from that of the float tables; nothing if there is none."""
+    if result.metric is None or result.metric_of_floats is None:
+        return []
+    return [f"{result.metric:.6g}", f"{result.metric - result.metric_of_floats:+.3g}"]
+
+
 def list_readers(result: Comparison) -> str:
     """Say in a word or two who else reads the rows."""
     if result.readers == READERS:

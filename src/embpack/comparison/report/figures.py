@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from embpack.comparison.array import Comparison
 from embpack.comparison.checkpoint import Total
-from embpack.comparison.front import list_readers
+from embpack.comparison.front import describe_metric, list_readers
 from embpack.comparison.report.subject import Subject, amount
 from embpack.comparison.report.svg import breakable, element, escape
 
@@ -21,7 +21,7 @@ def make_figures(subject: Subject) -> str:
         _make_row([subject.name(result), *_list_figures(result)], is_best=result in subject.front)
         for result in subject.by_size
     ]
-    table = _make_table(_COLUMNS, rows)
+    table = _make_table(_list_columns(subject), rows)
     return element("div", table, class_="scroll", tabindex=0, role="group", aria_label=f"Figures, {subject.title}")
 
 
@@ -34,11 +34,17 @@ def make_brief_figures(subject: Subject) -> str:
     return _make_table(_BRIEF, rows)
 
 
+def _list_columns(subject: Subject) -> list[str]:
+    name, bits, *others = _COLUMNS
+    return [name, bits, *([subject.metric, "against float"] if subject.metric else []), *others]
+
+
 def _list_figures(result: Comparison) -> list[str]:
     """Write the cells of a result, which are markup."""
     table = f"{breakable(result.worst_table)} " if isinstance(result, Total) else ""
     return [
         str(result.bits),
+        *describe_metric(result),
         f"{result.loss:.5f}",
         f"{100 * result.share_of_float32:.2f}\u00a0%",
         f"{result.bytes_per_row:.4g}",

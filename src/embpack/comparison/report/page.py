@@ -6,8 +6,9 @@ from functools import partial
 from importlib.resources import files
 
 import embpack
+from embpack.comparison.array import Comparison
 from embpack.comparison.checkpoint import FileComparison, TableComparison
-from embpack.comparison.front import list_readers
+from embpack.comparison.front import describe_metric, list_readers
 from embpack.comparison.report.bars import draw_losses, draw_row_losses
 from embpack.comparison.report.details import ROW_NOTE, make_overview, make_tables
 from embpack.comparison.report.figures import make_figures
@@ -70,6 +71,7 @@ def _make_choice(comparison: FileComparison) -> str:
         f"{result.bits} bits, {result.param_dtype} parameters": result.variant.name,
         "of float32": f"{100 * result.share_of_float32:.2f}\u00a0%",
         "normalized l2 loss": f"{result.loss:.5f}",
+        **_describe_own(comparison, result),
         "rows packed a second": amount(result.rows_per_second),
         "rows looked up a second": amount(result.lookups_per_second),
         "read by": list_readers(result),
@@ -87,6 +89,14 @@ def _make_choice(comparison: FileComparison) -> str:
     )
 
 
+def _describe_own(comparison: FileComparison, result: Comparison) -> dict[str, str]:
+    """Name and write the user's own figure, if there is one."""
+    if comparison.metrics is None:
+        return {}
+    figure, change = describe_metric(result)
+    return {f"{comparison.metrics.name}, {change} against float": figure}
+
+
 def _write_code(command: str) -> str:
     """Show a command, its lines broken at spaces alone; the keyboard can scroll it."""
     words = [element("span", escape(word)) if "-" in word else escape(word) for word in command.split(" ")]
@@ -99,7 +109,8 @@ def _make_overall(comparison: FileComparison) -> str:
         return ""
     is_one = len(comparison.tables) == 1
     title = comparison.tables[0].name if is_one else "all tables"
-    subject = Subject(title, comparison.overall, comparison.front, comparison.recommended)
+    metric = comparison.metrics.name if comparison.metrics else None
+    subject = Subject(title, comparison.overall, comparison.front, comparison.recommended, metric)
     points = "A point is a method" if is_one else "A point is a method on all tables"
     said = (
         f"{points}, and says more under the pointer, on a tap, or at the keyboard, where arrows go on to the next. "
@@ -117,7 +128,11 @@ def _make_overall(comparison: FileComparison) -> str:
     if is_one:
         parts += [element("h2", "Loss of single rows") + _paragraph(ROW_NOTE, "note")]
         parts += [draw_twice(partial(draw_row_losses, subject))]
-    return "".join(parts) + element("h2", "Figures") + make_figures(subject)
+    parts += [element("h2", "Figures")]
+    if comparison.metrics:
+        of_floats = f"{comparison.metrics.name} of the float tables: {comparison.metrics.of_floats:.6g}."
+        parts += [_paragraph(of_floats, "note")]
+    return "".join(parts) + make_figures(subject)
 
 
 def _make_sizes(comparison: FileComparison, subject: Subject) -> str:

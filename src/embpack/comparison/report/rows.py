@@ -12,6 +12,7 @@ COLUMNS = (
     *("table", "num_embeddings", "embedding_dim", "dtype", "rows_measured"),
     *("method", "bits", "param_dtype", "rotation", "layout"),
     *("loss", "bytes_per_row", "share_of_float32", "is_smaller", "is_best", "is_recommended"),
+    *("metric", "metric_of_floats"),
     *("rows_per_second", "lookups_per_second", "readers", "worst_row", "worst_row_loss"),
     *(f"row_loss_{100 * share:g}" for share in QUANTILES),
 )
@@ -19,6 +20,8 @@ COLUMNS = (
 
 def make_csv(comparison: FileComparison) -> str:
     """Write a row for each result of each table; docs/compare.md says what the columns are.
+
+    The metric, of all tables packed in that way, stands in the rows of each.
 
     Returns:
         The whole file's text: comma-separated, with a line of column names first.
@@ -35,7 +38,7 @@ def make_csv(comparison: FileComparison) -> str:
 def _list_values(
     result: Comparison, table: TableComparison, front: list[Comparison], comparison: FileComparison
 ) -> dict[str, Any]:
-    recommended = comparison.recommended
+    recommended, metrics = comparison.recommended, comparison.metrics
     own = {name: getattr(result, name) for name in COLUMNS if hasattr(result, name)}
     of_table = {name: getattr(table, name) for name in COLUMNS[1:5]}
     row_losses = dict(zip(COLUMNS[-len(QUANTILES) :], result.row_losses, strict=True))
@@ -46,6 +49,8 @@ def _list_values(
         "table": printable(table.name),
         "rotation": result.rotate,
         "readers": " ".join(result.readers),
+        "metric": metrics and metrics.of_variants.get(result.variant),
+        "metric_of_floats": metrics and metrics.of_floats,
         "is_best": result in front,
         "is_recommended": recommended is not None and result.variant == recommended.variant,
     }

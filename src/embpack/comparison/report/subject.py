@@ -20,12 +20,14 @@ class Subject:
         results: at least one.
         front: the best of them at each size, as find_front finds them.
         recommended: one of them, or None.
+        metric: what the user's own figure is called, if the results have one.
     """
 
     title: str
     results: Sequence[Comparison]
     front: Sequence[Comparison]
     recommended: Comparison | None
+    metric: str | None = None
 
     @property
     def by_size(self) -> list[Comparison]:
