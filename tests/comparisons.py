@@ -69,14 +69,17 @@ def measure() -> list[Comparison]:
     return embpack.compare(make_table(np.random.default_rng(0), 500, 64))
 
 
-def make_comparison(num_tables: int, **values: Any) -> FileComparison:
-    """Disturb what was measured on one table, so that all figures of all tables differ, as those of real ones do."""
+def make_comparison(num_tables: int, num_results: int | None = None, **values: Any) -> FileComparison:
+    """Disturb what was measured on one table, so that all figures of all tables differ, as those of real ones do.
+
+    With a number of results only the last of those that compare measures by default.
+    """
     rng = np.random.default_rng(num_tables)
     tables = []
     for i in range(num_tables):
         name = f"model.embedding_bags.user_history_feature_{i:03d}_last_30_days.weight"
         rows = int(10 ** rng.uniform(2, 7))
-        results = tuple(_disturb(result, name, rows, rng) for result in measure())
+        results = tuple(_disturb(result, name, rows, rng) for result in measure()[-(num_results or 0) :])
         tables.append(TableComparison(name, rows, 64, "float32", min(rows, 20_000), rng.uniform(1, 1e4), results, ()))
     return FileComparison(Path("model.safetensors"), tuple(tables), (), (), 2, **values)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pages import SCHEMES, WIDTHS, make_comparison, open_browser
+from comparisons import SCHEMES, WIDTHS, make_comparison, open_browser
 
 from embpack.comparison.report import make_page
 
@@ -22,7 +22,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     with open_browser() as browser:
-        for count in (3, 200):
+        for count in (1, 3, 200):
             page = folder / f"{count}.html"
             page.write_text(make_page(make_comparison(count)))
             for width in WIDTHS:

@@ -27,7 +27,7 @@ COMMANDS = {
     "help-compare": "compare --help",
     "help-inspect": "inspect --help",
     "quantize": "quantize model.safetensors packed.safetensors",
-    "quantize-auto": "quantize model.safetensors packed.safetensors --auto --dry-run",
+    "quantize-auto": "quantize model.safetensors --auto --dry-run --exclude *_??.weight --exclude *_[3-9].weight",
     "inspect": "inspect packed.safetensors",
     "dequantize": "dequantize packed.safetensors plain.safetensors",
     "compare": "compare model.safetensors --exclude *_[0-9]?.weight --rows 1000 --methods asym,optimal,trellis,kmeans",
@@ -57,25 +57,36 @@ def run_on_terminal(columns: int, command: list[str], folder: Path) -> list[byte
     return chunks
 
 
-def draw(text: str, columns: int, path: Path, title: str) -> None:
+def draw(lines: list[str], columns: int, path: Path, title: str) -> None:
     """Write a picture of lines that a terminal has got."""
     console = Console(record=True, width=columns, file=Path(os.devnull).open("w"), force_terminal=True)
-    for line in text.splitlines():
-        console.print(Text.from_ansi(line), soft_wrap=True)
+    for line in lines:
+        console.print(Text.from_ansi(line), overflow="fold")
     path.write_text(console.export_svg(title=title))
 
 
-def take_final(chunks: list[bytes]) -> str:
-    """What is left on the terminal: bars have been wiped out."""
-    text = b"".join(chunks).decode().replace("\r\n", "\n")
-    return re.sub(r"(?m)^.*\x1b\[2K", "", re.sub(r"\x1b\[\?25[lh]|\x1b\[\d*A", "", text).replace("\r", ""))
+def show_screen(text: str) -> list[str]:
+    """What a terminal shows that has got a text: lines that were drawn over or wiped out are gone."""
+    lines, row = [""], 0
+    for part in re.split(r"(\r\n|\n|\r|\x1b\[\d*A|\x1b\[2K|\x1b\[\?25[lh])", text):
+        if part in ("\n", "\r\n"):
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part.endswith("A") and part.startswith("\x1b"):
+            row -= int(part[2:-1] or 1)
+        elif part in ("\r", "\x1b[2K"):
+            lines[row] = ""
+        elif not part.startswith("\x1b[?25"):
+            lines[row] += part
+    return lines
 
 
-def take_bars(chunks: list[bytes]) -> str:
+def take_bars(chunks: list[bytes]) -> list[str]:
     """The bars in the middle of the work."""
-    frames = re.split(r"\r(?:\x1b\[2K(?:\x1b\[1A)?)+", b"".join(chunks).decode().replace("\r\n", "\n"))
-    bars = [frame for frame in frames if " tables" in frame and "━" in frame]
-    return bars[2 * len(bars) // 3] if bars else ""
+    screens = [show_screen(b"".join(chunks[: i + 1]).decode(errors="ignore")) for i in range(len(chunks))]
+    bars = [[line for line in screen if "━" in line] for screen in screens]
+    drawn = [lines for lines in bars if len(lines) > 1] or [lines for lines in bars if lines] or [[]]
+    return drawn[len(drawn) // 2]
 
 
 def main() -> None:
@@ -93,7 +104,12 @@ def main() -> None:
         for name, arguments in COMMANDS.items():
             command = [sys.executable, "-m", "embpack", *arguments.split()]
             chunks = run_on_terminal(options.columns, command, Path(folder))
-            draw(take_final(chunks), options.columns, options.folder / f"{name}.svg", f"embpack {arguments}")
+            draw(
+                show_screen(b"".join(chunks).decode()),
+                options.columns,
+                options.folder / f"{name}.svg",
+                f"embpack {arguments}",
+            )
             if name == "quantize":
                 draw(take_bars(chunks), options.columns, options.folder / "bars.svg", f"embpack {arguments}")
 

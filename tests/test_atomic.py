@@ -457,6 +457,42 @@ def test_where_a_file_system_is_mounted(tmp_path):
     assert run_on_mount(tmp_path / "disk", "rw", body) == "index\n"
 
 
+REPLACE = """
+(path.parent / 'index').write_text('old')
+before = path.parent.stat().st_ino
+with new_folder(path.parent, 'index', lambda folder: ['index']) as folder: (folder / 'index').write_text('new')
+print((path.parent / 'index').read_text(), path.parent.stat().st_ino == before)
+"""
+
+
+def test_a_folder_where_a_file_system_is_mounted_is_replaced_file_by_file(tmp_path):
+    assert run_on_mount(tmp_path / "disk", "rw", REPLACE) == "new True\nindex\n"
+
+
+def test_a_folder_is_exchanged_on_a_file_system_in_memory(tmp_path):
+    inner = REPLACE.replace("path.parent", "path").replace("(path /", "path.mkdir(); (path /", 1)
+    assert run_on_mount(tmp_path / "disk", "rw", inner) == "new False\nout\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be somebody else for a moment")
+def test_in_a_folder_that_cannot_be_written_another_is_replaced_file_by_file(tmp_path):
+    path = tmp_path / "closed" / "out"
+    path.mkdir(parents=True)
+    (path / "index").write_text("old")
+    os.chown(path, 65534, 65534)
+    before = path.stat().st_ino
+    for parent in [path.parent, *path.parent.parents[:4]]:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        with new_folder(path, "index", lambda folder: ["index"]) as folder:
+            (folder / "index").write_text("new")
+    finally:
+        os.seteuid(0)
+    assert ((path / "index").read_text(), path.stat().st_ino) == ("new", before)
+    assert names(path) == ["index"]
+
+
 def test_a_file_that_is_mounted_is_refused_at_the_start(tmp_path):
     name = f"{tmp_path}/disk/out"
     mounted = f"touch '{name}' '{tmp_path}/disk/from' && mount --bind '{tmp_path}/disk/from' '{name}'"

@@ -12,7 +12,7 @@ from conftest import plain
 from rich.cells import cell_len
 
 import embpack
-from benchmarks import opening, peers
+from benchmarks import opening, peers, small_tables
 from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
 from benchmarks.harness import AnswersDifferError, Contestant, Spread, Standing, Timing, Workload, measure_spread, race
 from benchmarks.lookup_report import LookupReport, print_lookup_report
@@ -159,6 +159,12 @@ def test_the_front_is_of_those_that_packed_all_rows():
     found = mark_front([*ways, loss("least", 64, 0.01), loss("few", 32, 0.3)], 9)
     assert [own.method for own in found] == ["part", "few", "twice", "best", "more", "least"]
     assert [own.method for own in found if own.on_front] == ["few", "twice", "least"]
+
+
+def test_a_collection_with_small_tables_is_timed(capsys, monkeypatch):
+    monkeypatch.setattr(small_tables, "REPETITIONS", 1)
+    small_tables.main(["--small", "3", "--batch", "2"])
+    assert re.match(r"3 small tables of 26, 2 bags each: [\d,]+ us float, [\d,]+ packed and", capsys.readouterr().out)
 
 
 def test_opening_says_what_it_took(capsys):

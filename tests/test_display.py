@@ -14,6 +14,7 @@ import pytest
 from checkpoints import Arrays, write_safetensors
 from rich.cells import cell_len
 
+import embpack
 from embpack.cli import show
 from embpack.tables import cut_end, cut_middle, find_prefix, fit_table
 
@@ -263,3 +264,63 @@ def test_the_common_prefix_ends_with_a_dot():
 def test_names_in_tables_can_be_seen():
     fitted = fit_table(["table"], [["\x1b[31ma\nb"]], 80)
     assert fitted.lines == (r"\x1b[31ma\nb",)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_compare_prints_one_line_a_way(tmp_path, at_width, width):
+    lines = at_width(
+        width, "compare", write_model(tmp_path, 2), "--methods", "asym,optimal", "--bits", "4", "--rows", "20"
+    )
+    assert [line for line in lines if cell_len(line) > width and not line.startswith("  embpack quantize ")] == []
+    said = sum(FOLDER in line for line in lines[: lines.index("Recommended:")])
+    assert said == (3 if width == 200 else 1)  # there is room for the worst row of both tables
+    assert any(line.startswith("t_cat_0.weight: 20 rows of 8 float32 values") for line in lines)
+    tables, last = "\n".join(lines[: lines.index("Recommended:")]), " all" if width >= 80 else " [kMG]"
+    for method in ("asym", "optimal"):
+        assert len(re.findall(rf"^[* ] +{method} .*{last}$", tables, re.MULTILINE)) == 3  # of each table and of both
+    if width == 200:
+        assert "no room for" not in tables
+
+
+# What Python prints
+
+
+@pytest.fixture
+def with_terminal(monkeypatch):
+    """Makes stdout look like a terminal of so many columns to what is printed from Python."""
+
+    def make(width):
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    return make
+
+
+def test_a_printed_plan_has_one_line_a_table(with_terminal):
+    rng = np.random.default_rng(0)
+    tables = {name: rng.standard_normal((30, 8), dtype=np.float32) for name in make_names(26)}
+    plan = embpack.plan(tables, variants=[embpack.Variant("asym"), embpack.Variant("asym", 2)])
+    assert [line.split()[0] for line in str(plan).splitlines()[1:27]] == list(tables)
+    with_terminal(80)
+    first, header, *lines = str(plan).splitlines()
+    assert first == f"tables under {FOLDER}"
+    assert header.split()[:1] + header.split()[-4:] == ["table", "bytes", "l2", "loss", "why"]
+    check_table(lines[:26], tables, 80)
+
+
+def test_a_printed_report_of_a_model_has_one_line_a_module(with_terminal):
+    pytest.importorskip("torch")
+    from embpack.torch.convert import ModelReport
+
+    names = [f"sparse_arch.embedding_bags.t_cat_{i}" for i in range(26)]
+    sizes = {"num_embeddings": 40_000, "embedding_dim": 64, "bytes_before": 10_240_000, "bytes_after": 1_440_000}
+    of_each = sizes | {"dtype": "float32", "method": "asym", "loss": 0.1, "square_norm": 1.0, "seconds": 1.0}
+    report = ModelReport(tuple(embpack.TableReport(name=name, **of_each) for name in names), ())
+    assert str(report).splitlines()[1].startswith("sparse_arch.embedding_bags.t_cat_0   40,000   64  10,240,000  ")
+    with_terminal(60)
+    first, header, *lines = str(report).splitlines()
+    assert first == "modules under sparse_arch.embedding_bags."
+    assert header.split() == ["module", "rows", "before", "after", "ratio", "l2", "loss"]
+    assert [line.split()[0] for line in lines[:26]] == [f"t_cat_{i}" for i in range(26)]
+    assert lines[26] == "no room for: dim"
+    assert max(map(len, lines)) <= 60

@@ -146,9 +146,11 @@ def test_what_is_large_hidden_or_no_file_does_not_go_along(tmp_path, model, monk
     write_small(model, {".git/config": "x", ".gitattributes": "x", "sub/.cache/x": "x", "large.txt": "x" * 1025})
     (model / "gone").symlink_to("nowhere")
     os.mkfifo(model / "pipe")
+    (model / "elsewhere").symlink_to(tmp_path)
     report = embpack.quantize_file(model, tmp_path / "out")
     assert set(report.left_out) == {
         "file 'gone' (a link to nothing)",
+        "file 'elsewhere' (a link to a folder)",
         "file 'large.txt' (more than 0 MiB)",
         "file 'pipe' (neither a file nor a folder)",
     }

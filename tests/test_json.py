@@ -113,6 +113,9 @@ def test_quantize(printed, tmp_path, model):
     totals = value["totals"]
     assert totals["num_tables"] == 2
     assert totals["packed_bytes"] == user["packed_bytes"] + item["packed_bytes"]
+    squares = [float(np.square(weight, dtype=np.float64).sum()) for weight in ARRAYS.tables.values()]
+    errors = [table["loss"] ** 2 * square for table, square in zip((user, item), squares, strict=True)]
+    assert totals["loss"] == pytest.approx((sum(errors) / sum(squares)) ** 0.5, rel=1e-6)
     assert (totals["source_bytes"], totals["destination_bytes"]) == (model.stat().st_size, dst.stat().st_size)
 
 

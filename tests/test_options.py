@@ -1,16 +1,16 @@
 """What chooses how tables are packed: patterns, restrictions of a plan, readers; in Python and on the command line."""
 
 import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from checkpoints import Arrays, write_safetensors
 
 import embpack
-from embpack import Variant
+from embpack import Variant, parse_variant, select_variants
 from embpack.planning import VARIANTS
-from embpack.selection import keep_readable, select_variants
-from embpack.variant import parse_variant
+from embpack.selection import keep_readable
 
 
 @pytest.fixture
@@ -65,6 +65,13 @@ def test_a_variant_is_read(text, variant):
 def test_what_is_no_variant(text, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         parse_variant(text)
+
+
+def test_every_field_of_a_variant_can_be_set():
+    settings = {"bits": "8", "param_dtype": "float32", "rotate": "hadamard"}
+    text = "asym:" + ",".join(f"{key}={value}" for key, value in settings.items())
+    assert {field.name for field in fields(Variant)} == {"method", *settings}
+    assert parse_variant(text) == Variant("asym", 8, "float32", "hadamard")
 
 
 # What a plan chooses from
@@ -151,6 +158,7 @@ def test_a_plan_spreads_what_is_left_of_the_budget(model, weights):
         plan = embpack.plan(src, variants=few, chosen={"user*": Variant("sym", 8)}, max_bytes="40 %")
         ways = {table.name: (table.variant.method, table.variant.bits) for table in plan.tables}
         assert ways == {"user_emb.weight": ("sym", 8), "user_emb[2].weight": ("sym", 8), "item_emb.weight": ("asym", 8)}
+        assert {each.reason for each in plan.tables if each.variant.method == "sym"} == {"chosen beforehand"}
         tight = embpack.plan(src, variants=few, chosen={"user*": Variant("sym", 8)}, max_bytes="31 %")
         assert {each.name: each.variant.bits for each in tight.tables if each.variant.method == "asym"} == {
             "item_emb.weight": 4
@@ -313,6 +321,17 @@ def test_options_without_effect_or_sense_exit_2(embpack_command, tmp_path, model
     assert (code, out) == (2, "")
     assert f"Invalid value for '{option}'" in said or f"Invalid value for {option}" in said
     assert message in said
+
+
+def test_force_of_compare_goes_with_a_file(embpack_command, tmp_path, model):
+    code, _, err = embpack_command("compare", model, "--force")
+    assert code == 2 and "goes with --html, --svg, --png or --csv" in err
+    (tmp_path / "notes.svg").write_text("<svg/>")
+    options = ["--methods", "asym", "--rows", "50", "--svg", tmp_path / "notes.svg"]
+    code, _, err = embpack_command("compare", model, *options)
+    assert code == 1 and "notes.svg" in err and "--force" in err
+    for more in (["--force"], []):  # the second time it is embpack's own
+        assert embpack_command("compare", model, *options, *more)[0] == 0
 
 
 def test_set_takes_names_with_equals_signs_and_colons(embpack_command, tmp_path, rng):

@@ -14,6 +14,7 @@ from checkpoints import Arrays, names_in, run_python, write_safetensors, write_s
 
 import embpack
 from embpack import onnx as embpack_onnx
+from embpack.convert import check_destination
 from embpack.formats import new_folder as folders
 from embpack.formats import open_checkpoint, sharded
 
@@ -138,6 +139,12 @@ def test_a_destination_is_refused_before_anything_is_read(folder):
             folder / "model.safetensors", folder / "no" / "out.safetensors", progress=lambda *_: told.append(1)
         )
     assert not told
+    with open_checkpoint(folder / "model.safetensors") as checkpoint:
+        (folder / "folder.safetensors").mkdir()
+        with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file in it"):
+            check_destination(checkpoint, folder / "folder.safetensors", force=True)
+        check_destination(checkpoint, folder / "new.safetensors")
+    assert not [name for name in names_in(folder) if name.startswith((".", "new"))]
 
 
 def test_the_command_line_takes_force(embpack_command, folder):

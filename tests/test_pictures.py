@@ -6,6 +6,7 @@ import io
 import itertools
 import re
 import struct
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,6 +20,7 @@ from embpack.comparison.array import QUANTILES
 from embpack.comparison.checkpoint import FileComparison
 from embpack.comparison.report import make_csv, make_png, make_svg
 from embpack.comparison.report.labels import Box, place_beside, place_column, spread
+from embpack.comparison.report.rows import COLUMNS
 from embpack.comparison.report.scatter import draw_error_against_bytes
 from embpack.comparison.report.subject import Subject, distinguish
 from embpack.comparison.report.svg import CHARACTER_WIDTH, Scale
@@ -167,7 +169,7 @@ def test_the_png_is_the_same_picture():
 
 def test_a_png_without_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setattr("embpack.comparison.report.pictures.find_spec", lambda name: None)
-    with pytest.raises(embpack.MissingExtraError, match=r"a PNG picture needs matplotlib: .*embpack\[png\]"):
+    with pytest.raises(embpack.MissingExtraError, match=r"a PNG picture needs matplotlib: pip install \S+"):
         make_png(make_comparison(1))
 
 
@@ -186,7 +188,7 @@ def test_the_csv_has_a_row_for_each_result_of_each_table():
     results = [(table, result) for table in comparison.tables for result in table.results]
     for row, (table, result) in zip(rows, results, strict=True):
         assert (row["table"], int(row["num_embeddings"]), row["dtype"]) == (table.name, table.num_embeddings, "float32")
-        assert (row["method"], float(row["bits"]), row["rotate"]) == (result.method, result.bits, result.rotate or "")
+        assert (row["method"], float(row["bits"]), row["rotation"]) == (result.method, result.bits, result.rotate or "")
         assert (float(row["loss"]), float(row["bytes_per_row"])) == (result.loss, result.bytes_per_row)
         assert float(row["lookups_per_second"]) == result.lookups_per_second
         assert tuple(row["readers"].split()) == result.readers
@@ -207,3 +209,10 @@ def test_names_in_the_csv_are_one_field_of_one_line(name):
         row["table"].encode("unicode_escape").decode().replace("\\\\", "\\")
         == name.encode("unicode_escape", "surrogatepass").decode()
     )
+
+
+def test_the_manual_names_every_column_of_the_csv():
+    manual = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
+    named = set(re.findall(r"`(\w+)`", manual[manual.index("The columns of") :]))
+    assert {column for column in COLUMNS if not column.startswith("row_loss_")} <= named
+    assert {COLUMNS[-1], COLUMNS[-len(QUANTILES)]} <= named

@@ -50,6 +50,7 @@ RUN_PAGES = {
     "plans.md": [],
     "pytorch.md": ["torch"],
     "bridges.md": ["torchrec", "onnxruntime", "onnxscript"],
+    "compare.md": [],
     "recommender.md": ["torch"],
     "language_models.md": ["torch", "transformers"],
     "researchers.md": [],

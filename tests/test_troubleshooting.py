@@ -30,6 +30,12 @@ def pack_file(name: str = "user_embedding.weight", dst: str = "out.safetensors",
     embpack.quantize_file(SRC, dst, **options)
 
 
+def pack_over_floats() -> None:
+    write_checkpoint()
+    Path(SRC).rename("out.safetensors")
+    pack_file()
+
+
 def pack_altered(row: int, column: int, value: float) -> None:
     weight = make_weight()
     weight[row, column] = value
@@ -97,6 +103,7 @@ MAKE: dict[str, Callable[[], object]] = {
     "Altered": lambda: load_damaged("flip.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
     "Not packed": load_plain,
     "The destination is the source": lambda: pack_file(dst=SRC),
+    "The destination is there already": pack_over_floats,
     "The model has no such embedding": load_into_another,
     "An index out of range": lambda: embpack.quantize(make_weight())[[1000]],
     "Offsets beyond the indices": lambda: embpack.quantize(make_weight()).embedding_bag([1, 2, 3], offsets=[0, 5]),
@@ -112,6 +119,6 @@ def test_every_error_on_the_page_is_made_here():
 @pytest.mark.parametrize(("name", "shown"), BLOCKS, ids=[name for name, _ in BLOCKS])
 def test_the_error_says_what_the_page_shows(tmp_path, monkeypatch, name, shown):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ValueError, TypeError, IndexError, UserWarning)) as caught:
+    with pytest.raises((ValueError, TypeError, IndexError, FileExistsError, UserWarning)) as caught:
         MAKE[name]()
     assert re.fullmatch(re.escape(shown).replace(r"\.\.\.", "[0-9a-f]{64}"), str(caught.value))

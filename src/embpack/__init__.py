@@ -2,6 +2,7 @@
 
 from embpack import _core  # noqa: F401  (first: it says how the core is loaded)
 from embpack.comparison.array import Comparison, compare
+from embpack.comparison.choice import Recommendation, recommend
 from embpack.convert import Report, quantize_file
 from embpack.errors import FormatError, LossLimitError, MissingExtraError
 from embpack.files import load, save
@@ -9,11 +10,13 @@ from embpack.group import TableGroup
 from embpack.methods import METHODS, Method, parse_method
 from embpack.packing import quantize
 from embpack.planning import Plan, PlannedTable, plan
+from embpack.readers import find_readers
+from embpack.selection import select_variants
 from embpack.shard_writer import TableReport
 from embpack.table import PackedTable
 from embpack.threads import get_num_threads, set_num_threads
 from embpack.unpacking import dequantize_file
-from embpack.variant import Variant
+from embpack.variant import Variant, parse_variant
 
 __version__ = "0.1.0"
 
@@ -27,18 +30,23 @@ __all__ = [
     "PackedTable",
     "Plan",
     "PlannedTable",
+    "Recommendation",
     "Report",
     "TableGroup",
     "TableReport",
     "Variant",
     "compare",
     "dequantize_file",
+    "find_readers",
     "get_num_threads",
     "load",
     "parse_method",
+    "parse_variant",
     "plan",
     "quantize",
     "quantize_file",
+    "recommend",
     "save",
+    "select_variants",
     "set_num_threads",
 ]

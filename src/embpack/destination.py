@@ -16,11 +16,10 @@ def check_place(checkpoint: Checkpoint, dst: Path, list_own: ListOwn, *, force: 
     sources = [checkpoint.path, checkpoint.folder, checkpoint.path.parent if checkpoint.is_folder else None]
     if dst.exists() and any(source is not None and source.samefile(dst) for source in sources):
         raise ValueError(f"{dst}: the destination is the source; choose another name")
-    if checkpoint.is_folder:
+    if checkpoint.is_folder and dst.exists():
         refuse_others(dst.absolute(), list_own, force=force)
     else:
         refuse_other(dst, lambda existing: force or existing.name in list_own(existing))
-    if not dst.exists():
         check_new(dst)
 
 

@@ -398,12 +398,19 @@ def load(path: str | Path, *, verify: bool = False, in_memory: bool = False) -> 
     return tables
 
 
-def save(path: str | Path, tables: Mapping[str, PackedTable], *, force: bool = False) -> None:
+def save(
+    path: str | Path,
+    tables: Mapping[str, PackedTable],
+    *,
+    others: Mapping[str, NDArray[Any]] | None = None,
+    force: bool = False,
+) -> None:
     """Write tables to one safetensors file, all or nothing.
 
     Args:
         path: ends in .safetensors; a file of embpack's that exists is replaced at once, when everything is on the disk.
         tables: name to table.
+        others: arrays to write beside the tables, by name; load leaves them out.
         force: replace any other file, too, such as a checkpoint that is not packed.
 
     Raises:
@@ -431,16 +438,19 @@ def save(path: str | Path, tables: Mapping[str, PackedTable], *, force: bool = F
         )
         for name, table in tables.items()
     }
+    arrays = {name: np.asarray(array, order="C") for name, array in (others or {}).items()}
     tensors = [tensor for name, table in tables.items() for tensor in _out_tensors(name, table)]
+    tensors += [_out_tensor(name, array) for name, array in arrays.items()]
     shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     if len(shapes) < len(tensors):
         raise ValueError(
-            f"{path}: two tensors have one name; call no table what another's clusters or codebooks are called"
+            f"{path}: two tensors have one name; call nothing what another table's clusters or codebooks are called"
         )
     for name, entry in entries.items():
         # What load would refuse is not written.
         _read_entry(f"{path}: table {name!r}", entry.as_json(), name, shapes)
-    metadata = make_metadata(entries, {}, tensors)
+    checksums = {name: format_checksum(_digest([array])) for name, array in arrays.items()}
+    metadata = make_metadata(entries, checksums, tensors)
     room = len(json.dumps(metadata))
     shard = OutShard(path.name, tuple(tensors), lambda: metadata, room)
     write_checkpoint(path, [shard], list_own=lambda path: [path.name] * is_packed(path), force=force)
@@ -464,6 +474,11 @@ def _check_tables(path: Path, tables: Mapping[str, PackedTable]) -> None:
 def _out_tensors(name: str, table: PackedTable) -> Iterable[OutTensor]:
     suffixes = (spec.suffix for spec in table.row_format.form.beside(table.num_embeddings))
     for suffix, array in zip(("", *suffixes), (table.packed, *table.beside), strict=True):
-        dtype = name_dtype(array.dtype)
-        assert dtype is not None
-        yield OutTensor(name + suffix, dtype, array.shape, partial(iter, [array]))
+        yield _out_tensor(name + suffix, array)
+
+
+def _out_tensor(name: str, array: NDArray[Any]) -> OutTensor:
+    dtype = name_dtype(array.dtype)
+    if dtype is None:
+        raise TypeError(f"{name!r} is {array.dtype}, which a safetensors file cannot have")
+    return OutTensor(name, dtype, array.shape, partial(iter, [array]))

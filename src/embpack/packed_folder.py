@@ -4,12 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 from embpack.files import format_checksum, is_packed
 from embpack.formats import INDEX_SUFFIX, Checkpoint
 from embpack.formats.new_folder import iter_files
+from embpack.static_encoders import MODULES_NAME, point_to_float, point_to_packed
 
 MANIFEST_NAME = "embpack.json"
 """Lists a packed folder's files, so that a later run knows which it may replace."""
@@ -37,7 +39,10 @@ def name_plain(name: str) -> str:
 
 def copy_companions(checkpoint: Checkpoint) -> dict[str, Callable[[BinaryIO], None]]:
     """Return what copies each of the small files that go along with a checkpoint, by their names in its folder."""
-    return {name: partial(_copy, path, lambda digest: None) for name, path in _find_companions(checkpoint)}
+    return {
+        name: partial(_copy, opened, lambda digest: None)
+        for name, opened in _find_companions(checkpoint, point_to_float)
+    }
 
 
 def copy_and_list(checkpoint: Checkpoint, written: list[str]) -> dict[str, Callable[[BinaryIO], None]]:
@@ -52,23 +57,45 @@ def copy_and_list(checkpoint: Checkpoint, written: list[str]) -> dict[str, Calla
     def keep(name: str, digest: "hashlib._Hash") -> None:
         listed[name] = format_checksum(digest)
 
-    def write_list(file: BinaryIO) -> None:
-        file.write(json.dumps({"version": MANIFEST_VERSION, "files": listed}, indent=2).encode() + b"\n")
+    companions = {
+        name: partial(_copy, opened, partial(keep, name))
+        for name, opened in _find_companions(checkpoint, point_to_packed)
+    }
+    return {**companions, MANIFEST_NAME: lambda file: _write_list(file, listed)}
 
-    companions = {name: partial(_copy, path, partial(keep, name)) for name, path in _find_companions(checkpoint)}
-    return {**companions, MANIFEST_NAME: write_list}
+
+def list_files(folder: Path) -> None:
+    """Write the list of a folder's files, all of which embpack has written, into it."""
+    listed: dict[str, str | None] = {}
+    for name in sorted(iter_files(folder)):
+        with (folder / name).open("rb") as file:
+            listed[name] = None if is_packed(folder / name) else format_checksum(hashlib.file_digest(file, "sha256"))
+    with (folder / MANIFEST_NAME).open("xb") as file:
+        _write_list(file, listed)
 
 
-def _find_companions(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
+def _write_list(file: BinaryIO, listed: Mapping[str, str | None]) -> None:
+    file.write(json.dumps({"version": MANIFEST_VERSION, "files": listed}, indent=2).encode() + b"\n")
+
+
+def _find_companions(
+    checkpoint: Checkpoint, point: Callable[[bytes, str], bytes]
+) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+    """Find what goes along, and what opens it: of modules.json what point makes of it and of the checkpoint's place."""
     for name in checkpoint.companions:
-        if checkpoint.folder is not None and name != MANIFEST_NAME:
-            yield name, checkpoint.folder / name
+        if checkpoint.folder is None or name == MANIFEST_NAME:
+            continue
+        yield name, partial(_open, checkpoint.folder / name, point, checkpoint.place.as_posix())
 
 
-def _copy(path: Path, finish: Callable[["hashlib._Hash"], None], file: BinaryIO) -> None:
+def _open(path: Path, point: Callable[[bytes, str], bytes], place: str) -> BinaryIO:
+    return BytesIO(point(path.read_bytes(), place)) if path.name == MODULES_NAME else path.open("rb")
+
+
+def _copy(opened: Callable[[], BinaryIO], finish: Callable[["hashlib._Hash"], None], file: BinaryIO) -> None:
     """Copy a file; finish is given the digest of its bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as source:
+    with opened() as source:
         while piece := source.read(_COPY_BYTES):
             digest.update(piece)
             file.write(piece)

@@ -282,7 +282,10 @@ def name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, 
 def _advise(wrong: str, checkpoint: Checkpoint) -> str:
     """Say what is most like a name or glob that matches nothing, and what is there but cannot be read."""
     names = [tensor.name for tensor in checkpoint.tensors]
-    return "; ".join([suggest(wrong, names), *_say_left_out(checkpoint.left_out)])
+    wide = f"*{wrong.strip('*')}*"
+    matched = sum(fnmatchcase(name, wide) for name in names)
+    said = f"a glob matches whole names: {wide!r} matches {matched:,}" if matched else suggest(wrong, names)
+    return "; ".join([said, *_say_left_out(checkpoint.left_out)])
 
 
 def suggest(wrong: str, names: Sequence[str]) -> str:

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich.cells import cell_len
-
 from embpack.text import printable
 
 _ELLIPSIS, _GAP = "...", "  "
@@ -75,7 +73,7 @@ def fit_table(
     prefix = find_prefix([row[at] for row in full]) if has_names and width is not None else ""
     for row in full:
         row[at] = row[at].removeprefix(prefix)
-    widths = [max(map(cell_len, column)) for column in zip(columns, *full, strict=True)]
+    widths = [max(map(count_columns, column)) for column in zip(columns, *full, strict=True)]
     kept = list(range(len(columns)))
     if width is not None:
         kept = _choose_columns(widths, width, at, list(map(columns.index, drop)))
@@ -114,7 +112,7 @@ def _choose_columns(widths: Sequence[int], width: int, cut: int, drop: Sequence[
 
 
 def _pad(text: str, width: int, *, flush_left: bool) -> str:
-    blanks = " " * (width - cell_len(text))
+    blanks = " " * (width - count_columns(text))
     return text + blanks if flush_left else blanks + text
 
 
@@ -128,23 +126,32 @@ def find_prefix(names: Sequence[str]) -> str:
     return "" if prefix in names else prefix
 
 
+def count_columns(text: str) -> int:
+    """Count the columns of a terminal that a text takes; some characters take two, some none."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len  # here, for it takes a while and most names are ASCII
+
+    return cell_len(text)
+
+
 def cut_middle(text: str, width: int) -> str:
     """Cut a name to so many columns of a terminal, in the middle: names differ at their ends, mostly the last one."""
-    if cell_len(text) <= width:
+    if count_columns(text) <= width:
         return text
     room = width - len(_ELLIPSIS)
     tail = text[-max(2 * room // 3, 1) :]
-    while cell_len(tail) > max(2 * room // 3, 1):
+    while count_columns(tail) > max(2 * room // 3, 1):
         tail = tail[1:]
-    return cut_end(text, width - cell_len(tail)) + tail
+    return cut_end(text, width - count_columns(tail)) + tail
 
 
 def cut_end(text: str, width: int) -> str:
     """Cut a text to so many columns of a terminal, at its end."""
-    if cell_len(text) <= width:
+    if count_columns(text) <= width:
         return text
     text = text[:width]
-    while cell_len(text) > max(width - len(_ELLIPSIS), 0):
+    while count_columns(text) > max(width - len(_ELLIPSIS), 0):
         text = text[:-1]
     return text + _ELLIPSIS[:width]
 

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 import embpack
 from embpack.files import FORMAT_VERSION
+from embpack.packed_folder import MANIFEST_NAME, name_plain
 
 FOLDER = Path(__file__).parent
 PACKED, EXPECTED, MANIFEST = FOLDER / "packed", FOLDER / "expected", FOLDER / "manifest.json"
@@ -136,10 +137,14 @@ def pack(
     return dst
 
 
+def list_files(path: Path) -> list[Path]:
+    """A file, or the files of a folder but for their list, which the first folders did not have."""
+    return sorted(file for file in path.iterdir() if file.name != MANIFEST_NAME) if path.is_dir() else [path]
+
+
 def read_tree(path: Path) -> dict[str, bytes]:
-    """A file's bytes, or those of each file of a folder."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {file.name if path.is_dir() else "": file.read_bytes() for file in files}
+    """A file's bytes, or those of each file of a folder, by the names that they have in a plain one."""
+    return {name_plain(file.name) if path.is_dir() else "": file.read_bytes() for file in list_files(path)}
 
 
 def pool(table: embpack.PackedTable, how: str) -> np.ndarray:

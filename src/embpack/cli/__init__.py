@@ -12,6 +12,7 @@ import embpack
 from embpack import _native
 from embpack.cli import compare, demo, dequantize, inspect, methods, quantize, show
 from embpack.cli.commands import Command, Group
+from embpack.cli.streams import mend_streams
 from embpack.errors import LossLimitError
 from embpack.files import FORMAT_VERSION
 
@@ -74,7 +75,7 @@ def main() -> None:
     Exit code 2 for wrong usage, 1 for a failure, which is one line on stderr, 3 if a limit of loss is not kept, which
     is a line more for each table.
     """
-    show.mend_streams()
+    mend_streams()
     if not sys.warnoptions:
         # PyTorch warns of pickle protocols and storages in checkpoints; a user who packs one can do nothing about them.
         warnings.filterwarnings("ignore", module="torch")

@@ -9,24 +9,24 @@ from typing import Annotated
 import typer
 
 from embpack.cli import compare_arguments as arguments
-from embpack.cli import show
+from embpack.cli import options, show
 from embpack.cli.json_output import describe_comparison
-from embpack.cli.options import check_readers, split_bits, split_methods, split_rotations
 from embpack.comparison.array import Comparison
-from embpack.comparison.checkpoint import FileComparison, Total, compare_table, count_rows
+from embpack.comparison.checkpoint import FileComparison, TableComparison, Total, compare_table, count_rows
 from embpack.comparison.choice import PREFERENCES
 from embpack.comparison.front import list_readers, name_variant
 from embpack.comparison.report import is_report, make_csv, make_page, make_png, make_svg, require_matplotlib
-from embpack.comparison.variants import make_variants
 from embpack.formats import open_checkpoint
 from embpack.formats.atomic import new_file
 from embpack.readers import READERS
-from embpack.rules import Rules, decide_all
+from embpack.rules import Decision, Rules, decide_all
+from embpack.tables import find_prefix
 from embpack.text import printable
 from embpack.threads import get_num_threads, set_num_threads
+from embpack.variant import Variant
 
-# Columns of a terminal that has room for all columns of the table.
-_WIDE = 135
+# A group of options in the help.
+_RECOMMENDED = "What is recommended"
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,16 @@ class _Output:
     title: str
     path: Path
     make: Callable[[FileComparison], str | bytes]
+
+
+def _list_outputs(html: Path | None, svg: Path | None, png: Path | None, csv: Path | None) -> list[_Output]:
+    outputs = (
+        ("--html", "The page with pictures", html, make_page),
+        ("--svg", "The picture", svg, make_svg),
+        ("--png", "The picture in pixels", png, make_png),
+        ("--csv", "The table of all results", csv, make_csv),
+    )
+    return [_Output(option, title, path, make) for option, title, path, make in outputs if path is not None]
 
 
 def _check_outputs(written: Sequence[_Output], src: Path) -> None:
@@ -58,120 +68,160 @@ def _check_outputs(written: Sequence[_Output], src: Path) -> None:
 def compare(
     src: Annotated[
         Path,
-        typer.Argument(help="A checkpoint, of the formats that embpack quantize reads.", show_default=False),
+        typer.Argument(
+            metavar="SRC", show_default=False, help="A checkpoint, of the formats that embpack quantize reads."
+        ),
     ],
-    methods: Annotated[
-        str | None,
+    include: Annotated[
+        list[str] | None,
         typer.Option(
-            help="Methods, with commas between: greedy,asym or greedy:b=1000,r=0.5,asym.",
-            show_default="all; asym, optimal and trellis also at other bits, optimal and trellis also rotated",
-            callback=arguments.check_methods,
+            metavar="GLOB",
+            show_default=False,
+            help="Also compare on tensors of such names; may be repeated.",
+            rich_help_panel=options.WHAT,
         ),
     ] = None,
-    bits: Annotated[
-        str | None,
+    exclude: Annotated[
+        list[str] | None,
         typer.Option(
-            help="Bits a value, with commas between: 2,4,8, for trellis also 3.5.", show_default="4", metavar="NUMBERS"
-        ),
-    ] = None,
-    rotate: Annotated[
-        str | None,
-        typer.Option(
-            help="Rotations, with commas between: none,hadamard.", show_default="none", callback=arguments.check_rotate
-        ),
-    ] = None,
-    param_dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Types of scales and biases, or of codebooks, with commas between: float16,float32.",
-            show_default="float16; float32 for uniform rows at 8 bits, and for trellis",
-            callback=arguments.check_param_dtype,
+            metavar="GLOB",
+            show_default=False,
+            help="Never compare on tensors of such names; may be repeated.",
+            rich_help_panel=options.WHAT,
         ),
     ] = None,
     rows: Annotated[
         str,
         typer.Option(
-            help="Measure this many rows of each larger table, evenly spread and packed as a table of their own; all "
-            "or 0 measures every row, in memory.",
+            metavar="N",
+            help="Measure so many rows of a larger table, evenly spread; all measures every row, in memory.",
             callback=arguments.check_rows,
+            rich_help_panel=options.WHAT,
         ),
     ] = "20000",
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Also compare on tensors whose name matches this glob; may be repeated."),
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHODS",
+            help="With commas between: greedy:b=1000,r=0.5,asym. [bold]embpack methods[/] lists all.",
+            show_default="all; some also at other bits and rotated",
+            callback=arguments.check_methods,
+            autocompletion=options.complete_methods,
+            rich_help_panel=options.HOW,
+        ),
     ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="Never compare on tensors whose name matches this glob; may be repeated."),
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS",
+            help="Bits a value: 2,4,8; for trellis also 3.5.",
+            show_default="4",
+            autocompletion=options.complete_bits,
+            rich_help_panel=options.HOW,
+        ),
     ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option(help="Also write a page with pictures, one file that needs no network.", show_default=False),
+    param_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPES",
+            help="Scales, biases and codebooks: float16,float32.",
+            show_default="float16; float32 for uniform rows at 8 bits, and for trellis",
+            callback=arguments.check_param_dtype,
+            autocompletion=options.complete_param_dtype,
+            rich_help_panel=options.HOW,
+        ),
     ] = None,
-    svg: Annotated[
-        Path | None, typer.Option(help="Also write the picture of loss against bytes as SVG.", show_default=False)
-    ] = None,
-    png: Annotated[
-        Path | None,
-        typer.Option(help="Also write that picture as PNG; needs matplotlib (embpack[png]).", show_default=False),
-    ] = None,
-    csv: Annotated[
-        Path | None,
-        typer.Option(help="Also write a row for each result of each table (docs/compare.md).", show_default=False),
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Rotations: none,hadamard.",
+            show_default="none",
+            callback=arguments.check_rotate,
+            autocompletion=options.complete_rotations,
+            rich_help_panel=options.HOW,
+        ),
     ] = None,
     readers: Annotated[
         list[str] | None,
         typer.Option(
             "--for",
-            help=f"Recommend what this reads as it is: {', '.join(READERS)}; may be repeated.",
             metavar="READER",
-            callback=check_readers,
+            help=f"Recommend what {', '.join(READERS[:-1])} or {READERS[-1]} reads as it is; may be repeated.",
+            callback=options.check_readers,
+            autocompletion=options.complete_readers,
+            show_default=False,
+            rich_help_panel=_RECOMMENDED,
         ),
     ] = None,
     prefer: Annotated[
         str,
         typer.Option(
-            help="What counts most. loss: the least loss in the bytes of 4 bits; size: the fewest bytes with no more "
-            "loss than quantize's default; speed: the fastest lookups with about its bytes and loss.",
             metavar="|".join(PREFERENCES),
+            help="loss: the least in the bytes of 4 bits; size: the fewest bytes with no more loss than quantize's "
+            "default; speed: the fastest lookups with about its bytes and loss.",
             callback=arguments.check_preference,
+            autocompletion=options.complete_preference,
+            rich_help_panel=_RECOMMENDED,
         ),
     ] = "loss",
-    force: Annotated[
-        bool, typer.Option("--force", help="Write over files that embpack compare did not write.")
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads to use.", show_default="all CPUs, or OMP_NUM_THREADS")
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write a page with pictures, which needs no network.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write the picture of loss against bytes.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The same in pixels; needs matplotlib.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write a row for each result of each table.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Write over files that embpack compare did not write.", rich_help_panel=options.OUTPUT
+        ),
+    ] = False,
+    as_json: options.AsJson = False,
+    threads: options.Threads = None,
 ) -> None:
     """Measure every method on your own tables: loss, bytes and speed; nothing is packed to a file.
 
     [dim]embpack compare model.safetensors --html report.html[/]
     """
-    written = [
-        _Output(option, title, path, make)
-        for option, title, path, make in (
-            ("--html", "The page with pictures", html, make_page),
-            ("--svg", "The picture", svg, make_svg),
-            ("--png", "The picture in pixels", png, make_png),
-            ("--csv", "The table of all results", csv, make_csv),
-        )
-        if path is not None
-    ]
+    written = _list_outputs(html, svg, png, csv)
+    if force and not written:
+        raise typer.BadParameter("goes with --html, --svg, --png or --csv", param_hint="--force")
     if written:
         show.go_on_unread()
     if threads is not None:
         set_num_threads(threads)
-    try:
-        variants = make_variants(
-            split_methods(methods) if methods else None,
-            split_bits(bits) if bits else None,
-            param_dtype.split(",") if param_dtype else None,
-            split_rotations(rotate) if rotate else None,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--bits") from None
+    variants = arguments.list_variants(methods, bits, param_dtype, rotate)
     most_rows = arguments.parse_rows(rows)
     rules = Rules(tuple(include or ()), tuple(exclude or ()))
     _check_outputs(written, src)
@@ -183,12 +233,9 @@ def compare(
             stack.enter_context(new_file(output.path, lambda path: force or is_report(path))) for output in written
         ]
         decisions = [decision for decision in decide_all(checkpoint, rules) if decision.variant]
-        totals = {d.tensor.name: count_rows(d, most_rows) * len(variants) for d in decisions}
-        with show.row_progress(totals, shown=not as_json) as progress:
-            tables = [compare_table(decision, variants, most_rows, progress) for decision in decisions]
         report = FileComparison(
             src,
-            tuple(tables),
+            _measure(decisions, variants, most_rows, shown=not as_json),
             tuple(rules.include),
             tuple(rules.exclude),
             get_num_threads(),
@@ -204,35 +251,50 @@ def compare(
         _print(report, written)
 
 
+def _measure(
+    decisions: Sequence[Decision], variants: Sequence[Variant], most_rows: int | None, *, shown: bool
+) -> tuple[TableComparison, ...]:
+    totals = {decision.tensor.name: count_rows(decision, most_rows) * len(variants) for decision in decisions}
+    with show.row_progress(totals, shown=shown) as progress:
+        return tuple(compare_table(decision, variants, most_rows, progress) for decision in decisions)
+
+
 def _print(report: FileComparison, written: Sequence[_Output]) -> None:
-    for table in report.tables:
-        _print_results(f"{table.name}: {table.describe_sample()}", table.results, report)
+    names = [printable(table.name) for table in report.tables]
+    prefix = "" if show.find_width(show.output) is None else find_prefix(names)
+    if prefix:
+        show.output.print(f"tables under {prefix}", style="dim")
+    for name, table in zip(names, report.tables, strict=True):
+        _print_results(f"{name.removeprefix(prefix)}: {table.describe_sample()}", table.results, report)
         for item in table.skipped:
-            show.output.print(f"left out: {item.variant}: {item.reason}", style="yellow", soft_wrap=True)
+            show.output.print(f"left out: {item.variant}: {item.reason}", style="yellow")
         show.output.print()
     if len(report.tables) > 1:
         _print_results(f"All {len(report.tables)} tables", report.overall, report)
         show.output.print()
     _print_choices(report)
     for output in written:
-        show.output.print(f"{output.title} is {output.path}", style="dim", soft_wrap=True)
+        show.output.print(f"{output.title} is {output.path}", style="dim")
 
 
 def _print_results(title: str, results: Sequence[Comparison], report: FileComparison) -> None:
-    # A narrow terminal has room for what there is to choose by.
-    is_wide = show.output.width >= _WIDE
-    details, more = (["parameters", "layout"], ["worst row", "its loss", "bytes/row"]) if is_wide else ([], [])
-    columns = ["", "method", *details, "bits", "l2 loss", *more, "of fp32", "rows/s", "lookups/s", "read by"]
-    shown = show.start_table(title, columns, text_columns=2 + len(details))
+    columns = ["", "method", "parameters", "layout", "bits", "l2 loss", "worst row", "its loss", "bytes/row"]
+    columns += ["of fp32", "rows/s", "lookups/s", "read by"]
+    drop = ("worst row", "its loss", "layout", "parameters", "bytes/row", "read by", "rows/s")
+    shown = show.start_table(title, columns, text_columns=4, left=["read by"], drop=drop, cut="method")
     front = report.find_front(results)
     for result in sorted(results, key=lambda result: (result.bytes_per_row, result.loss)):
         where = f"{result.worst_table}[{result.worst_row}]" if isinstance(result, Total) else str(result.worst_row)
         shown.add_row(
             "*" if result in front else "",
-            *([result.variant.name, result.param_dtype, result.layout] if is_wide else [name_variant(result, results)]),
+            name_variant(result, results),
+            result.param_dtype,
+            result.layout,
             str(result.bits),
             show.loss_text(result.loss),
-            *([where, show.loss_text(result.worst_row_loss), f"{result.bytes_per_row:.4g}"] if is_wide else []),
+            where,
+            show.loss_text(result.worst_row_loss),
+            f"{result.bytes_per_row:.4g}",
             f"{100 * result.share_of_float32:.2f} %",
             show.rate(result.rows_per_second),
             show.rate(result.lookups_per_second),

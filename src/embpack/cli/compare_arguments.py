@@ -2,9 +2,10 @@
 
 import typer
 
-from embpack.cli.options import split_methods, split_rotations
+from embpack.cli.options import split_bits, split_methods, split_rotations
 from embpack.comparison.choice import PREFERENCES
 from embpack.comparison.variants import make_variants
+from embpack.variant import Variant
 
 
 def check_methods(text: str | None) -> str | None:
@@ -56,3 +57,20 @@ def check_preference(text: str) -> str:
     if text not in PREFERENCES:
         raise typer.BadParameter(f"{text!r}; choose {' or '.join(PREFERENCES)}")
     return text
+
+
+def list_variants(methods: str | None, bits: str | None, param_dtype: str | None, rotate: str | None) -> list[Variant]:
+    """List what is to be compared.
+
+    Raises:
+        BadParameter: no method has such bits.
+    """
+    try:
+        return make_variants(
+            split_methods(methods) if methods else None,
+            split_bits(bits) if bits else None,
+            param_dtype.split(",") if param_dtype else None,
+            split_rotations(rotate) if rotate else None,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--bits") from None

@@ -14,12 +14,13 @@ from embpack.unpacking import dequantize_file
 def dequantize(
     src: Annotated[
         Path,
-        typer.Argument(metavar="SRC", help="What embpack quantize wrote: a file or a folder."),
+        typer.Argument(metavar="SRC", show_default=False, help="What embpack quantize wrote: a file or a folder."),
     ],
     dst: Annotated[
         Path,
         typer.Argument(
             metavar="DST",
+            show_default=False,
             help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin/.ckpt, .npy, .npz or "
             ".parquet; for a folder as SRC a folder, with the model's small files, too.",
         ),

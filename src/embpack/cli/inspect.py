@@ -14,7 +14,9 @@ from embpack.rows import ROW_DTYPES
 def inspect(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="What embpack quantize wrote: a file, or a folder of shards."),
+        typer.Argument(
+            metavar="FILE", show_default=False, help="What embpack quantize wrote: a file, or a folder of shards."
+        ),
     ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything through and compare all checksums.")

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from embpack.comparison.choice import PREFERENCES
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
 from embpack.readers import READER_TITLES, check_reader
@@ -15,6 +16,19 @@ from embpack.variant import Variant, parse_bits, parse_variant
 
 # Groups of options in a help.
 WHAT, HOW, LIMITS, OUTPUT = "What", "How", "Limits", "Output"
+
+# Options of several commands.
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=OUTPUT)]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Threads to use; otherwise OMP_NUM_THREADS, or all CPUs.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 Completions = list[tuple[str, str]]
 
@@ -99,6 +113,7 @@ complete_bits = _completing(dict.fromkeys(("2", "4", "8"), ""))
 complete_param_dtype = _completing(dict.fromkeys(PARAM_BYTES, ""))
 complete_rotations = _completing(dict.fromkeys(("none", *ROTATIONS), ""))
 complete_readers = _completing(READER_TITLES)
+complete_preference = _completing(dict.fromkeys(PREFERENCES, ""))
 
 
 def read_setting(text: str) -> tuple[str, Variant]:

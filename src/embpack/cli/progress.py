@@ -102,9 +102,10 @@ class RowBars:
         self._current = [each for each in self._current if each != name]
         if self._done[name] < self._totals[name]:
             self._current.append(name)
-            if name not in self._tasks:
-                short = printable(name).removeprefix(self._prefix)
-                self._tasks[name] = self.progress.add_task(short, total=self._totals[name], is_overall=False)
-            self.progress.advance(self._tasks[name], rows)
+            if name in self._tasks:
+                self.progress.advance(self._tasks[name], rows)
+            else:
+                short, total = printable(name).removeprefix(self._prefix), self._totals[name]
+                self._tasks[name] = self.progress.add_task(short, total=total, completed=rows, is_overall=False)
         for each, task in self._tasks.items():
             self.progress.update(task, visible=each in self._current[-_MOST_SHOWN:])

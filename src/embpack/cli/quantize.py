@@ -40,6 +40,7 @@ def quantize(
         Path,
         typer.Argument(
             metavar="SRC",
+            show_default=False,
             help="A checkpoint: .safetensors, an index of sharded ones, a model's folder, .pt/.pth/.bin/.ckpt, .npy, "
             ".npz or .parquet.",
         ),
@@ -55,13 +56,19 @@ def quantize(
     include: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GLOB", help="Also pack tensors of such names; may be repeated.", rich_help_panel=options.WHAT
+            metavar="GLOB",
+            show_default=False,
+            help="Also pack tensors of such names; may be repeated.",
+            rich_help_panel=options.WHAT,
         ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GLOB", help="Never pack tensors of such names; may be repeated.", rich_help_panel=options.WHAT
+            metavar="GLOB",
+            show_default=False,
+            help="Never pack tensors of such names; may be repeated.",
+            rich_help_panel=options.WHAT,
         ),
     ] = None,
     method: Annotated[
@@ -198,19 +205,8 @@ def quantize(
         bool,
         typer.Option("--force", help="Write to DST though embpack did not write it.", rich_help_panel=options.OUTPUT),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=options.OUTPUT)
-    ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Threads to use; otherwise OMP_NUM_THREADS, or all CPUs.",
-            show_default=False,
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
+    as_json: options.AsJson = False,
+    threads: options.Threads = None,
 ) -> None:
     """Pack the embedding tables of a checkpoint; everything else is copied as it is.
 

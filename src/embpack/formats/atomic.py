@@ -75,8 +75,10 @@ def check_new(path: Path) -> None:
     """Raise what new_file, and new_folder for one that is not there, would before anything is written."""
     path = path.absolute()
     target = Path(os.path.realpath(path))
-    with explained_place(path, target.parent), temporary_file(target.parent, 0o600):
-        pass
+    with explained_place(path, target.parent):
+        _find_replaced(path, target)
+        with temporary_file(target.parent, 0o600):
+            pass
 
 
 def check_space(path: Path, num_bytes: int) -> None:

@@ -60,13 +60,18 @@ def _find_here(folder: Path) -> Path | None:
     """Find the checkpoint whose files lie in a folder itself."""
     for pattern, kind in ((f"*{INDEX_SUFFIX}", "indices"), ("*.safetensors", "safetensors files"), (_BIN, "")):
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
-        usual = [path for name in _FIRST for path in found if path.name == name]
-        if len(found) == 1 or usual:
-            return (usual or found)[0]
+        usual = _find_usual(folder)
+        if len(found) == 1 or usual in found:
+            return usual if usual in found else found[0]
         if found:
             names = ", ".join(file.name for file in found)
             raise ValueError(f"{folder}: {len(found)} {kind} in this folder; choose one: {names}")
     return None
+
+
+def _find_usual(folder: Path) -> Path | None:
+    """Find the file of weights that libraries open in a folder."""
+    return next((folder / name for name in _FIRST if (folder / name).is_file()), None)
 
 
 def _advise(folder: Path, suffixes: Container[str]) -> str:
@@ -108,11 +113,13 @@ def _why_left_out(folder: Path, name: str, modules: list[str], place: str) -> st
     path = folder / name
     if not path.exists():
         return "a link to nothing"
+    if path.is_dir():
+        return "a link to a folder"
     if not path.is_file():
         return "neither a file nor a folder"
     if _is_weights(name):
         inside = PurePosixPath(name).parent.as_posix()
-        is_module = inside in modules and inside != place and path == _find_here(path.parent)
+        is_module = inside in modules and inside != place and path == _find_usual(path.parent)
         return None if is_module else "other weights"
     if path.stat().st_size > MOST_FILE_BYTES:
         return f"more than {MOST_FILE_BYTES >> 20} MiB"
@@ -120,11 +127,13 @@ def _why_left_out(folder: Path, name: str, modules: list[str], place: str) -> st
 
 
 def _iter_visible(folder: Path) -> Iterator[str]:
-    """Name the files of a folder that are not hidden, in order, by paths in it; links to folders are not followed."""
+    """Name the files of a folder that are not hidden, in order, by paths in it, and links to folders."""
     for inside, folders, files in os.walk(folder):
+        here = Path(inside)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(inside).relative_to(folder)
-        yield from ((here / name).as_posix() for name in sorted(files) if not name.startswith("."))
+        links = [name for name in folders if (here / name).is_symlink()]
+        names = sorted(name for name in (*files, *links) if not name.startswith("."))
+        yield from ((here / name).relative_to(folder).as_posix() for name in names)
 
 
 def _is_weights(name: str) -> bool:

@@ -113,7 +113,7 @@ def _must_stay(target: Path) -> bool:
     is_empty = next(iter_files(target), None) is None
     if is_empty or is_mounted(target) or os.path.samestat(target.stat(), Path().stat()):
         return True
-    return not os.access(target.parent, os.W_OK | os.X_OK)
+    return not os.access(target.parent, os.W_OK | os.X_OK, effective_ids=True)
 
 
 def _exchange(path: Path, new: Path, target: Path) -> bool:

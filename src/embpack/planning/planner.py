@@ -62,7 +62,7 @@ def plan(
             of what is read, "12.5 %". It is the file that quantize_file writes of src, of one in shards all of them
             together; of weights the file that save writes. A share is of the files of src, or of the weights.
         max_loss: the normalized l2 loss over all tables.
-        variants: the ways to pack a table that are measured; embpack.selection.select_variants lists some, such as
+        variants: the ways to pack a table that are measured; embpack.select_variants lists some, such as
             those at 4 bits.
         include: globs of tensor names, as quantize_file takes them.
         exclude: the same, of those never to pack.
@@ -264,6 +264,8 @@ def _describe(table: Candidates, choice: Choice, total: float) -> PlannedTable:
         reason = "never looked up"
     elif not error:
         reason = "no error"
+    elif table.decision.is_chosen:
+        reason = "chosen beforehand"
     elif better is None:
         reason = "nothing measured loses less"
     else:

@@ -22,6 +22,7 @@ from embpack.torch.convert import (
     swap_collections,
     walk_children,
 )
+from embpack.torch.encoders import adopt_static_encoders
 from embpack.torch.modules import check_supported, leave_tables_out_of_ddp
 from embpack.torch.ops import dequantize
 from embpack.torch.tied import check_tied, group_names, retied
@@ -74,6 +75,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
                 hang(place, new)
         swap_collections(model, hang)
         _load_floats(model, floats, tuple(f"{name}." for name in packed), path)
+        adopt_static_encoders(model)
         leave_tables_out_of_ddp(model)
     return model
 

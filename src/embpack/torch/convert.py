@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -20,6 +20,7 @@ from embpack.table import PackedTable
 from embpack.tables import find_terminal_width, fit_table
 from embpack.text import printable
 from embpack.torch.collection import PackedEmbeddingBagCollection
+from embpack.torch.encoders import adopt_static_encoders
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported, leave_tables_out_of_ddp
 from embpack.torch.private import has_hooks
 from embpack.torch.tied import check_tied, key_of, refuse_tied, retied
@@ -36,10 +37,13 @@ class ModelReport:
     Attributes:
         tables: one for each module that was packed, in the model's order.
         left_alone: name and reason of each embedding that was not.
+        became: name of each module that was replaced, and what it is now; a TorchRec collection counts as one, with
+            its tables and what those that stay float cost.
     """
 
     tables: tuple[TableReport, ...]
     left_alone: tuple[tuple[str, str], ...]
+    became: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         rows = list(map(_describe, self.tables))
@@ -48,6 +52,7 @@ class ModelReport:
         lines = fit_table(COLUMNS, rows, width, left=COLUMNS[:1], drop=drop, has_names=True).write("modules")
         before, after = (sum(getattr(table, name) for table in self.tables) for name in ("bytes_before", "bytes_after"))
         lines.append(f"{before:,} -> {after:,} bytes" + (f" ({after / before:.2%})" if before else ""))
+        lines += _count_alike(self.became)
         lines += [f"{printable(table.name)}: {printable(table.warning)}" for table in self.tables if table.warning]
         lines += [f"left alone: {printable(name)}, {printable(reason)}" for name, reason in self.left_alone]
         return "\n".join(lines)
@@ -78,9 +83,8 @@ def quantize_(
 ) -> ModelReport:
     """Pack the embeddings of a model, in place: each nn.Embedding and nn.EmbeddingBag becomes a packed module.
 
-    TorchRec's collections are packed, too: an EmbeddingBagCollection becomes a PackedEmbeddingBagCollection if all of
-    its tables are packed. Otherwise it stays TorchRec's module over packed tables, as an EmbeddingCollection always
-    does.
+    TorchRec's collections are packed, too: an EmbeddingBagCollection becomes a PackedEmbeddingBagCollection, which
+    also holds those of its tables that stay float. An EmbeddingCollection stays TorchRec's module over packed tables.
 
     Args:
         model: on the CPU. Nothing of it is changed unless all that is to be packed can be.
@@ -135,21 +139,29 @@ def quantize_(
         for hangs, new in swaps:
             for place in hangs:
                 hang(place, new)
-        swap_collections(model, hang)
+        collections = swap_collections(model, hang)
+        adopt_static_encoders(model)
         leave_tables_out_of_ddp(model)
-    return ModelReport(tuple(reports), tuple(left_alone))
+    inside = tuple(f"{name}." for name, _ in collections)
+    alone = [(hangs[0].name, type(new).__name__) for hangs, new in swaps if not hangs[0].name.startswith(inside)]
+    return ModelReport(tuple(reports), tuple(left_alone), (*alone, *collections))
 
 
 PACKED: dict[type, type[PackedEmbedding] | type[PackedEmbeddingBag]] = {
     nn.Embedding: PackedEmbedding,
     nn.EmbeddingBag: PackedEmbeddingBag,
 }
+PACKED_KINDS = tuple(PACKED.values())
 
 
 def is_torchrec_bags(module: nn.Module) -> bool:
     """Whether it is a torchrec.EmbeddingBagCollection; without TorchRec nothing is."""
+    return _is_torchrec(module, "EmbeddingBagCollection")
+
+
+def _is_torchrec(module: nn.Module, name: str) -> bool:
     torchrec: Any = sys.modules.get("torchrec.modules.embedding_modules")
-    return torchrec is not None and type(module) is torchrec.EmbeddingBagCollection
+    return torchrec is not None and type(module) is getattr(torchrec, name)
 
 
 @contextmanager
@@ -180,18 +192,46 @@ def hanging() -> Iterator[Hang]:
         raise
 
 
-def swap_collections(model: nn.Module, hang: Hang) -> None:
-    """Swap TorchRec's collections of bags that are all packed."""
+def swap_collections(model: nn.Module, hang: Hang) -> list[tuple[str, str]]:
+    """Swap TorchRec's collections of bags of which some are packed; return what each became.
+
+    One stays TorchRec's if it has a table of another kind than nn.EmbeddingBag.
+    """
     swaps: dict[nn.Module, nn.Module] = {}
+    became: dict[nn.Module, tuple[str, str]] = {}
     for module, place in list(walk_children(model)):
         collection: Any = module
-        if is_torchrec_bags(module) and all(
-            type(bag) is PackedEmbeddingBag for bag in collection.embedding_bags.values()
-        ):
-            if module not in swaps:
-                packed = PackedEmbeddingBagCollection.like(collection, collection.embedding_bags)
-                swaps[module] = packed.train(module.training)
-            hang(place, swaps[module])
+        if is_torchrec_bags(module):
+            bags = collection.embedding_bags
+            if module not in swaps and _are_bags(bags.values()):
+                swaps[module] = PackedEmbeddingBagCollection.like(collection, bags).train(module.training)
+            if module in swaps:
+                hang(place, swaps[module])
+        elif _is_torchrec(module, "EmbeddingCollection"):
+            bags = collection.embeddings
+        else:
+            continue
+        if any(isinstance(bag, PACKED_KINDS) for bag in bags.values()):
+            became.setdefault(module, (place.name, _explain_collection(swaps.get(module, module), bags.values())))
+    return list(became.values())
+
+
+def _are_bags(bags: Collection[nn.Module]) -> bool:
+    """Whether a collection of these can be packed: some are, and the others can be held as they are."""
+    packed = [isinstance(bag, PackedEmbeddingBag) for bag in bags]
+    return any(packed) and all(isinstance(bag, (PackedEmbeddingBag, nn.EmbeddingBag)) for bag in bags)
+
+
+def _explain_collection(collection: nn.Module, tables: Collection[nn.Module]) -> str:
+    """Say what a collection is now: its kind, its tables, and what those that stay float cost."""
+    floats = [table for table in tables if not isinstance(table, PACKED_KINDS)]
+    weights = [weight for table in floats for weight in table.parameters()]
+    num_packed = len(tables) - len(floats)
+    text = f"{type(collection).__name__}, {num_packed} packed table{'s' * (num_packed != 1)}"
+    if floats:
+        types = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})
+        text += f", {len(floats)} of {' and '.join(types)} ({sum(weight.nbytes for weight in weights):,} bytes)"
+    return text
 
 
 def walk_children(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
@@ -276,6 +316,17 @@ def _report(name: str, weight: Tensor, table: PackedTable, seconds: float, warni
         seconds=seconds,
         warning=warning,
     )
+
+
+def _count_alike(became: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each kind of module: its name, or how many there are."""
+    names_of: dict[str, list[str]] = {}
+    for name, kind in became:
+        names_of.setdefault(kind, []).append(name)
+    return [
+        f"{printable(names[0]) if len(names) == 1 else f'{len(names)} modules'}: {kind}"
+        for kind, names in names_of.items()
+    ]
 
 
 def _describe(table: TableReport) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from embpack.comparison.array import Comparison
 from embpack.comparison.checkpoint import Total
 from embpack.comparison.front import list_readers
 from embpack.comparison.report.subject import Subject, amount
-from embpack.comparison.report.svg import element, escape
+from embpack.comparison.report.svg import breakable, element, escape
 
 _COLUMNS = (
     *("method", "bits", "loss", "of float32", "bytes a row", "rows/s", "lookups/s", "read by"),
@@ -35,7 +35,8 @@ def make_brief_figures(subject: Subject) -> str:
 
 
 def _list_figures(result: Comparison) -> list[str]:
-    where = f"{result.worst_table} [{result.worst_row}]" if isinstance(result, Total) else f"{result.worst_row}"
+    """Write the cells of a result, which are markup."""
+    table = f"{breakable(result.worst_table)} " if isinstance(result, Total) else ""
     return [
         str(result.bits),
         f"{result.loss:.5f}",
@@ -44,15 +45,15 @@ def _list_figures(result: Comparison) -> list[str]:
         amount(result.rows_per_second),
         amount(result.lookups_per_second),
         list_readers(result),
-        result.layout,
+        escape(result.layout),
         f"{result.worst_row_loss:.5f}",
-        where,
+        f"{table}[{result.worst_row}]" if table else str(result.worst_row),
     ]
 
 
 def _make_row(values: Sequence[str], *, is_best: bool) -> str:
     name, *figures = values
-    cells = element("th", escape(name)) + "".join(element("td", escape(value)) for value in figures)
+    cells = element("th", escape(name)) + "".join(element("td", value) for value in figures)
     return element("tr", cells, **({"class_": "best"} if is_best else {}))
 
 

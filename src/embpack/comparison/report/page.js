@@ -7,16 +7,16 @@ tip.hidden = true;
 tip.setAttribute("aria-hidden", "true"); // it repeats the mark's label
 document.body.append(tip);
 
+let told = null;
+
 function hideTip() {
+  told = null;
   tip.hidden = true;
 }
 
-function showTip(event) {
-  const mark = event.target.closest(".mark");
-  if (mark === null) return hideTip();
-  tip.textContent = mark.getAttribute("aria-label");
-  tip.hidden = false;
-  const at = mark.getBoundingClientRect();
+function placeTip() {
+  if (told === null) return;
+  const at = told.getBoundingClientRect();
   const left = at.left + (at.width - tip.offsetWidth) / 2;
   const most = document.documentElement.clientWidth - tip.offsetWidth - 8;
   const above = at.top - tip.offsetHeight - 6;
@@ -24,10 +24,20 @@ function showTip(event) {
   tip.style.top = `${above > 8 ? above : at.bottom + 6}px`;
 }
 
+function showTip(event) {
+  // The pointer may rest anywhere while the keyboard is at a mark.
+  const mark = event.target.closest(".mark") ?? document.activeElement.closest(".mark");
+  if (mark === null) return hideTip();
+  told = mark;
+  tip.textContent = mark.getAttribute("aria-label");
+  tip.hidden = false;
+  placeTip();
+}
+
 document.addEventListener("pointerover", showTip);
 document.addEventListener("focusin", showTip);
 document.addEventListener("focusout", hideTip);
-document.addEventListener("scroll", hideTip, { capture: true, passive: true });
+document.addEventListener("scroll", placeTip, { capture: true, passive: true });
 
 // Arrows go from mark to mark, from left to right; bars begin at one place and keep their order.
 const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };

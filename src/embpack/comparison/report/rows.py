@@ -10,7 +10,7 @@ from embpack.text import printable
 
 COLUMNS = (
     *("table", "num_embeddings", "embedding_dim", "dtype", "rows_measured"),
-    *("method", "bits", "param_dtype", "rotate", "layout"),
+    *("method", "bits", "param_dtype", "rotation", "layout"),
     *("loss", "bytes_per_row", "share_of_float32", "is_smaller", "is_best", "is_recommended"),
     *("rows_per_second", "lookups_per_second", "readers", "worst_row", "worst_row_loss"),
     *(f"row_loss_{100 * share:g}" for share in QUANTILES),
@@ -44,6 +44,7 @@ def _list_values(
         **of_table,
         **row_losses,
         "table": printable(table.name),
+        "rotation": result.rotate,
         "readers": " ".join(result.readers),
         "is_best": result in front,
         "is_recommended": recommended is not None and result.variant == recommended.variant,

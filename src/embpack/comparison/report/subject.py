@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from embpack.comparison.array import Comparison
 from embpack.comparison.front import name_variant
@@ -33,7 +34,14 @@ class Subject:
 
     def name(self, result: Comparison) -> str:
         """Name a result as briefly as tells it apart from the others."""
-        return name_variant(result, self.results)
+        return self._names[id(result)]
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        alike: dict[tuple[str, float], list[Comparison]] = {}
+        for result in self.results:
+            alike.setdefault((result.method, result.bits), []).append(result)
+        return {id(result): name_variant(result, alike[result.method, result.bits]) for result in self.results}
 
 
 def describe(result: Comparison) -> str:
