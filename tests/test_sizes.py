@@ -32,7 +32,7 @@ def test_what_is_no_size_says_what_is(wrong):
     message = (
         r"is no size; give bytes, 1e5, or a size such as '100 KiB' or '2 GB', or a share of what is read, '12.5 %'"
     )
-    with pytest.raises(ValueError, match=f"is no size; {choices}"):
+    with pytest.raises(ValueError, match=message):
         parse_size(wrong, 1000)
 
 
