@@ -12,7 +12,7 @@ from conftest import plain
 from rich.cells import cell_len
 
 import embpack
-from benchmarks import opening, peers, small_tables
+from benchmarks import opening, peers, planning, small_tables
 from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
 from benchmarks.harness import AnswersDifferError, Contestant, Spread, Standing, Timing, Workload, measure_spread, race
 from benchmarks.lookup_report import LookupReport, print_lookup_report
@@ -269,3 +269,15 @@ def test_tables_of_benchmarks_have_one_line_a_contestant(monkeypatch, capsys, wi
     else:
         assert [line for line in lines if cell_len(line) > width] == []
         assert len([line for line in lines if re.match(r"FBGEMM .*300\.31.*299\.50\.\.300\.99", line)]) == 6
+
+
+def test_planning_says_what_few_rows_give_up(capsys, monkeypatch):
+    monkeypatch.setattr(planning, "ROWS", (1500, 800, 20))
+    monkeypatch.setattr(planning, "QUICK", 1)
+    monkeypatch.setattr(planning, "VARIANTS", planning.VARIANTS[:6])
+    monkeypatch.setattr(planning, "MAX_BYTES", ("25 %",))
+    planning.main(["--quick"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 tables, 2,320 rows, 50,880 values" and len(lines) == 3
+    [given_up] = re.findall(r"can be in these bytes \(([+-][\d.]+) %?", lines[2].replace("%", " %"))
+    assert abs(float(given_up)) < 1

@@ -367,9 +367,9 @@ def make_trained(rng, rows, dim):
 
 def test_few_rows_choose_next_to_as_well_as_many(rng, monkeypatch):
     """What is measured on few rows, or lies between what was, against all ways on all rows of the sample."""
-    trained = {f"emb{i}": make_trained(rng, rows, 16) for i, rows in enumerate((2000, 1200, 700))}
+    trained = {f"emb{i}": make_trained(rng, rows, 16) for i, rows in enumerate((1500, 700))}
     ways = [*select_variants("trellis", rotate=None), embpack.Variant("optimal", 8)]
-    fast = {share: embpack.plan(trained, max_bytes=share, variants=ways) for share in ("14 %", "20 %")}
+    fast = {share: embpack.plan(trained, max_bytes=share, variants=ways) for share in ("18 %",)}
     monkeypatch.setattr("embpack.planning.candidates.FEWEST_ROWS", (20_000, 20_000, 20_000))
     monkeypatch.setattr("embpack.planning.candidates._STRIDE", 100)
     for share, plan in fast.items():

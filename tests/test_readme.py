@@ -47,6 +47,7 @@ def test_python_runs_and_prints_what_its_comments_say(tmp_path, monkeypatch, cap
 # need a model.
 RUN_PAGES = {
     "rotation.md": [],
+    "plans.md": [],
     "pytorch.md": ["torch"],
     "bridges.md": ["torchrec", "onnxruntime", "onnxscript"],
     "compare.md": [],
