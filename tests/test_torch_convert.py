@@ -59,7 +59,14 @@ def test_the_report_prints_as_a_table():
     assert lines[1].split()[:6] == ["user", "100", "16", "6,400", "2,400", "37.50%"]
     assert lines[2].split()[0] == "kind"
     assert lines[3] == "6,496 -> 2,448 bytes (37.68%)"
-    assert lines[4:] == ["left alone: towers.0, the filter says no", "left alone: towers.1, the filter says no"]
+    assert lines[4:6] == ["user: PackedEmbeddingBag", "kind: PackedEmbedding"]
+    assert lines[6:] == ["left alone: towers.0, the filter says no", "left alone: towers.1, the filter says no"]
+
+
+def test_modules_of_a_kind_are_counted_together():
+    report = quantize_(Recommender(), "asym")
+    assert report.became == (("user", "PackedEmbeddingBag"), *((f"towers.{i}", "PackedEmbedding") for i in range(2)))
+    assert str(report).splitlines()[5:7] == ["user: PackedEmbeddingBag", "2 modules: PackedEmbedding"]
 
 
 def test_a_tied_weight_is_refused_and_the_model_stays_as_it_is():
