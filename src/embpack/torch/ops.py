@@ -183,12 +183,10 @@ def _make_alike(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor
     return indices.contiguous(), offsets.contiguous()
 
 
-def refuse_forward_mode() -> None:
+def refuse_forward_mode(what: str = "a lookup with per_sample_weights") -> None:
     """Raise NotImplementedError in forward mode: PyTorch calls operators without the derivatives that come in."""
     if in_forward_mode():
-        raise NotImplementedError(
-            "forward-mode derivatives (torch.func.jvp, jacfwd) of a lookup with per_sample_weights; use backward()"
-        )
+        raise NotImplementedError(f"forward-mode derivatives (torch.func.jvp, jacfwd) of {what}; use backward()")
 
 
 def check_types(dtype: torch.dtype | None, **integers: Tensor | None) -> None:
