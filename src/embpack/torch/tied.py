@@ -2,19 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag
+from embpack.errors import kind_of
+from embpack.torch.packed_module import PackedModule
 
-PACKED_MODULES = (PackedEmbedding, PackedEmbeddingBag)
+WAYS = ("refuse", "share", "untie")
 
 
 def check_tied(tied: str) -> None:
     """Raise ValueError if there is no such way with tied weights."""
-    if tied not in ("refuse", "untie"):
-        raise ValueError(f"tied is {tied!r}; choose 'refuse' or 'untie'")
+    if tied not in WAYS:
+        raise ValueError(f"tied is {tied!r}; choose 'refuse', 'share' or 'untie'")
 
 
 def key_of(weight: Tensor) -> tuple[Any, ...]:
@@ -30,6 +31,15 @@ def key_of(weight: Tensor) -> tuple[Any, ...]:
         return (id(weight),)
 
 
+def memory_of(tensor: Tensor) -> tuple[Any, int]:
+    """What memory a tensor is in, and its bytes: of one memory are all views of it, counted as a whole."""
+    try:
+        storage = tensor.untyped_storage()
+        return (storage.data_ptr() or id(tensor), tensor.device), storage.nbytes()
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse, nested, not initialized: there is no one memory
+        return (id(tensor),), tensor.numel() * tensor.element_size()
+
+
 def group_names(model: nn.Module) -> list[list[str]]:
     """Names of a model's parameters, those of one weight together."""
     names_of: dict[Any, list[str]] = {}
@@ -38,21 +48,59 @@ def group_names(model: nn.Module) -> list[list[str]]:
     return list(names_of.values())
 
 
-def refuse_tied(model: nn.Module, embeddings: Iterable[tuple[Any, str]]) -> None:
-    """Raise ValueError if an embedding, given with its name, shares its weight with a module that is not among them."""
+class Tied(NamedTuple):
+    """A weight that an embedding shares with a module that is none of those that are packed."""
+
+    embedding: str
+    owner: nn.Module
+    owner_name: str
+    parameter: str
+
+    @property
+    def name(self) -> str:
+        """The weight's name in that module."""
+        return f"{self.owner_name}.{self.parameter}" if self.owner_name else self.parameter
+
+
+def find_tied(model: nn.Module, embeddings: Iterable[tuple[Any, str]]) -> list[Tied]:
+    """Find the weights that embeddings, given with their names, share with modules that are not among them."""
     modules = {module: name for module, name in embeddings}
     names = {key_of(module.weight): f"{name}.weight" for module, name in modules.items()}
-    for owner_name, owner in model.named_modules():
-        if owner in modules:
-            continue
-        for parameter_name, parameter in owner.named_parameters(recurse=False):
-            key = key_of(parameter)
-            if key in names:
-                other = f"{owner_name}.{parameter_name}" if owner_name else parameter_name
-                raise ValueError(
-                    f"{names[key]} is also {other}, which stays float: pass tied='untie' to pack the one and leave the "
-                    "other as it is, or a filter that leaves the embedding alone"
-                )
+    return [
+        Tied(names[key_of(parameter)], owner, owner_name, parameter_name)
+        for owner_name, owner in model.named_modules()
+        if owner not in modules
+        for parameter_name, parameter in owner.named_parameters(recurse=False)
+        if key_of(parameter) in names
+    ]
+
+
+def refuse_tied(tied: Iterable[Tied]) -> None:
+    """Raise ValueError if there are any."""
+    for each in tied:
+        raise ValueError(
+            f"{each.embedding} is also {each.name}, which stays float: pass tied='share' to give both one packed table"
+            ", tied='untie' to pack the one and leave the other as it is, or a filter that leaves the embedding alone"
+        )
+
+
+def check_layer(each: Tied, added: str | None) -> None:
+    """Raise ValueError if a module that shares a weight cannot have packed rows.
+
+    Args:
+        each: the weight.
+        added: what somebody has added to the module, and a packed one would lose.
+    """
+    if type(each.owner) is not nn.Linear or each.parameter != "weight":
+        reason = f"{kind_of(each.owner)}, and only nn.Linear can have packed rows"
+    elif added is not None:
+        reason = f"a Linear with {added}, which a packed module would not have"
+    else:
+        return
+    raise ValueError(
+        f"{each.embedding} is also {each.name}, of {reason}: pass tied='untie' to leave it as it is, or a filter that "
+        "leaves the embedding alone"
+    )
 
 
 @contextmanager
@@ -89,7 +137,12 @@ def _find_still_tied(model: nn.Module, names: Mapping[str, str]) -> dict[str, st
     still: dict[str, str] = {}
     for family in families.values():
         owners = [name.rpartition(".")[0] for name in family]
-        packed = [owner for owner in owners if isinstance(modules.get(owner), PACKED_MODULES)]
+        # A packed layer still has its bias, which may be tied to another.
+        packed = [
+            owner
+            for name, owner in zip(family, owners, strict=True)
+            if name.endswith("weight") and isinstance(modules.get(owner), PackedModule)
+        ]
         floats = [name for name, owner in zip(family, owners, strict=True) if owner not in packed]
         still |= {name: floats[0] for name in floats[1:]}
         for owner in packed[1:]:
