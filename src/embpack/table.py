@@ -22,6 +22,7 @@ from embpack.bags import (
 from embpack.errors import FormatError
 from embpack.layouts import RowFormat
 from embpack.layouts.uniform import UniformLayout
+from embpack.linear import as_vectors, multiply
 from embpack.rows import ROW_DTYPES
 
 OUTPUT_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -298,6 +299,34 @@ class PackedTable:
             given = None if offsets is None else as_array(offsets, "offsets")
             raise self.explain_fault(fault, as_array(indices, "indices").reshape(-1), given)
         return out
+
+    def linear(self, input: Any, bias: Any = None) -> NDArray[np.float32]:  # noqa: A002 - PyTorch's name
+        """Multiply vectors by all rows: what an output layer does whose weight is this table.
+
+        Few vectors are multiplied straight from the packed bytes; for more, rows are unpacked some at a time and
+        multiplied by NumPy's BLAS, which has threads of its own. A product may differ in its last bits with the number
+        of vectors, as BLAS's do.
+
+        Args:
+            input: [..., embedding_dim] of float32, float16 or bfloat16 (of ml_dtypes, or its bits in uint16).
+            bias: [num_embeddings], of the same types, or None.
+
+        Returns:
+            input @ weight.T + bias, float32 [..., num_embeddings], summed in float32.
+
+        Raises:
+            TypeError: input or bias is of another type.
+            ValueError: input or bias has another shape.
+            FormatError: a row has no codebook.
+
+        Source: torch.nn.functional.linear.
+        """
+        vectors = as_vectors(input, "input", self.embedding_dim)
+        added = None if bias is None else as_vectors(bias, "bias", self.num_embeddings)
+        if added is not None and added.ndim != 1:
+            raise ValueError(f"bias has shape {list(added.shape)}; it must be [{self.num_embeddings}]")
+        products = multiply(self, vectors.reshape(-1, self.embedding_dim), added)
+        return products.reshape(*vectors.shape[:-1], self.num_embeddings)
 
     @cached_property
     def native_view(self) -> _native.TableView:
