@@ -14,6 +14,7 @@ from torch import Tensor
 
 from embpack import _native
 from embpack.layouts import RowFormat
+from embpack.linear import MOST_FROM_CODES, multiply
 from embpack.rotation import rotate, rotate_back
 from embpack.table import OUTPUT_DTYPES, PackedTable
 from embpack.torch.ops import DTYPE_NAMES, SHARED, TABLE, as_table, check_devices, library, refuse_forward_mode
@@ -41,6 +42,20 @@ def _linear(
     _check("input", input, table.embedding_dim)
     _check_bias(bias, table.num_embeddings)
     values = input.detach().reshape(-1, table.embedding_dim)
+    few = len(values) <= MOST_FROM_CODES and values.dtype != torch.float64
+    out = _multiply_codes(table, values, bias) if few else _multiply_tiles(table, values, bias)
+    return out.reshape(*input.shape[:-1], table.num_embeddings)
+
+
+def _multiply_codes(table: PackedTable, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply a few vectors straight from the packed bytes, in float32."""
+    added = None if bias is None else bias.detach().float().contiguous().numpy()
+    products = multiply(table, values.float().contiguous().numpy(), added)
+    return torch.from_numpy(products).to(values.dtype)
+
+
+def _multiply_tiles(table: PackedTable, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply vectors by rows that are unpacked some at a time."""
     out = values.new_empty((len(values), table.num_embeddings))
     dtype = _dtype_of_products(values.dtype)
     values = (_rotate(values) if table.rotation else values).to(dtype)
@@ -49,7 +64,7 @@ def _linear(
         columns = slice(start, start + len(rows))
         product = values @ rows.T if added is None else torch.addmm(added[columns], values, rows.T)
         out[:, columns] = product
-    return out.reshape(*input.shape[:-1], table.num_embeddings)
+    return out
 
 
 def _linear_by_input(

@@ -287,12 +287,17 @@ def leave_tables_out_of_ddp(model: nn.Module) -> None:
         model: what DistributedDataParallel is to get, itself and not a part of it, with its tables in it. Each process
             must have the same tables.
     """
-    modules = [
-        (name, module)
+    leave_out_of_ddp(model, tables_of(model))
+
+
+def tables_of(model: nn.Module) -> set[str]:
+    """Names of the buffers of a model that are packed tables, and say how they are read."""
+    return {
+        f"{name}.{buffer}" if name else buffer
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, PackedModule)
-    ]
-    leave_out_of_ddp(model, [f"{name}.{buffer}" for name, module in modules for buffer in buffers_of(module)])
+        for buffer in buffers_of(module)
+    }
 
 
 def check_supported(module: nn.Embedding | nn.EmbeddingBag, name: str) -> None:
