@@ -25,8 +25,9 @@ from embpack.torch.convert import (
 from embpack.torch.modules import check_supported, leave_tables_out_of_ddp, tables_of
 from embpack.torch.ops import dequantize
 from embpack.torch.packed_module import PackedModule
+from embpack.torch.pretrained import followed
 from embpack.torch.saved_state import open_tables
-from embpack.torch.tied import Tied, check_layer, check_tied, group_names, retied
+from embpack.torch.tied import Tied, check_layer, check_tied, group_names
 
 
 def load_checkpoint(
@@ -80,7 +81,7 @@ def load_checkpoint(
         (places[module], _pack(module, places[module][0].name, name, tables[name], made))
         for module, name in chosen.items()
     ]
-    with hanging() as hang, retied(model):
+    with hanging() as hang, followed(model):
         for hangs, new in swaps:
             for place in hangs:
                 hang(place, new)

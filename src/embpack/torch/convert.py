@@ -21,8 +21,9 @@ from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.linear import PackedLinear
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported, leave_tables_out_of_ddp
 from embpack.torch.packed_module import PackedModule
+from embpack.torch.pretrained import followed
 from embpack.torch.private import has_hooks
-from embpack.torch.tied import Tied, check_layer, check_tied, find_tied, key_of, memory_of, refuse_tied, retied
+from embpack.torch.tied import Tied, check_layer, check_tied, find_tied, key_of, memory_of, refuse_tied
 from embpack.variant import Variant
 
 Filter = Callable[[nn.Module, str], bool]
@@ -151,7 +152,7 @@ def quantize_(
         reports.append(report if is_first else replace(report, bytes_before=0, bytes_after=0))
         progress(hangs[0].name, table.num_embeddings)
         swaps.append((hangs, make_packed(module, table, made)))
-    with hanging() as hang, retied(model):
+    with hanging() as hang, followed(model):
         for hangs, new in swaps:
             for place in hangs:
                 hang(place, new)

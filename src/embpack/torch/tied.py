@@ -1,13 +1,11 @@
-"""Weights that several modules have: which these are, and what happens to them when some of the modules are packed."""
+"""Weights that several modules have: which these are, and which of the modules can be packed."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from embpack.errors import kind_of
-from embpack.torch.packed_module import PackedModule
 
 WAYS = ("refuse", "share", "untie")
 
@@ -101,52 +99,3 @@ def check_layer(each: Tied, added: str | None) -> None:
         f"{each.embedding} is also {each.name}, of {reason}: pass tied='untie' to leave it as it is, or a filter that "
         "leaves the embedding alone"
     )
-
-
-@contextmanager
-def retied(model: nn.Module) -> Iterator[None]:
-    """Tell models of transformers which weights are tied still after modules were packed within.
-
-    Their tie_weights and save_pretrained go by names, which a class of models declares in _tied_weights_keys. A packed
-    module has no weight that another could have; what packed modules share are their buffers.
-    """
-    models: list[Any] = [module for module in model.modules() if hasattr(module, "get_expanded_tied_weights_keys")]
-    declared = [_read_declared(each) for each in models]
-    yield
-    for each, names in zip(models, declared, strict=True):
-        still = _find_still_tied(each, names)
-        if still != names:
-            each._tied_weights_keys = still
-        each.all_tied_weights_keys = _find_still_tied(each, getattr(each, "all_tied_weights_keys", {}))
-
-
-def _read_declared(model: Any) -> dict[str, str]:
-    try:
-        names: dict[str, str] = model.get_expanded_tied_weights_keys()
-    except ValueError:  # what is declared is not there, or no longer: it stays as it is
-        return {}
-    return names
-
-
-def _find_still_tied(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
-    """Find what is tied of a model, given what was: each name with that of what it is tied to."""
-    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    families: dict[str, list[str]] = {}
-    for name, source in names.items():
-        families.setdefault(source, [source]).append(name)
-    still: dict[str, str] = {}
-    for family in families.values():
-        owners = [name.rpartition(".")[0] for name in family]
-        # A packed layer still has its bias, which may be tied to another.
-        packed = [
-            owner
-            for name, owner in zip(family, owners, strict=True)
-            if name.endswith("weight") and isinstance(modules.get(owner), PackedModule)
-        ]
-        floats = [name for name, owner in zip(family, owners, strict=True) if owner not in packed]
-        still |= {name: floats[0] for name in floats[1:]}
-        for owner in packed[1:]:
-            buffers, others = (dict(modules[each].named_buffers()) for each in (owner, packed[0]))
-            shared = [name for name in buffers if name in others and key_of(buffers[name]) == key_of(others[name])]
-            still |= {f"{owner}.{name}": f"{packed[0]}.{name}" for name in shared}
-    return still
