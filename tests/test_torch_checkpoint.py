@@ -484,7 +484,7 @@ def test_a_tied_model_of_transformers_is_untied(tmp_path, make):
     """It says itself what is tied still, so that tie_weights and save_pretrained go on working."""
     transformers = pytest.importorskip("transformers")
     model = make(transformers).eval()
-    with pytest.raises(ValueError, match="which stays float: pass tied='share' .* tied='untie'"):
+    with pytest.raises(ValueError, match=r"which stays float: pass tied='share' .* tied='untie'"):
         quantize_(model)
     head = model.get_output_embeddings().weight
     quantize_(model, tied="untie")
