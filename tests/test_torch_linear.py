@@ -58,9 +58,10 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
 
 
-@pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize(("dtype", "has_bfloat16"), [*((dtype, False) for dtype in ERRORS), (torch.bfloat16, True)])
 @pytest.mark.parametrize("kind", TABLES)
-def test_values_are_those_of_the_float_layer(kind, dtype, small_tiles):
+def test_values_are_those_of_the_float_layer(kind, dtype, has_bfloat16, small_tiles, monkeypatch):
+    monkeypatch.setattr("embpack.torch.linear_ops._has_bfloat16", lambda: has_bfloat16)
     for layer in (make_layer(kind), make_layer(kind, bias=False)):
         wanted = layer.to_float().double()
         for shape in ((), (3,), (65,), (2, 20), (2, 0, 3)):

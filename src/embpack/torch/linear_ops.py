@@ -1,7 +1,8 @@
 """The operators embpack::linear and embpack::linear_by_input: a linear layer whose weight is packed rows.
 
-A table is its tensors and one text (see embpack.torch.ops). One vector is multiplied straight from the packed bytes.
-Many are multiplied by PyTorch, with as many rows at a time as fit the cache, unpacked there: no float table is made.
+A table is its tensors and one text (see embpack.torch.ops). Vectors are multiplied by the core, or by PyTorch where
+that uses instructions that the core does not, with as many rows at a time as fit the cache, unpacked there. No float table
+is made.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from embpack import _native
 from embpack.layouts import RowFormat
-from embpack.linear import MOST_FROM_CODES, multiply
 from embpack.rotation import rotate, rotate_back
 from embpack.table import OUTPUT_DTYPES, PackedTable
 from embpack.torch.ops import DTYPE_NAMES, SHARED, TABLE, as_table, check_devices, library, refuse_forward_mode
@@ -24,6 +24,8 @@ library.define(f"linear({TABLE}, Tensor input, Tensor? bias=None, {SHARED}) -> T
 library.define(f"linear_by_input({TABLE}, Tensor gradient, {SHARED}) -> Tensor")
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# With more vectors, instructions for bfloat16 make up for the time of unpacking.
+_MOST_FROM_CODES = 8
 # Of the rows, for each thread, that are unpacked at a time: of fewer, threads would take longer to start than to work;
 # more would not stay in the cache.
 _TILE_BYTES = 1 << 20
@@ -42,29 +44,34 @@ def _linear(
     _check("input", input, table.embedding_dim)
     _check_bias(bias, table.num_embeddings)
     values = input.detach().reshape(-1, table.embedding_dim)
-    few = len(values) <= MOST_FROM_CODES and values.dtype != torch.float64
-    out = _multiply_codes(table, values, bias) if few else _multiply_tiles(table, values, bias)
+    out = (_multiply_tiles if _are_for_pytorch(values) else _multiply)(table, values, bias)
     return out.reshape(*input.shape[:-1], table.num_embeddings)
 
 
-def _multiply_codes(table: PackedTable, values: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply a few vectors straight from the packed bytes, in float32."""
-    added = None if bias is None else bias.detach().float().contiguous().numpy()
-    products = multiply(table, values.float().contiguous().numpy(), added)
-    return torch.from_numpy(products).to(values.dtype)
+def _multiply(table: PackedTable, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply vectors straight from the packed bytes, in float32."""
+    added = None if bias is None else bias.detach().float().numpy()
+    return torch.from_numpy(table.linear(values.float().numpy(), added)).to(values.dtype)
 
 
 def _multiply_tiles(table: PackedTable, values: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply vectors by rows that are unpacked some at a time."""
+    """Multiply vectors by PyTorch, by rows that are unpacked some at a time."""
     out = values.new_empty((len(values), table.num_embeddings))
-    dtype = _dtype_of_products(values.dtype)
-    values = (_rotate(values) if table.rotation else values).to(dtype)
+    dtype = values.dtype
+    values = _rotate(values) if table.rotation else values
     added = None if bias is None else bias.detach().to(dtype)
     for start, rows in _unpack(table.as_packed, dtype):
         columns = slice(start, start + len(rows))
         product = values @ rows.T if added is None else torch.addmm(added[columns], values, rows.T)
         out[:, columns] = product
     return out
+
+
+def _are_for_pytorch(values: Tensor) -> bool:
+    """Whether PyTorch is to multiply vectors: by instructions for bfloat16, or in float64."""
+    return values.dtype == torch.float64 or (
+        values.dtype == torch.bfloat16 and len(values) > _MOST_FROM_CODES and _has_bfloat16()
+    )
 
 
 def _linear_by_input(
@@ -107,16 +114,10 @@ def _rotate_back(values: Tensor) -> Tensor:
 
 
 @cache
-def _capabilities() -> dict[str, Any]:
-    return dict(torch.cpu.get_capabilities())
-
-
-def _dtype_of_products(dtype: torch.dtype) -> torch.dtype:
-    """In which type to multiply values of a type: CPUs without instructions for 16 bits are faster in float32."""
-    has_bfloat16 = _capabilities().get("avx512_bf16") or _capabilities().get("amx_bf16")
-    if dtype == torch.float64 or (dtype == torch.bfloat16 and has_bfloat16):
-        return dtype
-    return torch.float32
+def _has_bfloat16() -> bool:
+    """Whether the CPU has instructions that multiply values of bfloat16."""
+    known: Any = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def _check(what: str, values: Tensor, size: int) -> None:
