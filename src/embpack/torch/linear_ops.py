@@ -1,8 +1,8 @@
 """The operators embpack::linear and embpack::linear_by_input: a linear layer whose weight is packed rows.
 
 A table is its tensors and one text (see embpack.torch.ops). Vectors are multiplied by the core, or by PyTorch where
-that uses instructions that the core does not, with as many rows at a time as fit the cache, unpacked there. No float table
-is made.
+that uses instructions that the core does not, with as many rows at a time as fit the cache, unpacked there. No float
+table is made.
 """
 
 from collections.abc import Iterator
