@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_model, save_file, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.nn import functional
 
@@ -460,6 +460,23 @@ def test_a_layer_that_cannot_share_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=rf"^embedding\.weight is also head\.weight, {message}"):
         load_checkpoint(model, tmp_path / "packed.safetensors", tied="share")
     assert dict(model.named_modules()) == before
+
+
+def test_a_weight_of_the_model_itself_cannot_be_shared(tmp_path):
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(ROWS, DIM)
+            self.output = self.embedding.weight
+
+    model, message = Functional(), r"^embedding\.weight is also output, of a Functional, and only nn\.Linear can"
+    with pytest.raises(ValueError, match=message):
+        quantize_(model, tied="share")
+    save_model(model, tmp_path / "float.safetensors")
+    [name] = load_file(tmp_path / "float.safetensors")
+    embpack.quantize_file(tmp_path / "float.safetensors", tmp_path / "packed.safetensors", include=[name])
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(model, tmp_path / "packed.safetensors", tied="share")
 
 
 def test_without_tied_weights_share_changes_nothing():

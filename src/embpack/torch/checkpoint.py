@@ -69,7 +69,7 @@ def load_checkpoint(
     packed = {f"{place.name}.weight" for module in chosen for place in places[module]}
     sources = _find_sources(groups, packed, tables, floats)
     if tied == "share":
-        chosen |= _choose_layers(places, sources)
+        chosen |= _choose_layers(dict(model.named_modules(remove_duplicate=False)), sources)
     loaded = _share_floats(groups, packed, floats, sources)
     if tied == "untie":
         unpack = cache(lambda name: dequantize(tables[name], getattr(torch, tables[name].dtype)))
@@ -218,14 +218,13 @@ def _refuse_sources(sources: Iterable[Source]) -> None:
         )
 
 
-def _choose_layers(places: Mapping[Any, Sequence[Place]], sources: Iterable[Source]) -> dict[Any, str]:
+def _choose_layers(modules: Mapping[str, nn.Module], sources: Iterable[Source]) -> dict[Any, str]:
     """Choose the output layers that get packed rows, each with the name of its table."""
-    owners = {f"{place.name}.": module for module in places for place in places[module]}
     chosen: dict[Any, str] = {}
     for name, table, embedding in sources:
         owner_name, _, parameter = name.rpartition(".")
-        owner = owners[f"{owner_name}."]
-        check_layer(Tied(embedding, owner, owner_name, parameter), find_additions(owner))
+        owner = modules[owner_name]
+        check_layer(Tied(embedding, owner, owner_name, parameter), find_additions)
         chosen[owner] = table
     return chosen
 

@@ -61,7 +61,7 @@ class ModelReport:
         larger = ", larger than before" if self.bytes_after > self.bytes_before else ""
         lines.append(f"whole model: {_compare(self.bytes_before, self.bytes_after)}{larger}")
         lines += [
-            f"untied: {printable(name)} stays float beside the packed rows; tied='share' would have it use those"
+            f"untied: {printable(name)} stays float beside the packed rows; tied='share' has output layers use those"
             for name in self.untied
         ]
         lines += [f"{printable(table.name)}: {printable(table.warning)}" for table in self.tables if table.warning]
@@ -118,9 +118,8 @@ def quantize_(
         TypeError: model is no module, filter no function, or a weight is of another type than embpack.quantize takes,
             such as float64 or a DTensor; names it.
         ValueError: a weight is tied (to another module than a plain nn.Linear, with "share"), cannot be packed or has
-            no values, a module does what a packed one cannot
-            (max_norm, sparse, scale_grad_by_freq), the module that it is in does not let it be replaced, the model is
-            itself an embedding, or an argument is not as above.
+            no values, a module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq), the module that it
+            is in does not let it be replaced, the model is itself an embedding, or an argument is not as above.
 
     Source: torchao.quantization.quantize_, for its signature.
     """
@@ -275,7 +274,7 @@ def _find_layers(model: nn.Module, tied_weights: Sequence[Tied], tied: str) -> d
     if tied != "share":
         return {}
     for each in tied_weights:
-        check_layer(each, find_additions(each.owner))
+        check_layer(each, find_additions)
     places: dict[Any, list[Place]] = {each.owner: [] for each in tied_weights}
     for module, place in walk_children(model):
         if module in places:

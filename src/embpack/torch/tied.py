@@ -1,6 +1,6 @@
 """Weights that several modules have: which these are, and which of the modules can be packed."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -82,19 +82,20 @@ def refuse_tied(tied: Iterable[Tied]) -> None:
         )
 
 
-def check_layer(each: Tied, added: str | None) -> None:
+def check_layer(each: Tied, find_additions: Callable[[nn.Module], str | None]) -> None:
     """Raise ValueError if a module that shares a weight cannot have packed rows.
 
     Args:
         each: the weight.
-        added: what somebody has added to the module, and a packed one would lose.
+        find_additions: says what somebody has added to an nn.Linear, and a packed one would lose.
     """
     if type(each.owner) is not nn.Linear or each.parameter != "weight":
         reason = f"{kind_of(each.owner)}, and only nn.Linear can have packed rows"
-    elif added is not None:
-        reason = f"a Linear with {added}, which a packed module would not have"
     else:
-        return
+        added = find_additions(each.owner)
+        if added is None:
+            return
+        reason = f"a Linear with {added}, which a packed module would not have"
     raise ValueError(
         f"{each.embedding} is also {each.name}, of {reason}: pass tied='untie' to leave it as it is, or a filter that "
         "leaves the embedding alone"
