@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "layouts.h"
+#include "linear.h"
 #include "lookup.h"
 
 namespace nb = nanobind;

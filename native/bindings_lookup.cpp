@@ -27,6 +27,8 @@ namespace {
 using PackedArray = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Vectors = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ProductsOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ValuesOut = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Clusters = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -178,6 +180,17 @@ int64_t pool_rows(const TableView& view, const Indices& indices, const std::opti
     return pool_into(view.rows, bags, view_output(out, bags.num_bags, view.rows.embedding_dim));
 }
 
+int64_t multiply_rows(const TableView& view, const Vectors& input, const std::optional<Floats>& bias,
+                      const ProductsOut& out) {
+    const PackedRows& rows = view.rows;
+    require(input.shape(1) == rows.embedding_dim, "input must have embedding_dim columns");
+    require(!bias || bias->shape(0) == rows.num_rows, "bias must have one value for each row");
+    require(out.shape(0) == input.shape(0) && out.shape(1) == rows.num_rows, "out has the wrong shape");
+    if (input.shape(0) == 0 || rows.num_rows == 0) return -1;
+    const WithoutPython without;
+    return tell_fault(linear(rows, {input.data(), input.shape(0), bias ? bias->data() : nullptr}, out.data()));
+}
+
 // Several tables, and for each feature which one it reads and how it pools.
 class GroupView {
 public:
@@ -242,6 +255,11 @@ void bind_lookup(nb::module_& m) {
                   "out: numpy.typing.NDArray[typing.Any]) -> int"),
           "Pool bags of rows into `out`, by offsets or, without them, of bag_size. Returns what gather does, or "
           "bad_offsets.");
+    m.def("linear", &multiply_rows, nb::arg("rows"), nb::arg("input").noconvert(), nb::arg("bias").none().noconvert(),
+          nb::arg("out").noconvert(),
+          nb::sig("def linear(rows: TableView, input: numpy.typing.NDArray[numpy.float32], "
+                  "bias: numpy.typing.NDArray[numpy.float32] | None, out: numpy.typing.NDArray[numpy.float32]) -> int"),
+          "Multiply the vectors of `input` by all rows into `out`, and add `bias`. Returns what gather does.");
     m.attr("bad_offsets") = bad_offsets;
     nb::class_<GroupView>(m, "TableGroup", "Packed rows of several tables, and the features that read them.")
         .def(nb::init<const nb::list&, const std::vector<size_t>&, const std::vector<std::string>&>(),

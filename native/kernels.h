@@ -247,6 +247,41 @@ struct Lookups {
     PoolBagsFn pool_bags;
 };
 
+// PRODUCTS of rows with vectors. A row is read by windows of 64 bytes, each of which is sixteen words of 32 bits, one to a
+// lane: codes, the first in the lowest bits, or a float32 value. A code is taken from where it lies in its word, so it
+// counts 2^(bits * k) times, the k-th from the bottom; the vector's value has been divided by that. The topmost one is
+// shifted down, for its word is signed.
+inline constexpr size_t window_bytes_of_product = 64;
+
+struct WordRows {
+    const uint8_t* bytes;
+    size_t num_rows, row_bytes;
+    size_t num_windows;   // one after the other, ...
+    size_t last_window;   // ... but for the last one, which begins at this byte of a row: it may repeat what has been
+    int bits;             // 2, 4 or 8, of codes; 32: values
+};
+
+// Vectors in groups of group_vectors, of which the last may be one of 1 or 2: of each window and each k in turn, the
+// values of each vector of the group that go with the sixteen lanes, 0 where there is nothing or it has been.
+inline constexpr size_t group_vectors = 4;
+inline constexpr size_t group_of(size_t num_vectors) {
+    return num_vectors > 2 ? group_vectors : num_vectors;
+}
+
+// Many vectors are multiplied by unpacked rows, sixteen vectors to a panel: of each column in turn, the value of each.
+struct ValueRows {
+    const float* values;
+    size_t num_rows, stride, num_columns;
+};
+
+struct Products {
+    // products[stride * v + i]: of row i and vector v, with room for whole groups.
+    void (*multiply_words)(const WordRows&, const float* vectors, size_t num_vectors, float* products,
+                           size_t stride) noexcept;
+    // Adds to sums[16 * i + lane] the products of row i with the vectors of a panel, column by column.
+    void (*multiply_panel)(const ValueRows&, const float* panel, float* sums) noexcept;
+};
+
 // What packs rows of all layouts, and rotates them.
 struct PackingKernels {
     // out[i] = float32(values[i]) for float16 or bfloat16 values.
@@ -298,6 +333,7 @@ struct PackingKernels {
 struct Kernels : PackingKernels {
     const char* isa;
     Lookups lookups[num_layouts];
+    Products products;
 
     const Lookups& lookups_of(const PackedRows& rows) const { return lookups[static_cast<size_t>(rows.layout)]; }
 };

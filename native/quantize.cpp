@@ -4,9 +4,9 @@
 #include <bit>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <vector>
 
+#include "aligned.h"
 #include "dispatch.h"
 #include "exact.h"
 #include "threads.h"
@@ -19,22 +19,6 @@ namespace {
 
 // Values that a thread takes at a time: enough to make asking for more cheap, few enough to share evenly.
 constexpr size_t values_at_a_time = size_t{1} << 15;
-
-// Numbers on cache lines of their own: a vector across two lines costs two loads, and the search is that tight.
-template <class T>
-class Aligned {
-public:
-    explicit Aligned(size_t count) : values_(static_cast<T*>(operator new(count * sizeof(T), line))) {}
-
-    T* data() { return values_.get(); }
-
-private:
-    static constexpr std::align_val_t line{64};
-    struct Free {
-        void operator()(T* p) const { operator delete(p, line); }
-    };
-    std::unique_ptr<T, Free> values_;
-};
 
 // Hands out blocks of float32 rows, widening 16-bit ones into the calling thread's part of a buffer.
 class BlockReader {

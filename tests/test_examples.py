@@ -33,6 +33,9 @@ class Example(NamedTuple):
 
 EXAMPLES = {
     "dlrm.py": Example(("--steps", "20"), "torch", ("log loss", "asym", "greedy", "kmeans", "the planted model")),
+    "language_model.py": Example(
+        (), "transformers", ('tied="untie"', 'tied="share"', "the same", "opened again, it generates the same tokens")
+    ),
     "static_encoder.py": Example((), "sentence_transformers", ("mean cosine", "asym", "optimal", "trellis", "kmeans")),
     "torchrec_model.py": Example(
         ("--steps", "20"),

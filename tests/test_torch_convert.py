@@ -58,13 +58,22 @@ def test_the_report_prints_as_a_table():
     assert lines[0].split() == ["module", "rows", "dim", "before", "after", "ratio", "l2", "loss"]
     assert lines[1].split()[:6] == ["user", "100", "16", "6,400", "2,400", "37.50%"]
     assert lines[2].split()[0] == "kind"
-    assert lines[3] == "6,496 -> 2,448 bytes (37.68%)"
-    assert lines[4:] == ["left alone: towers.0, the filter says no", "left alone: towers.1, the filter says no"]
+    assert lines[3:5] == ["user: PackedEmbeddingBag", "kind: PackedEmbedding"]
+    assert lines[5] == "tables: 6,496 -> 2,448 bytes (37.68%)"
+    # Beside them 3,520 bytes of the towers, 36 of the layer, and a row format for each packed table.
+    assert lines[6] == "whole model: 10,052 -> 6,132 bytes (61.00%)"
+    assert lines[7:] == ["left alone: towers.0, the filter says no", "left alone: towers.1, the filter says no"]
+
+
+def test_modules_of_a_kind_are_counted_together():
+    report = quantize_(Recommender(), "asym")
+    assert report.became == (("user", "PackedEmbeddingBag"), *((f"towers.{i}", "PackedEmbedding") for i in range(2)))
+    assert str(report).splitlines()[4:6] == ["user: PackedEmbeddingBag", "2 modules: PackedEmbedding"]
 
 
 def test_a_tied_weight_is_refused_and_the_model_stays_as_it_is():
     model = LanguageModel()
-    with pytest.raises(ValueError, match=r"embed\.weight is also head\.weight, which stays float: pass tied='untie'"):
+    with pytest.raises(ValueError, match=r"embed\.weight is also head\.weight, which stays float: pass tied='share'"):
         quantize_(model)
     assert isinstance(model.embed, nn.Embedding)
     assert model.head.weight is model.embed.weight
@@ -73,9 +82,17 @@ def test_a_tied_weight_is_refused_and_the_model_stays_as_it_is():
 def test_a_tied_weight_can_be_untied():
     model = LanguageModel()
     weight = model.head.weight
-    quantize_(model, tied="untie")
+    report = quantize_(model, tied="untie")
     assert isinstance(model.embed, PackedEmbedding)
     assert model.head.weight is weight
+    # The floats are left in memory: nothing is saved.
+    assert (report.bytes_before, report.bytes_after) == (64 * 16 * 4, 64 * 16 * 4 + 64 * (8 + 4) + 64)
+    assert str(report).splitlines()[2:] == [
+        "embed: PackedEmbedding",
+        "tables: 4,096 -> 768 bytes (18.75%)",
+        "whole model: 4,096 -> 4,928 bytes (120.31%), larger than before",
+        "untied: head.weight stays float beside the packed rows; tied='share' has output layers use those",
+    ]
     assert model(torch.tensor([1, 2])).shape == (2, 64)
 
 
@@ -86,8 +103,13 @@ def test_shared_weights_and_modules_are_packed_once():
     model.again = model.first
     report = quantize_(model)
     assert model.again is model.first
-    assert model.second.packed.data_ptr() == model.first.packed.data_ptr()
-    assert [table.name for table in report.tables] == ["first", "second"]
+    assert model.second.packed is model.first.packed
+    assert [(table.name, table.bytes_before, table.bytes_after) for table in report.tables] == [
+        ("first", 320, 120),
+        ("second", 0, 0),
+    ]
+    assert str(report).splitlines()[2].split()[3:6] == ["0", "0", "shared"]
+    assert (report.bytes_before, report.bytes_after) == (320, 120 + 2 * 64)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +231,7 @@ class Frozen(nn.Module):
         super().__setattr__(name, value)
 
 
-@pytest.mark.parametrize("tied", ["refuse", "untie"])
+@pytest.mark.parametrize("tied", ["refuse", "share", "untie"])
 def test_nothing_is_changed_if_a_parent_refuses(tied):
     shared = nn.Embedding(20, 4)
     model = nn.ModuleDict({"first": nn.Embedding(20, 4), "again": shared, "locked": Frozen(item=shared)})
@@ -318,7 +340,7 @@ def test_a_subclass_is_left_alone_and_said_so():
     model = nn.ModuleDict({"scaled": Scaled(20, 4)})
     report = quantize_(model)
     assert report.left_alone == (("scaled", "a Scaled, whose own forward a packed module would not have"),)
-    assert str(report).splitlines()[1] == "0 -> 0 bytes"
+    assert str(report).splitlines()[1:3] == ["tables: 0 -> 0 bytes", "whole model: 320 -> 320 bytes (100.00%)"]
 
 
 def test_a_printed_report_has_names_that_can_be_seen():
@@ -331,7 +353,7 @@ def test_a_printed_report_has_names_that_can_be_seen():
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="the model is itself an embedding"):
         quantize_(nn.Embedding(20, 4))
-    with pytest.raises(ValueError, match="tied is 'maybe'; choose 'refuse' or 'untie'"):
+    with pytest.raises(ValueError, match="tied is 'maybe'; choose 'refuse', 'share' or 'untie'"):
         quantize_(Recommender(), tied="maybe")
     with pytest.raises(ValueError, match="bits is 3"):
         quantize_(Recommender(), bits=3)

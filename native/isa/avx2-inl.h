@@ -26,6 +26,7 @@ struct F64x16 {
 constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = false;   // two permutations, a shift and a blend
 constexpr size_t most_sums = 4;   // vectors of sums that stay in registers
+constexpr size_t product_sums = 4;   // those of products: as many as hide how long a multiply-add takes
 constexpr size_t rows_early = 3;    // rows whose levels are read before they are added
 constexpr size_t starts_at_once = 1;   // ranges that sums are made for in one pass
 constexpr size_t vectors_of_words = 4;   // that levels_of_words makes together
@@ -277,6 +278,16 @@ inline I32x16 splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_e
 inline I32x16 load_int(const int32_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+inline I32x16 load_words(const uint8_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+}
+inline I32x16 and_int(I32x16 a, I32x16 b) {
+    return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
+}
+inline I32x16 shift_right(I32x16 x, int count) {
+    return {_mm256_srli_epi32(x.low, count), _mm256_srli_epi32(x.high, count)};
 }
 inline Mask16 has_bit(I32x16 x, size_t bit) {
     const __m256i bits = _mm256_set1_epi32(1 << bit);

@@ -22,6 +22,7 @@ struct F64x16 {
 constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = true;
 constexpr size_t most_sums = 16;   // vectors of sums that stay in registers
+constexpr size_t product_sums = 8;   // those of products: as many as hide how long a multiply-add takes
 constexpr size_t rows_early = 2;    // rows whose levels are read before they are added
 constexpr size_t starts_at_once = 2;   // ranges that sums are made for in one pass
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
@@ -178,6 +179,9 @@ inline F32x16 look_up_in(const float* table, I32x16 indices) {
 }
 inline I32x16 splat_int(int32_t x) { return _mm512_set1_epi32(x); }
 inline I32x16 load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline I32x16 load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline I32x16 and_int(I32x16 a, I32x16 b) { return _mm512_and_si512(a, b); }
+inline I32x16 shift_right(I32x16 x, int count) { return _mm512_srli_epi32(x, static_cast<unsigned>(count)); }
 inline Mask16 has_bit(I32x16 x, size_t bit) { return _mm512_test_epi32_mask(x, _mm512_set1_epi32(1 << bit)); }
 inline I32x16 add_int(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
 inline I32x16 select_int(Mask16 m, I32x16 yes, I32x16 no) { return _mm512_mask_blend_epi32(m, no, yes); }

@@ -17,6 +17,7 @@ static_assert(std::is_same_v<decltype(has_fast_fma), const bool>,
 static_assert(std::is_same_v<decltype(looks_up_in_one), const bool>,
               "look_up takes less than a multiply-add, so rows have tables");
 static_assert(most_sums >= 1 && most_sums <= 16, "vectors of sums that stay in registers, a power of two");
+static_assert(product_sums >= 1 && product_sums <= 16, "vectors of sums of products that stay in registers, a power of two");
 static_assert(rows_early < 4, "rows whose levels are read before they are added");
 static_assert(starts_at_once >= 1, "ranges that `optimal` makes sums for in one pass");
 static_assert(std::is_same_v<decltype(notes_overflow), const bool>, "the CPU notes what store_f16 cannot hold");
@@ -78,7 +79,10 @@ static_assert(vectors_of_words <= 4, "vectors that levels_of_words makes togethe
     // INTEGERS
     codes = splat_int(1);
     codes = load_int(ints);
+    codes = load_words(bytes);                          // sixteen words of four bytes
     codes = add_int(codes, codes);
+    codes = and_int(codes, codes);
+    codes = shift_right(codes, 4);                      // zeros move in
     codes = select_int(mask, codes, codes);
     mask = has_bit(codes, n);
 

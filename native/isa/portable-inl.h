@@ -34,6 +34,7 @@ constexpr bool has_fast_fma = false;   // the C library's, which may be a functi
 #endif
 constexpr bool looks_up_in_one = true;   // sixteen multiply-adds a row, not one a value
 constexpr size_t most_sums = 2;
+constexpr size_t product_sums = 2;
 constexpr size_t rows_early = 1;
 constexpr size_t starts_at_once = 1;   // ranges that sums are made for in one pass
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
@@ -311,6 +312,20 @@ inline F32x16 look_up_in(const float* table, I32x16 indices) {
 }
 inline I32x16 splat_int(int32_t x) {
     return each_part<I32x16>([x](size_t) { return FourInts{x, x, x, x}; });
+}
+inline I32x16 load_words(const uint8_t* p) {
+    I32x16 x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+inline I32x16 and_int(I32x16 a, I32x16 b) {
+    return each_part<I32x16>([&](size_t k) { return a.part[k] & b.part[k]; });
+}
+inline I32x16 shift_right(I32x16 x, int count) {
+    using FourWords = uint32_t __attribute__((vector_size(16)));
+    return each_part<I32x16>([&](size_t k) {
+        return reinterpret_cast<FourInts>(reinterpret_cast<FourWords>(x.part[k]) >> static_cast<uint32_t>(count));
+    });
 }
 inline Mask16 has_bit(I32x16 x, size_t bit) {
     return each_part<Mask16>([&](size_t k) { return (x.part[k] & (1 << bit)) != 0; });

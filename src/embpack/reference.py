@@ -164,6 +164,20 @@ def dequantize(
     return narrow(rotate_back(levels) if row_format.rotation else levels, dtype)
 
 
+def linear(
+    vectors: NDArray[np.float32], rows: NDArray[np.float32], bias: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Multiply vectors [n, d] by dequantized rows [N, d] and add bias [N]: float32 [n, N].
+
+    Products and sums are float64, rounded once at the end, which is as near as float32 can be. Kernels add in float32,
+    in an order of their own, and factor a uniform row's scale and bias out:
+    ``scale * sum(code * x) + bias * sum(x)``. Source: torch.nn.functional.linear.
+    """
+    with np.errstate(all="ignore"):
+        products = vectors.astype(np.float64) @ rows.astype(np.float64).T
+        return (products if bias is None else products + bias).astype(F32)
+
+
 def rotation_signs(embedding_dim: int) -> NDArray[np.float32]:
     """Signs of columns, 1 or -1: the Rudin-Shapiro sequence, float32 [embedding_dim].
 

@@ -23,6 +23,7 @@ from embpack.errors import FormatError
 from embpack.layouts import RowFormat
 from embpack.layouts.uniform import UniformLayout
 from embpack.rows import ROW_DTYPES
+from embpack.vectors import as_vectors
 
 OUTPUT_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 _ROWS_AT_A_TIME = 256
@@ -298,6 +299,38 @@ class PackedTable:
             given = None if offsets is None else as_array(offsets, "offsets")
             raise self.explain_fault(fault, as_array(indices, "indices").reshape(-1), given)
         return out
+
+    def linear(self, input: Any, bias: Any = None) -> NDArray[np.float32]:
+        """Multiply vectors by all rows, straight from the packed bytes: an output layer whose weight is this table.
+
+        Up to eight vectors are multiplied by the codes themselves; for more, rows are unpacked, some at a time, within
+        the cache. All of it runs on embpack's threads. Results are the same bits whatever the CPU and the number of
+        threads; with the number of vectors their last bits may differ, as those of BLAS do.
+
+        Args:
+            input: [..., embedding_dim] of float32, float16 or bfloat16 (of ml_dtypes, or its bits in uint16).
+            bias: [num_embeddings], of the same types, or None.
+
+        Returns:
+            input @ weight.T + bias, float32 [..., num_embeddings], summed in float32.
+
+        Raises:
+            TypeError: input or bias is of another type.
+            ValueError: input or bias has another shape.
+            FormatError: a row has no codebook.
+
+        Source: torch.nn.functional.linear.
+        """
+        vectors = as_vectors(input, "input", self.embedding_dim)
+        added = None if bias is None else as_vectors(bias, "bias", self.num_embeddings)
+        if added is not None and added.ndim != 1:
+            raise ValueError(f"bias has shape {list(added.shape)}; it must be [{self.num_embeddings}]")
+        rows = vectors.reshape(-1, self.embedding_dim)
+        out = np.empty((len(rows), self.num_embeddings), np.float32)
+        fault = _native.linear(self.native_view, rows, added, out)
+        if fault != -1:
+            raise self.explain_fault(fault, None)
+        return out.reshape(*vectors.shape[:-1], self.num_embeddings)
 
     @cached_property
     def native_view(self) -> _native.TableView:

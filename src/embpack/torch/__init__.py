@@ -7,10 +7,11 @@ try:
 except ImportError as error:
     raise MissingExtraError("embpack.torch", "PyTorch", "torch") from error
 
-from embpack.torch import ops  # noqa: F401  (registers the operators)
+from embpack.torch import linear_ops, ops  # noqa: F401  (register the operators)
 from embpack.torch.checkpoint import load_checkpoint
 from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.convert import ModelReport, quantize_
+from embpack.torch.linear import PackedLinear
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, leave_tables_out_of_ddp
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PackedEmbedding",
     "PackedEmbeddingBag",
     "PackedEmbeddingBagCollection",
+    "PackedLinear",
     "leave_tables_out_of_ddp",
     "load_checkpoint",
     "quantize_",

@@ -3,13 +3,12 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from embpack.errors import kind_of
-from embpack.files import open_packed
 from embpack.formats import SourceTensor
 from embpack.formats.torch import DTYPES
 from embpack.table import PackedTable
@@ -19,31 +18,39 @@ from embpack.torch.convert import (
     find_additions,
     hanging,
     is_torchrec_bags,
+    make_packed,
     swap_collections,
     walk_children,
 )
 from embpack.torch.encoders import adopt_static_encoders
-from embpack.torch.modules import check_supported, leave_tables_out_of_ddp
+from embpack.torch.modules import check_supported, leave_tables_out_of_ddp, tables_of
 from embpack.torch.ops import dequantize
-from embpack.torch.tied import check_tied, group_names, retied
+from embpack.torch.packed_module import PackedModule
+from embpack.torch.pretrained import followed
+from embpack.torch.saved_state import open_tables
+from embpack.torch.tied import Tied, check_layer, check_tied, group_names
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse", "untie"] = "refuse") -> nn.Module:
+def load_checkpoint(
+    model: nn.Module, path: str | Path, *, tied: Literal["refuse", "share", "untie"] = "refuse"
+) -> nn.Module:
     """Load a checkpoint with packed tables into a model, which needs no memory for float tables at any time.
 
     Args:
         model: made on the meta device (with torch.device("meta"): ...), or with values, which are replaced. Each
             nn.Embedding and nn.EmbeddingBag whose weight is a packed table of the file becomes a packed module;
             TorchRec's collections become what quantize_ makes of them.
-        path: a file written by embpack quantize; for a sharded one its folder or index.
-        tied: what to do if a module that is not packed, such as a language model's output layer, has a weight that the
-            file has packed only: "refuse" raises, "untie" gives that module the table's rows as floats.
+        path: a file written by embpack quantize, or the safetensors file of a packed model's state dict, as
+            save_pretrained and safetensors' save_model write it; for a sharded one its folder or index.
+        tied: what to do if a module that is no embedding, such as a language model's output layer, has a weight that
+            the file has packed only: "refuse" raises; "share" makes that layer, an nn.Linear, a PackedLinear over the
+            same mapped rows; "untie" gives it the table's rows as floats.
 
     Returns:
         The model. Tables are mapped: opening does not depend on their size, and rows are read when they are looked up.
         What is written to them, as by another load_state_dict, stays in this process and does not reach the file. All
         other tensors are in memory, of the types that the file has; a packed module returns values of the type that its
-        weights had.
+        weights had, or of the first floats in the file of a state dict, which does not say it.
 
     Raises:
         FileNotFoundError: there is nothing at path.
@@ -56,37 +63,44 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, tied: Literal["refuse
     """
     check_tied(tied)
     _check_model(model)
-    tables: dict[str, PackedTable] = {}
-    floats: dict[str, Tensor] = {}
-    with open_packed(path) as files:
-        for file in files:
-            tables |= {name: file.table(name) for name in file.entries}
-            floats |= {name: _read(file.path, tensor) for name, tensor in file.others.items()}
+    with open_tables(path) as (tables, others):
+        floats = {name: _read(path, tensor) for name, tensor in others.items()}
     groups, places = group_names(model), _find_places(model)
     chosen = _choose_tables(places, groups, tables, floats)
-    packed = {place.name for module in chosen for place in places[module]}
-    floats = _share_floats(groups, {f"{name}.weight" for name in packed}, tables, floats, tied)
+    packed = {f"{place.name}.weight" for module in chosen for place in places[module]}
+    sources = _find_sources(groups, packed, tables, floats)
+    if tied == "share":
+        chosen |= _choose_layers(dict(model.named_modules(remove_duplicate=False)), sources)
+    loaded = _share_floats(groups, packed, floats, sources)
+    if tied == "untie":
+        unpack = cache(lambda name: dequantize(tables[name], getattr(torch, tables[name].dtype)))
+        loaded |= {source.name: unpack(source.table) for source in sources}
+    elif tied == "refuse":
+        _refuse_sources(sources)
+    made: dict[int, PackedModule] = {}
     swaps = [
-        (places[module], _pack(module, places[module][0].name, name, tables[name])) for module, name in chosen.items()
+        (places[module], _pack(module, places[module][0].name, name, tables[name], made))
+        for module, name in chosen.items()
     ]
-    with hanging() as hang, retied(model):
+    with hanging() as hang, followed(model):
         for hangs, new in swaps:
             for place in hangs:
                 hang(place, new)
         swap_collections(model, hang)
-        _load_floats(model, floats, tuple(f"{name}." for name in packed), path)
+        _load_floats(model, loaded, path)
         adopt_static_encoders(model)
         leave_tables_out_of_ddp(model)
     return model
 
 
-def _load_floats(model: nn.Module, floats: Mapping[str, Tensor], packed: tuple[str, ...], path: str | Path) -> None:
-    """Load all that is not packed; the names of what is begin with one of packed."""
+def _load_floats(model: nn.Module, floats: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load all that is not packed."""
     try:
         outcome = model.load_state_dict(floats, strict=False, assign=True)
     except RuntimeError as error:  # of sizes that differ
         raise ValueError(f"{path} does not go with the model: {error}") from None
-    missing = [name for name in outcome.missing_keys if not name.startswith(packed)]
+    packed = tables_of(model)
+    missing = [name for name in outcome.missing_keys if name not in packed]
     lacks = [("it", missing), ("the model", outcome.unexpected_keys)]
     if missing or outcome.unexpected_keys:
         what = ", and ".join(f"{owner} lacks {', '.join(names)}" for owner, names in lacks if names)
@@ -100,7 +114,7 @@ def _load_floats(model: nn.Module, floats: Mapping[str, Tensor], packed: tuple[s
         )
 
 
-def _read(path: Path, tensor: SourceTensor) -> Tensor:
+def _read(path: str | Path, tensor: SourceTensor) -> Tensor:
     """Read a tensor into memory of its own."""
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which load_checkpoint cannot load")
@@ -171,41 +185,69 @@ def _explain_nobodys(names: Sequence[str], places: Mapping[Any, Sequence[Place]]
     return f"the model has no embedding for {', '.join(names)}; it has {', '.join(own) or 'none'}"
 
 
-def _share_floats(
+class Source(NamedTuple):
+    """A weight of a module that is no embedding, which the file has packed only: under its own name or another."""
+
+    name: str
+    table: str
+    embedding: str
+
+
+def _find_sources(
     groups: Iterable[Sequence[str]],
     packed: Collection[str],
     tables: Mapping[str, PackedTable],
     floats: Mapping[str, Tensor],
-    tied: str,
+) -> list[Source]:
+    """Find the weights that have to be made of a table, though their modules are no embeddings."""
+    found = []
+    for names in groups:
+        has_floats = any(name in floats for name in names)
+        for name in names:
+            table = next((each for each in (name, *names) if each in tables), None)
+            if table is None or name in packed or name in floats or (has_floats and name not in tables):
+                continue
+            found.append(Source(name, table, next(each for each in names if each in packed)))
+    return found
+
+
+def _refuse_sources(sources: Iterable[Source]) -> None:
+    for name, table, embedding in sources:
+        raise ValueError(
+            f"{name} is also {embedding}, which is packed: pass tied='share' to have {name} use the same packed rows, "
+            f"tied='untie' to give it those rows as floats, or leave the table as it is, embpack quantize --exclude "
+            f"'{table}'"
+        )
+
+
+def _choose_layers(modules: Mapping[str, nn.Module], sources: Iterable[Source]) -> dict[Any, str]:
+    """Choose the output layers that get packed rows, each with the name of its table."""
+    chosen: dict[Any, str] = {}
+    for name, table, embedding in sources:
+        owner_name, _, parameter = name.rpartition(".")
+        owner = modules[owner_name]
+        check_layer(Tied(embedding, owner, owner_name, parameter), find_additions)
+        chosen[owner] = table
+    return chosen
+
+
+def _share_floats(
+    groups: Iterable[Sequence[str]],
+    packed: Collection[str],
+    floats: Mapping[str, Tensor],
+    sources: Iterable[Source],
 ) -> dict[str, Tensor]:
-    """Make all tensors to load: those of the file, and those of weights that it has under other names.
+    """Make all floats to load: those of the file, and those of weights that it has under other names.
 
     Names of one weight whose values are the same share one tensor, as in the model that was saved.
     """
-
-    @cache
-    def unpack(table: str) -> Tensor:
-        return dequantize(tables[table], getattr(torch, tables[table].dtype))
-
     loaded = {name: tensor for name, tensor in floats.items() if name not in packed}
+    left_out = {*packed, *(source.name for source in sources)}
     for names in groups:
         there = [floats[name] for name in names if name in floats]
         for name in names:
-            if name in packed:
-                continue
-            table = next((each for each in (name, *names) if each in tables), None)
-            if name in floats:
-                loaded[name] = next(tensor for tensor in there if _are_equal(tensor, floats[name]))
-            elif there and name not in tables:
-                loaded[name] = there[0]
-            elif table is not None:
-                embedding = next(each for each in names if each in packed)
-                if tied == "refuse":
-                    raise ValueError(
-                        f"{name} is also {embedding}, which is packed: pass tied='untie' to give {name} the table's "
-                        f"rows as floats, or leave the table as it is, embpack quantize --exclude '{table}'"
-                    )
-                loaded[name] = unpack(table)
+            if there and name not in left_out:
+                loaded[name] = next((each for each in there if _are_equal(each, floats.get(name, each))), there[0])
     return loaded
 
 
@@ -213,7 +255,7 @@ def _are_equal(tensor: Tensor, other: Tensor) -> bool:
     return tensor is other or (tensor.dtype == other.dtype and torch.equal(tensor, other))
 
 
-def _pack(module: Any, name: str, table_name: str, table: PackedTable) -> nn.Module:
+def _pack(module: Any, name: str, table_name: str, table: PackedTable, made: dict[int, PackedModule]) -> nn.Module:
     if type(module) in PACKED.values():
         raise ValueError(f"{name} is packed already; load the file into the model as it was before that")
     added = find_additions(module)
@@ -222,8 +264,9 @@ def _pack(module: Any, name: str, table_name: str, table: PackedTable) -> nn.Mod
             f"{name} has {added}, which a packed module would not have: add it after loading, or leave the table as it "
             f"is, embpack quantize --exclude '{table_name}'"
         )
-    shape = (module.num_embeddings, module.embedding_dim)
+    shape = tuple(module.weight.shape)
     if shape != table.shape:
         raise ValueError(f"{name} is {shape[0]} x {shape[1]}, but its table is {table.shape[0]} x {table.shape[1]}")
-    check_supported(module, name)
-    return PACKED[type(module)].like(module, table).train(module.training)
+    if type(module) in PACKED:
+        check_supported(module, name)
+    return make_packed(module, table, made)

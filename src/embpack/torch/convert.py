@@ -2,9 +2,9 @@
 
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -20,9 +20,12 @@ from embpack.tables import find_terminal_width, fit_table
 from embpack.text import printable
 from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.encoders import adopt_static_encoders
+from embpack.torch.linear import PackedLinear
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported, leave_tables_out_of_ddp
+from embpack.torch.packed_module import PackedModule
+from embpack.torch.pretrained import followed
 from embpack.torch.private import has_hooks
-from embpack.torch.tied import check_tied, key_of, refuse_tied, retied
+from embpack.torch.tied import Tied, check_layer, check_tied, find_tied, key_of, memory_of, refuse_tied
 from embpack.variant import Variant
 
 Filter = Callable[[nn.Module, str], bool]
@@ -34,15 +37,22 @@ class ModelReport:
     """What packing a model came to; print shows it as a table.
 
     Attributes:
-        tables: one for each module that was packed, in the model's order.
+        tables: one for each module that was packed, in the model's order, output layers last. One that shares its rows
+            with one before has 0 bytes.
         left_alone: name and reason of each embedding that was not.
         became: name of each module that was replaced, and what it is now; a TorchRec collection counts as one, with
             its tables and what those that stay float cost.
+        untied: names of the weights that stay float beside the rows of an embedding that had them, too.
+        bytes_before: of the whole model, parameters and buffers, each memory counted once.
+        bytes_after: the same when it was packed.
     """
 
     tables: tuple[TableReport, ...]
     left_alone: tuple[tuple[str, str], ...]
     became: tuple[tuple[str, str], ...] = ()
+    untied: tuple[str, ...] = ()
+    bytes_before: int = 0
+    bytes_after: int = 0
 
     def __str__(self) -> str:
         rows = list(map(_describe, self.tables))
@@ -50,8 +60,14 @@ class ModelReport:
         width = find_terminal_width()
         lines = fit_table(COLUMNS, rows, width, left=COLUMNS[:1], drop=drop, has_names=True).write("modules")
         before, after = (sum(getattr(table, name) for table in self.tables) for name in ("bytes_before", "bytes_after"))
-        lines.append(f"{before:,} -> {after:,} bytes" + (f" ({after / before:.2%})" if before else ""))
         lines += _count_alike(self.became)
+        lines.append(f"tables: {_compare(before, after)}")
+        larger = ", larger than before" if self.bytes_after > self.bytes_before else ""
+        lines.append(f"whole model: {_compare(self.bytes_before, self.bytes_after)}{larger}")
+        lines += [
+            f"untied: {printable(name)} stays float beside the packed rows; tied='share' has output layers use those"
+            for name in self.untied
+        ]
         lines += [f"{printable(table.name)}: {printable(table.warning)}" for table in self.tables if table.warning]
         lines += [f"left alone: {printable(name)}, {printable(reason)}" for name, reason in self.left_alone]
         return "\n".join(lines)
@@ -77,7 +93,7 @@ def quantize_(
     param_dtype: str | None = None,
     rotate: str | None = None,
     filter: Filter | None = None,
-    tied: Literal["refuse", "untie"] = "refuse",
+    tied: Literal["refuse", "share", "untie"] = "refuse",
     progress: Progress = lambda name, rows: None,
 ) -> ModelReport:
     """Pack the embeddings of a model, in place: each nn.Embedding and nn.EmbeddingBag becomes a packed module.
@@ -93,19 +109,20 @@ def quantize_(
         rotate: "hadamard" or None, as embpack.quantize takes it.
         filter: called with module and name, says whether to pack it, whatever its size. None packs all of at least 16
             rows that packing makes smaller: others save nothing worth their loss.
-        tied: what to do if a weight is shared with a module that is not packed, such as an output layer: "refuse"
-            raises, "untie" packs the embedding and leaves the other its float weight.
+        tied: what to do if a weight is shared with a module that is no embedding, such as a language model's output
+            layer: "refuse" raises; "share" makes that layer, an nn.Linear, a PackedLinear over the same packed rows;
+            "untie" packs the embedding and leaves the other its float weight, so that the model may become larger.
         progress: called with a module's name and its number of rows when it is packed.
 
     Returns:
-        What became of each embedding.
+        What became of each embedding, and of the bytes of the model.
 
     Raises:
         TypeError: model is no module, filter no function, or a weight is of another type than embpack.quantize takes,
             such as float64 or a DTensor; names it.
-        ValueError: a weight is tied, cannot be packed or has no values, a module does what a packed one cannot
-            (max_norm, sparse, scale_grad_by_freq), the module that it is in does not let it be replaced, the model is
-            itself an embedding, or an argument is not as above.
+        ValueError: a weight is tied (to another module than a plain nn.Linear, with "share"), cannot be packed or has
+            no values, a module does what a packed one cannot (max_norm, sparse, scale_grad_by_freq), the module that it
+            is in does not let it be replaced, the model is itself an embedding, or an argument is not as above.
 
     Source: torchao.quantization.quantize_, for its signature.
     """
@@ -119,22 +136,25 @@ def quantize_(
         raise ValueError(f"the model is itself an embedding ({kind}), which cannot be swapped in place; use from_float")
     variant = Variant(method, bits, param_dtype, rotate)
     places, left_alone = _find(model, filter, variant)
-    modules = [(module, places[module]) for module in places]
-    for module, hangs in modules:
+    for module, hangs in places.items():
         check_supported(module, hangs[0].name)
-    if tied == "refuse":
-        refuse_tied(model, [(module, hangs[0].name) for module, hangs in modules])
+    tied_weights = find_tied(model, [(module, hangs[0].name) for module, hangs in places.items()])
+    places |= _find_layers(model, tied_weights, tied)
+    bytes_before = count_bytes(model)
     packed: dict[Any, tuple[PackedTable, str | None]] = {}
+    made: dict[int, PackedModule] = {}
     reports, swaps = [], []
-    for module, hangs in modules:
+    for module, hangs in places.items():
         weight, key, start = module.weight, key_of(module.weight), perf_counter()
-        if key not in packed:
+        is_first = key not in packed
+        if is_first:
             packed[key] = _pack(weight, hangs[0].name, variant)
         table, warning = packed[key]
-        reports.append(_report(hangs[0].name, weight, table, perf_counter() - start, warning))
+        report = _report(hangs[0].name, weight, table, perf_counter() - start, warning)
+        reports.append(report if is_first else replace(report, bytes_before=0, bytes_after=0))
         progress(hangs[0].name, table.num_embeddings)
-        swaps.append((hangs, PACKED[type(module)].like(module, table).train(module.training)))
-    with hanging() as hang, retied(model):
+        swaps.append((hangs, make_packed(module, table, made)))
+    with hanging() as hang, followed(model):
         for hangs, new in swaps:
             for place in hangs:
                 hang(place, new)
@@ -143,7 +163,9 @@ def quantize_(
         leave_tables_out_of_ddp(model)
     inside = tuple(f"{name}." for name, _ in collections)
     alone = [(hangs[0].name, type(new).__name__) for hangs, new in swaps if not hangs[0].name.startswith(inside)]
-    return ModelReport(tuple(reports), tuple(left_alone), (*alone, *collections))
+    became = (*alone, *collections)
+    untied = tuple(each.name for each in tied_weights if each.owner not in places)
+    return ModelReport(tuple(reports), tuple(left_alone), became, untied, bytes_before, count_bytes(model))
 
 
 PACKED: dict[type, type[PackedEmbedding] | type[PackedEmbeddingBag]] = {
@@ -151,6 +173,29 @@ PACKED: dict[type, type[PackedEmbedding] | type[PackedEmbeddingBag]] = {
     nn.EmbeddingBag: PackedEmbeddingBag,
 }
 PACKED_KINDS = tuple(PACKED.values())
+# With that of output layers, which are packed only with the embedding whose weight they have.
+PACKED_WITH_LAYERS: dict[type, type[PackedModule]] = {**PACKED, nn.Linear: PackedLinear}
+
+
+def make_packed(module: Any, table: PackedTable, made: dict[int, PackedModule]) -> PackedModule:
+    """Make the packed module for a float one; all that are made of one table have the same tensors.
+
+    Args:
+        module: nn.Embedding, nn.EmbeddingBag or nn.Linear.
+        table: its rows.
+        made: the first module that was made of each table, by the table's id.
+    """
+    new = PACKED_WITH_LAYERS[type(module)].like(module, table).train(module.training)
+    first = made.setdefault(id(table), new)
+    if first is not new:
+        new.share_rows(first)
+    return new
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a model, each memory counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(dict(map(memory_of, tensors)).values())
 
 
 def is_torchrec_bags(module: nn.Module) -> bool:
@@ -258,8 +303,27 @@ def _find(
     return places, left_alone
 
 
+def _find_layers(model: nn.Module, tied_weights: Sequence[Tied], tied: str) -> dict[Any, list[Place]]:
+    """Find the output layers that are to share packed rows with an embedding, and where they hang.
+
+    Raises:
+        ValueError: none are to, but there are some; or one cannot have packed rows.
+    """
+    if tied == "refuse":
+        refuse_tied(tied_weights)
+    if tied != "share":
+        return {}
+    for each in tied_weights:
+        check_layer(each, find_additions)
+    places: dict[Any, list[Place]] = {each.owner: [] for each in tied_weights}
+    for module, place in walk_children(model):
+        if module in places:
+            places[module].append(place)
+    return places
+
+
 def find_additions(module: nn.Module) -> str | None:
-    """What somebody has added to an nn.Embedding or nn.EmbeddingBag, and a packed module would lose."""
+    """What somebody has added to an nn.Embedding, nn.EmbeddingBag or nn.Linear, and a packed module would lose."""
     if has_hooks(module):
         return "hooks"
     if "forward" in vars(module):
@@ -269,10 +333,11 @@ def find_additions(module: nn.Module) -> str | None:
         *module.named_buffers(recurse=False, remove_duplicate=False),
         *module.named_children(),
     ]
-    known = vars(type(module)(1, 1, device="meta"))
+    plain_module = type(module)(1, 1, device="meta")
+    known = {*vars(plain_module), *(name for name, _ in plain_module.named_parameters())}
     # Names with an underscore are those that frameworks leave on every module, as transformers does.
     plain = [name for name in vars(module) if name not in known and not name.startswith("_")]
-    return next((name for name in (*(name for name, _ in owned), *plain) if name != "weight"), None)
+    return next((name for name in (*(name for name, _ in owned), *plain) if name not in known), None)
 
 
 def _reason_to_leave(
@@ -328,8 +393,13 @@ def _count_alike(became: Iterable[tuple[str, str]]) -> list[str]:
     ]
 
 
+def _compare(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} bytes" + (f" ({after / before:.2%})" if before else "")
+
+
 def _describe(table: TableReport) -> tuple[str, ...]:
     before, after = table.bytes_before, table.bytes_after
-    ratio = f"{after / before:.2%}" if before else "-"
+    shares = before == 0 and table.num_embeddings > 0
+    ratio = f"{after / before:.2%}" if before else "shared" if shares else "-"
     shape = (f"{table.num_embeddings:,}", str(table.embedding_dim))
     return (table.name, *shape, f"{before:,}", f"{after:,}", ratio, f"{table.loss:.5f}")

@@ -53,10 +53,27 @@ def as_table(
     Raises:
         ValueError: they are not a table's (see PackedTable).
     """
+    by_row, shared = (None if entries is None else entries.numpy() for entries in (clusters, codebooks))
+    return table_of_arrays(row_format, packed.numpy(), by_row, shared)
+
+
+def table_of_arrays(
+    row_format: str,
+    packed: NDArray[Any],
+    clusters: NDArray[Any] | None = None,
+    codebooks: NDArray[Any] | None = None,
+    *,
+    dtype: str = "float32",
+) -> PackedTable:
+    """Make a PackedTable of arrays that are as a table's tensors, sharing their memory.
+
+    Raises:
+        ValueError: they are not a table's (see PackedTable).
+    """
     parsed = RowFormat.parse(row_format)
     by_row, shared = parsed.form.by_row(len(packed)), parsed.form.shared()
     return PackedTable(
-        packed.numpy(), parsed, clusters=_as_array(clusters, by_row), codebooks=_as_array(codebooks, shared)
+        packed, parsed, dtype, clusters=_as_array(clusters, by_row), codebooks=_as_array(codebooks, shared)
     )
 
 
@@ -68,12 +85,9 @@ def dequantize(table: PackedTable, dtype: torch.dtype) -> Tensor:
     return rows.view(dtype) if dtype == torch.bfloat16 else rows  # NumPy has its bits in uint16
 
 
-def _as_array(entries: Tensor | None, spec: ArraySpec | None) -> NDArray[Any] | None:
-    """View a tensor of what lies beside rows as the array that it should be; as it is if it cannot be that."""
-    if entries is None:
-        return None
-    array = entries.numpy()
-    if spec is None:
+def _as_array(array: NDArray[Any] | None, spec: ArraySpec | None) -> NDArray[Any] | None:
+    """View the bytes of what lies beside rows as the array that it should be; as it is if it cannot be that."""
+    if array is None or spec is None:
         return array
     of_entry: tuple[Any, ...] = spec.shape[1:]
     for dtype in spec.dtypes:
@@ -183,12 +197,10 @@ def _make_alike(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor
     return indices.contiguous(), offsets.contiguous()
 
 
-def refuse_forward_mode() -> None:
+def refuse_forward_mode(what: str = "a lookup with per_sample_weights") -> None:
     """Raise NotImplementedError in forward mode: PyTorch calls operators without the derivatives that come in."""
     if in_forward_mode():
-        raise NotImplementedError(
-            "forward-mode derivatives (torch.func.jvp, jacfwd) of a lookup with per_sample_weights; use backward()"
-        )
+        raise NotImplementedError(f"forward-mode derivatives (torch.func.jvp, jacfwd) of {what}; use backward()")
 
 
 def check_types(dtype: torch.dtype | None, **integers: Tensor | None) -> None:

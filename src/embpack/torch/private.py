@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree
 
 # Owner and name of each.
 USED: dict[str, tuple[object, str]] = {
@@ -21,7 +22,10 @@ USED: dict[str, tuple[object, str]] = {
     "torch.nn.modules.module._has_any_global_hook": (nn.modules.module, "_has_any_global_hook"),
     "torch.nn.Module._apply": (nn.Module, "_apply"),
     "torch.nn.Module._load_from_state_dict": (nn.Module, "_load_from_state_dict"),
+    "torch.Tensor._make_wrapper_subclass": (torch.Tensor, "_make_wrapper_subclass"),
     "the _schema of operators": (torch.ops.aten.add.Tensor, "_schema"),
+    "torch._C.DisableTorchFunctionSubclass": (torch._C, "DisableTorchFunctionSubclass"),
+    "torch.utils._pytree.tree_map": (_pytree, "tree_map"),
     "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
         DistributedDataParallel,
         "_set_params_and_buffers_to_ignore_for_model",
@@ -100,6 +104,39 @@ def argument_names(operator: Any) -> list[str]:
     Since before 2.0. There is no public way; the exporter to ONNX gives them by position.
     """
     return [argument.name for argument in operator._schema.arguments]
+
+
+def written_names(operator: Any) -> list[str]:
+    """Names of the arguments that an operator writes to.
+
+    Its schema has them, since before 2.0. There is no public way.
+    """
+    arguments = operator._schema.arguments
+    return [each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write]
+
+
+def make_wrapper(kind: type[Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """Make a tensor of a subclass that has a shape and a type but no values.
+
+    Since 1.10; PyTorch's documentation of subclasses shows it without listing it. There is no public way.
+    """
+    return torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
+
+
+def as_plain_tensors() -> Any:
+    """Make a context in which what a function returns is not of the subclasses of tensors that it was given.
+
+    Since 1.13 of this name; PyTorch's documentation of subclasses uses it. There is no public way.
+    """
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def map_tree(function: Any, values: Any) -> Any:
+    """Call a function with each value in nested tuples, lists and dicts, and return what it makes, nested alike.
+
+    Since 1.9; subclasses of tensors in PyTorch's own code use it. There is no public way.
+    """
+    return _pytree.tree_map(function, values)
 
 
 class GuardedModule(nn.Module):
