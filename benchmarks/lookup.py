@@ -16,6 +16,7 @@ from benchmarks.lookup_setup import BAG_SIZES, Setup, Sizes
 from benchmarks.lookups import CASES, make_workloads
 from benchmarks.peers import load_poolers
 from benchmarks.report import RaceResult
+from embpack.cli import show
 
 DIMS, QUICK_DIMS = (32, 64, 128, 256, 512), (64,)
 FULL, QUICK = Timing(rounds=15, sample_seconds=0.02), Timing(rounds=3, sample_seconds=0.005)
@@ -84,7 +85,10 @@ def run_races(options: argparse.Namespace) -> LookupReport:
     machine = describe_machine()
     setup = Setup(Sizes(dims, BAG_SIZES, table_bytes), poolers, left_out)
     workloads = make_workloads(setup, options.cases)
-    races = [RaceResult(workload.settings, race(workload, timing)) for workload in track(workloads, "Racing")]
+    races = [
+        RaceResult(workload.settings, race(workload, timing))
+        for workload in track(workloads, "Racing", console=show.errors)
+    ]
     return LookupReport(machine, left_out, races)
 
 

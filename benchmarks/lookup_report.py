@@ -4,11 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.harness import Standing
-from benchmarks.report import RaceResult, describe_ratio, make_table, print_machine
+from benchmarks.report import RaceResult, describe_ratio, print_machine
+from embpack.cli import show
 
 
 @dataclass(frozen=True)
@@ -22,27 +20,25 @@ class LookupReport:
 
 def print_lookup_report(report: LookupReport) -> None:
     """Print the machine, who is left out, and the races."""
-    console = Console()
-    print_machine(console, report.machine, report.left_out)
-    console.print(_make_races_table(report.races))
+    print_machine(report.machine, report.left_out)
+    _print_races(report.races)
 
 
-def _make_races_table(races: Iterable[RaceResult]) -> Table:
-    table = make_table(
+def _print_races(races: Iterable[RaceResult]) -> None:
+    show.output.print()
+    shown = show.start_table(
         "Sums of bags. M rows/s, µs a call: fastest round; ratio: our rate by theirs, median of rounds",
-        ("case", "d", "MB", "bags", "contestant"),
-        ("M rows/s", "µs", "ratio", "quartiles", "goal"),
+        ("contestant", "M rows/s", "µs", "ratio", "quartiles", "goal", ""),
+        left=("",),
     )
-    table.add_column("", no_wrap=True)
     for race in races:
         settings = race.settings
-        bags = f"{settings['bag_size']} {settings['distribution']}"
-        size = f"{settings['table_bytes'] / 2**20:.1f}"
-        for place, standing in enumerate(race.standings):
-            of_race = ("", "", "", "") if place else (settings["case"], str(settings["embedding_dim"]), size, bags)
-            table.add_row(*of_race, *_describe(standing))
-        table.add_section()
-    return table
+        case, d, size = settings["case"], settings["embedding_dim"], settings["table_bytes"] / 2**20
+        shown.add_row("")
+        shown.add_row(f"{case}, d = {d}, {size:.1f} MB, bags of {settings['bag_size']}, {settings['distribution']}")
+        for standing in race.standings:
+            shown.add_row(*_describe(standing))
+    show.output.print(shown)
 
 
 def _describe(standing: Standing) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from benchmarks.harness import PACKAGES, describe_machine
 from benchmarks.loss_report import LossReport, print_loss_report
 from benchmarks.losses import TABLES, list_ours, make_tables, measure_table
 from benchmarks.peers import load_quantizers
+from embpack.cli import show
 
 DIMS = (64,)
 ROWS, QUICK_ROWS = 20_000, 1_000
@@ -76,7 +77,9 @@ def run(options: argparse.Namespace) -> LossReport:
     quantizers = [*list_ours(exact_rows), *peers]
     machine = describe_machine((*PACKAGES, *PEER_PACKAGES))
     tables = list(make_tables(options.tables, options.dims, QUICK_ROWS if options.quick else ROWS))
-    found = [measure_table(name, weight, quantizers) for name, weight in track(tables, "Quantizing")]
+    found = [
+        measure_table(name, weight, quantizers) for name, weight in track(tables, "Quantizing", console=show.errors)
+    ]
     return LossReport(machine, left_out, found)
 
 

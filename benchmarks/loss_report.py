@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.losses import TableLosses
-from benchmarks.report import make_table, print_machine
+from benchmarks.report import print_machine
+from embpack.cli import show
 
 
 @dataclass(frozen=True)
@@ -21,21 +19,23 @@ class LossReport:
 
 def print_loss_report(report: LossReport) -> None:
     """Print the machine, who is left out, and a table for each table."""
-    console = Console()
-    print_machine(console, report.machine, report.left_out)
+    print_machine(report.machine, report.left_out)
     for table in report.tables:
-        console.print(_make_losses_table(table))
+        _print_losses(table)
         for way, reason in table.left_out.items():
-            console.print(f"{way} is left out: {reason}")
-    console.print("* least loss at its size. Ratio: to PyTorch's greedy search, or FBGEMM")
+            show.output.print(f"{way} is left out: {reason}")
+    show.output.print()
+    show.output.print("* least loss at its size. Ratio: to PyTorch's greedy search, or FBGEMM")
 
 
-def _make_losses_table(table: TableLosses) -> Table:
+def _print_losses(table: TableLosses) -> None:
     title = f"{table.table}: {table.num_embeddings:,} x {table.embedding_dim}, by bytes a row"
-    shown = make_table(title, ("", "library", "method"), ("bytes", "loss", "ratio"))
+    columns = ("", "library", "method", "bytes", "loss", "ratio")
+    show.output.print()
+    shown = show.start_table(title, columns, text_columns=3, cut="method")
     for own in table.losses:
         rows = "" if own.rows == table.num_embeddings else f", {own.rows:,} rows"
         ratio = "" if own.by_baseline is None else f"{own.by_baseline:.3f}"
         of_row = ("*" if own.on_front else "", own.library, own.method + rows)
         shown.add_row(*of_row, f"{own.bytes_per_row:.2f}", f"{own.loss:.5f}", ratio)
-    return shown
+    show.output.print(shown)

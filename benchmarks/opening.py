@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import save_model
 from torch import nn
 
 import embpack
+from embpack.cli import show
 from embpack.files import make_metadata, open_packed
 from embpack.formats import OutTensor
 from embpack.torch import load_checkpoint
@@ -101,12 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model(torch.tensor([[0, rows - 1]]))
         opened, more = time.perf_counter(), count_resident_bytes() - before
     table: Any = model.user_embedding
-    Console(highlight=False).print(
-        f"{rows:,} x {DIM}: {table.packed.nbytes:,} bytes of packed rows, {4 * DIM * rows:,} of float32\n"
-        f"model made on the meta device in {made - start:.3f} s, nearly all of which PyTorch takes for its first one\n"
+    for line in (
+        f"{rows:,} x {DIM}: {table.packed.nbytes:,} bytes of packed rows, {4 * DIM * rows:,} of float32",
+        f"model made on the meta device in {made - start:.3f} s, nearly all of which PyTorch takes for its first one",
         f"opened, and two rows looked up, in {opened - made:.4f} s, with {more / 2**20:.1f} MiB more in memory",
-        soft_wrap=True,
-    )
+    ):
+        show.output.print(line)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from benchmarks.peers import load_peers
 from benchmarks.races import Sizes, make_workloads
 from benchmarks.report import RaceResult, Report, print_report
 from benchmarks.streaming import measure_streaming
+from embpack.cli import show
 
 DIMS = (16, 32, 64, 128, 256, 512)
 IN_CACHE_BYTES, PAST_CACHE_BYTES = 8 << 20, 256 << 20
@@ -66,7 +67,10 @@ def run_races(options: argparse.Namespace) -> Report:
     peers, left_out = load_peers()
     machine = describe_machine()
     workloads = make_workloads(sizes, peers)
-    races = [RaceResult(workload.settings, race(workload, timing)) for workload in track(workloads, "Racing")]
+    races = [
+        RaceResult(workload.settings, race(workload, timing))
+        for workload in track(workloads, "Racing", console=show.errors)
+    ]
     methods = () if options.no_stream else STREAMED_METHODS
     streaming = [measure_streaming(method, options.stream_gb) for method in methods]
     return Report(machine, left_out, races, streaming)

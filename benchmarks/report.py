@@ -4,12 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.harness import Spread, Standing
 from benchmarks.streaming import MemoryUse
+from embpack.cli import show
 
 
 @dataclass(frozen=True)
@@ -32,45 +29,34 @@ class Report:
 
 def print_report(report: Report) -> None:
     """Print the machine and the tables."""
-    console = Console()
-    print_machine(console, report.machine, report.left_out)
-    console.print(_make_races_table(report.races))
+    print_machine(report.machine, report.left_out)
+    _print_races(report.races)
     if report.streaming:
-        console.print(_make_streaming_table(report.streaming))
+        _print_streaming(report.streaming)
 
 
-def print_machine(console: Console, machine: dict[str, Any], left_out: dict[str, str]) -> None:
+def print_machine(machine: dict[str, Any], left_out: dict[str, str]) -> None:
     """Print where figures come from, and who is missing."""
     versions = (f"{name} {version or '(missing)'}" for name, version in machine["versions"].items())
-    console.print(f"{machine['cpu']}, {machine['isa']}, Python {machine['python']}")
-    console.print(", ".join(versions))
+    show.output.print(f"{machine['cpu']}, {machine['isa']}, Python {machine['python']}")
+    show.output.print(", ".join(versions))
     for peer, reason in left_out.items():
-        console.print(f"{peer} is left out: {reason}")
+        show.output.print(f"{peer} is left out: {reason}")
 
 
-def make_table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
-    """Make an empty table: headers of text, then headers of numbers."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in left:
-        table.add_column(header, no_wrap=True)
-    for header in right:
-        table.add_column(header, no_wrap=True, justify="right")
-    return table
-
-
-def _make_races_table(races: Iterable[RaceResult]) -> Table:
-    table = make_table(
+def _print_races(races: Iterable[RaceResult]) -> None:
+    show.output.print()
+    shown = show.start_table(
         "Packing to 4 bits. Rows/s: fastest round; ratio: our rate by theirs, median of rounds",
-        ("method", "d", "MB", "contestant"),
-        ("M rows/s", "loss", "ratio", "quartiles"),
+        ("contestant", "M rows/s", "loss", "ratio", "quartiles"),
     )
     for race in races:
         method, d, table_bytes = (race.settings[key] for key in ("method", "embedding_dim", "table_bytes"))
-        for place, standing in enumerate(race.standings):
-            of_race = ("", "", "") if place else (method, str(d), f"{table_bytes / 2**20:.0f}")
-            table.add_row(*of_race, *_describe(standing))
-        table.add_section()
-    return table
+        shown.add_row("")
+        shown.add_row(f"{method}, d = {d}, {table_bytes / 2**20:.0f} MB")
+        for standing in race.standings:
+            shown.add_row(*_describe(standing))
+    show.output.print(shown)
 
 
 def _describe(standing: Standing) -> tuple[str, str, str, str, str]:
@@ -83,19 +69,19 @@ def describe_ratio(ratio: Spread | None) -> tuple[str, str]:
     return ("", "") if ratio is None else (f"{ratio.median:.2f}", f"{ratio.low:.2f}..{ratio.high:.2f}")
 
 
-def _make_streaming_table(streaming: Iterable[MemoryUse]) -> Table:
-    table = make_table(
+def _print_streaming(streaming: Iterable[MemoryUse]) -> None:
+    show.output.print()
+    shown = show.start_table(
         "embpack.quantize_file: MB at the peak",
-        ("method", "d", "MB"),
-        ("M rows/s", "anonymous", "file-mapped", "resident"),
+        ("method", "d", "MB", "M rows/s", "anonymous", "file-mapped", "resident"),
     )
     for use in streaming:
         sizes = (use.peak_anonymous_bytes, use.peak_mapped_bytes, use.peak_resident_bytes)
-        table.add_row(
+        shown.add_row(
             use.method,
             str(use.embedding_dim),
             f"{use.table_bytes / 2**20:.0f}",
             f"{use.rows_per_second / 1e6:.3f}",
             *(f"{size / 2**20:.0f}" for size in sizes),
         )
-    return table
+    show.output.print(shown)

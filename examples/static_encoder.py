@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from embpack.torch import quantize_
 
 QUERY = "read numbers from a text file"
-METHODS = (("asym", 4), ("greedy", 4), ("kmeans", 4), ("greedy", 8))
+METHODS = (("asym", 4), ("greedy", 4), ("optimal", 4), ("trellis", 4), ("kmeans", 4), ("optimal", 8))
 COLUMNS = ("method", "bits", "bytes", "of float", "mean cosine", "least", "same nearest", "of ten")
 
 

@@ -83,9 +83,10 @@ struct FeatureLookup {
     size_t table, feature;
     Pooling pooling;
     int64_t padding_index = no_padding;
+    size_t columns_before = 0;  // that are left, between those of the lookup before and its own
 };
 
-// Values of a row of the output of several lookups. Their tables and features must be there.
+// Values of a row of the output of several lookups, up to those of the last. Their tables and features must be there.
 size_t group_width(const std::vector<PackedRows>& tables, const std::vector<FeatureLookup>&, size_t num_features);
 
 // Pools bags of all features, `batch` of each, feature after feature. Returns a lookup with a fault, and the fault; a

@@ -86,7 +86,7 @@ size_t group_width(const std::vector<PackedRows>& tables, const std::vector<Feat
     for (const FeatureLookup& lookup : lookups) {
         require(lookup.table < tables.size(), "a lookup has no table");
         require(lookup.feature < num_features, "a lookup has no feature");
-        width += tables[lookup.table].embedding_dim;
+        width += lookup.columns_before + tables[lookup.table].embedding_dim;
     }
     return width;
 }
@@ -113,6 +113,7 @@ std::tuple<size_t, int64_t> pool_group_into(const std::vector<PackedRows>& table
         bags.pooling = lookups[i].pooling;
         bags.padding_index = lookups[i].padding_index;
         if (rows.num_rows == 0 && bags.start(0) < bags.start(batch)) return {i, static_cast<int64_t>(bags.start(0))};
+        to.values += lookups[i].columns_before * value_bytes(to.type);
         cut.push_back({rows, bags, to});
         to.values += rows.embedding_dim * value_bytes(to.type);
     }

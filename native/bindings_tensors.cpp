@@ -186,14 +186,19 @@ nb::object embedding_bag(nb::handle packed, std::string_view row_format, nb::han
         nb::arg("dtype") = dtype);
 }
 
-// Tables, and how often each is read and how pooled; their tensors come with each call.
+// Tables, how often each is read and how pooled, and columns of the output that are left for others to write; the
+// tables' tensors come with each call.
 class TensorGroup {
 public:
     void add(std::string_view row_format, std::string_view mode, int64_t padding_index, size_t num_lookups) {
         formats_.push_back(parse_row_format(row_format));
-        for (size_t i = 0; i < num_lookups; i++)
-            lookups_.push_back({formats_.size() - 1, 0, parse_mode(mode), padding_index});
+        for (size_t i = 0; i < num_lookups; i++) {
+            lookups_.push_back({formats_.size() - 1, 0, parse_mode(mode), padding_index, columns_left_});
+            columns_left_ = 0;
+        }
     }
+
+    void leave(size_t columns) { columns_left_ += columns; }
 
     nb::object pool(const nb::list& packed, const nb::list& clusters, const nb::list& codebooks,
                     const std::vector<size_t>& feature_of, size_t num_features, nb::handle indices, nb::handle offsets,
@@ -202,7 +207,7 @@ public:
         std::vector<FeatureLookup> lookups = lookups_;
         require(feature_of.size() == lookups.size(), "feature_of must have one for each lookup");
         for (size_t i = 0; i < lookups.size(); i++) lookups[i].feature = feature_of[i];
-        const size_t width = group_width(tables, lookups, num_features);
+        const size_t width = group_width(tables, lookups, num_features) + columns_left_;
 
         const dlpack::Tensor values = view_integer_tensor(indices), starts = view_integer_tensor(offsets);
         require(values.ndim == 1 && starts.ndim == 1, "indices and offsets must be 1-D");
@@ -248,6 +253,7 @@ private:
 
     std::vector<RowFormat> formats_;
     std::vector<FeatureLookup> lookups_;
+    size_t columns_left_ = 0;  // after the last lookup
 };
 
 }  // namespace
@@ -276,6 +282,7 @@ void bind_tensors(nb::module_& m) {
         .def(nb::init<>())
         .def("add", &TensorGroup::add, nb::arg("row_format"), nb::arg("mode"), nb::arg("padding_index"),
              nb::arg("num_lookups"), "Add a table.")
+        .def("leave", &TensorGroup::leave, nb::arg("columns"), "Leave columns of the output to be written by others.")
         .def("pool", &TensorGroup::pool, nb::arg("packed"), nb::arg("clusters"), nb::arg("codebooks"),
              nb::arg("feature_of"), nb::arg("num_features"), nb::arg("indices"), nb::arg("offsets"),
              nb::arg("per_sample_weights").none(), nb::arg("include_last_offset"), nb::arg("dtype"),

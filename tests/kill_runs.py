@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +35,17 @@ class Kind:
         name: for people, and of the folder in which it runs.
         run: writes a destination.
         suffix: of the destination; a folder has none.
-        replaces: whether another file is there before.
+        before: makes what is there before, if anything is.
     """
 
     name: str
     run: Callable[[Path], object]
     suffix: str = ""
-    replaces: bool = False
+    before: Callable[[Path], object] = lambda path: None
 
 
 def write_sources(folder: Path) -> None:
-    """Write what is read: a checkpoint, the same in shards, and the same packed."""
+    """Write what is read: a checkpoint, the same in shards beside a configuration, and both packed."""
     rng = np.random.default_rng(0)
     names = [f"{name}_embedding.weight" for name in ("user", "item", "shop")]
     tables = {name: rng.standard_normal((ROWS, DIM)).astype(np.float32) for name in names}
@@ -55,17 +56,30 @@ def write_sources(folder: Path) -> None:
         save_file({name: tables[name]}, shards / f"{name}.safetensors")
     weight_map = ",".join(f'"{name}": "{name}.safetensors"' for name in names)
     (shards / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{weight_map}}}}}')
+    (shards / "config.json").write_text("{}")
     embpack.quantize_file(source, folder / "packed.safetensors", method="asym")
+    embpack.quantize_file(shards, folder / "packed", method="asym")
 
 
 def list_kinds(folder: Path) -> list[Kind]:
     """List what is run on what write_sources wrote."""
     source, shards, packed = folder / "source.safetensors", folder / "shards", folder / "packed.safetensors"
+
+    def quantize(path: Path) -> object:
+        return embpack.quantize_file(source, path, method="greedy", force=True)
+
+    def quantize_shards(path: Path) -> object:
+        return embpack.quantize_file(shards, path, method="greedy")
+
+    def write_text(path: Path) -> object:
+        return path.write_bytes(b"as it was before")
+
     return [
-        Kind("quantize", lambda path: embpack.quantize_file(source, path, method="greedy"), ".safetensors", True),
-        Kind("quantize shards", lambda path: embpack.quantize_file(shards, path, method="greedy")),
-        Kind("dequantize", lambda path: embpack.dequantize_file(packed, path), ".safetensors", True),
-        Kind("save", lambda path: embpack.save(path, embpack.load(packed)), ".safetensors", True),
+        Kind("quantize", quantize, ".safetensors", write_text),
+        Kind("quantize shards", quantize_shards),
+        Kind("quantize shards again", quantize_shards, before=partial(shutil.copytree, folder / "packed")),
+        Kind("dequantize", lambda path: embpack.dequantize_file(packed, path, force=True), ".safetensors", write_text),
+        Kind("save", lambda path: embpack.save(path, embpack.load(packed), force=True), ".safetensors", write_text),
     ]
 
 
@@ -73,6 +87,13 @@ def read_tree(path: Path) -> dict[str, bytes]:
     """A file's bytes, or those of each file of a folder; nothing where there is neither."""
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path] * path.exists()
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _start(work: Callable[[], object]) -> int:
@@ -100,12 +121,10 @@ def kill(kind: Kind, folder: Path, runs: int, rng: np.random.Generator) -> Count
     path = folder / f"out{kind.suffix}"
     seconds = _run(lambda: kind.run(path))
     whole, outcomes = read_tree(path), Counter[str]()
-    before = {".": b"as it was before"} if kind.replaces else {}
     for _ in range(runs):
-        if kind.replaces:
-            path.write_bytes(before["."])
-        elif path.is_dir():
-            shutil.rmtree(path)
+        _remove(path)
+        kind.before(path)
+        before = read_tree(path)
         process = _start(lambda: kind.run(path))
         time.sleep(seconds * rng.uniform(0, 1.1))
         os.kill(process, signal.SIGKILL)
@@ -113,8 +132,6 @@ def kill(kind: Kind, folder: Path, runs: int, rng: np.random.Generator) -> Count
         found = read_tree(path)
         outcomes["whole" if found == whole else "as before" if found == before else "TORN"] += 1
     outcomes["temporaries"] = len([each for each in folder.iterdir() if each != path])
-    if not kind.replaces:
-        shutil.rmtree(path, ignore_errors=True)
     _run(lambda: kind.run(path))
     assert read_tree(path) == whole
     outcomes["LEFT BEHIND"] = len([each for each in folder.iterdir() if each != path])

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from embpack.formats.atomic import new_file, new_folder
+from embpack.formats.atomic import new_file
+from embpack.formats.new_folder import new_folder
 
 WRITE_LOTS = "with new_file(path) as file:\n    for _ in range(64): file.write(bytes(1 << 16))"
 WRITE_LOTS_IN_FOLDER = (
@@ -33,7 +34,8 @@ def temporaries(folder: Path) -> list[Path]:
 def script(body: str, path: Path) -> list[str]:
     lines = [
         "from pathlib import Path",
-        "from embpack.formats.atomic import new_file, new_folder",
+        "from embpack.formats.atomic import new_file",
+        "from embpack.formats.new_folder import new_folder",
         f"path = Path({str(path)!r})",
         "try:",
         *(f"    {line}" for line in body.splitlines()),
@@ -135,7 +137,10 @@ def test_folder_may_exist_if_it_is_empty(tmp_path):
 def test_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "a").touch()
     with (
-        pytest.raises(FileExistsError, match="is a folder that is not empty; remove it or choose another name"),
+        pytest.raises(
+            FileExistsError,
+            match="is a folder that is not empty, and nothing says that embpack wrote a; choose another",
+        ),
         new_folder(tmp_path, "index"),
     ):
         pass
@@ -402,7 +407,7 @@ def test_an_empty_folder_stays_and_is_filled(tmp_path, monkeypatch, name_it):
         (folder / "index").write_bytes(b"abc")
         (folder / "b").mkdir()
         (folder / "b" / "c").write_bytes(b"def")
-        assert temporaries(path) == [folder] == list(path.iterdir())
+        assert temporaries(path) == [folder.parent] == list(path.iterdir())
     assert sorted(names(path)) == ["b", "index"]
     assert (path / "b" / "c").read_bytes() == b"def"
     assert (path.stat().st_ino, path.stat().st_mode) == (before.st_ino, before.st_mode)

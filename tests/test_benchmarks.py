@@ -8,16 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import plain
+from rich.cells import cell_len
 
 import embpack
-from benchmarks import opening, peers
+from benchmarks import opening, peers, small_tables
 from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
-from benchmarks.harness import AnswersDifferError, Contestant, Timing, Workload, measure_spread, race
+from benchmarks.harness import AnswersDifferError, Contestant, Spread, Standing, Timing, Workload, measure_spread, race
+from benchmarks.lookup_report import LookupReport, print_lookup_report
 from benchmarks.lookups import CASES
-from benchmarks.losses import EXACT, SPECS, Loss, list_ours, make_tables, mark_front, measure_table
+from benchmarks.loss_report import LossReport, print_loss_report
+from benchmarks.losses import EXACT, SPECS, Loss, TableLosses, list_ours, make_tables, mark_front, measure_table
 from benchmarks.peers import LOSS_PEERS, Quantizer, Restored, load_quantizers
 from benchmarks.races import find_other_bytes, find_worse_row
+from benchmarks.report import RaceResult, Report, print_report
+from benchmarks.streaming import MemoryUse
 from benchmarks.touch import compile_touch, sum_touched
+from embpack.cli import show
 
 pytest.importorskip("torch")
 
@@ -154,6 +161,12 @@ def test_the_front_is_of_those_that_packed_all_rows():
     assert [own.method for own in found if own.on_front] == ["few", "twice", "least"]
 
 
+def test_a_collection_with_small_tables_is_timed(capsys, monkeypatch):
+    monkeypatch.setattr(small_tables, "REPETITIONS", 1)
+    small_tables.main(["--small", "3", "--batch", "2"])
+    assert re.match(r"3 small tables of 26, 2 bags each: [\d,]+ us float, [\d,]+ packed and", capsys.readouterr().out)
+
+
 def test_opening_says_what_it_took(capsys):
     opening.main(["--gigabytes", "0.5"])
     printed = capsys.readouterr().out
@@ -228,3 +241,31 @@ def test_spread_is_median_and_quartiles():
     assert (spread.low, spread.median, spread.high) == (2.0, 3.0, 4.0)
     spread = measure_spread([2.0, 1.0])
     assert (spread.low, spread.median, spread.high) == (1.0, 1.5, 2.0)
+
+
+@pytest.mark.parametrize("width", [80, None])
+def test_tables_of_benchmarks_have_one_line_a_contestant(monkeypatch, capsys, width):
+    monkeypatch.setattr(
+        show, "output", show.output if width is None else show.Printer(width=width, force_terminal=True)
+    )
+    ratio = Spread(300.31, 299.5, 300.99)
+    names = ["embpack PackedEmbeddingBagCollection", "PyTorch quantized.EmbeddingBag", "FBGEMM"]
+    standings = [Standing(name, 10, 1e9, 0.08, None if name == names[0] else ratio, 1.5) for name in names]
+    settings = {"case": "layouts-out-of-cache", "method": "optimal:effort=fast", "embedding_dim": 512}
+    settings |= {"table_bytes": 320 << 20, "bag_size": 100, "distribution": "uniform", "threads": 2}
+    races = [RaceResult(settings, standings)] * 3
+    machine = {"cpu": "AMD EPYC", "isa": "avx2", "python": "3.11", "versions": {"embpack": "1", "torch": None}}
+    use = MemoryUse("optimal", 64, 4 << 30, 1e6, 1 << 26, 1 << 28, 1 << 29)
+    losses = TableLosses(
+        "demo", 20_000, 64, [Loss("ONNX Runtime", 'm, rotate="hadamard"' * 3, 20_000, 36.0, 0.1, 1.0, True)], {}
+    )
+    print_report(Report(machine, {}, races, [use]))
+    print_lookup_report(LookupReport(machine, {}, races))
+    print_loss_report(LossReport(machine, {}, [losses]))
+    lines = plain(capsys.readouterr().out).splitlines()
+    if width is None:
+        assert sum(line.startswith(names[0]) for line in lines) == 6
+        assert any('m, rotate="hadamard"' * 3 in line for line in lines)
+    else:
+        assert [line for line in lines if cell_len(line) > width] == []
+        assert len([line for line in lines if re.match(r"FBGEMM .*300\.31.*299\.50\.\.300\.99", line)]) == 6

@@ -5,9 +5,6 @@ import itertools
 import re
 import shlex
 from functools import cache
-from html.parser import HTMLParser
-from pathlib import Path
-from xml.etree import ElementTree
 
 import ml_dtypes
 import numpy as np
@@ -23,25 +20,21 @@ from checkpoints import (
     write_shards,
     write_torch,
 )
+from comparisons import compare_file, make_file, make_result, make_table_comparison
 from hypothesis import given
 from hypothesis import strategies as st
 
 import embpack
 from embpack import reference
-from embpack.comparison.array import QUANTILES, Comparison, Skipped
-from embpack.comparison.checkpoint import FileComparison, TableComparison, compare_table, sum_tables
+from embpack.comparison.array import QUANTILES
+from embpack.comparison.checkpoint import sum_tables
 from embpack.comparison.front import find_front, name_variant
-from embpack.comparison.report import make_page
-from embpack.comparison.report.labels import Box, place_beside, place_column, spread
-from embpack.comparison.report.svg import Scale
 from embpack.comparison.variants import make_variants
-from embpack.formats import open_checkpoint
 from embpack.layouts import BITS, PARAM_BYTES
-from embpack.methods import DEFAULT_METHOD, METHODS, Greedy
+from embpack.methods import METHODS, Greedy
+from embpack.readers import find_readers
 from embpack.rotation import rotate
 from embpack.rows import spread_rows
-from embpack.rules import Rules, decide_all
-from embpack.text import printable
 from embpack.variant import Variant
 
 BF16 = ml_dtypes.bfloat16
@@ -49,35 +42,6 @@ BF16 = ml_dtypes.bfloat16
 
 def make_weight(rows=150, dim=24, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal((rows, dim)).astype(dtype)
-
-
-def make_result(bytes_per_row=36.0, loss=0.1, table="emb", **values):
-    """A result with round figures."""
-    whole = {
-        "table": table,
-        "method": "greedy",
-        "bits": 4,
-        "param_dtype": "float16",
-        "rotate": None,
-        "layout": "uniform",
-        "loss": loss,
-        "bytes_per_row": bytes_per_row,
-        "share_of_float32": bytes_per_row / 256,
-        "is_smaller": bytes_per_row < 256,
-        "worst_row": 3,
-        "worst_row_loss": 2 * loss,
-        "row_losses": tuple(loss * (0.5 + 1.5 * share) for share in QUANTILES),
-        "rows_per_second": 1e6,
-    }
-    return Comparison(**{**whole, **values})
-
-
-def compare_file(src: Path, variants=None, most_rows=None, include=(), exclude=()) -> FileComparison:
-    rules = Rules(tuple(include), tuple(exclude))
-    with open_checkpoint(src) as checkpoint:
-        decisions = [decision for decision in decide_all(checkpoint, rules) if decision.row_format]
-        tables = tuple(compare_table(decision, variants or make_variants(), most_rows) for decision in decisions)
-    return FileComparison(src, tables, tuple(include), tuple(exclude), 2)
 
 
 # What is compared
@@ -162,6 +126,7 @@ def test_figures_are_those_of_quantize(method, dtype):
     losses = np.divide(errors, norms, where=norms > 0, out=np.full(len(norms), -1.0))
     param_dtype = "float32" if method == "trellis" else "float16"
     assert (result.method, result.bits, result.param_dtype, result.layout) == (method, 4, param_dtype, table.layout)
+    assert result.readers == find_readers(table.row_format)
     assert result.loss == table.loss
     assert result.bytes_per_row == table.nbytes / len(weight)
     assert result.share_of_float32 == table.nbytes / (4 * weight.size)
@@ -169,6 +134,7 @@ def test_figures_are_those_of_quantize(method, dtype):
     assert result.worst_row_loss == pytest.approx(losses.max(), rel=1e-12)
     assert result.row_losses == pytest.approx(np.quantile(losses[norms > 0], QUANTILES), rel=1e-12)
     assert 0 < result.rows_per_second < np.inf
+    assert 0 < result.lookups_per_second < np.inf
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -212,15 +178,26 @@ def test_tables_of_zeros_have_no_loss_in_any_way(tmp_path):
     comparison = compare_file(write_safetensors(tmp_path, Arrays({"a_emb": zeros, "b_emb": zeros.copy()})))
     assert {result.loss for result in comparison.overall} == {0}
     assert comparison.recommended.loss == 0
-    page = make_page(comparison)
-    ElementTree.fromstring(page)
-    assert "nan" not in page and "less loss" not in page
 
 
 def test_a_table_of_zeros_has_no_loss():
     (result,) = embpack.compare(np.zeros((20, 8), np.float32), ["asym"])
     assert (result.loss, result.worst_row, result.worst_row_loss) == (0, 0, 0)
     assert result.row_losses == (0.0,) * len(QUANTILES)
+
+
+def test_lookups_are_timed_on_one_thread(monkeypatch, restore_threads):
+    embpack.set_num_threads(2)
+    real, seen = embpack.PackedTable.embedding_bag, []
+
+    def spy(table, indices, **options):
+        seen.append((embpack.get_num_threads(), indices.shape, options))
+        return real(table, indices, **options)
+
+    monkeypatch.setattr(embpack.PackedTable, "embedding_bag", spy)
+    embpack.compare(make_weight(), ["asym"])
+    assert set(map(str, seen)) == {str((1, (1000, 20), {"mode": "sum"}))}
+    assert embpack.get_num_threads() == 2
 
 
 def test_the_weight_is_not_changed():
@@ -249,6 +226,13 @@ def test_what_a_method_does_not_support_is_left_out_with_a_warning():
     with pytest.warns(UserWarning, match=r"left out asym at 4 bits with float16 parameters: .* overflows float16"):
         results = embpack.compare(weight, ["asym"], param_dtype=["float16", "float32"])
     assert [result.param_dtype for result in results] == ["float32"]
+
+
+@pytest.mark.parametrize("bits", [3, 3.5])
+def test_bits_that_only_one_of_the_methods_has_are_left_out_of_the_others(bits):
+    with pytest.warns(UserWarning, match=rf"left out asym at {bits} bits: bits is {bits}; choose 2, 4 or 8"):
+        results = embpack.compare(make_weight(), ["asym", "trellis"], [bits, 4])
+    assert [(result.method, result.bits) for result in results] == [("asym", 4), ("trellis", bits), ("trellis", 4)]
 
 
 def test_nothing_that_can_be_done_is_an_error():
@@ -283,23 +267,6 @@ def test_the_front_is_what_brute_force_finds(points):
     assert find_front(results) == [first[place] for place in sorted(first)]
 
 
-def make_file(*results, name="model.safetensors", **values):
-    table = compare_file_table(results)
-    return FileComparison(Path(name), (table,), **{"include": (), "exclude": (), "threads": 2, **values})
-
-
-def compare_file_table(results, name="emb", rows=100):
-    return TableComparison(name, rows, 64, "float32", rows, 1.0, tuple(results), ())
-
-
-def test_recommended_is_the_least_loss_at_the_size_of_the_default():
-    results = make_result(20, 0.3), make_result(36, 0.11), make_result(36, 0.1), make_result(40, 0.09)
-    assert make_file(*results).recommended is results[2]
-    assert make_file(results[0], results[3]).recommended is results[0]
-    assert make_file(results[3], make_result(72, 0.01)).recommended is results[3]
-    assert make_file(make_result(256, 0.0)).recommended is None
-
-
 @pytest.mark.parametrize(
     ("src", "variant", "globs", "expected"),
     [
@@ -307,14 +274,14 @@ def test_recommended_is_the_least_loss_at_the_size_of_the_default():
             "model.pt",
             ("greedy", 4, "float16"),
             ((), ()),
-            "model.pt model-4bit.safetensors --method greedy --bits 4 --param-dtype float16",
+            "model.pt model-greedy-4bit.safetensors --method greedy --bits 4 --param-dtype float16",
         ),
         (
             "a b/m.npy",
             ("greedy:b=1000,r=0.5", 8, "float16"),
             (("x*",), ("y z", "w")),
-            "'a b/m.npy' 'a b/m-8bit.safetensors' --method greedy:b=1000,r=0.5 --bits 8 --param-dtype float16 "
-            "--include 'x*' --exclude 'y z' --exclude w",
+            "'a b/m.npy' 'a b/m-greedy-b=1000-r=0.5-8bit-float16.safetensors' --method greedy:b=1000,r=0.5 --bits 8 "
+            "--param-dtype float16 --include 'x*' --exclude 'y z' --exclude w",
         ),
         ("m/model.safetensors.index.json", ("asym", 2, "float16"), ((), ()), None),
     ],
@@ -323,7 +290,7 @@ def test_commands_are_ready_for_a_shell(src, variant, globs, expected):
     method, bits, param_dtype = variant
     comparison = make_file(name=src, include=globs[0], exclude=globs[1])
     command = comparison.write_command(make_result(method=method, bits=bits, param_dtype=param_dtype))
-    expected = expected or f"{src} m-2bit --method asym --bits 2 --param-dtype float16"
+    expected = expected or f"{src} m-asym-2bit --method asym --bits 2 --param-dtype float16"
     assert command == f"embpack quantize {expected}"
 
 
@@ -337,6 +304,24 @@ def test_the_recommended_command_gives_the_promised_loss(tmp_path, write):
     report = embpack.quantize_file(src, words[3], method=options["--method"], bits=int(options["--bits"]))
     assert report.tables[0].loss == comparison.recommended.loss
     assert report.tables[0].bytes_after == comparison.recommended.bytes_per_row * 150
+
+
+def test_each_command_writes_a_file_of_its_own():
+    variants = make_variants(["asym", "greedy", "greedy:b=100"], BITS, list(PARAM_BYTES), [None, "hadamard"])
+    variants += make_variants(["trellis"], [2, 2.5, 4], rotate=[None, "hadamard"])
+    results = [
+        make_result(
+            method=variant.spec,
+            bits=variant.bits,
+            param_dtype=variant.make_row_format(64).param_dtype,
+            rotate=variant.rotate,
+        )
+        for variant in variants
+    ]
+    for name in ("model.safetensors", "m/model.safetensors.index.json"):
+        comparison = make_file(*results, name=name)
+        written = {shlex.split(comparison.write_command(result))[3] for result in results}
+        assert len(written) == len(results) == 42
 
 
 def test_names_tell_twins_apart():
@@ -441,8 +426,9 @@ def test_totals_are_those_of_all_rows_together(tmp_path):
         results = {r.table: r for table in comparison.tables for r in table.results if r.variant == total.variant}
         worst = max(results.values(), key=lambda result: result.worst_row_loss)
         assert (total.worst_table, total.worst_row) == (worst.table, worst.worst_row)
-        seconds = sum(len(weights[name]) / result.rows_per_second for name, result in results.items())
-        assert total.rows_per_second == pytest.approx(210 / seconds, rel=1e-9)
+        for rate in ("rows_per_second", "lookups_per_second"):
+            seconds = sum(len(weights[name]) / getattr(result, rate) for name, result in results.items())
+            assert getattr(total, rate) == pytest.approx(210 / seconds, rel=1e-9)
 
 
 @pytest.mark.parametrize("method", ["trellis", "kmeans-cls:K=8", "kmeans", "optimal"])
@@ -457,219 +443,27 @@ def test_bytes_are_those_of_the_whole_table(tmp_path, method):
 
 
 def test_a_sample_stands_for_its_table_in_the_total():
-    a = dataclasses.replace(compare_file_table([make_result(36.0, 0.1)], "a", 1000), rows_measured=10, square_norm=2.0)
-    b = dataclasses.replace(compare_file_table([make_result(20.0, 0.3)], "b", 100), rows_measured=100, square_norm=50.0)
+    a = dataclasses.replace(
+        make_table_comparison([make_result(36.0, 0.1)], "a", 1000), rows_measured=10, square_norm=2.0
+    )
+    b = dataclasses.replace(
+        make_table_comparison([make_result(20.0, 0.3)], "b", 100), rows_measured=100, square_norm=50.0
+    )
     (total,) = sum_tables([a, b])
     # 200 of a's squares, 50 of b's.
     assert total.loss == pytest.approx(np.sqrt((0.01 * 200 + 0.09 * 50) / 250), rel=1e-12)
     assert total.bytes_per_row == (36 * 1000 + 20 * 100) / 1100
 
 
+def test_a_total_is_read_by_those_who_read_all_tables():
+    readers = ("torch", "onnx"), ("fbgemm", "onnx")
+    tables = [
+        make_table_comparison([make_result(readers=each)], name) for each, name in zip(readers, "ab", strict=True)
+    ]
+    assert sum_tables(tables)[0].readers == ("onnx",)
+
+
 def test_a_total_has_what_every_table_has():
     both = make_result(), make_result(method="asym")
-    tables = compare_file_table(both, "a"), compare_file_table(both[:1], "b")
+    tables = make_table_comparison(both, "a"), make_table_comparison(both[:1], "b")
     assert [total.method for total in sum_tables(tables)] == ["greedy"]
-
-
-# The page
-
-
-class Tags(HTMLParser):
-    """Names and attributes of all elements."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.found = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-
-@pytest.fixture
-def comparison(tmp_path):
-    weights = {"user_emb": make_weight(), "item_emb": make_weight(40, 8, 1)}
-    return compare_file(write_safetensors(tmp_path, Arrays(weights)))
-
-
-def test_the_page_asks_nothing_of_any_network(comparison):
-    page = make_page(comparison)
-    assert re.findall(r"(?:https?:)?//\S*", page.replace(str(comparison.src), "")) == []
-    assert "url(" not in page
-    assert "@import" not in page
-    tags = Tags(page).found
-    assert {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "embed", "base"} == set()
-    assert [attributes for _, attributes in tags if {"src", "href", "xlink:href"} & set(attributes)] == []
-
-
-def test_the_page_is_well_formed(comparison):
-    root = ElementTree.fromstring(make_page(comparison))
-    assert [child.tag for child in root] == ["head", "body"]
-    # For a screen and for a phone: two pictures of the total, three of each table.
-    assert len(list(root.iter("svg"))) == 2 * (2 + 3 + 3)
-
-
-def test_the_page_has_the_figures_and_the_commands(comparison):
-    root = ElementTree.fromstring(make_page(comparison))
-    shown = [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
-    by_size = sorted(comparison.overall, key=lambda result: (result.bytes_per_row, result.loss))
-    assert [row[:4] for row in shown[1 : 1 + len(by_size)]] == [
-        [result.variant.name, result.layout, str(result.bits), f"{result.loss:.5f}"] for result in by_size
-    ]
-    commands = ["".join(code.itertext()) for code in root.iter("code")]
-    expected = [comparison.write_command(result) for result in comparison.front]
-    assert commands == [comparison.write_command(comparison.recommended), *expected]
-
-
-def test_the_page_marks_the_front(comparison):
-    (table,) = [t for t in comparison.tables if t.name == "user_emb"]
-    page = make_page(dataclasses.replace(comparison, tables=(table,)))
-    picture = next(ElementTree.fromstring(page).iter("svg"))
-    points = [point for point in picture.iter("circle") if point.get("class") in ("best", "other")]
-    best = {next(point.iter("title")).text for point in points if point.get("class") == "best"}
-    assert len(points) == len(table.results)
-    assert len(best) == len(find_front(table.results))
-    assert all(any(text.startswith(str(result.variant)) for text in best) for result in find_front(table.results))
-
-
-def explain(*results):
-    """What the page says of the recommended one."""
-    section = next(ElementTree.fromstring(make_page(make_file(*results))).iter("section"))
-    return "".join(list(section)[-1].itertext()).replace("\xa0", " ")
-
-
-# The default takes 36 bytes a row of 64 values.
-OPTIMAL = make_result(36.0, 0.1, method=DEFAULT_METHOD)
-ASYM = make_result(36.0, 0.12, method="asym", rows_per_second=4e6)
-
-
-@pytest.mark.parametrize(
-    ("results", "said"),
-    [
-        (
-            [make_result(40.0, 0.08, method="kmeans"), make_result(72.0, 0.01)],
-            "It is the smallest of those that were measured; quantize's default, optimal at 4 bits, is smaller.",
-        ),
-        # Within 1 % of the default's bytes.
-        (
-            [OPTIMAL, ASYM, make_result(36.1, 0.06, method="trellis", rows_per_second=5e5)],
-            "Of those measured that take at most 1 % more bytes than quantize's default, optimal at 4 bits, it has the "
-            "least loss. Against optimal, 40.0 % less loss; packing takes 2.0 times as long. Against asym, 50.0 % less "
-            "loss; packing takes 8.0 times as long.",
-        ),
-        (
-            [OPTIMAL, ASYM, make_result(40.0, 0.01)],
-            "It is quantize's default, optimal at 4 bits. Of those measured that take at most 1 % more bytes, it has "
-            "the least loss. Against asym, 16.7 % less loss; packing takes 4.0 times as long.",
-        ),
-        (
-            [OPTIMAL, make_result(36.0, 0.0995, method=DEFAULT_METHOD, rotate="hadamard")],
-            "It is quantize's default, optimal at 4 bits. Of those measured that take at most 1 % more bytes, it has "
-            "the least loss, but for rotated rows that save less than 1 %.",
-        ),
-        (
-            [make_result(20.0, 0.3), make_result(28.0, 0.2)],
-            "Of those measured that take at most 1 % more bytes than quantize's default, optimal at 4 bits, it has the "
-            "least loss.",
-        ),
-    ],
-)
-def test_what_the_page_says_of_the_recommended_one_is_so(results, said):
-    assert explain(*results) == said
-
-
-@pytest.mark.parametrize("name", ["\x1b[31memb", "a\n_emb", "\u202eemb", "\x00emb", "\ud800emb"])
-def test_names_that_cannot_be_seen_are_escaped_on_the_page(name):
-    result = make_result(table=name)
-    skipped = Skipped(name, Variant("asym", 8), f"{name}[3] is odd")
-    tables = [dataclasses.replace(compare_file_table([result], each), skipped=(skipped,)) for each in (name, "emb")]
-    page = make_page(FileComparison(Path(f"{name}.npy"), tuple(tables), (name,), (), 1))
-    root = ElementTree.fromstring(page)
-    text = "".join(root.itertext())
-    assert [c for c in page if not c.isprintable() and c not in "\n\xa0"] == []
-    assert next(root.iter("title")).text == f"Packing {printable(name)}.npy"
-    assert f"{printable(name)}: asym at 8 bits: {printable(name)}[3] is odd" in text
-    assert text.count(printable(name)) >= 6
-    assert all(code.isprintable() for code in ("".join(code.itertext()) for code in root.iter("code")))
-
-
-@pytest.mark.parametrize("name", ["<b>bold</b> emb", "[red] emb", "a&b;\"emb'", "]]> emb", "<script>emb"])
-def test_names_are_shown_as_they_are(tmp_path, name):
-    weights = {name: make_weight(), "other_emb": make_weight()}
-    page = make_page(compare_file(write_safetensors(tmp_path, Arrays(weights)), include=["*"]))
-    root = ElementTree.fromstring(page)
-    assert [summary.text for summary in root.iter("summary")] == [f"{name} ", "other_emb "]
-    assert {"b", "script"} & {tag for tag, _ in Tags(page).found} == set()
-
-
-def test_what_is_left_out_is_on_the_page():
-    table = compare_file_table([make_result()])
-    skipped = Skipped("emb", Variant("asym", 8, "float32"), "not <at> 8 bits")
-    page = make_page(FileComparison(Path("m.npy"), (dataclasses.replace(table, skipped=(skipped,)),), (), (), 1))
-    (item,) = [item for item in ElementTree.fromstring(page).iter("li") if "class" not in item.attrib][-1:]
-    assert "".join(item.itertext()) == "emb: asym at 8 bits with float32 parameters: not <at> 8 bits"
-
-
-@pytest.mark.parametrize(
-    "results",
-    [
-        [make_result(loss=0.0, worst_row_loss=0.0, row_losses=(0.0,) * 9)],
-        [make_result(loss=0.0, worst_row_loss=0.0, row_losses=(0.0,) * 9), make_result(40.0, 0.5)],
-        [make_result(256.0)],
-        [make_result(loss=1e-30), make_result(loss=1e30)],
-        [make_result(float(size), 1 / size, method=f"greedy:b={size}") for size in range(1, 60)],
-    ],
-    ids=["no loss", "one without loss", "nothing is smaller", "far apart", "many"],
-)
-def test_pages_of_odd_results(results):
-    page = make_page(make_file(*results))
-    root = ElementTree.fromstring(page)
-    assert len(list(root.iter("tr"))) == 1 + len(results)
-    numbers = [value for e in root.iter() for key, value in e.items() if key in ("x", "y", "x1", "cx", "cy", "width")]
-    assert all(-10 <= float(number) <= 2000 for number in numbers)
-    assert "nan" not in page
-
-
-def test_a_page_without_a_way_for_all_tables():
-    tables = compare_file_table([make_result()], "a"), compare_file_table([make_result(method="asym")], "b")
-    comparison = FileComparison(Path("m.npz"), tables, (), (), 2)
-    assert comparison.recommended is None
-    root = ElementTree.fromstring(make_page(comparison))
-    assert len(list(root.iter("svg"))) == 2 * (3 + 3)
-
-
-# Pictures
-
-
-def test_a_scale_places_and_chooses_round_ticks():
-    assert Scale(0, 10, 100, 200).place(5) == 150
-    assert Scale(0, 10, 100, 200).place(20) == 200
-    assert Scale(0.01, 1, 0, 100, is_log=True).place(0.1) == pytest.approx(50)
-    assert Scale(0, 85, 0, 1).ticks(5) == [0, 20, 40, 60, 80]
-    assert Scale(0.03, 1.2, 0, 1, is_log=True).ticks(8) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1])
-
-
-@given(st.lists(st.floats(0, 300), min_size=1, max_size=12))
-def test_spread_values_keep_their_gap_order_and_middle(values):
-    wanted = sorted(values)
-    moved = spread(wanted, 14)
-    assert np.all(np.diff(moved) >= 14 - 1e-9)
-    assert sum(moved) == pytest.approx(sum(wanted), abs=1e-6)
-    if len(wanted) == 1 or np.diff(wanted).min() >= 14:
-        assert moved == pytest.approx(wanted, abs=1e-9)
-
-
-@given(
-    st.lists(st.floats(20, 380), min_size=1, max_size=14),
-    st.lists(st.tuples(st.floats(46, 340), st.floats(14, 380)), max_size=5),
-)
-def test_no_label_lies_on_another_or_outside(heights, points):
-    frame = Box(46, 14, 342, 380)
-    boxes = []
-    for point in points:
-        label = place_beside(["greedy, 4 bits", "greedy"], point, frame, boxes)
-        boxes += [label.box] if label else []
-    labels = place_column([f"method {i}" for i in range(len(heights))], 190, sorted(heights), frame, boxes)
-    boxes += [label.box for label in labels if label]
-    assert all(frame.holds(box) for box in boxes)
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 
 import embpack
 from embpack import FormatError, chunks
+from embpack.errors import LossLimitError
 from embpack.layouts import BITS, PARAM_BYTES
 from embpack.methods import METHODS
 
@@ -222,10 +223,10 @@ def test_what_is_left_out_is_reported(tmp_path, kind, left_out):
 
 def test_shards_stay_shards(tmp_path):
     packed = pack(KINDS["shards in a folder"], tmp_path)
-    index_name = "model.safetensors.index.json"
-    assert names_in(packed.dst) == names_in(packed.src)
-    before = json.loads((packed.src / index_name).read_text())
-    after = json.loads((packed.dst / index_name).read_text())
+    before = json.loads((packed.src / "model.safetensors.index.json").read_text())
+    after = json.loads((packed.dst / "model.embpack.safetensors.index.json").read_text())
+    shards = {file.name for file in packed.src.glob("*.safetensors")}
+    assert names_in(packed.dst) == {*shards, "model.embpack.safetensors.index.json", "embpack.json"}
     assert after["weight_map"] == before["weight_map"]
     payloads = [t.payload for file in packed.files for t in read_raw(file).tensors.values()]
     assert after["metadata"]["total_size"] == sum(map(len, payloads))
@@ -445,6 +446,8 @@ def test_a_format_that_cannot_hold_it(tmp_path, suffix, message):
 def test_shards_are_not_unpacked_into_a_file(tmp_path, suffix):
     packed = pack(KINDS["shards in a folder"], tmp_path)
     with pytest.raises(ValueError, match="is sharded, so the destination is a folder"):
+        embpack.dequantize_file(packed.dst / "model.embpack.safetensors.index.json", tmp_path / f"plain{suffix}")
+    with pytest.raises(ValueError, match=f"{packed.dst} is a folder, so the destination is a folder; leave {suffix} o"):
         embpack.dequantize_file(packed.dst, tmp_path / f"plain{suffix}")
     assert names_in(tmp_path) == {packed.src.name, packed.dst.name}
 
@@ -490,7 +493,7 @@ def test_a_file_that_is_a_link_is_written_through_and_keeps_its_mode(tmp_path):
     store.write_bytes(b"old")
     store.chmod(0o600)
     dst.symlink_to("store")
-    embpack.quantize_file(src, dst)
+    embpack.quantize_file(src, dst, force=True)
     assert dst.is_symlink()
     assert store.stat().st_mode & 0o777 == 0o600
     assert list(embpack.load(dst, verify=True)) == ["emb.weight"]
@@ -577,6 +580,8 @@ def test_a_packed_file_ends_in_safetensors(tmp_path, name):
 def test_packed_shards_are_a_folder(tmp_path, name):
     src = write_shards(tmp_path, Arrays({"emb.weight": make_weight()}))
     with pytest.raises(ValueError, match="is sharded, so the destination is a folder"):
+        embpack.quantize_file(src / "model.safetensors.index.json", tmp_path / name)
+    with pytest.raises(ValueError, match=f"{src} is a folder, so the destination is a folder; leave .* out"):
         embpack.quantize_file(src, tmp_path / name)
     assert names_in(tmp_path) == {src.name}
 
@@ -603,7 +608,11 @@ def test_the_destination_changes_only_at_the_end(tmp_path, small_chunks, dst_nam
     (tmp_path / "old.safetensors").write_bytes(b"old")
     src, dst = write_npy(tmp_path, Arrays({"vectors": make_weight()})), tmp_path / dst_name
     meanwhile = []
-    embpack.quantize_file(src, dst, progress=lambda *_: meanwhile.append(dst.read_bytes() if dst.exists() else None))
+
+    def watch(*_):
+        meanwhile.append(dst.read_bytes() if dst.exists() else None)
+
+    embpack.quantize_file(src, dst, force=True, progress=watch)
     assert meanwhile == [b"old" if dst_name.startswith("old") else None] * 3
     assert set(embpack.load(dst, verify=True)) == {"vectors"}
 
@@ -651,8 +660,8 @@ def test_a_table_over_the_largest_loss_is_named_and_nothing_is_written(tmp_path,
     losses = embpack.quantize(fine).loss, embpack.quantize(worse).loss
     limit = sum(losses) / 2
     assert losses[0] < limit < losses[1]
-    message = f": user[0]_emb: its normalized l2 loss is {losses[1]:.6g}, over the limit of {limit:.6g}, so nothing was"
-    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+    message = f": 1 of 2 tables loses more than the limit of {limit:.6g}, so nothing was written; "
+    with pytest.raises(LossLimitError, match=re.escape(message)) as refused:
         embpack.quantize_file(src, tmp_path / f"packed{kind.suffix}", max_loss=limit)
     assert names_in(tmp_path) == before
     exclude = shlex.split(str(refused.value).partition("--exclude ")[2].partition(", or")[0])
@@ -663,8 +672,8 @@ def test_a_table_over_the_largest_loss_is_named_and_nothing_is_written(tmp_path,
 def test_a_table_over_the_largest_loss_leaves_what_was_there(tmp_path):
     src, dst = write_npy(tmp_path, Arrays({"vectors": make_weight()})), tmp_path / "packed.safetensors"
     dst.write_bytes(b"old")
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(src))}: vectors: its normalized l2 loss is "):
-        embpack.quantize_file(src, dst, max_loss=1e-3)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(src))}: 1 of 1 tables loses more than "):
+        embpack.quantize_file(src, dst, max_loss=1e-3, force=True)
     assert dst.read_bytes() == b"old"
     assert names_in(tmp_path) == {src.name, dst.name}
 
@@ -674,7 +683,7 @@ def test_a_table_may_have_just_the_largest_loss(tmp_path):
     src, loss = write_npy(tmp_path, Arrays({"vectors": weight})), embpack.quantize(weight).loss
     report = embpack.quantize_file(src, tmp_path / "packed.safetensors", max_loss=loss)
     assert report.tables[0].loss == loss
-    with pytest.raises(ValueError, match="over the limit"):
+    with pytest.raises(ValueError, match="loses more than the limit"):
         embpack.quantize_file(src, tmp_path / "packed.safetensors", max_loss=np.nextafter(loss, 0))
 
 
@@ -754,7 +763,7 @@ def kill(name, rows):
     told.append(rows)
     if len(told) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-getattr(embpack, sys.argv[1])(sys.argv[2], sys.argv[3], progress=kill)
+getattr(embpack, sys.argv[1])(sys.argv[2], sys.argv[3], force=True, progress=kill)
 """
 
 
@@ -775,7 +784,7 @@ def test_a_kill_leaves_what_was_there(tmp_path, function, old):
     [left] = names_in(tmp_path) - visible - {dst.name}
     assert left.startswith(".embpack-")
     assert left.endswith(".tmp")
-    getattr(embpack, function)(src, dst)
+    getattr(embpack, function)(src, dst, force=True)
     assert names_in(tmp_path) == visible | {dst.name}
 
 

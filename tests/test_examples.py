@@ -36,7 +36,7 @@ EXAMPLES = {
     "language_model.py": Example(
         (), "transformers", ('tied="untie"', 'tied="share"', "the same", "opened again, it generates the same tokens")
     ),
-    "static_encoder.py": Example((), "sentence_transformers", ("mean cosine", "asym", "greedy", "kmeans")),
+    "static_encoder.py": Example((), "sentence_transformers", ("mean cosine", "asym", "optimal", "trellis", "kmeans")),
     "torchrec_model.py": Example(
         ("--steps", "20"),
         "torchrec",
@@ -197,7 +197,7 @@ def test_the_figures_on_the_page_are_what_the_example_prints(run_example):
     page = (FOLDER.parent / "docs" / "static_encoders.md").read_text()
     done, _ = run_example("static_encoder.py")
     shown, written = table_rows(done.stdout), table_rows(page)
-    assert [row[0] for row in written] == ["asym", "greedy", "kmeans", "greedy"]
+    assert [row[0] for row in written] == ["asym", "greedy", "optimal", "trellis", "kmeans", "optimal"]
     assert [row[:4] for row in shown] == [row[:4] for row in written]
     np.testing.assert_allclose(*[np.array([row[4:6] for row in rows], float) for rows in (shown, written)], atol=0.002)
     np.testing.assert_allclose(*[np.array([row[6:] for row in rows], float) for rows in (shown, written)], atol=2.5)

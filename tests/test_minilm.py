@@ -80,11 +80,12 @@ def restored(converted) -> Checkpoint:
 
 def test_the_plan_names_the_two_tables_and_nothing_else(original):
     done = run_embpack("quantize", original.path, "--dry-run", "--json")
-    plan = {tensor["name"]: tensor for tensor in json.loads(done.stdout)["plan"]}
-    assert set(plan) == set(original.raw.tensors)
-    assert {name: tuple(tensor["shape"]) for name, tensor in plan.items() if tensor["pack"]} == SHAPES
-    assert plan["embeddings.position_ids"]["reason"] == "I64, not float32, float16 or bfloat16"
-    assert plan["embeddings.token_type_embeddings.weight"]["reason"].startswith("fewer than 16 rows")
+    shown = json.loads(done.stdout)
+    tables, others = ({each["name"]: each for each in shown[key]} for key in ("tables", "other_tensors"))
+    assert {*tables, *others} == set(original.raw.tensors)
+    assert {name: (table["num_embeddings"], table["embedding_dim"]) for name, table in tables.items()} == SHAPES
+    assert others["embeddings.position_ids"]["reason"] == "I64, not float32, float16 or bfloat16"
+    assert others["embeddings.token_type_embeddings.weight"]["reason"].startswith("fewer than 16 rows")
 
 
 def test_the_file_has_the_tables_packed(packed):

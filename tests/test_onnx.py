@@ -445,5 +445,5 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_missing_extra(hide_package):
     modules = [f"embpack.onnx{name}" for name in ("", ".bags", ".files", ".graph", ".models")]
     hide_package("onnx", *modules)
-    with pytest.raises(MissingExtraError, match=r"embpack.onnx needs ONNX: pip install 'embpack\[onnx\]'"):
+    with pytest.raises(MissingExtraError, match=r"embpack.onnx needs ONNX: pip install '.*onnx.*'"):
         importlib.import_module("embpack.onnx")

@@ -574,8 +574,8 @@ def test_a_folder_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("package", "message"),
     [
-        ("torch", r"embpack.onnx.export_model needs PyTorch: pip install 'embpack\[torch\]'"),
-        ("onnxscript", r"embpack.onnx.export_model needs ONNX Script: pip install 'embpack\[onnx\]'"),
+        ("torch", r"embpack.onnx.export_model needs PyTorch: pip install '.*torch.*'"),
+        ("onnxscript", r"embpack.onnx.export_model needs ONNX Script: pip install '.*onnx.*'"),
     ],
 )
 def test_missing_extra(tmp_path, monkeypatch, package, message):

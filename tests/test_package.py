@@ -210,7 +210,26 @@ def test_public_names_exist():
     assert [name for name in embpack.__all__ if not hasattr(embpack, name)] == []
 
 
-def test_a_missing_extra_says_how_to_install_it():
+def test_a_missing_extra_says_how_to_install_it(monkeypatch):
+    """By its packages, since no index need have embpack; those of an extra that it names too."""
+    requirements = [
+        "numpy>=1.26",
+        'pyarrow>=15; extra == "parquet"',
+        'fbgemm==1; extra == "fbgemm"',
+        'embpack[fbgemm,parquet]; extra == "all"',
+        "fbgemm==1; extra == 'all'",
+    ]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
     error = embpack.MissingExtraError("Reading Parquet", "pyarrow", "parquet")
     assert isinstance(error, ImportError)
-    assert str(error) == "Reading Parquet needs pyarrow: pip install 'embpack[parquet]'"
+    assert str(error) == "Reading Parquet needs pyarrow: pip install 'pyarrow>=15'"
+    assert str(embpack.MissingExtraError("It", "all", "all")) == "It needs all: pip install 'fbgemm==1' 'pyarrow>=15'"
+
+
+def test_a_missing_extra_in_a_checkout_that_is_not_installed(monkeypatch):
+    def refuse(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", refuse)
+    error = embpack.MissingExtraError("Reading Parquet", "pyarrow", "parquet")
+    assert str(error) == "Reading Parquet needs pyarrow: pip install '.[parquet]'"

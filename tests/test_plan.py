@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import embpack
-from embpack.planning import choose, parse_size
+from embpack.planning.spread import choose
 
 
 def make_options(rng, num_tables, num_options):
@@ -275,16 +275,6 @@ def test_a_printed_plan_has_names_that_can_be_seen():
     plan = embpack.plan({"\x1b[31ma\nb": np.ones((20, 8), np.float32)}, variants=FEW)
     assert str(plan).splitlines()[1].startswith(r"\x1b[31ma\nb  ")
     assert all(line.isprintable() for line in str(plan).split("\n"))
-
-
-def test_sizes():
-    assert parse_size("14.07 %", 10_000) == 1407  # 1406.9999999999998 in floating point
-    assert [parse_size(size, 1000) for size in (7, "7", "2 kB", "1.5MB", "12.5 %", "0.1%")] == [
-        *(7, 7, 2000, 1_500_000, 125, 1)
-    ]
-    for wrong in ("", "much", "-1", "2 PB", "1e3"):
-        with pytest.raises(ValueError, match="give bytes, a size such as '2 GB', or a share"):
-            parse_size(wrong, 1000)
 
 
 def test_files_are_packed_by_a_plan(tmp_path, tables, embpack_command):

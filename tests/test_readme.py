@@ -15,6 +15,7 @@ from embpack.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MANUAL = {page.stem: page.read_text() for page in ROOT.glob("docs/*.md")}
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
@@ -44,7 +45,14 @@ def test_python_runs_and_prints_what_its_comments_say(tmp_path, monkeypatch, cap
 
 # Pages that are read from top to bottom, and what they need. docs/static_encoders.md has a test of its own: its blocks
 # need a model.
-RUN_PAGES = {"rotation.md": [], "pytorch.md": ["torch"], "bridges.md": ["torchrec", "onnxruntime", "onnxscript"]}
+RUN_PAGES = {
+    "rotation.md": [],
+    "pytorch.md": ["torch"],
+    "bridges.md": ["torchrec", "onnxruntime", "onnxscript"],
+    "recommender.md": ["torch"],
+    "language_models.md": ["torch", "transformers"],
+    "researchers.md": [],
+}
 
 
 @pytest.mark.parametrize("page", RUN_PAGES)
@@ -80,10 +88,11 @@ CI_RUN = (ROOT / ".ci" / "run").read_text()
 
 def test_ci_runs_the_blocks_that_there_are():
     named = re.findall(r"^<!-- ci: (\w+) -->$", README, re.MULTILINE)
-    assert named == re.findall(r'\$\(readme_command (\w+)\)"$', CI_RUN, re.MULTILINE) == ["install", "test"]
+    assert sorted(re.findall(r'\$\(readme_command (\w+)\)"$', CI_RUN, re.MULTILINE)) == sorted(named)
+    assert named == ["install", "manual", "test"]
 
 
-@pytest.mark.parametrize("name", ["install", "test"])
+@pytest.mark.parametrize("name", ["install", "manual", "test"])
 def test_ci_finds_the_whole_block(name):
     [function] = re.findall(r"^readme_command\(\) \{\n.*?^\}$", CI_RUN, re.MULTILINE | re.DOTALL)
     done = subprocess.run(
@@ -120,7 +129,7 @@ def test_shares_on_the_pages_are_right(page):
 @pytest.mark.parametrize("embedding_dim", [1, 2, 63, 64])
 def test_a_row_has_the_bytes_that_are_described(embedding_dim):
     assert "`ceil(embedding_dim / 2)` bytes of codes, low nibble first, then scale and bias as float16" in " ".join(
-        README.split()
+        MANUAL["checkpoints"].split()
     )
     assert RowFormat(embedding_dim).row_bytes == -(-embedding_dim // 2) + 2 * 2
 
@@ -145,9 +154,9 @@ def test_readme_links_the_other_pages():
     assert pages <= set(links(ROOT / "README.md"))
 
 
-def test_readme_names_every_method_and_every_file_format():
-    assert [name for name in METHODS if f"`{name}`" not in README] == []
-    assert [suffix for suffix in FORMATS if suffix not in README] == []
+def test_the_manual_names_every_method_and_every_file_format():
+    assert [name for name in METHODS if f"`{name}`" not in MANUAL["methods"]] == []
+    assert [suffix for suffix in FORMATS if suffix not in MANUAL["checkpoints"]] == []
 
 
 def test_the_tests_that_pages_name_are_there():

@@ -344,7 +344,7 @@ def test_command_line(tmp_path, rng):
     run = CliRunner().invoke
     assert run(app, ["quantize", src, packed, "--rotate", "hadamard", "--include", "*"]).exit_code == 0
     shown = json.loads(run(app, ["inspect", packed, "--json"]).output)
-    (entry,) = shown["tables"].values()
+    (entry,) = shown["tables"]
     assert entry["rotation"] == "hadamard"
     assert "hadamard" in run(app, ["inspect", packed], env={"COLUMNS": "200"}).output
     assert run(app, ["dequantize", packed, again]).exit_code == 0

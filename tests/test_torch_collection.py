@@ -152,6 +152,126 @@ def test_weights_of_2d_indices():
     torch.testing.assert_close(square.grad.reshape(-1), weights.grad)
 
 
+# Tables that stay float
+
+
+def make_mixed_bags(modes="sum", **options) -> dict[str, PackedEmbeddingBag | nn.EmbeddingBag]:
+    """Three tables packed and two of floats, of which "item" is read twice."""
+    bags = make_bags(modes, **options)
+    return bags | {name: bags[name].to_float().requires_grad_(requires_grad=False) for name in ("item", "city")}
+
+
+@pytest.mark.parametrize("modes", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("dtypes", [(torch.int64, torch.int64), (torch.int32, torch.int32), (torch.int64, torch.int32)])
+def test_float_tables_are_pooled_to_the_bit(modes, padding_idx, dtypes):
+    bags = make_mixed_bags(modes, padding_idx=padding_idx, include_last_offset=True)
+    indices, offsets = make_input()
+    wanted = pool_one_by_one(bags, indices, offsets)
+    indices, offsets = indices.to(dtypes[0]), offsets.to(dtypes[1])
+    with_last = PackedEmbeddingBagCollection(bags, FEATURES, include_last_offset=True)
+    assert torch.equal(with_last(indices, offsets), wanted)
+    without = {name: copy.deepcopy(bag) for name, bag in bags.items()}
+    without["item"].include_last_offset = False
+    assert torch.equal(PackedEmbeddingBagCollection(without, FEATURES)(indices, offsets[:-1]), wanted)
+    square = indices[: len(KEYS) * 2].reshape(-1, 2)
+    starts = torch.arange(0, square.numel(), 2)
+    collection = PackedEmbeddingBagCollection(bags, FEATURES)
+    assert torch.equal(collection(square), collection(square.reshape(-1), starts))
+    assert collection(indices[:0], offsets[:0]).shape == collection(square[:0]).shape == (0, 80)
+    assert list(collection.tables) == ["user", "shop", "kind"] and collection.device.type == "cpu"
+
+
+def test_gradients_reach_float_tables_and_weights():
+    bags = make_mixed_bags(include_last_offset=True)
+    indices, offsets = make_input()
+    for bag in (bags["item"], bags["city"]):
+        bag.requires_grad_()
+    collection = PackedEmbeddingBagCollection(bags, FEATURES, include_last_offset=True)
+    assert len(list(collection.parameters())) == 2
+    gradients = []
+    for pool in (collection, lambda *bags_of: pool_one_by_one(bags, *bags_of)):
+        weights = torch.linspace(-1, 1, len(indices)).requires_grad_()
+        found = pool(indices, offsets, weights)
+        (found**2).sum().backward()
+        gradients.append([found.detach(), weights.grad, *(bags[name].weight.grad for name in ("item", "city"))])
+        for name in ("item", "city"):
+            bags[name].weight.grad = None
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        assert torch.equal(collection(indices, offsets, weights), gradients[0][0])
+
+
+def test_hooks_of_float_tables_are_called():
+    bags, calls = make_mixed_bags(), []
+    bags["item"].register_forward_hook(lambda module, arguments, found: calls.append(found) or 2 * found)
+    collection = PackedEmbeddingBagCollection(bags, FEATURES)
+    indices, offsets = make_short_input()
+    found = dict(
+        zip(collection.embedding_names, collection(indices, offsets).split([20, 7, 7, 32, 5, 9], 1), strict=True)
+    )
+    assert torch.equal(found["bought"], 2 * calls[0]) and torch.equal(found["seen@item"], 2 * calls[1])
+
+
+def test_float_tables_of_other_types_are_returned_as_float32():
+    bags = make_mixed_bags()
+    bags["item"].bfloat16()
+    collection = PackedEmbeddingBagCollection(bags, FEATURES)
+    weights = torch.linspace(-1, 1, len(make_input()[0]))
+    exact = PackedEmbeddingBagCollection(make_mixed_bags(), FEATURES)(*make_short_input(), weights)
+    found = collection(*make_short_input(), weights)
+    assert found.dtype == torch.float32 and 0 < (found - exact).abs().max() < 30 * 2**-7
+
+
+@pytest.mark.parametrize(("backend", "requires_grad"), [("inductor", False), ("aot_eager", True)])
+def test_with_float_tables_it_compiles_in_one_graph_and_exports(backend, requires_grad):
+    bags = make_mixed_bags(include_last_offset=True)
+    bags["item"].requires_grad_(requires_grad)
+    collection = PackedEmbeddingBagCollection(bags, FEATURES, include_last_offset=True)
+    indices, offsets = make_input()
+    wanted = collection(indices, offsets)
+    compiled = torch.compile(collection, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(indices, offsets), wanted)
+    shorter = (indices[: offsets[-6]], offsets[:-5])  # another number of bags
+    torch.testing.assert_close(compiled(*shorter), collection(*shorter))
+    if backend == "aot_eager":
+        exported = torch.export.export(collection, (indices, offsets))
+        torch.testing.assert_close(exported.module()(indices, offsets), wanted)
+
+
+def test_float_tables_survive_being_saved_and_copied(tmp_path):
+    collection = PackedEmbeddingBagCollection(make_mixed_bags(), FEATURES)
+    wanted = collection(*make_short_input())
+    for again in (copy.deepcopy(collection), pickle.loads(pickle.dumps(collection))):
+        assert torch.equal(again(*make_short_input()), wanted)
+    save_model(collection, tmp_path / "collection.safetensors")
+    other = PackedEmbeddingBagCollection(make_mixed_bags(), FEATURES)
+    other.embedding_bags["item"].weight.zero_()
+    load_model(other, tmp_path / "collection.safetensors")
+    assert torch.equal(other(*make_short_input()), wanted)
+
+
+def test_a_float_table_that_is_packed_later_counts():
+    bags = make_mixed_bags()
+    collection = PackedEmbeddingBagCollection(bags, FEATURES)
+    collection(*make_short_input())
+    collection.embedding_bags["item"] = make_bags()["item"]
+    collection.embedding_bags["city"] = make_bags()["city"]
+    assert torch.equal(collection(*make_short_input()), COLLECTION(*make_short_input()))
+
+
+def test_mistakes_with_float_tables_are_named():
+    collection = PackedEmbeddingBagCollection(make_mixed_bags(("sum", "mean")), FEATURES)
+    with pytest.raises(ValueError, match="weights go with mode 'sum' only, and table 'item' has mode 'mean'"):
+        collection(torch.arange(5), STARTS, torch.ones(5))
+    with pytest.raises(ValueError, match=r"offsets\[2\] is 0, less than offsets\[1\], 1"):
+        collection(torch.arange(5), torch.tensor([0, 1, 0, 1, 2]))
+    with pytest.raises(RuntimeError, match=r"takes value 40 which is not in the valid range \[0, 40\)"):
+        collection(torch.tensor([0, 40, 1, 2, 3]), STARTS)
+    with pytest.raises(ValueError, match="tables are not described as describe_tables does it"):
+        read_tables("[-1]")
+
+
 # What PyTorch does with modules
 
 
@@ -506,13 +626,13 @@ def make_torchrec_model(**options) -> nn.Module:
                     torchrec.EmbeddingBagConfig(
                         name="user", feature_names=["who", "seen"], pooling=torchrec.PoolingType.MEAN, **configs
                     ),
-                    torchrec.EmbeddingBagConfig(name="item", feature_names=["seen"], **configs, **options),
+                    torchrec.EmbeddingBagConfig(name="item", feature_names=["seen"], **configs | options),
                 ]
             )
             self.ec = torchrec.EmbeddingCollection(
                 tables=[torchrec.EmbeddingConfig(name="shop", feature_names=["bought"], **configs)]
             )
-            self.over = nn.Linear(24, 1)
+            self.over = nn.Linear(16 + options.get("embedding_dim", 8), 1)
 
         def forward(self, features) -> torch.Tensor:
             sequence = self.ec(features)["bought"].values().sum()
@@ -544,16 +664,91 @@ def test_quantize_swaps_torchrecs_collections():
     torch.testing.assert_close(model(make_features()), before, rtol=0, atol=0.05)
 
 
-def test_collections_that_are_packed_in_part_stay_torchrecs():
+def test_tables_that_a_filter_leaves_alone_are_held_as_they_are():
     model = make_torchrec_model()
+    floats, features = copy.deepcopy(model), make_features()
     wanted = quantize_(copy.deepcopy(model)).tables
     report = quantize_(model, filter=lambda module, name: not name.endswith("item"))
-    assert type(model.ebc).__name__ == "EmbeddingBagCollection"
+    assert isinstance(model.ebc, PackedEmbeddingBagCollection)
     assert isinstance(model.ebc.embedding_bags["user"], PackedEmbeddingBag)
+    assert model.ebc.embedding_bags["item"].weight is model.get_parameter("ebc.embedding_bags.item.weight")
     assert report.tables[0].loss == wanted[0].loss and report.left_alone == (
         ("ebc.embedding_bags.item", "the filter says no"),
     )
+    assert report.became == (
+        ("ebc", "PackedEmbeddingBagCollection, 1 packed table, 1 of float32 (1,280 bytes)"),
+        ("ec", "EmbeddingCollection, 1 packed table"),
+    )
+    assert "\nebc: PackedEmbeddingBagCollection, 1 packed table, 1 of float32 (1,280 bytes)\n" in str(report)
+    found, before = model.ebc(features), floats.ebc(features)
+    assert found.keys() == before.keys() == ["who", "seen@user", "seen@item"]
+    assert torch.equal(found["seen@item"], before["seen@item"]) and not torch.equal(found["who"], before["who"])
+    assert model(features).shape == (BATCH, 1)
+
+
+@pytest.mark.parametrize("options", [{"num_embeddings": 15}, {"embedding_dim": 1}])
+def test_small_tables_and_those_that_would_grow_are_held_as_they_are(tmp_path, options):
+    trained = make_torchrec_model(**options)
+    features = make_small_features()
+    before = trained.ebc(features)
+    save_model(trained, tmp_path / "float.safetensors")
+    embpack.quantize_file(
+        tmp_path / "float.safetensors", tmp_path / "packed.safetensors", exclude=["ebc.*item*"], include=["e*c.*"]
+    )
+    model = load_checkpoint(make_torchrec_model(**options), tmp_path / "packed.safetensors")
+    report = quantize_(trained)
+    assert [name for name, _ in report.left_alone] == ["ebc.embedding_bags.item"]
+    for packed in (trained, model):
+        assert isinstance(packed.ebc, PackedEmbeddingBagCollection) and not packed.ebc.training
+        assert torch.equal(packed.ebc(features)["seen@item"], before["seen@item"])
+        assert torch.equal(packed.ebc(features).values(), trained.ebc(features).values())
+    assert set(model.state_dict()) == set(trained.state_dict()) and "ebc.embedding_bags.item.weight" in set(
+        make_torchrec_model(**options).state_dict()
+    )
+    assert not any(name.endswith("item.weight") for name in model._ddp_params_and_buffers_to_ignore)
+    again = quantize_packed_like(trained, options)
+    again.load_state_dict(trained.state_dict())
+    assert torch.equal(again.ebc(features).values(), trained.ebc(features).values())
+
+
+def quantize_packed_like(model: nn.Module, options) -> nn.Module:
+    """Another model, packed in the same way, with other values."""
+    other = make_torchrec_model(**options)
+    quantize_(other)
+    assert not torch.equal(other.ebc.embedding_bags["item"].weight, model.ebc.embedding_bags["item"].weight)
+    return other
+
+
+def test_a_collection_with_no_packed_table_stays_torchrecs():
+    model = make_torchrec_model()
+    report = quantize_(model, filter=lambda module, name: "ebc" not in name)
+    assert type(model.ebc).__name__ == "EmbeddingBagCollection"
+    assert report.became == (("ec", "EmbeddingCollection, 1 packed table"),)
+
+
+def test_a_collection_with_a_table_of_another_kind_stays_torchrecs():
+    model = make_torchrec_model()
+    model.ebc.embedding_bags["item"] = EmbeddingSums()
+    report = quantize_(model)
+    assert report.became[0] == ("ebc", "EmbeddingBagCollection, 1 packed table, 1 of float32 (1,280 bytes)")
     assert model(make_features()).shape == (BATCH, 1)
+
+
+class EmbeddingSums(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(ROWS, 8))
+        self.config = None
+
+    def forward(self, input, offsets, per_sample_weights=None) -> torch.Tensor:
+        return nn.functional.embedding_bag(input, self.weight, offsets, mode="sum", include_last_offset=True)
+
+
+def make_small_features():
+    """Features with indices below 15."""
+    jagged = pytest.importorskip("torchrec.sparse.jagged_tensor")
+    indices, offsets = make_input()
+    return jagged.KeyedJaggedTensor(list(KEYS), indices % 15, offsets=offsets)
 
 
 def test_checkpoints_open_in_torchrecs_collections(tmp_path):
@@ -681,7 +876,9 @@ def test_features_that_do_not_go_together_are_named():
 def test_input_and_tables_of_other_types_are_named():
     with pytest.raises(TypeError, match="features is a list; it must be a tensor"):
         COLLECTION([1, 2, 3])
-    with pytest.raises(TypeError, match="table 'a' is an EmbeddingBag; it must be a PackedEmbeddingBag"):
+    with pytest.raises(TypeError, match=r"table 'a' is an Embedding; it must be a PackedEmbeddingBag, or an nn.Embed"):
+        PackedEmbeddingBagCollection({"a": nn.Embedding(3, 4)})
+    with pytest.raises(ValueError, match=r"no table is packed \(a\)"):
         PackedEmbeddingBagCollection({"a": nn.EmbeddingBag(3, 4)})
     with pytest.raises(TypeError, match=r"feature_names\['user'\] is 'who'; it must be a list of names: \['who'\]"):
         PackedEmbeddingBagCollection(make_bags(), FEATURES | {"user": "who"})

@@ -345,5 +345,5 @@ def test_onnx_refuses(rng):
     pytest.importorskip("onnx")
     from embpack.onnx import build_gather
 
-    with pytest.raises(ValueError, match="trellis layout have no ONNX operators"):
+    with pytest.raises(ValueError, match="trellis layout, which has no ONNX operators"):
         build_gather(make_random(rng, 33, 4))

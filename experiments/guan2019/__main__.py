@@ -106,7 +106,7 @@ def _write(result: Result, folder: Path) -> None:
     try:
         plots = import_module("experiments.guan2019.plots")
     except ImportError:
-        console.print("no picture: that needs matplotlib: pip install 'embpack[bench]'")
+        console.print("no picture: that needs matplotlib: pip install '.[bench]'")
         return
     draw = plots.draw_figure1 if result.name == "fig1" else plots.draw_figure2
     path = folder / f"{result.name}.png"

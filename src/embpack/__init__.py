@@ -1,9 +1,10 @@
 """Pack trained embedding tables to 4 bits a value, and look rows up straight from the packed bytes."""
 
 from embpack import _core  # noqa: F401  (first: it says how the core is loaded)
-from embpack.comparison.array import Comparison, compare
-from embpack.convert import Report, dequantize_file, quantize_file
-from embpack.errors import FormatError, MissingExtraError
+from embpack.comparison.array import Comparison
+from embpack.comparison.tables import compare
+from embpack.convert import Report, quantize_file
+from embpack.errors import FormatError, LossLimitError, MissingExtraError
 from embpack.files import load, save
 from embpack.group import TableGroup
 from embpack.methods import METHODS, Method, parse_method
@@ -12,6 +13,7 @@ from embpack.planning import Plan, PlannedTable, plan
 from embpack.shard_writer import TableReport
 from embpack.table import PackedTable
 from embpack.threads import get_num_threads, set_num_threads
+from embpack.unpacking import dequantize_file
 from embpack.variant import Variant
 
 __version__ = "0.1.0"
@@ -20,6 +22,7 @@ __all__ = [
     "METHODS",
     "Comparison",
     "FormatError",
+    "LossLimitError",
     "Method",
     "MissingExtraError",
     "PackedTable",

@@ -1,7 +1,9 @@
 """The exceptions that are embpack's own, and what messages say of values; arguments raise Python's built-in ones."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 
 from embpack.text import printable
 
@@ -14,6 +16,22 @@ class FormatError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class LossLimitError(ValueError):
+    """Tables lose more than they may, so nothing was written.
+
+    Attributes:
+        limit: the largest normalized l2 loss that a table may have.
+        losses: of the tables that have a larger one, by name, worst first.
+    """
+
+    def __init__(self, message: str, limit: float, losses: Mapping[str, float]) -> None:
+        super().__init__(message, limit, losses)  # all of them, so that it goes from process to process
+        self.limit, self.losses = limit, dict(losses)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def kind_of(value: object) -> str:
@@ -35,4 +53,21 @@ class MissingExtraError(ImportError):
     """An optional package is needed; the message has the command that installs it."""
 
     def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f"{what} needs {package}: pip install 'embpack[{extra}]'")
+        super().__init__(f"{what} needs {package}: pip install {' '.join(map(repr, _list_requirements(extra)))}")
+
+
+def _list_requirements(extra: str) -> list[str]:
+    """What pip is to install for an extra: its packages, for no index need have embpack itself."""
+    try:
+        requirements = metadata.requires("embpack") or []
+    except metadata.PackageNotFoundError:  # it runs from a checkout, where pip finds the extra
+        return [f".[{extra}]"]
+    listed: list[str] = []
+    for requirement in requirements:
+        package, _, marker = requirement.partition(";")
+        if re.search(rf"extra == ['\"]{extra}['\"]", marker):
+            own = re.fullmatch(r"embpack\[(.*)\]", package.strip())
+            listed += (
+                [each for name in own[1].split(",") for each in _list_requirements(name)] if own else [package.strip()]
+            )
+    return list(dict.fromkeys(listed))

@@ -16,6 +16,7 @@ from typing import Any
 
 from embpack.errors import MissingExtraError, kind_of
 from embpack.layouts import RowFormat
+from embpack.readers import explain_unread
 from embpack.table import PackedTable
 
 try:
@@ -84,7 +85,7 @@ def to_tbe(
     if row_alignment < 1:
         raise ValueError(f"row_alignment is {row_alignment}; it must be at least 1")
     for number, table in enumerate(tables):
-        check_table(table, f"tables[{number}]", "FBGEMM")
+        check_table(table, f"tables[{number}]", "fbgemm")
     module = IntNBitTableBatchedEmbeddingBagsCodegen(
         [
             ("", table.num_embeddings, table.embedding_dim, _WEIGHT_TYPES[table.bits], EmbeddingLocation.HOST)
@@ -134,36 +135,21 @@ def from_tbe(module: Any) -> list[PackedTable]:
 
 
 def check_table(table: PackedTable, name: str, reader: str) -> None:
-    """Refuse a table whose rows FBGEMM cannot hold as they are.
+    """Refuse a table whose rows a reader, "fbgemm" or "torchrec", cannot hold as they are.
 
     Raises:
         TypeError: it is no PackedTable.
-        ValueError: its layout, rotation, parameters or embedding_dim are none of FBGEMM's; says what to do.
+        ValueError: its layout, rotation, parameters or embedding_dim are none of the reader's; says what to do.
     """
     if not isinstance(table, PackedTable):
         raise TypeError(f"{name} is {type(table).__name__}, not PackedTable; pack its weights with embpack.quantize")
-    if table.rotation is not None:
-        raise ValueError(
-            f"{name} has rotation {table.rotation!r}, which {reader} would not undo; pack its weights without rotate, "
-            "or give the rotated rows themselves, table.as_packed, and multiply what comes out by "
+    reason = explain_unread(table.row_format, reader)
+    if reason is not None:
+        by_hand = (
+            ", or give the rotated rows themselves, table.as_packed, and multiply what comes out by "
             f"embpack.rotation.matrix({table.embedding_dim}).T"
         )
-    if not table.row_format.form.has_scale_and_bias:
-        raise ValueError(
-            f"{name} has rows of the {table.layout} layout, but {reader} reads uniform ones only; pack its weights "
-            "with such a method, 'greedy' or 'asym'"
-        )
-    if not table.row_format.has_f16_params:
-        raise ValueError(
-            f"{name} has {table.row_format.param_dtype} parameters, which {reader} would round to float16; pack its "
-            "weights with param_dtype='float16'"
-        )
-    codes_a_byte = 8 // table.bits
-    if table.embedding_dim % codes_a_byte:
-        raise ValueError(
-            f"{name} has embedding_dim {table.embedding_dim}, but {reader} takes multiples of {codes_a_byte} at "
-            f"{table.bits} bits; append columns to its weights before packing them"
-        )
+        raise ValueError(f"{name} {reason}{by_hand if table.rotation is not None else ''}")
 
 
 def fill_tbe(module: Any, tables: Sequence[PackedTable]) -> None:

@@ -354,6 +354,15 @@ def split_shard(
     return parts, list(tensors.values())
 
 
+def is_packed(path: Path) -> bool:
+    """Whether embpack packed the file, or all files of the index, at a path."""
+    try:
+        with open_checkpoint(path) as checkpoint:
+            return all(METADATA_KEY in shard.metadata for shard in checkpoint.shards)
+    except (ValueError, OSError):
+        return False
+
+
 def load(path: str | Path, *, verify: bool = False, in_memory: bool = False) -> dict[str, PackedTable]:
     """Open the tables of a file without reading them: rows are read when they are looked up.
 
@@ -389,14 +398,23 @@ def load(path: str | Path, *, verify: bool = False, in_memory: bool = False) -> 
     return tables
 
 
-def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
+def save(
+    path: str | Path,
+    tables: Mapping[str, PackedTable],
+    *,
+    others: Mapping[str, NDArray[Any]] | None = None,
+    force: bool = False,
+) -> None:
     """Write tables to one safetensors file, all or nothing.
 
     Args:
-        path: ends in .safetensors; an existing file is replaced at once, when everything is on the disk.
+        path: ends in .safetensors; a file of embpack's that exists is replaced at once, when everything is on the disk.
         tables: name to table.
+        others: arrays to write beside the tables, by name; load leaves them out.
+        force: replace any other file, too, such as a checkpoint that is not packed.
 
     Raises:
+        FileExistsError: there is a file that embpack did not write, and no force.
         TypeError: tables are not PackedTables by name.
         ValueError: there are no tables, one has no rows or has attributes that a file cannot have, two tensors would
             have one name, or one that is no text, or path has another suffix.
@@ -420,18 +438,22 @@ def save(path: str | Path, tables: Mapping[str, PackedTable]) -> None:
         )
         for name, table in tables.items()
     }
+    arrays = {name: np.asarray(array, order="C") for name, array in (others or {}).items()}
     tensors = [tensor for name, table in tables.items() for tensor in _out_tensors(name, table)]
+    tensors += [_out_tensor(name, array) for name, array in arrays.items()]
     shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     if len(shapes) < len(tensors):
         raise ValueError(
-            f"{path}: two tensors have one name; call no table what another's clusters or codebooks are called"
+            f"{path}: two tensors have one name; call nothing what another table's clusters or codebooks are called"
         )
     for name, entry in entries.items():
         # What load would refuse is not written.
         _read_entry(f"{path}: table {name!r}", entry.as_json(), name, shapes)
-    metadata = make_metadata(entries, {}, tensors)
+    checksums = {name: format_checksum(_digest([array])) for name, array in arrays.items()}
+    metadata = make_metadata(entries, checksums, tensors)
     room = len(json.dumps(metadata))
-    write_checkpoint(path, [OutShard(path.name, tuple(tensors), lambda: metadata, room)])
+    shard = OutShard(path.name, tuple(tensors), lambda: metadata, room)
+    write_checkpoint(path, [shard], list_own=lambda path: [path.name] * is_packed(path), force=force)
 
 
 def _check_tables(path: Path, tables: Mapping[str, PackedTable]) -> None:
@@ -452,6 +474,11 @@ def _check_tables(path: Path, tables: Mapping[str, PackedTable]) -> None:
 def _out_tensors(name: str, table: PackedTable) -> Iterable[OutTensor]:
     suffixes = (spec.suffix for spec in table.row_format.form.beside(table.num_embeddings))
     for suffix, array in zip(("", *suffixes), (table.packed, *table.beside), strict=True):
-        dtype = name_dtype(array.dtype)
-        assert dtype is not None
-        yield OutTensor(name + suffix, dtype, array.shape, partial(iter, [array]))
+        yield _out_tensor(name + suffix, array)
+
+
+def _out_tensor(name: str, array: NDArray[Any]) -> OutTensor:
+    dtype = name_dtype(array.dtype)
+    if dtype is None:
+        raise TypeError(f"{name!r} is {array.dtype}, which a safetensors file cannot have")
+    return OutTensor(name, dtype, array.shape, partial(iter, [array]))

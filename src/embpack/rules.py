@@ -6,7 +6,6 @@ and packing makes them smaller.
 """
 
 import glob
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
@@ -18,6 +17,9 @@ from embpack.files import METADATA_KEY
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.formats.dtypes import count_bytes
 from embpack.layouts import ArraySpec, RowFormat
+from embpack.readers import check_reader
+from embpack.selection import refuse_unread
+from embpack.table_names import says_embedding
 from embpack.text import printable, quote
 from embpack.variant import Variant
 
@@ -28,48 +30,6 @@ PACKABLE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # packing it saves the least.
 MIN_ROWS = 16
 
-_EMBEDDING_WORDS = {"embedding", "embeddings", "embed", "embeds", "emb", "embs", "embeddingbag", "wte", "wpe"}
-# After a first word such as "embed" or "embedding": what a table holds, never what a layer does.
-_ITEM_WORDS = {
-    *("token", "tokens", "word", "words", "position", "positions", "segment", "segments", "type", "types"),
-    *(
-        "user",
-        "users",
-        "item",
-        "items",
-        "id",
-        "ids",
-        "feature",
-        "features",
-        "category",
-        "categories",
-        "field",
-    ),
-    *("bag", "bags", "table", "tables", "entity", "entities", "relation", "relations", "l"),
-}
-
-
-def says_embedding(name: str) -> bool:
-    """Whether a parameter's name says that it is an embedding table.
-
-    The name before ``.weight``, numbers left out, must end with a word for embedding ("word_embeddings", "wte",
-    "user_emb"), or begin with one and go on with what is embedded ("embed_tokens", "embedding_user", "emb_l");
-    or the parameter lies in an ``embedding_bags`` module (TorchRec). Layers that only work on embeddings
-    ("embed_proj", "embedding_hidden_mapping_in", "time_embedding.linear_1") do not match.
-    """
-    parts = [part for part in name.split(".") if not part.isdigit()]
-    if parts and parts[-1] == "weight":
-        parts = parts[:-1]
-    if len(parts) > 1 and parts[-2] == "embedding_bags":
-        return True
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", parts[-1]) if parts else ""
-    words = [word for word in re.split(r"[^a-z]+", spaced.lower()) if word]
-    if not words:
-        return False
-    if words[-1] in _EMBEDDING_WORDS:
-        return True
-    return words[0] in _EMBEDDING_WORDS and all(word in _ITEM_WORDS for word in words[1:])
-
 
 @dataclass(frozen=True)
 class Decision:
@@ -79,12 +39,14 @@ class Decision:
         variant: how it is packed; None if it is passed through as it is.
         reason: for the user to read.
         path: of the file that has it, if it is known.
+        is_chosen: whether the variant is its own, as Rules.variants say.
     """
 
     tensor: SourceTensor
     variant: Variant | None
     reason: str
     path: Path | None = None
+    is_chosen: bool = False
 
     @property
     def place(self) -> str:
@@ -133,38 +95,47 @@ class Rules:
         include: globs of names to pack whatever they say.
         exclude: globs of names never to pack.
         variant: how tables are packed.
-        variants: by name, how tables are packed that have a variant of their own.
+        variants: by name or glob, how tables are packed that have a variant of their own; of several that match, the
+            last counts. A name of a tensor is no glob, whatever its characters.
+        readable_by: names in embpack.readers.READERS, all of which are to read packed rows as they are.
 
     Raises:
-        TypeError: include or exclude is one string.
+        TypeError: include, exclude or readable_by is one string.
+        ValueError: there is no such reader.
     """
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     variant: Variant = field(default_factory=Variant)
     variants: Mapping[str, Variant] = field(default_factory=dict)
+    readable_by: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude"):
-            globs = getattr(self, name)
-            if isinstance(globs, str):
-                raise TypeError(f"{name} is {globs!r}; give a list of globs: [{globs!r}]")
-            object.__setattr__(self, name, tuple(globs))
+        for name, what in (("include", "globs"), ("exclude", "globs"), ("readable_by", "readers")):
+            values = getattr(self, name)
+            if isinstance(values, str):
+                raise TypeError(f"{name} is {values!r}; give a list of {what}: [{values!r}]")
+            object.__setattr__(self, name, tuple(values))
+        for reader in self.readable_by:
+            check_reader(reader)
 
     def decide(self, tensor: SourceTensor, path: Path | None = None) -> Decision:
         """Decide on one tensor, which is in the file at path.
 
         Raises:
-            ValueError: it is a table, but its variant has no rows of this embedding_dim.
+            ValueError: it is a table, but its variant has no rows of this embedding_dim, or none that are readable_by
+                all that are to read them.
         """
         reason = self.why_no_table(tensor)
         if reason is not None:
             return Decision(tensor, None, reason, path)
         included = _match(tensor.name, self.include)
         variant = self.variants.get(tensor.name, self.variant)
-        decision = Decision(tensor, variant, "included", path)
+        decision = Decision(tensor, variant, "included", path, tensor.name in self.variants)
         try:
             growth = explain_growth(decision.bytes_before, variant, *tensor.shape)
+            if growth is None or included:
+                refuse_unread(variant, tensor.shape[1], self.readable_by)
         except (TypeError, ValueError) as error:
             advice = f"leave it as it is with --exclude {quote(glob.escape(tensor.name))}"
             raise type(error)(f"{decision.place}: {error}; {advice}") from error
@@ -220,13 +191,15 @@ def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
     """Decide on every tensor of a checkpoint that is to be packed, in file order.
 
     Raises:
-        ValueError: the checkpoint is packed already; a glob of ``include`` or ``exclude``, or a name in ``variants``,
-            matches nothing; what ``include`` or ``variants`` name is not packed; or there is no table at all.
+        ValueError: the checkpoint is packed already; a glob of ``include`` or ``exclude``, or a name or glob in
+            ``variants``, matches nothing; what ``include`` or ``variants`` name is not packed; a reader cannot take
+            packed rows; or there is no table at all.
     """
     path = printable(checkpoint.path)
     if any(METADATA_KEY in shard.metadata for shard in checkpoint.shards):
         raise ValueError(f"{path}: is packed already; unpack it first with: embpack dequantize")
-    _check_rules(path, rules, checkpoint)
+    _check_globs(path, rules, checkpoint)
+    rules = replace(rules, variants=name_variants(path, rules, checkpoint))
     folder, single = checkpoint.path.parent, checkpoint.index_name is None
     decisions = [
         rules.decide(tensor, checkpoint.path if single else folder / shard.file_name)
@@ -238,12 +211,6 @@ def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
         if not any(each.variant for each in matched):
             advice = "; convert to float32 what is a table" if any(map(_is_other_float, matched)) else ""
             raise ValueError(f"{path}: include {pattern!r} only matches {_list_reasons(matched)}{advice}")
-    for each in decisions:
-        # A plan may have a table that is better left alone, and be used without some of its tables.
-        reason = rules.why_no_table(each.tensor)
-        if each.tensor.name in rules.variants and reason not in (None, "excluded"):
-            name = each.tensor.name
-            raise ValueError(f"{path}: variants name {name!r}, which is not packed ({reason}); include or drop it")
     if not any(each.variant for each in decisions):
         raise ValueError(f"{path}: nothing to pack; {_explain_none(rules, decisions, checkpoint.left_out)}")
     return decisions
@@ -276,20 +243,46 @@ def _is_other_float(decision: Decision) -> bool:
     return dtype.startswith("F") and dtype not in PACKABLE_DTYPES and len(decision.tensor.shape) == 2
 
 
-def _check_rules(path: str, rules: Rules, checkpoint: Checkpoint) -> None:
-    """Raise ValueError if globs or names match no tensor: somebody has mistyped them, or means what cannot be read."""
-    names = [tensor.name for shard in checkpoint.shards for tensor in shard.tensors]
-
-    def advise(wrong: str) -> str:
-        return "; ".join([suggest(wrong, names), *_say_left_out(checkpoint.left_out)])
-
+def _check_globs(path: str, rules: Rules, checkpoint: Checkpoint) -> None:
+    """Raise ValueError if a glob matches no tensor: somebody has mistyped it, or means what cannot be read."""
+    names = [tensor.name for tensor in checkpoint.tensors]
     for option in ("include", "exclude"):
         for pattern in getattr(rules, option):
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"{path}: {option} {pattern!r} matches no tensor; {advise(pattern)}")
-    for name in rules.variants:
-        if name not in names:
-            raise ValueError(f"{path}: variants name {name!r}, but there is no such tensor; {advise(name)}")
+                raise ValueError(f"{path}: {option} {pattern!r} matches no tensor; {_advise(pattern, checkpoint)}")
+
+
+def name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, Variant]:
+    """Make variants by name of rules.variants, which are by name or glob.
+
+    Args:
+        path: of the checkpoint, for messages.
+        rules: what chooses tables.
+        checkpoint: whose tensors are meant.
+
+    Raises:
+        ValueError: a name or glob matches no tensor, or none that can be packed.
+    """
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+    variants: dict[str, Variant] = {}
+    for pattern, variant in rules.variants.items():
+        matched = [pattern] if pattern in tensors else [name for name in tensors if fnmatchcase(name, pattern)]
+        where = f"{path}: variants (--set) name {pattern!r}"
+        if not matched:
+            raise ValueError(f"{where}, but there is no such tensor; {_advise(pattern, checkpoint)}")
+        reasons = {name: rules.why_no_table(tensors[name]) for name in matched}
+        # A plan may be used without some of its tables.
+        if not {None, "excluded"} & set(reasons.values()):
+            others = list_names([f"{name} ({reason})" for name, reason in reasons.items()])
+            raise ValueError(f"{where}, which is no table: {others}; include or drop it")
+        variants |= dict.fromkeys(matched, variant)
+    return variants
+
+
+def _advise(wrong: str, checkpoint: Checkpoint) -> str:
+    """Say what is most like a name or glob that matches nothing, and what is there but cannot be read."""
+    names = [tensor.name for tensor in checkpoint.tensors]
+    return "; ".join([suggest(wrong, names), *_say_left_out(checkpoint.left_out)])
 
 
 def suggest(wrong: str, names: Sequence[str]) -> str:

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from glob import escape
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from embpack.methods.base import Sums, find_warning
 from embpack.packing import iter_packed
 from embpack.rotation import rotate_chunks
 from embpack.rules import Decision
-from embpack.text import quote
 
 # Told of rows as they are done: the table's name and how many more.
 Progress = Callable[[str, int], None]
@@ -39,6 +38,7 @@ class TableReport:
     Attributes:
         bytes_before, bytes_after: of its weights and of its packed rows.
         loss: normalized l2 loss ||X - Q(X)|| / ||X||.
+        square_norm: sum of the squares of its values.
         seconds: spent reading, packing and writing it.
         warning: what to know of it and to do about it, such as rows that are lost; None if there is nothing.
     """
@@ -51,6 +51,7 @@ class TableReport:
     bytes_before: int
     bytes_after: int
     loss: float
+    square_norm: float
     seconds: float
     warning: str | None = None
 
@@ -66,14 +67,12 @@ class TableWriter:
 
     Attributes:
         decision: to pack it.
-        max_loss: the largest normalized l2 loss that it may have.
         progress: is told of packed rows, several times a second.
         beside: the arrays beside its rows, by name; there once it is fitted, before any row is written.
         entry, report: there once its rows are written.
     """
 
     decision: Decision
-    max_loss: float
     progress: Progress
     beside: dict[str, NDArray[Any]] = field(default_factory=dict)
     entry: TableEntry | None = None
@@ -118,9 +117,11 @@ class TableWriter:
         for array in self.beside.values():
             digest.update(as_bytes(array))
         loss = measure_loss(sums)
-        _check_loss(self.decision, loss, self.max_loss)
         self.entry = self._make_entry(packer.spec, loss, format_checksum(digest))
-        self.report = self._make_report(self.entry, loss, time.perf_counter() - started, find_warning(sums))
+        square_norm = math.fsum(span.square for span in sums)
+        self.report = self._make_report(
+            self.entry, loss, square_norm, time.perf_counter() - started, find_warning(sums)
+        )
 
     def _read(self, name: str) -> Iterator[NDArray[Any]]:
         yield self.beside[name]
@@ -135,7 +136,9 @@ class TableWriter:
             checksum=checksum,
         )
 
-    def _make_report(self, entry: TableEntry, loss: float, seconds: float, warning: str | None) -> TableReport:
+    def _make_report(
+        self, entry: TableEntry, loss: float, square_norm: float, seconds: float, warning: str | None
+    ) -> TableReport:
         return TableReport(
             name=self.decision.tensor.name,
             num_embeddings=entry.num_embeddings,
@@ -145,6 +148,7 @@ class TableWriter:
             bytes_before=self.decision.bytes_before,
             bytes_after=self.decision.bytes_after,
             loss=loss,
+            square_norm=square_norm,
             seconds=seconds,
             warning=warning,
         )
@@ -210,15 +214,6 @@ def _check_names(tensors: Sequence[OutTensor]) -> None:
                 f"tensor {tensor.name!r} would be there twice: what lies beside a table needs that name; rename it"
             )
         seen.add(tensor.name)
-
-
-def _check_loss(decision: Decision, loss: float, max_loss: float) -> None:
-    if loss > max_loss:
-        raise ValueError(
-            f"{decision.place}: its normalized l2 loss is {loss:.6g}, over the limit of {max_loss:.6g}, so nothing was "
-            "written; use a better method or more bits, leave it as it is with --exclude "
-            f"{quote(escape(decision.tensor.name))}, or raise the limit"
-        )
 
 
 def copy_tensor(tensor: SourceTensor, finish: Callable[["hashlib._Hash"], None]) -> OutTensor:

@@ -220,7 +220,7 @@ def _check_names(tables: Iterable[str], names: Sequence[str]) -> None:
 
 
 def _check_config(config: Any, table: PackedTable) -> None:
-    check_table(table, f"table {config.name!r}", "TorchRec")
+    check_table(table, f"table {config.name!r}", "torchrec")
     if config.use_virtual_table:
         raise ValueError(f"table {config.name!r} is virtual and has no fixed rows; set use_virtual_table=False")
     # Only bags know of pruning in TorchRec.

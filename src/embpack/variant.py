@@ -1,9 +1,12 @@
 """Variant: one way to pack a table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from embpack.layouts import LAYOUTS, RowFormat
-from embpack.methods import DEFAULT_METHOD, Method, parse_method
+from embpack.methods import DEFAULT_METHOD, METHODS, Method, parse_method
+
+# What parse_variant sets beside a method's own parameters.
+_SETTINGS = ("bits", "param_dtype", "rotate")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,40 @@ class Variant:
         except (TypeError, ValueError) as error:
             return str(error)
         return None
+
+
+def parse_variant(text: str) -> Variant:
+    """Read one way to pack a table, as in "trellis", "trellis:bits=3.5,rotate=hadamard" or "greedy:b=1000,bits=8".
+
+    Args:
+        text: a method, then optionally a colon and settings with commas between: bits, param_dtype and rotate, and the
+            method's own parameters. What is not set is quantize's default.
+
+    Raises:
+        ValueError: no such method or parameter, a value out of its range, or one that does not go with the others.
+    """
+    name, _, settings = text.partition(":")
+    parameters = [field.name for field in fields(METHODS[name])] if name in METHODS else []
+    own: list[str] = []
+    variant = Variant()
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        key = key.replace("-", "_")  # as the flags have it
+        if key == "bits":
+            variant = replace(variant, bits=parse_bits(value))
+        elif key == "param_dtype":
+            variant = replace(variant, param_dtype=value)
+        elif key == "rotate":
+            variant = replace(variant, rotate=None if value == "none" else value)
+        elif name in METHODS and key not in parameters:
+            raise ValueError(f"{text!r} sets {key!r}; what can be set: {', '.join((*_SETTINGS, *parameters))}")
+        else:
+            own.append(setting)
+    variant = replace(variant, method=f"{name}:{','.join(own)}" if own else name)
+    refusal = variant.find_refusal()
+    if refusal is not None:
+        raise ValueError(refusal)
+    return variant
 
 
 def parse_bits(text: str) -> float:

@@ -10,9 +10,10 @@ import embpack
 from embpack.cli import show
 from embpack.convert import quantize_file
 from embpack.formats.temporary import temporary_folder
-from embpack.rules import says_embedding
 from embpack.samples import make_checkpoint
 from embpack.table import PackedTable
+from embpack.table_names import says_embedding
+from embpack.tables import cut_end
 
 
 def demo() -> None:
@@ -62,10 +63,10 @@ def _print_bag(weight: np.ndarray, table: PackedTable) -> None:
 
 
 def _print_methods(weight: np.ndarray) -> None:
-    shown = show.start_table("The same rows by method", ["method", "l2 loss", "what it does"])
+    columns = ["method", "l2 loss", "what it does"]
+    shown = show.start_table("The same rows by method", columns, left=columns[2:], cut="what it does", shorten=cut_end)
     for name, method in embpack.METHODS.items():
         shown.add_row(name, show.loss_text(embpack.quantize(weight, name).loss), method.summary)
-    shown.columns[2].justify = "left"
     show.output.print(shown)
 
 

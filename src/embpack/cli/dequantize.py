@@ -1,29 +1,33 @@
 """embpack dequantize."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from embpack.cli import show
-from embpack.convert import dequantize_file
+from embpack.cli.json_output import describe_unpacked
 from embpack.files import open_packed
+from embpack.unpacking import dequantize_file
 
 
 def dequantize(
     src: Annotated[
         Path,
-        typer.Argument(help="What embpack quantize wrote: a file, or a folder of shards.", show_default=False),
+        typer.Argument(metavar="SRC", help="What embpack quantize wrote: a file or a folder."),
     ],
     dst: Annotated[
         Path,
         typer.Argument(
+            metavar="DST",
             help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin/.ckpt, .npy, .npz or "
-            ".parquet; for a sharded SRC a new or empty folder.",
-            show_default=False,
+            ".parquet; for a folder as SRC a folder, with the model's small files, too.",
         ),
     ],
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Write to DST though there is something; a folder keeps files of other names."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Write a packed checkpoint as a plain one that the original program can load.
@@ -34,12 +38,14 @@ def dequantize(
     with open_packed(src) as files:
         totals = {name: entry.num_embeddings for packed in files for name, entry in packed.entries.items()}
     with show.row_progress(totals, shown=not as_json) as progress:
-        tables = dequantize_file(src, dst, progress=progress)
+        tables = dequantize_file(src, dst, force=force, progress=progress)
     if as_json:
-        show.print_json({"tables": [dataclasses.asdict(table) for table in tables]})
+        show.print_json(describe_unpacked(src, dst, files))
         return
     columns = ["table", "type", "rows", "dim", "before", "after"]
-    shown = show.start_table(f"Unpacked into {dst}", columns, text_columns=2)
+    shown = show.start_table(
+        f"Unpacked into {dst}", columns, text_columns=2, things="tables", drop=("dim", "type", "before")
+    )
     for table in tables:
         shown.add_row(
             table.name,

@@ -1,11 +1,12 @@
 """embpack inspect."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from embpack.cli import show
+from embpack.cli.json_output import describe_packed
 from embpack.files import PackedFile, open_packed
 from embpack.rows import ROW_DTYPES
 
@@ -13,7 +14,7 @@ from embpack.rows import ROW_DTYPES
 def inspect(
     file: Annotated[
         Path,
-        typer.Argument(help="What embpack quantize wrote: a file, or a folder of shards.", show_default=False),
+        typer.Argument(metavar="FILE", help="What embpack quantize wrote: a file, or a folder of shards."),
     ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything through and compare all checksums.")
@@ -30,18 +31,9 @@ def inspect(
                 packed.verify_all()
     if as_json:
         checked, unchecked = _count_checked(files, verified=verify)
-        show.print_json({"verified": verify, "checked": checked, "unchecked": unchecked, **_as_json(files)})
+        show.print_json(describe_packed(file, files, checked, unchecked, verified=verify))
     else:
         _print(str(file), files, verified=verify)
-
-
-def _as_json(files: list[PackedFile]) -> dict[str, Any]:
-    tables = {
-        name: {**entry.as_json(), "row_bytes": entry.row_format.row_bytes, "file": packed.path.name}
-        for packed in files
-        for name, entry in packed.entries.items()
-    }
-    return {"tables": tables, "other_tensors": _others(files)}
 
 
 def _others(files: list[PackedFile]) -> list[str]:
@@ -49,21 +41,24 @@ def _others(files: list[PackedFile]) -> list[str]:
 
 
 def _print(path: str, files: list[PackedFile], *, verified: bool) -> None:
-    columns = ["table", "layout", "method", "rows", "dim", "bytes", "ratio", "l2 loss"]
-    table = show.start_table(path, columns, text_columns=3)
+    columns = ["table", "layout", "bits", "params", "method", "rows", "dim", "bytes", "ratio", "of", "l2 loss"]
+    drop = ("params", "dim", "of", "rows", "method")
+    table = show.start_table(path, columns, text_columns=2, things="tables", left=("params", "method"), drop=drop)
     for packed in files:
         for name, entry in packed.entries.items():
             nbytes = sum(tensor.nbytes for tensor in packed.parts[name])
             original = entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize
             table.add_row(
                 name,
-                f"{entry.layout}, {entry.bits} bits, {entry.param_dtype}"
-                + (f", {entry.rotation}" if entry.rotation else ""),
+                f"{entry.layout}, {entry.rotation}" if entry.rotation else entry.layout,
+                str(entry.bits),
+                entry.param_dtype,
                 entry.method or "unknown",
                 f"{entry.num_embeddings:,}",
                 str(entry.embedding_dim),
                 show.size(nbytes),
-                f"{show.share(nbytes, original)} of {entry.dtype}",
+                show.share(nbytes, original),
+                entry.dtype,
                 show.loss_text(entry.loss),
             )
     show.output.print(table)

@@ -2,34 +2,26 @@
 
 import io
 import json
-import math
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 from rich.text import Text
 
+from embpack.cli.progress import RowBars
+from embpack.cli.progress import rate as rate  # callers say show.rate
 from embpack.convert import Report
 from embpack.planning import Plan
 from embpack.rules import MIN_ROWS, Decision
 from embpack.shard_writer import Progress as OnRows
+from embpack.tables import fit_table
 from embpack.text import printable
 
 
@@ -52,9 +44,10 @@ class Printer(Console):
             os.dup2(nowhere.fileno(), self.file.fileno())
 
 
+# Columns where no terminal sets a width: no line is folded, no name is cut.
+_ENDLESS = 1_000_000
 _has_terminal = sys.stdout is not None and sys.stdout.isatty()
-# If no terminal sets a width, lines are long enough for the names of tensors.
-output = Printer(width=None if _has_terminal else 160)
+output = Printer(width=None if _has_terminal else _ENDLESS)
 errors = Printer(stderr=True)
 
 
@@ -148,67 +141,110 @@ def loss_text(loss: float | None) -> str:
     return "unknown" if loss is None else f"{loss:.5f}"
 
 
-def rate(rows_per_second: float) -> str:
-    """Rows a second, to three digits."""
-    if not math.isfinite(rows_per_second):
-        return "-"
-    for unit, one in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if rows_per_second >= one:
-            return f"{rows_per_second / one:.3g} {unit}"
-    return f"{rows_per_second:.3g}"
+def find_width(console: Console) -> int | None:
+    """Columns of the terminal; None if there is none, where lines may be of any length."""
+    return None if console.width == _ENDLESS else console.width
 
 
-def start_table(title: str, columns: Sequence[str], *, text_columns: int = 1) -> Table:
-    """Make a table under a line of its own, whose first columns are text and the rest numbers."""
-    if title:
-        output.print(title, style="bold", soft_wrap=True)
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
-    return table
+class ShownTable:
+    """A table under a title, one line a row, as wide as the terminal at most."""
+
+    def __init__(self, title: str, columns: Sequence[str], things: str | None, **layout: Any) -> None:
+        self._title, self._columns, self._things, self._layout = title, columns, things, layout
+        self._rows: list[Sequence[str]] = []
+
+    def add_row(self, *cells: str) -> None:
+        """Add a row, a cell for each column; one cell alone is a line of its own, such as a heading."""
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        fitted = fit_table(
+            self._columns, self._rows, find_width(console), has_names=self._things is not None, **self._layout
+        )
+        for line, style in (
+            (printable(self._title), "bold"),
+            (fitted.say_prefix(self._things or ""), "dim"),
+            (fitted.header, "bold"),
+            *((line, "") for line in fitted.lines),
+            (fitted.say_left_out(), "dim"),
+        ):
+            if line or not style:
+                yield Text(line, style)
 
 
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{rate(task.speed)} rows/s" if task.speed else "")
+def start_table(
+    title: str,
+    columns: Sequence[str],
+    *,
+    text_columns: int = 1,
+    things: str | None = None,
+    left: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    cut: str | None = None,
+    shorten: Callable[[str, int], str] | None = None,
+) -> ShownTable:
+    """Make a table under a line of its own, to add rows to and to print.
+
+    Args:
+        title: the line; "" for none.
+        columns: headers.
+        text_columns: so many of the first columns are text, flush left; the rest are numbers.
+        things: what the names in the column that may be cut are of, "tables": where all begin alike, that is shown
+            once; None if they are no names.
+        left: more columns of text.
+        drop: columns that may be left out where the terminal is narrow, the first one first.
+        cut: the column whose cells may be cut there; None is the first one.
+        shorten: cuts a cell to a width; None is cut_middle.
+    """
+    left = [*columns[:text_columns], *left]
+    return ShownTable(title, columns, things, left=left, drop=drop, cut=cut, shorten=shorten)
 
 
 @contextmanager
 def row_progress(totals: dict[str, int], *, shown: bool) -> Iterator[OnRows]:
-    """Show a bar with rows a second and time left for each table, on stderr, while it is being worked on."""
-    bars = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-        console=errors,
-        transient=True,
-        # Where there is no terminal, bars would leave an empty line.
-        disable=not (shown and errors.is_terminal),
-    )
-    with bars:
-        tasks = {name: bars.add_task(printable(name), total=total, start=False) for name, total in totals.items()}
+    """Show bars with rows a second and the time left, on stderr, where that is a terminal.
 
-        def advance(name: str, rows: int) -> None:
-            bars.start_task(tasks[name])
-            bars.advance(tasks[name], rows)
+    Args:
+        totals: rows of each table that are to be worked on.
+        shown: False shows nothing anywhere.
 
-        yield advance
+    Yields:
+        What is to be called with a table's name and how many more of its rows are done.
+    """
+    if not shown:
+        yield lambda name, rows: None
+        return
+    bars = RowBars(errors, totals)
+    with bars.progress:
+        yield bars.advance
 
 
-def print_decisions(path: str, decisions: Sequence[Decision], left_out: Sequence[str], plan: Plan | None) -> None:
-    """Print which tensors are packed and which are not, and why, and what a plan makes of them, if there is one."""
-    table = start_table(f"Plan for {path}", ["to pack", "shape", "type", "why"], text_columns=4)
+def print_decisions(
+    path: str,
+    decisions: Sequence[Decision],
+    left_out: Sequence[str],
+    plan: Plan | None,
+    file_sizes: tuple[int, int] | None = None,
+) -> None:
+    """Print which tensors are packed and which are not, and why, and what a plan makes of them, if there is one.
+
+    With the sizes of the files that are read and would be written, both to the byte, also what each table takes.
+    """
+    sizes = () if file_sizes is None else ("method", "bits", "before", "after")
+    columns = ["to pack", "shape", "type", *sizes, "why"]
+    left, drop = (("method", "why"), ("type", "why", "shape", "before")) if sizes else (("why",), ("type", "why"))
+    table = start_table(f"Plan for {path}", columns, text_columns=3, left=left, things="tables", drop=drop)
     for decision in decisions:
         if decision.variant:
-            table.add_row(decision.tensor.name, _shape(decision), decision.dtype, decision.reason)
+            variant, before, after = decision.variant, decision.bytes_before, decision.bytes_after
+            cells = (variant.name, str(variant.bits), f"{before:,}", f"{after:,}") if sizes else ()
+            table.add_row(decision.tensor.name, _shape(decision), decision.dtype, *cells, decision.reason)
     output.print(table)
     for reason, names in _group_copied(decisions).items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        output.print(f"copied: {names[0]}{more} ({reason})", style="dim", soft_wrap=True)
+        output.print(f"copied: {names[0]}{more} ({reason})", style="dim")
     for note in left_out:
-        output.print(f"left out: {note}", style="yellow", soft_wrap=True)
+        output.print(f"left out: {note}", style="yellow")
     output.print(
         f"A table is a 2-D tensor of float32, float16 or bfloat16 with at least {MIN_ROWS} rows that gets smaller; its "
         "name says embedding (word_embeddings.weight, wte.weight, user_emb.weight, embed_tokens.weight), or the format "
@@ -216,8 +252,11 @@ def print_decisions(path: str, decisions: Sequence[Decision], left_out: Sequence
         style="dim",
     )
     if plan is not None:
-        for line in ("", *str(plan).split("\n")):
-            output.print(line, soft_wrap=True)
+        for line in ("", *plan.describe(find_width(output)).split("\n")):
+            output.print(line)
+    if file_sizes is not None:
+        before, after = file_sizes
+        output.print(f"file: {before:,} -> {after:,} bytes ({share(after, before)}); nothing was written", style="bold")
 
 
 def _group_copied(decisions: Sequence[Decision]) -> dict[str, list[str]]:
@@ -236,7 +275,8 @@ def _shape(decision: Decision) -> str:
 def print_report(path: str, report: Report) -> None:
     """Print what packing came to."""
     columns = ["table", "rows", "dim", "before", "after", "ratio", "l2 loss", "rows/s"]
-    table = start_table(f"Packed into {path}", columns)
+    drop = ("dim", "before", "rows/s", "rows")
+    table = start_table(f"Packed into {path}", columns, things="tables", drop=drop)
     for item in report.tables:
         table.add_row(
             item.name,
@@ -251,9 +291,10 @@ def print_report(path: str, report: Report) -> None:
     output.print(table)
     for item in report.tables:
         if item.warning is not None:
-            output.print(f"{item.name}: {item.warning}", style="yellow", soft_wrap=True)
+            output.print(f"{item.name}: {item.warning}", style="yellow")
     before, after = report.file_bytes_before, report.file_bytes_after
     copied = f", {count(len(report.passed_through), 'other tensor')} copied" if report.passed_through else ""
+    copied += f", {count(len(report.copied_files), 'other file')} copied" if report.copied_files else ""
     output.print(
         f"{size(before)} -> {size(after)} ({share(after, before)}) in {report.seconds:.1f} s{copied}",
         style="bold",

@@ -1,30 +1,32 @@
-"""Methods side by side on a table: loss, bytes, speed, and the rows that fare worst."""
+"""Methods side by side on the rows of a table: loss, bytes, speed, and the rows that fare worst."""
 
 import math
 import re
+import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embpack.chunks import span_rows
-from embpack.comparison.variants import make_variants
-from embpack.methods import Method
 from embpack.packing import pack
-from embpack.rows import ROW_DTYPES, as_rows, explain_not_finite, widen
+from embpack.readers import find_readers
+from embpack.rows import ROW_DTYPES, explain_not_finite, widen
 from embpack.rules import explain_growth
 from embpack.table import PackedTable
 from embpack.text import printable
+from embpack.threads import get_num_threads, set_num_threads
 from embpack.variant import Variant
 
 # The quantiles by which the losses of single rows are summed up.
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 # A fast method is timed this often, and the fastest time counts: the first run pays for new memory.
 _MOST_RUNS, _ENOUGH_SECONDS = 3, 0.2
+# Lookups are timed so often, after a run that warms the cache; each sums so many bags.
+_LOOKUP_RUNS, _NUM_BAGS, _BAG_SIZE = 5, 1000, 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Comparison:
         row_losses: normalized l2 loss of single rows at QUANTILES. A row of zeros has no loss of its own and is left
             out here and in worst_row.
         rows_per_second: that quantize packs in memory, with as many threads as are set.
+        lookups_per_second: rows that embedding_bag sums on one thread, in bags of 20 rows drawn at random from what was
+            packed, which lie in the cache if they fit there.
+        readers: who else reads such rows as they are: names in embpack.readers.READERS. embpack reads all.
+        metric: the user's own figure of all tables packed so; None if there is none, or this is one of several tables.
+        metric_of_floats: the same of the float tables.
     """
 
     table: str
@@ -60,6 +67,10 @@ class Comparison:
     worst_row_loss: float
     row_losses: tuple[float, ...]
     rows_per_second: float
+    lookups_per_second: float
+    readers: tuple[str, ...]
+    metric: float | None = field(default=None, kw_only=True)
+    metric_of_floats: float | None = field(default=None, kw_only=True)
 
     @property
     def variant(self) -> Variant:
@@ -74,40 +85,6 @@ class Skipped:
     table: str
     variant: Variant
     reason: str
-
-
-def compare(
-    weight: Any,
-    methods: str | Method | Sequence[str | Method] | None = None,
-    bits: float | Sequence[float] | None = None,
-    param_dtype: str | Sequence[str] | None = None,
-    rotate: str | Sequence[str | None] | None = None,
-) -> list[Comparison]:
-    """Pack a table in several ways and measure each.
-
-    Args:
-        weight: as for quantize: [num_embeddings, embedding_dim] of float32, float16 or bfloat16.
-        methods: one or more names, with parameters if need be, or Methods; None is all of embpack.METHODS.
-        bits: one or more numbers that quantize takes; None is 4. If methods and rotate are not given either, asym and
-            optimal are also compared at 2 and 8 bits, trellis at 2, 3 and 6, and optimal and trellis with rotated rows.
-        param_dtype: one or more of "float16" and "float32"; None is quantize's default for the method and bits.
-        rotate: one or more of None and "hadamard".
-
-    Returns:
-        One Comparison for each method, bits, param_dtype and rotation, in this order; combinations that a method does
-        not support are left out with a warning.
-
-    Raises:
-        TypeError: weight is of another type.
-        ValueError: weight is not 2-D, is empty or has NaN or infinity; no such method, bits, param_dtype or
-            rotation; or nothing asked for can be done.
-    """
-    rows, dtype = as_rows(weight)
-    variants = make_variants(methods, bits, param_dtype, rotate)
-    results, skipped = compare_rows(Sample.make("weight", rows, dtype, np.arange(len(rows)), len(rows)), variants)
-    for item in skipped:
-        warnings.warn(f"left out {item.variant}: {item.reason}", stacklevel=2)
-    return results
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +134,7 @@ def compare_rows(
     variants: Sequence[Variant],
     progress: Callable[[str, int], None] = lambda name, rows: None,
 ) -> tuple[list[Comparison], list[Skipped]]:
-    """Do what compare does, for a sample of a table.
+    """Pack a sample of a table in several ways and measure each.
 
     Args:
         sample: what is packed.
@@ -171,8 +148,8 @@ def compare_rows(
     for variant in variants:
         try:
             table, seconds = _time(sample.rows, variant)
-        except ValueError as error:
-            skipped.append(Skipped(sample.name, variant, _name_place(str(error), sample)))
+        except (TypeError, ValueError) as error:  # a TypeError of bits that have a fraction
+            skipped.append(Skipped(sample.name, variant, name_place(str(error), sample)))
         else:
             results.append(_describe(sample, table, variant, seconds))
         progress(sample.name, len(sample.rows))
@@ -181,7 +158,7 @@ def compare_rows(
     return results, skipped
 
 
-def _name_place(message: str, sample: Sample) -> str:
+def name_place(message: str, sample: Sample) -> str:
     """Name a row of the table where quantize names one of the sample."""
     return re.sub(r"^weight\[(\d+)", lambda found: f"{sample.name}[{sample.numbers[int(found[1])]}", message)
 
@@ -194,6 +171,27 @@ def _time(rows: NDArray[Any], variant: Variant) -> tuple[PackedTable, float]:
         table, _ = pack(rows, variant)
         times.append(time.perf_counter() - started)
     return table, min(times)
+
+
+def _time_lookups(table: PackedTable) -> float:
+    """Return how many rows a second one thread sums: the median of a few runs.
+
+    More threads would do so few rows no sooner than it takes to wake them.
+    """
+    indices = np.random.default_rng(0).integers(0, len(table), (_NUM_BAGS, _BAG_SIZE))
+    threads = get_num_threads()
+    set_num_threads(1)
+    try:
+        times = [_time_call(lambda: table.embedding_bag(indices, mode="sum")) for _ in range(1 + _LOOKUP_RUNS)]
+    finally:
+        set_num_threads(threads)
+    return indices.size / statistics.median(times[1:])
+
+
+def _time_call(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def _describe(sample: Sample, table: PackedTable, variant: Variant, seconds: float) -> Comparison:
@@ -221,6 +219,8 @@ def _describe(sample: Sample, table: PackedTable, variant: Variant, seconds: flo
         worst_row_loss=float(losses[worst]) if of_rows.size else 0.0,
         row_losses=tuple(map(float, shown)),
         rows_per_second=len(rows) / seconds,
+        lookups_per_second=_time_lookups(table),
+        readers=find_readers(table.row_format),
     )
 
 

@@ -1,6 +1,7 @@
 """Methods side by side on the tables of a checkpoint, and which of them to choose."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,17 +13,18 @@ from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
 from embpack.comparison.array import Comparison, Sample, Skipped, compare_rows
+from embpack.comparison.choice import Recommendation, keep_readable, recommend
 from embpack.comparison.front import find_front
+from embpack.comparison.metric import Metrics
 from embpack.formats import SourceTensor
 from embpack.formats.dtypes import ARRAY_DTYPES
-from embpack.layouts import RowFormat
+from embpack.layouts import LAYOUTS, RowFormat
+from embpack.methods import parse_method
+from embpack.readers import READERS
 from embpack.rows import ROW_DTYPES, spread_rows
 from embpack.rules import Decision
 from embpack.text import quote
 from embpack.variant import Variant
-
-# Sizes within 1 % count as equal, to allow for shared codebooks.
-ABOUT = 1.01
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class FileComparison:
         tables: in file order, at least one.
         include, exclude: globs that chose the tables.
         threads: how many packed them.
+        readers: who must be able to read what is recommended, as recommend takes them.
+        prefer: what counts most in what is recommended, as recommend takes it.
+        metrics: the user's own figure, or None.
     """
 
     src: Path
@@ -79,28 +84,39 @@ class FileComparison:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     threads: int
+    readers: tuple[str, ...] = ()
+    prefer: str = "loss"
+    metrics: Metrics | None = None
 
     @cached_property
     def overall(self) -> Sequence[Comparison]:
         """What to choose by: totals of several tables, or the results of the only one."""
-        return sum_tables(self.tables) if len(self.tables) > 1 else self.tables[0].results
+        overall = find_overall(self.tables)
+        return self.metrics.add_to(overall) if self.metrics else overall
 
     @property
     def front(self) -> list[Comparison]:
-        """The best way at each size."""
-        return find_front(self.overall)
+        """The best way at each size, of those that all readers read."""
+        return self.find_front(self.overall)
+
+    def find_front(self, results: Sequence[Comparison]) -> list[Comparison]:
+        """Find the best of some results at each size, of those that all readers read."""
+        return find_front(keep_readable(results, self.readers))
+
+    @cached_property
+    def recommendation(self) -> Recommendation | None:
+        """What to choose for these readers and by what counts most, and why; see recommend."""
+        return recommend(self.overall, self.readers, self.prefer, default_bytes=self.default_bytes)
 
     @property
     def recommended(self) -> Comparison | None:
-        """The way for a user who names no size: the least loss in about the bytes that quantize's defaults take.
+        """The way that is recommended; None if nothing is smaller than the weights and read by all readers."""
+        return self.recommendation.result if self.recommendation else None
 
-        If nothing that small was measured, the smallest; None if nothing is smaller than the weights.
-        """
-        front = self.front
-        fitting = [result for result in front if result.bytes_per_row <= ABOUT * self.default_bytes]
-        if fitting:
-            return fitting[-1]
-        return front[0] if front else None
+    def explain_nothing(self) -> str:
+        """Say why nothing is recommended."""
+        read = f" and is read by {', '.join(self.readers)}" if self.readers else ""
+        return f"No way that was measured makes all of these tables smaller{read}."
 
     @property
     def default_bytes(self) -> float:
@@ -111,7 +127,7 @@ class FileComparison:
 
     def write_command(self, result: Comparison) -> str:
         """Write the command that packs the checkpoint in one way, ready for a shell."""
-        words = ["embpack", "quantize", str(self.src), str(_name_packed(self.src, result.bits))]
+        words = ["embpack", "quantize", str(self.src), str(_name_packed(self.src, result))]
         words += ["--method", result.method, "--bits", str(result.bits), "--param-dtype", result.param_dtype]
         words += ["--rotate", result.rotate] if result.rotate else []
         for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
@@ -125,35 +141,36 @@ def count_rows(decision: Decision, most: int | None) -> int:
     return rows if most is None else min(rows, most)
 
 
-def compare_table(
-    decision: Decision,
-    variants: Sequence[Variant],
-    most_rows: int | None,
-    progress: Callable[[str, int], None] = lambda name, rows: None,
-) -> TableComparison:
-    """Compare on one table of a checkpoint.
+def read_sample(decision: Decision, most_rows: int | None) -> Sample:
+    """Read the rows of a table that are measured.
 
     Args:
         decision: on a tensor that is a table.
-        variants: how to pack it.
         most_rows: of a larger table this many rows are measured, evenly spread; None is all, in memory.
-        progress: called with the table's name and the number of rows for each variant that is done.
 
     Raises:
         FormatError: the source is damaged.
-        ValueError: a value that was looked at is NaN or infinite, or no variant can be done.
+        ValueError: a value that was looked at is NaN or infinite.
     """
     tensor = decision.tensor
     numbers = spread_rows(tensor.shape[0], count_rows(decision, most_rows))
     rows = _read_rows(tensor, numbers)
-    sample = Sample.make(tensor.name, rows, decision.dtype, numbers, tensor.shape[0], decision.place)
-    return compare_sample(sample, variants, progress)
+    return Sample.make(tensor.name, rows, decision.dtype, numbers, tensor.shape[0], decision.place)
 
 
 def compare_sample(
-    sample: Sample, variants: Sequence[Variant], progress: Callable[[str, int], None]
+    sample: Sample, variants: Sequence[Variant], progress: Callable[[str, int], None] = lambda name, rows: None
 ) -> TableComparison:
-    """Do what compare_table does, for a sample of any table."""
+    """Compare on one table.
+
+    Args:
+        sample: the rows that are measured.
+        variants: how to pack them.
+        progress: called with the table's name and the number of rows for each variant that is done.
+
+    Raises:
+        ValueError: no variant can be done.
+    """
     results, skipped = compare_rows(sample, variants, progress)
     rows = sample.rows
     return TableComparison(
@@ -176,6 +193,11 @@ def _read_rows(tensor: SourceTensor, numbers: NDArray[np.int64]) -> NDArray[Any]
         begin, end = np.searchsorted(numbers, (i * step, i * step + len(chunk)))
         rows[begin:end] = chunk[numbers[begin:end] - i * step]
     return rows
+
+
+def find_overall(tables: Sequence[TableComparison]) -> Sequence[Comparison]:
+    """Find what to choose by: totals of several tables, or the results of the only one."""
+    return sum_tables(tables) if len(tables) > 1 else tables[0].results
 
 
 def sum_tables(tables: Sequence[TableComparison]) -> list[Total]:
@@ -208,15 +230,26 @@ def _sum(tables: Sequence[TableComparison], results: Sequence[Comparison]) -> To
         worst_row=worst.worst_row,
         worst_row_loss=worst.worst_row_loss,
         row_losses=(),
-        rows_per_second=sum(rows) / sum(n / result.rows_per_second for result, n in zip(results, rows, strict=True)),
+        rows_per_second=_mean_rate(rows, [result.rows_per_second for result in results]),
+        lookups_per_second=_mean_rate(rows, [result.lookups_per_second for result in results]),
+        readers=tuple(reader for reader in READERS if all(reader in result.readers for result in results)),
         worst_table=worst.table,
     )
 
 
-def _name_packed(src: Path, bits: float) -> Path:
-    """Name the packed checkpoint, beside the source: a folder if that is in shards."""
+def _mean_rate(rows: Sequence[int], rates: Sequence[float]) -> float:
+    """Rows a second over all tables, each with a rate of its own."""
+    return sum(rows) / sum(n / rate for n, rate in zip(rows, rates, strict=True))
+
+
+def _name_packed(src: Path, result: Comparison) -> Path:
+    """Name the packed checkpoint by how it is packed, beside the source: a folder if that is in shards."""
+    default = LAYOUTS[parse_method(result.method).layout].default_param_dtype(result.bits)
+    parts = [re.sub(r"[^\w.=]+", "-", result.method), f"{result.bits}bit", result.rotate]
+    parts += [result.param_dtype] if result.param_dtype != default else []
+    way = "-".join(part for part in parts if part)
     if src.is_dir() or src.suffix == ".json":
         folder = src if src.is_dir() else src.parent
         folder = folder if folder.name else folder.resolve()
-        return folder.with_name(f"{folder.name}-{bits}bit")
-    return src.with_name(f"{src.stem}-{bits}bit.safetensors")
+        return folder.with_name(f"{folder.name}-{way}")
+    return src.with_name(f"{src.stem}-{way}.safetensors")

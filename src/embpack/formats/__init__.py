@@ -10,14 +10,17 @@ from typing import Any, BinaryIO
 
 from embpack.errors import FormatError, MissingExtraError
 from embpack.formats.atomic import new_file
-from embpack.formats.base import Checkpoint, OutShard, OutTensor, Shard, SourceTensor, find_repeated, is_utf8
-from embpack.formats.sharded import INDEX_SUFFIX, explain_other, find_index, open_sharded, write_sharded
+from embpack.formats.base import Checkpoint, OutFolder, OutShard, OutTensor, Shard, SourceTensor, find_repeated, is_utf8
+from embpack.formats.model_folder import find_checkpoint, with_folder
+from embpack.formats.new_folder import ListOwn, nothing
+from embpack.formats.sharded import INDEX_SUFFIX, explain_other, open_sharded, write_folder
 
 __all__ = [
     "FORMATS",
     "INDEX_SUFFIX",
     "Checkpoint",
     "Format",
+    "OutFolder",
     "OutShard",
     "OutTensor",
     "Shard",
@@ -96,22 +99,23 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     """Open a checkpoint of any format.
 
     Args:
-        path: of a file whose suffix is one of FORMATS, of an index, "*.safetensors.index.json", or of a folder
-            with one index.
+        path: of a file whose suffix is one of FORMATS, of an index, "*.safetensors.index.json", or of a model's folder,
+            with one of those; the small files in it are the checkpoint's companions.
 
     Yields:
         The checkpoint; its tensors can be read until the block ends.
 
     Raises:
-        FileNotFoundError: there is no such file, or no index in the folder.
+        FileNotFoundError: there is no such file, or no checkpoint in the folder.
         FormatError: the file is damaged or not what its name says.
         MissingExtraError: the format needs a package that is not installed.
-        ValueError: no format has such a name, or the folder has more than one index.
+        ValueError: no format has such a name, or the folder has more than one checkpoint.
     """
     path = Path(path)
-    readable = f"what can be read: {', '.join(FORMATS)}, *{INDEX_SUFFIX} and a folder with one of those"
-    if path.is_dir():
-        path = find_index(path, FORMATS)
+    readable = f"what can be read: {', '.join(FORMATS)}, *{INDEX_SUFFIX} and a model's folder"
+    folder = path if path.is_dir() else None
+    if folder is not None:
+        path = find_checkpoint(folder, FORMATS)
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file; {readable}")
     file_format = FORMATS.get(path.suffix.lower())
@@ -122,21 +126,31 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     if path.stat().st_size == 0:
         raise FormatError(f"{path}: the file is empty, 0 bytes; copy it again")
     with open_sharded(path) if file_format is None else file_format.open(path) as checkpoint:
-        yield checkpoint
+        yield checkpoint if folder is None else with_folder(checkpoint, folder)
 
 
-def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], index_name: str | None = None) -> None:
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    shards: Sequence[OutShard],
+    folder: OutFolder | None = None,
+    *,
+    check: Callable[[], None] = lambda: None,
+    list_own: ListOwn = nothing,
+    force: bool = False,
+) -> None:
     """Write a checkpoint of plain tensors: whole or not at all.
 
     Args:
-        path: of the file, replaced if it exists, whose suffix (one of FORMATS) chooses the format; with
-            index_name of the folder, which must be new or empty.
-        shards: the files of the folder; without index_name just one. Only PyTorch's (.pt and the like) need all of its
+        path: of the file, whose suffix (one of FORMATS) chooses the format; with a folder of that.
+        shards: the files of the folder; without a folder just one. Only PyTorch's (.pt and the like) need all of its
             tensors in memory. Only safetensors files have a place for metadata.
-        index_name: of the index of a checkpoint in shards, "model.safetensors.index.json".
+        folder: what a folder has beside them; None for a file.
+        check: called when everything is written but has no name yet; what it raises leaves all as it was.
+        list_own: lists what of an existing folder may be replaced, or the name of an existing file if that may be.
+        force: replace a file whatever it is, and of a folder what has the name of a new file.
 
     Raises:
-        FileExistsError: the folder is not empty.
+        FileExistsError: there is something that may not be replaced.
         MissingExtraError: the format needs a package that is not installed.
         OSError: there is no space, or the place cannot be written; errno and message say which.
         ValueError: no format has such a name, it cannot hold one of the tensors, names are there twice, or
@@ -152,13 +166,14 @@ def write_checkpoint(path: str | os.PathLike[str], shards: Sequence[OutShard], i
     repeated = find_repeated(tensor.name for shard in shards for tensor in shard.tensors)
     if repeated is not None:
         raise ValueError(f"{path}: there is more than one tensor named {repeated!r}; rename all but one")
-    if index_name is not None:
-        write_sharded(path, shards, index_name)
+    if folder is not None:
+        write_folder(path, shards, folder, check=check, list_own=list_own, force=force)
         return
     file_format = FORMATS.get(path.suffix.lower())
     if file_format is None:
         raise ValueError(f"{path}: the end of its name says no format; what can be written: {', '.join(FORMATS)}")
     if len(shards) != 1:
-        raise ValueError(f"{path}: one file is to be written, but there are {len(shards)} shards; give an index_name")
-    with new_file(path) as file:
+        raise ValueError(f"{path}: one file is to be written, but there are {len(shards)} shards; give a folder")
+    with new_file(path, lambda existing: force or existing.name in list_own(existing)) as file:
         file_format.write(file, path, shards[0])
+        check()

@@ -1,16 +1,16 @@
-"""New files and folders that are there whole or not at all."""
+"""New files that are there whole or not at all, and why nothing can be written; folders are in new_folder.py."""
 
 import errno
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from embpack.formats.temporary import is_temporary, temporary_file, temporary_folder
+from embpack.formats.temporary import temporary_file
 
 _NO_SPACE = {
     errno.ENOSPC: "the disk is full",
@@ -26,81 +26,66 @@ _NO_PLACE = {
 }
 
 
+def anything(path: Path) -> bool:
+    """Say of any file that it may be replaced."""
+    return True
+
+
 @contextmanager
-def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def new_file(path: str | os.PathLike[str], may_replace: Callable[[Path], bool] = anything) -> Iterator[BinaryIO]:
     """Write a file that appears under its name only when it is complete and on disk.
 
     Args:
         path: of the file; one that exists is replaced, in one step, when the block ends without an exception. The new
             one keeps its mode, and its owner and group where that is allowed. Of a symbolic link the target is
             written.
+        may_replace: asked of a file that exists and is not empty, before anything is written.
 
     Yields:
         The file, open for writing and seekable. It lies beside path, named ".embpack-*.tmp", until then; an exception
         removes it. After a kill it stays until the next file is written into that folder.
 
     Raises:
+        FileExistsError: path is a file that may not be replaced.
         OSError: the folder is missing or cannot be written, path is a folder, a device or a pipe, or there is no space;
             errno says which, and the message what to do.
     """
     path = Path(path).absolute()
     target = Path(os.path.realpath(path))
+    refuse_other(path, may_replace)
     with ExitStack() as stack:
-        with _explained_place(path, target.parent):
+        with explained_place(path, target.parent):
             replaced = _find_replaced(path, target)
             # One that replaces another gets its mode only once it has its group.
             mode = 0o666 if replaced is None else 0o600
             temporary, descriptor = stack.enter_context(temporary_file(target.parent, mode))
         if replaced is not None:
-            _keep_owner_and_mode(descriptor, replaced)
-        with _explained_space(path, temporary):
+            keep_owner_and_mode(descriptor, replaced)
+        with explained_space(path, temporary):
             # A descriptor of its own, so that the lock is held until the file has its name.
             with os.fdopen(os.dup(descriptor), "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(descriptor)
             temporary.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
 
 
-@contextmanager
-def new_folder(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
-    """Write a folder that appears under its name only when all that is in it is complete and on disk.
-
-    One that exists stays, with its mode and owner, for it may be where a file system is mounted, or where a shell is.
-    Files are written into a folder within it, and then get their names one after the other, without a pause.
-
-    Args:
-        path: of the folder; may exist if it is empty. Of a symbolic link the target is written.
-        last: name of the file that gets its name after all others, an index without which nobody reads them.
-
-    Yields:
-        The folder to write into, ".embpack-*.tmp" beside path, or in it if that exists. An exception removes it, and
-        leaves an existing folder empty. After a kill it stays until the next run into that folder.
-
-    Raises:
-        FileExistsError: path is a file, a folder that is not empty, or being written by another process.
-        OSError: the parent folder is missing or cannot be written, or there is no space; errno says which,
-            and the message what to do.
-    """
-    path = Path(path).absolute()
+def check_new(path: Path) -> None:
+    """Raise what new_file, and new_folder for one that is not there, would before anything is written."""
+    path = path.absolute()
     target = Path(os.path.realpath(path))
-    refuse_occupied(path)
-    is_there = target.is_dir()
-    place = target if is_there else target.parent
-    with ExitStack() as stack:
-        with _explained_place(path, place), _explained_other(path):
-            temporary = stack.enter_context(temporary_folder(place, target))
-        with _explained_space(path, temporary):
-            yield temporary
-            for written in [*temporary.rglob("*"), temporary]:
-                _sync(written)
-            refuse_occupied(path)
-            if is_there:
-                _move_into(target, temporary, last)
-            else:
-                temporary.replace(target)
-            _sync(place)
+    with explained_place(path, target.parent), temporary_file(target.parent, 0o600):
+        pass
+
+
+def refuse_other(path: Path, may_replace: Callable[[Path], bool]) -> None:
+    """Raise FileExistsError if there is a file that is not empty and may not be replaced."""
+    if path.is_file() and path.stat().st_size and not may_replace(path):
+        raise FileExistsError(
+            f"{path} is there already, and nothing says that embpack wrote it; choose another name, or replace it with "
+            "--force (in Python force=True)"
+        )
 
 
 def _find_replaced(path: Path, target: Path) -> os.stat_result | None:
@@ -113,14 +98,14 @@ def _find_replaced(path: Path, target: Path) -> os.stat_result | None:
         raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
     if not stat.S_ISREG(replaced.st_mode):
         raise FileExistsError(f"{path} is a device, a pipe or a socket, which is not to be replaced; name a file")
-    if _is_mounted(target):
+    if is_mounted(target):
         raise FileExistsError(
             f"{path} is mounted by itself and cannot be replaced; mount its folder, or name another file"
         )
     return replaced
 
 
-def _is_mounted(target: Path) -> bool:
+def is_mounted(target: Path) -> bool:
     """Whether something is mounted where a file is, as containers have single files."""
     escaped = re.sub(r"[ \t\n\\]", lambda found: f"\\{ord(found[0]):03o}", str(target))
     try:
@@ -130,7 +115,7 @@ def _is_mounted(target: Path) -> bool:
     return any(line.split(maxsplit=5)[4:5] == [escaped] for line in lines)
 
 
-def _keep_owner_and_mode(descriptor: int, replaced: os.stat_result) -> None:
+def keep_owner_and_mode(descriptor: int, replaced: os.stat_result) -> None:
     """Give a new file the owner, group and mode of the one that it replaces, as far as that is allowed."""
     mode = stat.S_IMODE(replaced.st_mode)
     made = os.fstat(descriptor)
@@ -146,42 +131,8 @@ def _keep_owner_and_mode(descriptor: int, replaced: os.stat_result) -> None:
         os.fchmod(descriptor, mode)
 
 
-def refuse_occupied(path: Path) -> None:
-    """Raise FileExistsError unless a folder can be written there: path does not exist, or is an empty folder."""
-    if path.is_dir():
-        if not all(is_temporary(inner.name) for inner in path.iterdir()):
-            raise FileExistsError(f"{path} is a folder that is not empty; remove it or choose another name")
-    elif path.exists():
-        raise FileExistsError(f"{path} is a file, but a folder is to be written; choose another name")
-
-
-def _move_into(target: Path, temporary: Path, last: str) -> None:
-    """Give files their names in a folder; the last one when all others are on disk. An exception takes them back."""
-    names = sorted((inner.name for inner in temporary.iterdir()), key=lambda name: (name == last, name))
-    try:
-        for name in names:
-            if name == last:
-                _sync(target)
-            (temporary / name).rename(target / name)
-    except BaseException:
-        for name in names:
-            if not os.path.lexists(temporary / name):
-                (target / name).rename(temporary / name)
-        raise
-
-
 @contextmanager
-def _explained_other(path: Path) -> Iterator[None]:
-    """Say that another process writes a folder."""
-    try:
-        yield
-    except FileExistsError as error:
-        message = f"{path} is being written by another process ({error.filename}); wait for it, or choose another name"
-        raise _reword(error, message) from error
-
-
-@contextmanager
-def _explained_space(path: Path, temporary: Path) -> Iterator[None]:
+def explained_space(path: Path, temporary: Path) -> Iterator[None]:
     """Say how far it came if space ran out."""
     try:
         yield
@@ -193,7 +144,7 @@ def _explained_space(path: Path, temporary: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explained_place(path: Path, folder: Path) -> Iterator[None]:
+def explained_place(path: Path, folder: Path) -> Iterator[None]:
     """Say why nothing can be created in a folder."""
     try:
         yield
@@ -201,7 +152,7 @@ def _explained_place(path: Path, folder: Path) -> Iterator[None]:
         reason = _NO_PLACE.get(error.errno or 0)
         if reason is None:
             raise
-        raise _reword(error, f"cannot write {path}: {reason.format(folder=folder)}") from error
+        raise reword(error, f"cannot write {path}: {reason.format(folder=folder)}") from error
 
 
 def _explain_space(error: OSError, path: Path, temporary: Path) -> OSError | None:
@@ -211,21 +162,21 @@ def _explain_space(error: OSError, path: Path, temporary: Path) -> OSError | Non
     files = temporary.rglob("*") if temporary.is_dir() else [temporary]
     written = sum(file.stat().st_size for file in files if file.is_file())
     free = shutil.disk_usage(temporary.parent).free
-    return _reword(
+    return reword(
         error,
         f"cannot write {path}: {_NO_SPACE[error.errno]}, after {written} bytes and with {free} bytes free in "
         f"{temporary.parent}; nothing was kept, make space or choose another folder",
     )
 
 
-def _reword(error: OSError, message: str) -> OSError:
+def reword(error: OSError, message: str) -> OSError:
     """Make an error of the same type and errno whose message stands alone."""
     reworded = type(error)(message)
     reworded.errno = error.errno
     return reworded
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the system put a file's bytes, or a folder's names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,12 +1,12 @@
 """What is read and what is written, whatever the format: tensors in chunks, and the files they are in."""
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,12 +171,31 @@ class Checkpoint:
         shards: its files; just one where it is not in shards.
         index_name: "model.safetensors.index.json" where it is in shards.
         left_out: notes on what is there but is no tensor that can be read, "column 'word' (string)".
+        folder: of the model that it is of, where that was opened; the checkpoint may lie in a folder of it.
+        companions: the model's small files, such as its configuration and its tokenizer, by their paths in the folder.
     """
 
     path: Path
     shards: tuple[Shard, ...]
     index_name: str | None = None
     left_out: tuple[str, ...] = ()
+    folder: Path | None = None
+    companions: tuple[str, ...] = ()
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether what is made of it is a folder, too."""
+        return self.folder is not None or self.index_name is not None
+
+    @property
+    def place(self) -> Path:
+        """Where its files lie in the folder."""
+        return Path() if self.folder is None else self.path.parent.relative_to(self.folder)
+
+    @property
+    def tensors(self) -> list[SourceTensor]:
+        """All tensors, in file order."""
+        return [tensor for shard in self.shards for tensor in shard.tensors]
 
 
 def find_repeated(names: Iterable[str]) -> str | None:
@@ -264,6 +283,19 @@ class OutShard:
     tensors: tuple[OutTensor, ...]
     metadata: Callable[[], dict[str, str]] = dict
     metadata_room: int = 0
+
+
+@dataclass(frozen=True)
+class OutFolder:
+    """What a folder has beside files with tensors.
+
+    Attributes:
+        index_name: path in it of their index, "model.safetensors.index.json"; None for one file, which needs none.
+        beside: what writes each other file, by its path in it; called in order, after all tensors are written.
+    """
+
+    index_name: str | None = None
+    beside: Mapping[str, Callable[[BinaryIO], None]] = field(default_factory=dict)
 
 
 def iter_checked(tensor: OutTensor) -> Iterator[NDArray[Any]]:

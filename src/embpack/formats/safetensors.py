@@ -172,6 +172,15 @@ def parse_object(path: Path, text: bytes) -> dict[str, Any]:
     return parsed
 
 
+def count_file_bytes(path: Path, shard: OutShard) -> int:
+    """Bytes of the file that write_safetensors writes: its header has the room that was kept, needed or not.
+
+    Raises:
+        ValueError: a tensor has the metadata's name, or the header is longer than a file may have.
+    """
+    return _LENGTH_BYTES + _reserve(path, shard) + sum(tensor.nbytes for tensor in shard.tensors)
+
+
 def write_safetensors(file: BinaryIO, path: Path, shard: OutShard) -> None:
     """Write a safetensors file whose metadata is known only at its end.
 
@@ -187,19 +196,13 @@ def write_safetensors(file: BinaryIO, path: Path, shard: OutShard) -> None:
         ValueError: a tensor's chunks are not what it promised, a tensor has the metadata's name, or the
             metadata takes more than metadata_room.
     """
-    entries = _place_tensors(path, shard)
-    reserved = _reserve(entries, shard.metadata_room)
-    if reserved > _MAX_HEADER_BYTES:
-        raise ValueError(
-            f"{path}: {len(entries)} tensors take a header of {reserved} bytes, but a safetensors file has at most "
-            f"{_MAX_HEADER_BYTES}; write several files"
-        )
+    reserved = _reserve(path, shard)
     file.write(reserved.to_bytes(_LENGTH_BYTES, "little") + b" " * reserved)
     for tensor in shard.tensors:
         for chunk in iter_checked(tensor):
             file.write(as_bytes(chunk))
     file.seek(_LENGTH_BYTES)
-    file.write(_make_header(path, entries, shard, reserved))
+    file.write(_make_header(path, shard, reserved))
 
 
 def _place_tensors(path: Path, shard: OutShard) -> dict[str, object]:
@@ -214,15 +217,37 @@ def _place_tensors(path: Path, shard: OutShard) -> dict[str, object]:
     return entries
 
 
-def _reserve(entries: dict[str, object], metadata_room: int) -> int:
+def _reserve(path: Path, shard: OutShard) -> int:
     """Bytes of a header that has room for metadata and ends where data may start."""
+    entries = _place_tensors(path, shard)
     # An empty dict stands for the metadata: its key and comma are counted, and its own two bytes are room to spare.
-    needed = len(_encode({_METADATA_KEY: {}, **entries})) + metadata_room
-    return needed + -(_LENGTH_BYTES + needed) % _ALIGNMENT
+    needed = len(_encode({_METADATA_KEY: {}, **entries})) + shard.metadata_room
+    reserved = needed + -(_LENGTH_BYTES + needed) % _ALIGNMENT
+    if reserved > _MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{path}: {len(entries)} tensors take a header of {reserved} bytes, but a safetensors file has at most "
+            f"{_MAX_HEADER_BYTES}; write several files"
+        )
+    return reserved
 
 
-def _make_header(path: Path, entries: dict[str, object], shard: OutShard, reserved: int) -> bytes:
-    metadata = shard.metadata()
+def bound_bytes(shard: OutShard, most: int) -> int:
+    """Count the bytes that write_safetensors writes, or some more: as many for each tensor, whatever the others are.
+
+    Args:
+        shard: what is written.
+        most: the payload is not larger; tensors may lie anywhere in it.
+    """
+    entries: dict[str, object] = {
+        tensor.name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [most, most]}
+        for tensor in shard.tensors
+    }
+    header = len(_encode({_METADATA_KEY: {}, **entries})) + shard.metadata_room
+    return _LENGTH_BYTES + header + _ALIGNMENT + sum(tensor.nbytes for tensor in shard.tensors)
+
+
+def _make_header(path: Path, shard: OutShard, reserved: int) -> bytes:
+    entries, metadata = _place_tensors(path, shard), shard.metadata()
     header = _encode({_METADATA_KEY: metadata, **entries} if metadata else entries)
     if len(header) > reserved:
         raise ValueError(

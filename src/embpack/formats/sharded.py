@@ -1,19 +1,19 @@
 """Checkpoints in several safetensors files with an index."""
 
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from embpack.errors import FormatError
-from embpack.formats.atomic import new_folder
-from embpack.formats.base import Checkpoint, OutShard, Shard
+from embpack.formats.base import Checkpoint, OutFolder, OutShard, Shard
+from embpack.formats.new_folder import ListOwn, new_folder
 from embpack.formats.safetensors import parse_object, read_shard, write_safetensors
 from embpack.formats.source import SourceFile
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _BIN_INDEX_SUFFIX = ".bin.index.json"
-_MOST_NAMED = 8
 
 
 @contextmanager
@@ -24,10 +24,14 @@ def open_sharded(path: Path) -> Iterator[Checkpoint]:
         path: of the index, "model.safetensors.index.json".
 
     Raises:
-        FormatError: index and files do not agree, or one of them is damaged.
+        FormatError: index and files do not agree, one of them is damaged, or the folder was replaced while they were
+            opened.
     """
-    weight_map, left_out = _read_index(path)
-    shards = [_read_shard(path.parent / name, name) for name in sorted(set(weight_map.values()))]
+    with SourceFile(path) as index:
+        weight_map, left_out = _read_index(path, index.read(0, index.size))
+        # In a folder that is replaced meanwhile, some files would be old and some new.
+        with index.unchanged("index"):
+            shards = [_read_shard(path.parent / name, name) for name in sorted(set(weight_map.values()))]
     _check_weight_map(path, weight_map, shards)
     yield Checkpoint(path, tuple(shards), path.name, left_out)
 
@@ -37,32 +41,6 @@ def _read_shard(path: Path, name: str) -> Shard:
     source = SourceFile(path)
     with source:
         return read_shard(source, name)
-
-
-def find_index(folder: Path, suffixes: Container[str]) -> Path:
-    """Find the index in a folder.
-
-    Args:
-        folder: of a checkpoint.
-        suffixes: of files that can be read, for the error.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: there is more than one.
-    """
-    found = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    if not found:
-        files = sorted(file.name for file in folder.iterdir() if file.is_file())
-        readable = [name for name in files if Path(name).suffix.lower() in suffixes]
-        advice = next(filter(None, map(explain_other, map(folder.joinpath, files))), "")
-        if not advice and readable:
-            more = f" and {len(readable) - _MOST_NAMED} more" if len(readable) > _MOST_NAMED else ""
-            advice = f"choose one of its files: {', '.join(readable[:_MOST_NAMED])}{more}"
-        raise FileNotFoundError(f"{folder}: no *{INDEX_SUFFIX} in this folder; {advice or 'it has no file to read'}")
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise ValueError(f"{folder}: {len(found)} indices in this folder; choose one: {names}")
-    return found[0]
 
 
 def explain_other(path: Path) -> str | None:
@@ -80,9 +58,9 @@ def explain_other(path: Path) -> str | None:
     return None
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+def _read_index(path: Path, text: bytes) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return which file each tensor is in, and notes on what else the index says."""
-    index = parse_object(path, path.read_bytes())
+    index = parse_object(path, text)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: has no weight_map from tensors to files; not the index of a checkpoint")
@@ -121,25 +99,51 @@ def _check_weight_map(path: Path, weight_map: dict[str, str], shards: list[Shard
             )
 
 
-def write_sharded(path: Path, shards: Sequence[OutShard], index_name: str) -> None:
-    """Write a folder of safetensors files with their index.
+def write_folder(
+    path: Path,
+    shards: Sequence[OutShard],
+    folder: OutFolder,
+    *,
+    check: Callable[[], None],
+    list_own: ListOwn,
+    force: bool,
+) -> None:
+    """Write a folder of safetensors files, with their index if it has one, and what lies beside them.
 
     Args:
-        path: of the folder, which must be new or empty.
+        path: of the folder.
         shards: the files.
-        index_name: of the index, "model.safetensors.index.json".
+        folder: what else it has.
+        check: called when everything is written but has no name yet.
+        list_own: as new_folder takes it.
+        force: as new_folder takes it.
 
     Raises:
-        FileExistsError: the folder is not empty.
+        FileExistsError: the folder has other files.
         ValueError: as write_safetensors.
     """
-    weight_map = {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}
-    total_size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    with new_folder(path, index_name) as folder:
+    last = shards[0].file_name if folder.index_name is None else folder.index_name
+    with new_folder(path, last, list_own, force=force) as new:
         for shard in shards:
-            shard_path = folder / shard.file_name
-            shard_path.parent.mkdir(parents=True, exist_ok=True)
-            with shard_path.open("xb") as file:
+            with _create(new / shard.file_name) as file:
                 write_safetensors(file, path / shard.file_name, shard)
-        (folder / index_name).write_text(json.dumps(index, indent=2) + "\n")
+        if folder.index_name is not None:
+            (new / folder.index_name).write_text(_make_index(shards, folder.index_name))
+        for name, write in folder.beside.items():
+            with _create(new / name) as file:
+                write(file)
+        check()
+
+
+def _create(path: Path) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("xb")
+
+
+def _make_index(shards: Sequence[OutShard], index_name: str) -> str:
+    """Say which tensor is in which file, by the files' paths from the index on."""
+    place = PurePosixPath(index_name).parent
+    names = {shard.file_name: PurePosixPath(shard.file_name).relative_to(place).as_posix() for shard in shards}
+    weight_map = {tensor.name: names[shard.file_name] for shard in shards for tensor in shard.tensors}
+    total_size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    return json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2) + "\n"

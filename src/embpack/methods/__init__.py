@@ -1,6 +1,7 @@
 """The methods, which choose what the codes of a row stand for. METHODS is the list of them."""
 
 from dataclasses import fields
+from difflib import get_close_matches
 
 from embpack.methods.aciq import Aciq
 from embpack.methods.asym import Asym
@@ -47,7 +48,9 @@ def parse_method(spec: str | Method) -> Method:
         raise TypeError(f"method is {spec!r}; give a name, such as {DEFAULT_METHOD!r}, or a Method")
     name, _, settings = spec.partition(":")
     if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
+        like = get_close_matches(name.lower(), METHODS, 1)
+        choose = f"did you mean {like[0]!r}? Choose" if like else "choose"
+        raise ValueError(f"there is no method {name!r}; {choose} one of {', '.join(METHODS)}")
     method = METHODS[name]
     types = {field.name: field.type for field in fields(method)}
     values: dict[str, int | float | str] = {}

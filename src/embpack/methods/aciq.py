@@ -39,7 +39,7 @@ class Aciq(UniformMethod):
 
     name: ClassVar[str] = "aciq"
     kernel: ClassVar[str] = "aciq"
-    summary: ClassVar[str] = "the threshold that is best for a Gaussian or Laplacian; for comparison"
+    summary: ClassVar[str] = "a closed form for Gaussian and Laplacian rows; to compare"
 
     def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
         """Return mean -+ alpha, within the bounds of the row."""

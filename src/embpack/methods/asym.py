@@ -20,7 +20,7 @@ class Asym(UniformMethod):
 
     name: ClassVar[str] = "asym"
     kernel: ClassVar[str] = "asym"
-    summary: ClassVar[str] = "the row's own range; what PyTorch and FBGEMM do, as fast as memory"
+    summary: ClassVar[str] = "the row's own range, as PyTorch and FBGEMM have it"
 
     def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
         """Return the bounds of the row."""

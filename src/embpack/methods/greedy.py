@@ -114,7 +114,7 @@ class GreedyOpt(Greedy):
     """GREEDY with five times as many steps, down to half of the range. Source: the paper's GREEDY (opt)."""
 
     name: ClassVar[str] = "greedy-opt"
-    summary: ClassVar[str] = "greedy with b=1000 and r=0.5, as in the paper; many times slower"
+    summary: ClassVar[str] = "greedy in finer steps, as in the paper; to reproduce"
 
     b: int = 1000
     r: float = 0.5
@@ -131,5 +131,5 @@ class GreedyPaper(_GreedySearch):
     """  # noqa: D205
 
     name: ClassVar[str] = "greedy-paper"
-    summary: ClassVar[str] = "the search exactly as in the paper's figures and in PyTorch, to the byte"
+    summary: ClassVar[str] = "the paper's and PyTorch's search, to the byte"
     local_minima_only: ClassVar[bool] = True

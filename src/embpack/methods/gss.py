@@ -34,7 +34,7 @@ class Gss(UniformMethod):
 
     name: ClassVar[str] = "gss"
     kernel: ClassVar[str] = "gss"
-    summary: ClassVar[str] = "the best range symmetric about zero, by golden-section search; for comparison"
+    summary: ClassVar[str] = "the best range symmetric about zero; to compare"
 
     def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
         """Return minus and plus the best threshold measured."""

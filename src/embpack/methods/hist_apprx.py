@@ -33,7 +33,7 @@ class HistApprx(HistogramMethod):
 
     name: ClassVar[str] = "hist-apprx"
     kernel: ClassVar[str] = "hist-apprx"
-    summary: ClassVar[str] = "Caffe2's norm minimization on the row's histogram; for comparison"
+    summary: ClassVar[str] = "Caffe2's search on the row's histogram; to compare"
 
     def select(self, histogram: Histogram, bits: int) -> tuple[int, int]:
         """Select what the last selection was that did not lose more."""

@@ -19,7 +19,7 @@ class HistBrute(HistogramMethod):
 
     name: ClassVar[str] = "hist-brute"
     kernel: ClassVar[str] = "hist-brute"
-    summary: ClassVar[str] = "every range that ends between bins of the row's histogram; for comparison"
+    summary: ClassVar[str] = "all ranges between bins of a histogram; to compare"
 
     def select(self, histogram: Histogram, bits: int) -> tuple[int, int]:
         """Select the best."""

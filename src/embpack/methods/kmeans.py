@@ -117,7 +117,7 @@ class KMeans(CodebookMethod):
 
     name: ClassVar[str] = "kmeans"
     kernel: ClassVar[str] = "kmeans"
-    summary: ClassVar[str] = "the best codebook for each row; the least error, at 28 more bytes a row with 4 bits"
+    summary: ClassVar[str] = "the best codebook for each row; the most bytes"
 
     def search(self, x: Row, row_format: RowFormat) -> Row:
         """Return the codebook of the row."""
@@ -133,7 +133,7 @@ class KMeansLloyd(CodebookMethod):
 
     name: ClassVar[str] = "kmeans-lloyd"
     kernel: ClassVar[str] = "kmeans-lloyd"
-    summary: ClassVar[str] = "a codebook for each row by Lloyd's iteration, as in the paper; to reproduce"
+    summary: ClassVar[str] = "a codebook for each row by Lloyd's search; to reproduce"
 
     def search(self, x: Row, row_format: RowFormat) -> Row:
         """Return the codebook of the row."""

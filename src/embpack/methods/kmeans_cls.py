@@ -194,7 +194,7 @@ class KMeansCls(Method):
 
     name: ClassVar[str] = "kmeans-cls"
     layout: ClassVar[str] = "clustered"
-    summary: ClassVar[str] = "codebooks that similar rows share, at the bytes of uniform rows; for comparison"
+    summary: ClassVar[str] = "codebooks that similar rows share; to compare"
 
     K: int = 0
 

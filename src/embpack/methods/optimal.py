@@ -67,7 +67,7 @@ class Optimal(UniformMethod):
     name: ClassVar[str] = "optimal"
     kernel: ClassVar[str] = "optimal"
     takes_error_weights: ClassVar[bool] = True
-    summary: ClassVar[str] = "least squares from many starts: the least error at uniform rows' bytes"
+    summary: ClassVar[str] = "least squares: the least error at uniform rows' bytes"
 
     effort: str = "normal"
 

@@ -16,7 +16,7 @@ class Sym(UniformMethod):
 
     name: ClassVar[str] = "sym"
     kernel: ClassVar[str] = "sym"
-    summary: ClassVar[str] = "a range symmetric about zero; for comparison"
+    summary: ClassVar[str] = "a range symmetric about zero; to compare"
 
     def search(self, x: Row, row_format: RowFormat) -> tuple[np.float32, np.float32]:
         """Return minus and plus the largest magnitude of the row."""

@@ -24,7 +24,7 @@ class TableRange(UniformMethod):
 
     name: ClassVar[str] = "table"
     kernel: ClassVar[str] = "table"
-    summary: ClassVar[str] = "one range for the whole table; for comparison, the largest error"
+    summary: ClassVar[str] = "one range for the whole table; to compare"
 
     xmin: float = math.nan
     xmax: float = math.nan

@@ -28,7 +28,7 @@ class Trellis(Method):
 
     name: ClassVar[str] = "trellis"
     layout: ClassVar[str] = "trellis"
-    summary: ClassVar[str] = "errors as small as kmeans', at the bytes of uniform rows; only embpack reads them"
+    summary: ClassVar[str] = "nearly kmeans' errors, at uniform rows' bytes"
 
     def num_codebooks(self, num_embeddings: int, row_format: RowFormat) -> int:
         """One, of the whole table."""

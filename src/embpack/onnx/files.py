@@ -24,6 +24,9 @@ EXTERNAL_BYTES = 1 << 28
 EXTERNAL_SUFFIX = ".data"
 # Of ONNX 1.13, the first with operator set 18.
 _IR_VERSION = 8
+_PRODUCER = "embpack"
+_PRODUCER_OFFSET = 2
+_PRODUCER_TAG = 2 << 3 | 2  # field 2, bytes with their length
 _ALIGNMENT = 4096
 _CHUNK_BYTES = 1 << 24
 
@@ -35,6 +38,7 @@ def export(
     mode: str | None = None,
     per_sample_weights: bool = False,
     indices_ndim: int = 1,
+    force: bool = False,
 ) -> None:
     """Write a table as an ONNX model that looks rows up straight from the packed bytes.
 
@@ -66,12 +70,14 @@ def export(
 
     Args:
         table: what to write.
-        path: ends in .onnx; an existing file is replaced at once, when everything is on the disk.
+        path: ends in .onnx; a model of embpack's that exists is replaced at once, when everything is on the disk.
         mode: None, "sum", "mean" or "max".
         per_sample_weights: whether there is an input for them; only for "sum".
         indices_ndim: dimensions of the indices; 1 with a mode. A model has to say how many.
+        force: replace any other file, too.
 
     Raises:
+        FileExistsError: there is a file that embpack did not write, and no force.
         TypeError: table is no PackedTable, per_sample_weights no bool, or indices_ndim no integer.
         ValueError: path has another suffix, the table has no rows, there is no such mode, or per_sample_weights or
             indices_ndim do not go with it.
@@ -81,7 +87,7 @@ def export(
     _check(table, path)
     _check_inputs(mode, per_sample_weights, index(indices_ndim))
     model, initializers = _make_model(table, mode, indices_ndim, per_sample_weights=per_sample_weights)
-    write_model(path, model, initializers)
+    write_model(path, model, initializers, force=force)
 
 
 def _check(table: Any, path: Path) -> None:
@@ -145,31 +151,36 @@ def _make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=_IR_VERSION,
-        producer_name="embpack",
-        producer_version=version("embpack"),
     )
     return model, part.initializers
 
 
-def write_model(path: Path, model: onnx.ModelProto, initializers: Mapping[str, NDArray[Any]]) -> None:
+def write_model(path: Path, model: onnx.ModelProto, initializers: Mapping[str, NDArray[Any]], *, force: bool) -> None:
     """Write a model with its initializers, in the file or, if they are large, beside it.
 
     Args:
-        path: of the model; an existing file is replaced at once, when everything is on the disk.
-        model: without those initializers; they are added to it.
+        path: of the model; one of embpack's that exists is replaced at once, when everything is on the disk.
+        model: without those initializers; they are added to it, and who wrote it.
         initializers: by name, of one dimension or more; of more than EXTERNAL_BYTES together they are written to PATH
             and EXTERNAL_SUFFIX, in chunks.
+        force: replace any other file, too.
 
     Raises:
+        FileExistsError: there is a file that embpack did not write, and no force.
         OSError: the disk is full, the folder cannot be written to.
     """
     beside = path.with_name(path.name + EXTERNAL_SUFFIX)
+    model.producer_name, model.producer_version = _PRODUCER, version("embpack")
+
+    def may_replace(_: Path) -> bool:
+        return force or _is_own(path)
+
     with ExitStack() as files:
-        model_file = files.enter_context(new_file(path))
+        model_file = files.enter_context(new_file(path, may_replace))
         data_file = None
         if sum(array.nbytes for array in initializers.values()) > EXTERNAL_BYTES:
             # The stack leaves it first, so what the model refers to is there before the model is.
-            data_file = files.enter_context(new_file(beside))
+            data_file = files.enter_context(new_file(beside, may_replace))
         for name, array in initializers.items():
             dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
             tensor = model.graph.initializer.add(name=name, dims=array.shape, data_type=dtype)
@@ -178,6 +189,15 @@ def write_model(path: Path, model: onnx.ModelProto, initializers: Mapping[str, N
             else:
                 _write_beside(data_file, beside.name, tensor, array)
         model_file.write(model.SerializeToString())
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a model says that embpack wrote it: its first field is the IR's version, a byte, its second who did."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(_PRODUCER_OFFSET + 2 + len(_PRODUCER))
+    return start[_PRODUCER_OFFSET:] == bytes((_PRODUCER_TAG, len(_PRODUCER))) + _PRODUCER.encode()
 
 
 def _write_beside(file: BinaryIO, location: str, tensor: TensorProto, array: NDArray[Any]) -> None:

@@ -8,6 +8,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from embpack.readers import explain_unread
 from embpack.rotation import matrix
 from embpack.rows import LARGEST
 from embpack.table import PackedTable, output_dtype
@@ -108,12 +109,10 @@ def add_gather(graph: TableGraph, table: PackedTable, indices: str, output: str,
 
 def add_rows(graph: TableGraph, table: PackedTable, indices: str) -> str:
     """Look rows up as they were packed: indices [L] to float32 [L, d]."""
-    add = _ADD_ROWS.get(table.layout)
-    if add is None:
-        raise ValueError(
-            f"rows of the {table.layout} layout have no ONNX operators; pack the weights with a method of another"
-        )
-    return add(graph, table, indices)
+    reason = explain_unread(table.row_format, "onnx")
+    if reason is not None:
+        raise ValueError(f"the table {reason}")
+    return _ADD_ROWS[table.layout](graph, table, indices)
 
 
 def _add_uniform_rows(graph: TableGraph, table: PackedTable, indices: str) -> str:
@@ -134,7 +133,7 @@ def _add_clustered_rows(graph: TableGraph, table: PackedTable, indices: str) -> 
     return _add_choice(graph, codes, _add_gather(graph, "codebooks", table.codebooks, numbers))
 
 
-# By layout.
+# By layout: those that embpack.readers names.
 _ADD_ROWS = {"uniform": _add_uniform_rows, "codebook": _add_codebook_rows, "clustered": _add_clustered_rows}
 
 

@@ -25,6 +25,7 @@ def export_model(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
+    force: bool = False,
 ) -> None:
     """Write a PyTorch model with packed embeddings as an ONNX model that looks rows up straight from the packed bytes.
 
@@ -49,8 +50,10 @@ def export_model(
         output_names: of its outputs, in order.
         dynamic_shapes: which dimensions of the inputs may vary, as torch.export.export takes it, such as
             {"users": {0: "batch"}}; None for none. An example's dynamic dimension should be 2 or more.
+        force: replace a file that embpack did not write, too.
 
     Raises:
+        FileExistsError: there is such a file, and no force.
         MissingExtraError: PyTorch or ONNX Script is not installed.
         OSError: the disk is full, the folder cannot be written to.
         TypeError: model is no PyTorch model.
@@ -69,7 +72,7 @@ def export_model(
     check_model(model)
     options = {"input_names": input_names, "output_names": output_names, "dynamic_shapes": dynamic_shapes}
     translated, initializers = translate_model(model, args, kwargs=kwargs, **options)
-    write_model(path, translated, initializers)
+    write_model(path, translated, initializers, force=force)
 
 
 def _import(package: str) -> None:

@@ -22,6 +22,7 @@ from embpack.torch.convert import (
     swap_collections,
     walk_children,
 )
+from embpack.torch.encoders import adopt_static_encoders
 from embpack.torch.modules import check_supported, leave_tables_out_of_ddp, tables_of
 from embpack.torch.ops import dequantize
 from embpack.torch.packed_module import PackedModule
@@ -87,6 +88,7 @@ def load_checkpoint(
                 hang(place, new)
         swap_collections(model, hang)
         _load_floats(model, loaded, path)
+        adopt_static_encoders(model)
         leave_tables_out_of_ddp(model)
     return model
 

@@ -1,6 +1,7 @@
-"""PackedEmbeddingBagCollection: many packed tables, pooled in one call."""
+"""PackedEmbeddingBagCollection: many tables, the packed ones pooled in one call."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from embpack.packing import pack_and_warn
 from embpack.table import PackedTable
 from embpack.torch.arguments import call_as_leaf, check_tensors, flatten_nested
 from embpack.torch.collection_ops import TableUse, describe_tables
+from embpack.torch.float_bags import FeatureBags
 from embpack.torch.modules import PackedEmbeddingBag, check_supported
 from embpack.torch.private import buffers_of
 from embpack.variant import Variant
@@ -22,9 +24,12 @@ from embpack.variant import Variant
 class PackedEmbeddingBagCollection(nn.Module):
     """torchrec.EmbeddingBagCollection over packed rows: many tables, one call of the core whatever their number.
 
+    Tables that are not packed, as quantize_ leaves small ones, are held as they are: modules with their weights, hooks
+    and gradients, each called for its own features.
+
     Args:
-        embedding_bags: the tables by name, of any layout, bits and embedding_dim. Each is pooled by its own mode,
-            without the rows of its padding_idx.
+        embedding_bags: the tables by name: packed ones of any layout, bits and embedding_dim, at least one, and
+            nn.EmbeddingBags. Each is pooled by its own mode, without the rows of its padding_idx.
         feature_names: by name of a table, the features that read it. None: one feature each, of the table's name.
         is_weighted: whether the weights of a KeyedJaggedTensor count; all modes must then be "sum".
         include_last_offset: whether the offsets of plain tensors end with where the last bag ends.
@@ -39,15 +44,16 @@ class PackedEmbeddingBagCollection(nn.Module):
     KeyedJaggedTensor, and where its own classes are returned.
 
     Raises:
-        TypeError: a table is no PackedEmbeddingBag, or feature_names has a text in place of a list.
-        ValueError: there is no table, feature_names are of other tables, or weights count and a mode is not "sum".
+        TypeError: a table is neither a PackedEmbeddingBag nor an nn.EmbeddingBag, or feature_names has a text in place
+            of a list.
+        ValueError: no table is packed, feature_names are of other tables, or weights count and a mode is not "sum".
 
     Source: torchrec.EmbeddingBagCollection.
     """
 
     def __init__(
         self,
-        embedding_bags: Mapping[str, PackedEmbeddingBag],
+        embedding_bags: Mapping[str, PackedEmbeddingBag | nn.EmbeddingBag],
         feature_names: Mapping[str, Sequence[str]] | None = None,
         *,
         is_weighted: bool = False,
@@ -62,8 +68,15 @@ class PackedEmbeddingBagCollection(nn.Module):
             tables = ", ".join(embedding_bags) or "none"
             raise ValueError(f"the tables are {tables}, but feature_names are of {', '.join(names) or 'none'}")
         for name, bag in embedding_bags.items():
-            if not isinstance(bag, PackedEmbeddingBag):
-                raise TypeError(f"table {name!r} is {kind_of(bag)}; it must be a PackedEmbeddingBag")
+            if not isinstance(bag, (PackedEmbeddingBag, nn.EmbeddingBag)):
+                raise TypeError(
+                    f"table {name!r} is {kind_of(bag)}; it must be a PackedEmbeddingBag, or an nn.EmbeddingBag that "
+                    "stays float"
+                )
+        if not any(isinstance(bag, PackedEmbeddingBag) for bag in embedding_bags.values()):
+            raise ValueError(
+                f"no table is packed ({', '.join(embedding_bags)}): there is nothing to look up in one call"
+            )
         self.embedding_bags = nn.ModuleDict(embedding_bags)
         self.feature_names = {name: tuple(names[name]) for name in embedding_bags}
         self._is_weighted = is_weighted
@@ -73,16 +86,16 @@ class PackedEmbeddingBagCollection(nn.Module):
             self._check_modes()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Read a pickle; an older one has is_weighted as an attribute."""
+        """Read a pickle; an older one has is_weighted as an attribute, and nothing of float tables."""
         if "is_weighted" in state:
             state = {**state, "_is_weighted": state["is_weighted"]}
             del state["is_weighted"]
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._set_lookups()
 
-    def _list_uses(self) -> list[tuple[Any, ...]]:
+    def _list_uses(self) -> list[tuple[Any, ...] | None]:
         """What a call depends on that may have changed since the last one: bags and their attributes may be set."""
-        bags: Any = self.embedding_bags.values()
-        return [bag._use for bag in bags]
+        return [vars(bag).get("_use") for bag in self.embedding_bags.values()]
 
     def _set_lookups(self) -> None:
         """Find once what seldom changes from call to call: a hundred tables take a while to ask."""
@@ -91,15 +104,31 @@ class PackedEmbeddingBagCollection(nn.Module):
         self._readers = [name for names in self.feature_names.values() for name in names]
         self.features = tuple(dict.fromkeys(self._readers))
         self._feature_of = [self.features.index(name) for name in self._readers]
-        self.embedding_names: list[str] = []
-        self.embedding_dims: list[int] = []
-        uses = []
-        for table, names in self.feature_names.items():
-            row_format, mode, padding_idx = bags[table]._use
-            self.embedding_names += [name if self._readers.count(name) == 1 else f"{name}@{table}" for name in names]
-            self.embedding_dims += [bags[table].embedding_dim] * len(names)
-            uses.append(TableUse(row_format, mode, -1 if padding_idx is None else padding_idx, len(names)))
-        self._described = describe_tables(uses)
+        table_of = [table for table, names in self.feature_names.items() for _ in names]
+        self.embedding_names = [
+            name if self._readers.count(name) == 1 else f"{name}@{table}"
+            for name, table in zip(self._readers, table_of, strict=True)
+        ]
+        self.embedding_dims = [bags[table].embedding_dim for table in table_of]
+        self._packed_lookups = [i for i, table in enumerate(table_of) if _is_packed(bags[table])]
+        # The packed tables leave columns for the others, if these are few. Otherwise torch.cat puts all side by side.
+        self._leaves_columns = 2 * len(self._packed_lookups) >= len(table_of)
+        width_of = {
+            table: bag.embedding_dim if self._leaves_columns or _is_packed(bag) else 0 for table, bag in bags.items()
+        }
+        widths = [width_of[table] for table in table_of]
+        # Lookups of float tables: number, table, and where its columns begin and end beside those of packed tables.
+        self._float_lookups = [
+            (i, table, end - widths[i], end)
+            for i, (table, end) in enumerate(zip(table_of, accumulate(widths), strict=True))
+            if not _is_packed(bags[table])
+        ]
+        self._described = describe_tables(
+            [
+                _describe_use(bags[table], len(names)) if _is_packed(bags[table]) else len(names) * width_of[table]
+                for table, names in self.feature_names.items()
+            ]
+        )
 
     @classmethod
     def from_float(
@@ -121,16 +150,20 @@ class PackedEmbeddingBagCollection(nn.Module):
         return cls.like(collection, packed)
 
     @classmethod
-    def like(cls, collection: Any, embedding_bags: Mapping[str, PackedEmbeddingBag]) -> "PackedEmbeddingBagCollection":
-        """Make a collection of packed tables, with the features of a torchrec.EmbeddingBagCollection."""
+    def like(
+        cls, collection: Any, embedding_bags: Mapping[str, PackedEmbeddingBag | nn.EmbeddingBag]
+    ) -> "PackedEmbeddingBagCollection":
+        """Make a collection of tables, with the features of a torchrec.EmbeddingBagCollection."""
         feature_names = {config.name: config.feature_names for config in collection.embedding_bag_configs()}
         return cls(embedding_bags, feature_names, is_weighted=collection.is_weighted())
 
     @property
     def tables(self) -> dict[str, PackedTable]:
-        """The rows as PackedTables by name, which share their memory."""
-        bags: Any = self.embedding_bags
-        return {name: bag.table for name, bag in bags.items()}
+        """The rows of packed tables as PackedTables by name, which share their memory."""
+        return {name: bag.table for name, bag in self.embedding_bags.items() if isinstance(bag, PackedEmbeddingBag)}
+
+    def _list_packed(self) -> list[PackedEmbeddingBag]:
+        return [bag for bag in self.embedding_bags.values() if isinstance(bag, PackedEmbeddingBag)]
 
     def is_weighted(self) -> bool:
         """Whether the weights of a KeyedJaggedTensor count."""
@@ -139,9 +172,7 @@ class PackedEmbeddingBagCollection(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the tables are."""
-        bags: Any = self.embedding_bags.values()
-        device: torch.device = next(iter(bags)).packed.device
-        return device
+        return self._list_packed()[0].packed.device
 
     def embedding_bag_configs(self) -> list[Any]:
         """Return torchrec.EmbeddingBagConfig of each table, with the type that its weights had.
@@ -170,7 +201,7 @@ class PackedEmbeddingBagCollection(nn.Module):
                 embedding_dim=bag.embedding_dim,
                 num_embeddings=bag.num_embeddings,
                 feature_names=list(self.feature_names[name]),
-                data_type=types.get(bag.dtype, DataType.FP32),
+                data_type=types.get(_type_of(bag), DataType.FP32),
                 pooling=poolings[bag.mode],
             )
             for name, bag in bags.items()
@@ -189,8 +220,7 @@ class PackedEmbeddingBagCollection(nn.Module):
         for config in configs:
             config.data_type = DataType.FP32
         made = EmbeddingBagCollection(tables=configs, is_weighted=self._is_weighted, device=torch.device("meta"))
-        bags: Any = self.embedding_bags
-        floats = {f"embedding_bags.{name}.weight": bag.to_float().weight.float() for name, bag in bags.items()}
+        floats = {f"embedding_bags.{name}.weight": _copy_rows(bag) for name, bag in self.embedding_bags.items()}
         made.load_state_dict(floats, assign=True)
         made._device = self.device  # else it would go on to say meta
         return made.requires_grad_(requires_grad=False)
@@ -287,12 +317,40 @@ class PackedEmbeddingBagCollection(nn.Module):
     ) -> Tensor:
         if self._list_uses() != self._known_uses:
             self._set_lookups()
+        if weights is not None:
+            self._check_modes()
+        if not self._float_lookups:
+            return self._pool_packed(where, bags, weights, include_last_offset)
+        feature_of, num_features = where
+        of_packed = [feature_of[lookup] for lookup in self._packed_lookups]
+        pooled = self._pool_packed((of_packed, num_features), bags, weights, include_last_offset)
+        return self._add_floats(pooled, feature_of, FeatureBags.of(num_features, bags, weights, include_last_offset))
+
+    def _add_floats(self, pooled: Tensor, feature_of: Sequence[int], bags: FeatureBags) -> Tensor:
+        """Pool the bags of float tables, and put their columns between those of packed tables."""
+        modules = self.embedding_bags
+        found = [bags.pool(modules[table], feature_of[lookup]) for lookup, table, *_ in self._float_lookups]
+        if not self._leaves_columns or any(values.requires_grad for values in (pooled, *found)):
+            parts, done = [], 0
+            for (*_, begin, end), values in zip(self._float_lookups, found, strict=True):
+                parts += [pooled[:, done:begin], values.float()]
+                done = end
+            return torch.cat([*parts, pooled[:, done:]], dim=1)
+        for (*_, begin, end), values in zip(self._float_lookups, found, strict=True):
+            pooled[:, begin:end] = values
+        return pooled
+
+    def _pool_packed(
+        self,
+        where: tuple[list[int], int],
+        bags: tuple[Tensor, Tensor | None],
+        weights: Tensor | None,
+        include_last_offset: bool,
+    ) -> Tensor:
         pool: Any = torch.ops.embpack.embedding_bag_collection.default
         arguments: tuple[Any, ...] = (*self._tensors(), self._described, *where, *bags)
         if weights is not None:
-            self._check_modes()
-            bags_of_all: Any = self.embedding_bags
-            if all(bag.dtype == weights.dtype for bag in bags_of_all.values()):
+            if all(bag.dtype == weights.dtype for bag in self._list_packed()):
                 weights = weights.float()
             pool = torch.ops.embpack.embedding_bag_collection.weighted
             arguments = (*arguments, weights)
@@ -300,7 +358,7 @@ class PackedEmbeddingBagCollection(nn.Module):
         return pooled
 
     def _tensors(self) -> tuple[list[Any], ...]:
-        of_bags: list[Any] = [buffers_of(bag) for bag in self.embedding_bags.values()]
+        of_bags: list[Any] = [buffers_of(bag) for bag in self._list_packed()]
         return (
             [buffers["packed"] for buffers in of_bags],
             [buffers["clusters"] for buffers in of_bags if buffers["clusters"] is not None],
@@ -316,6 +374,27 @@ class PackedEmbeddingBagCollection(nn.Module):
         """What print shows beside the tables."""
         readers = [f"{name}: {', '.join(names)}" for name, names in self.feature_names.items() if names != (name,)]
         return "; ".join(readers)
+
+
+def _is_packed(bag: nn.Module) -> bool:
+    return isinstance(bag, PackedEmbeddingBag)
+
+
+def _describe_use(bag: Any, num_lookups: int) -> TableUse:
+    row_format, mode, padding_idx = bag._use
+    return TableUse(row_format, mode, -1 if padding_idx is None else padding_idx, num_lookups)
+
+
+def _type_of(bag: Any) -> torch.dtype:
+    """The type of the values that a table returns."""
+    dtype: torch.dtype = bag.dtype if isinstance(bag, PackedEmbeddingBag) else bag.weight.dtype
+    return dtype
+
+
+def _copy_rows(bag: Any) -> Tensor:
+    """The rows of a table as float32, in memory of their own."""
+    rows: Tensor = (bag.to_float() if isinstance(bag, PackedEmbeddingBag) else bag).weight.detach()
+    return rows.to(torch.float32, copy=True)
 
 
 def _even_out(features: Any) -> Tensor:

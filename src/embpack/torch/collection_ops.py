@@ -5,7 +5,7 @@ of those that have them (see embpack.torch.ops). All else that is known of the t
 makes: for a hundred tables, lists would take longer to pass than rows to pool. indices are those of num_features
 features, feature after feature, each with the same number of bags. A table is looked up as often as the text says.
 Lookup i, over all tables, pools the bags of feature feature_of[i], and its values follow those of lookup i - 1 in a row
-of the output.
+of the output, or columns that the text leaves to be written by others.
 """
 
 import json
@@ -52,17 +52,26 @@ class TableUse(NamedTuple):
     num_lookups: int
 
 
-def describe_tables(uses: Sequence[TableUse]) -> str:
-    """Make the operators' argument `tables`."""
+def describe_tables(uses: Sequence[TableUse | int]) -> str:
+    """Make the operators' argument `tables`: of each table its use, and between them how many columns are left."""
     return json.dumps(uses, separators=(",", ":"))
 
 
 class Description(NamedTuple):
-    """What a text of describe_tables says, and the same for the core."""
+    """What a text of describe_tables says, and the same for the core.
+
+    Attributes:
+        uses, row_formats: of each table.
+        table_of: of each lookup, its table.
+        columns: of each lookup, where its values begin in a row of the output.
+        width: of a row.
+        native: the core's.
+    """
 
     uses: tuple[TableUse, ...]
     row_formats: tuple[RowFormat, ...]
     table_of: tuple[int, ...]
+    columns: tuple[int, ...]
     width: int
     native: Any
 
@@ -75,16 +84,31 @@ def read_tables(text: str) -> Description:
         ValueError: it is something else.
     """
     try:
-        uses = tuple(TableUse(*values) for values in json.loads(text))
+        described = [part if isinstance(part, int) else TableUse(*part) for part in json.loads(text)]
         native: Any = _native.TensorGroup()
-        for use in uses:
-            native.add(*use)
+        for part in described:
+            if isinstance(part, int):
+                native.leave(part)
+            else:
+                native.add(*part)
     except (TypeError, ValueError) as error:
         raise ValueError(f"tables are not described as describe_tables does it: {error}") from error
-    row_formats = tuple(RowFormat.parse(use.row_format) for use in uses)
-    table_of = tuple(table for table, use in enumerate(uses) for _ in range(use.num_lookups))
-    width = sum(row_formats[table].embedding_dim for table in table_of)
-    return Description(uses, row_formats, table_of, width, native)
+    uses: list[TableUse] = []
+    row_formats: list[RowFormat] = []
+    table_of: list[int] = []
+    columns: list[int] = []
+    width = 0
+    for part in described:
+        if isinstance(part, int):
+            width += part
+            continue
+        row_format = RowFormat.parse(part.row_format)
+        columns += [width + lookup * row_format.embedding_dim for lookup in range(part.num_lookups)]
+        table_of += [len(uses)] * part.num_lookups
+        width += part.num_lookups * row_format.embedding_dim
+        uses.append(part)
+        row_formats.append(row_format)
+    return Description(tuple(uses), tuple(row_formats), tuple(table_of), tuple(columns), width, native)
 
 
 class Group(NamedTuple):
@@ -202,7 +226,7 @@ def _differentiate_by_weights(*arguments: Any, include_last_offset: bool = False
     """The derivative by a weight: the product of its row and its bag's gradient, for each lookup that reads it."""
     *of_group, indices, offsets, gradient = arguments
     group = Group(*of_group)
-    uses, row_formats, table_of, *_ = read_tables(group.tables)
+    uses, row_formats, table_of, columns, *_ = read_tables(group.tables)
     tables = list(group.table_arguments())
     batch = count_bags_of_features(group.num_features, indices, offsets, include_last_offset=include_last_offset)
     values = indices.reshape(-1)
@@ -210,8 +234,7 @@ def _differentiate_by_weights(*arguments: Any, include_last_offset: bool = False
     if offsets is None or not include_last_offset:
         edges = torch.cat([edges, edges.new_tensor([values.shape[0]])])
     by_weights = torch.zeros(values.shape, dtype=torch.float32)
-    column = 0
-    for table, feature in zip(table_of, group.feature_of, strict=True):
+    for table, feature, column in zip(table_of, group.feature_of, columns, strict=True):
         of_feature = edges[feature * batch : (feature + 1) * batch + 1]
         of_values = slice(int(of_feature[0]), int(of_feature[-1]))
         packed, row_format, *shared = tables[table]
@@ -220,7 +243,6 @@ def _differentiate_by_weights(*arguments: Any, include_last_offset: bool = False
         of_bags = gradient[:, column : column + width].repeat_interleave(of_feature.diff(), dim=0)
         products = (rows * of_bags).sum(-1).masked_fill(values[of_values] == uses[table].padding_index, 0)
         by_weights[of_values] += products
-        column += width
     return by_weights.reshape(indices.shape)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -14,59 +14,20 @@ from embpack.errors import kind_of, naming
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packing import pack
 from embpack.rules import MIN_ROWS, explain_growth
-from embpack.shard_writer import Progress, TableReport
+from embpack.shard_writer import Progress
 from embpack.table import PackedTable
-from embpack.text import printable
 from embpack.torch.collection import PackedEmbeddingBagCollection
+from embpack.torch.encoders import adopt_static_encoders
 from embpack.torch.linear import PackedLinear
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, check_supported, leave_tables_out_of_ddp
 from embpack.torch.packed_module import PackedModule
 from embpack.torch.pretrained import followed
 from embpack.torch.private import has_hooks
+from embpack.torch.report import ModelReport, describe_table
 from embpack.torch.tied import Tied, check_layer, check_tied, find_tied, key_of, memory_of, refuse_tied
 from embpack.variant import Variant
 
 Filter = Callable[[nn.Module, str], bool]
-COLUMNS = ("module", "rows", "dim", "before", "after", "ratio", "l2 loss")
-
-
-@dataclass(frozen=True)
-class ModelReport:
-    """What packing a model came to; print shows it as a table.
-
-    Attributes:
-        tables: one for each module that was packed, in the model's order, output layers last. One that shares its rows
-            with one before has 0 bytes.
-        left_alone: name and reason of each embedding that was not.
-        untied: names of the weights that stay float beside the rows of an embedding that had them, too.
-        bytes_before: of the whole model, parameters and buffers, each memory counted once.
-        bytes_after: the same when it was packed.
-    """
-
-    tables: tuple[TableReport, ...]
-    left_alone: tuple[tuple[str, str], ...]
-    untied: tuple[str, ...] = ()
-    bytes_before: int = 0
-    bytes_after: int = 0
-
-    def __str__(self) -> str:
-        rows = [COLUMNS, *map(_describe, self.tables)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-        lines = []
-        for name, *cells in rows:
-            numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-            lines.append("  ".join([name.ljust(widths[0]), *numbers]))
-        before, after = (sum(getattr(table, name) for table in self.tables) for name in ("bytes_before", "bytes_after"))
-        lines.append(f"tables: {_compare(before, after)}")
-        larger = ", larger than before" if self.bytes_after > self.bytes_before else ""
-        lines.append(f"whole model: {_compare(self.bytes_before, self.bytes_after)}{larger}")
-        lines += [
-            f"untied: {printable(name)} stays float beside the packed rows; tied='share' has output layers use those"
-            for name in self.untied
-        ]
-        lines += [f"{printable(table.name)}: {printable(table.warning)}" for table in self.tables if table.warning]
-        lines += [f"left alone: {printable(name)}, {printable(reason)}" for name, reason in self.left_alone]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -94,9 +55,8 @@ def quantize_(
 ) -> ModelReport:
     """Pack the embeddings of a model, in place: each nn.Embedding and nn.EmbeddingBag becomes a packed module.
 
-    TorchRec's collections are packed, too: an EmbeddingBagCollection becomes a PackedEmbeddingBagCollection if all of
-    its tables are packed. Otherwise it stays TorchRec's module over packed tables, as an EmbeddingCollection always
-    does.
+    TorchRec's collections are packed, too: an EmbeddingBagCollection becomes a PackedEmbeddingBagCollection, which
+    also holds those of its tables that stay float. An EmbeddingCollection stays TorchRec's module over packed tables.
 
     Args:
         model: on the CPU. Nothing of it is changed unless all that is to be packed can be.
@@ -147,7 +107,7 @@ def quantize_(
         if is_first:
             packed[key] = _pack(weight, hangs[0].name, variant)
         table, warning = packed[key]
-        report = _report(hangs[0].name, weight, table, perf_counter() - start, warning)
+        report = describe_table(hangs[0].name, weight, table, perf_counter() - start, warning)
         reports.append(report if is_first else replace(report, bytes_before=0, bytes_after=0))
         progress(hangs[0].name, table.num_embeddings)
         swaps.append((hangs, make_packed(module, table, made)))
@@ -155,16 +115,22 @@ def quantize_(
         for hangs, new in swaps:
             for place in hangs:
                 hang(place, new)
-        swap_collections(model, hang)
+        collections = swap_collections(model, hang)
+        adopt_static_encoders(model)
         leave_tables_out_of_ddp(model)
+    inside = tuple(f"{name}." for name, _ in collections)
+    alone = [(hangs[0].name, type(new).__name__) for hangs, new in swaps if not hangs[0].name.startswith(inside)]
     untied = tuple(each.name for each in tied_weights if each.owner not in places)
-    return ModelReport(tuple(reports), tuple(left_alone), untied, bytes_before, count_bytes(model))
+    return ModelReport(
+        tuple(reports), tuple(left_alone), (*alone, *collections), untied, bytes_before, count_bytes(model)
+    )
 
 
 PACKED: dict[type, type[PackedEmbedding] | type[PackedEmbeddingBag]] = {
     nn.Embedding: PackedEmbedding,
     nn.EmbeddingBag: PackedEmbeddingBag,
 }
+PACKED_KINDS = tuple(PACKED.values())
 # With that of output layers, which are packed only with the embedding whose weight they have.
 PACKED_WITH_LAYERS: dict[type, type[PackedModule]] = {**PACKED, nn.Linear: PackedLinear}
 
@@ -192,8 +158,12 @@ def count_bytes(model: nn.Module) -> int:
 
 def is_torchrec_bags(module: nn.Module) -> bool:
     """Whether it is a torchrec.EmbeddingBagCollection; without TorchRec nothing is."""
+    return _is_torchrec(module, "EmbeddingBagCollection")
+
+
+def _is_torchrec(module: nn.Module, name: str) -> bool:
     torchrec: Any = sys.modules.get("torchrec.modules.embedding_modules")
-    return torchrec is not None and type(module) is torchrec.EmbeddingBagCollection
+    return torchrec is not None and type(module) is getattr(torchrec, name)
 
 
 @contextmanager
@@ -224,18 +194,46 @@ def hanging() -> Iterator[Hang]:
         raise
 
 
-def swap_collections(model: nn.Module, hang: Hang) -> None:
-    """Swap TorchRec's collections of bags that are all packed."""
+def swap_collections(model: nn.Module, hang: Hang) -> list[tuple[str, str]]:
+    """Swap TorchRec's collections of bags of which some are packed; return what each became.
+
+    One stays TorchRec's if it has a table of another kind than nn.EmbeddingBag.
+    """
     swaps: dict[nn.Module, nn.Module] = {}
+    became: dict[nn.Module, tuple[str, str]] = {}
     for module, place in list(walk_children(model)):
         collection: Any = module
-        if is_torchrec_bags(module) and all(
-            type(bag) is PackedEmbeddingBag for bag in collection.embedding_bags.values()
-        ):
-            if module not in swaps:
-                packed = PackedEmbeddingBagCollection.like(collection, collection.embedding_bags)
-                swaps[module] = packed.train(module.training)
-            hang(place, swaps[module])
+        if is_torchrec_bags(module):
+            bags = collection.embedding_bags
+            if module not in swaps and _are_bags(bags.values()):
+                swaps[module] = PackedEmbeddingBagCollection.like(collection, bags).train(module.training)
+            if module in swaps:
+                hang(place, swaps[module])
+        elif _is_torchrec(module, "EmbeddingCollection"):
+            bags = collection.embeddings
+        else:
+            continue
+        if any(isinstance(bag, PACKED_KINDS) for bag in bags.values()):
+            became.setdefault(module, (place.name, _explain_collection(swaps.get(module, module), bags.values())))
+    return list(became.values())
+
+
+def _are_bags(bags: Collection[nn.Module]) -> bool:
+    """Whether a collection of these can be packed: some are, and the others can be held as they are."""
+    packed = [isinstance(bag, PackedEmbeddingBag) for bag in bags]
+    return any(packed) and all(isinstance(bag, (PackedEmbeddingBag, nn.EmbeddingBag)) for bag in bags)
+
+
+def _explain_collection(collection: nn.Module, tables: Collection[nn.Module]) -> str:
+    """Say what a collection is now: its kind, its tables, and what those that stay float cost."""
+    floats = [table for table in tables if not isinstance(table, PACKED_KINDS)]
+    weights = [weight for table in floats for weight in table.parameters()]
+    num_packed = len(tables) - len(floats)
+    text = f"{type(collection).__name__}, {num_packed} packed table{'s' * (num_packed != 1)}"
+    if floats:
+        types = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})
+        text += f", {len(floats)} of {' and '.join(types)} ({sum(weight.nbytes for weight in weights):,} bytes)"
+    return text
 
 
 def walk_children(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
@@ -324,30 +322,3 @@ def _pack(weight: Tensor, name: str, variant: Variant) -> tuple[PackedTable, str
         )
     with naming(name):
         return pack(weight, variant)
-
-
-def _report(name: str, weight: Tensor, table: PackedTable, seconds: float, warning: str | None) -> TableReport:
-    return TableReport(
-        name=name,
-        num_embeddings=table.num_embeddings,
-        embedding_dim=table.embedding_dim,
-        dtype=table.dtype,
-        method=table.method,
-        bytes_before=weight.numel() * weight.element_size(),
-        bytes_after=table.nbytes,
-        loss=table.loss or 0.0,
-        seconds=seconds,
-        warning=warning,
-    )
-
-
-def _compare(before: int, after: int) -> str:
-    return f"{before:,} -> {after:,} bytes" + (f" ({after / before:.2%})" if before else "")
-
-
-def _describe(table: TableReport) -> tuple[str, ...]:
-    before, after = table.bytes_before, table.bytes_after
-    shares = before == 0 and table.num_embeddings > 0
-    ratio = f"{after / before:.2%}" if before else "shared" if shares else "-"
-    shape = (f"{table.num_embeddings:,}", str(table.embedding_dim))
-    return (printable(table.name), *shape, f"{before:,}", f"{after:,}", ratio, f"{table.loss:.5f}")

@@ -18,6 +18,8 @@ USED: dict[str, tuple[object, str]] = {
     "torch.autograd.forward_ad._current_level": (forward_ad, "_current_level"),
     "torch.nn.Module._buffers": (nn.Module(), "_buffers"),
     "torch.nn.Module._forward_hooks": (nn.Module(), "_forward_hooks"),
+    "torch.nn.Module._forward_pre_hooks": (nn.Module(), "_forward_pre_hooks"),
+    "torch.nn.modules.module._has_any_global_hook": (nn.modules.module, "_has_any_global_hook"),
     "torch.nn.Module._apply": (nn.Module, "_apply"),
     "torch.nn.Module._load_from_state_dict": (nn.Module, "_load_from_state_dict"),
     "torch.Tensor._make_wrapper_subclass": (torch.Tensor, "_make_wrapper_subclass"),
@@ -73,6 +75,16 @@ def has_hooks(module: nn.Module) -> bool:
     way, and a module that takes another's place would silently lose them.
     """
     return any(value for name, value in vars(module).items() if name.startswith("_") and name.endswith("_hooks"))
+
+
+def is_only_forward(module: nn.Module) -> bool:
+    """Whether calling an nn.EmbeddingBag, where nothing has gradients, does what PyTorch's own forward does, no more.
+
+    nn.Module.__call__ asks the same, by these names, since before 2.0.
+    """
+    run_for_all: Any = nn.modules.module._has_any_global_hook  # which has no types
+    runs_hooks = module._forward_hooks or module._forward_pre_hooks or run_for_all()
+    return type(module) is nn.EmbeddingBag and not runs_hooks and "forward" not in vars(module)
 
 
 def leave_out_of_ddp(model: nn.Module, names: Iterable[str]) -> None:

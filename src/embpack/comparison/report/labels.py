@@ -1,5 +1,6 @@
 """Where the names of points go, so that none lies on another."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,9 +44,14 @@ class Label:
     box: Box
     is_far: bool
 
+    def find_end(self, point: tuple[float, float]) -> tuple[float, float]:
+        """Say where a line from the point to its name ends."""
+        box = self.box
+        return box.left - 2 if box.left > point[0] else box.right + 2, (box.top + box.bottom) / 2
+
 
 def place_beside(contents: Sequence[str], point: tuple[float, float], frame: Box, taken: Sequence[Box]) -> Label | None:
-    """Place a name right of a point or left of it, a little below the middle; None if neither is free.
+    """Place a name right of a point or left of it, a little below the middle or above; None if nothing is free.
 
     Args:
         contents: the name, and shorter ones for where it finds no room.
@@ -54,7 +60,7 @@ def place_beside(contents: Sequence[str], point: tuple[float, float], frame: Box
         taken: where no name may lie.
     """
     x, y = point
-    for below in (11, 24):
+    for below in (11, 24, -11, -24):
         for content in contents:
             for left in (x + _NEAR, x - _NEAR - _measure(content)):
                 box = _make_box(content, left, y + below)
@@ -64,50 +70,73 @@ def place_beside(contents: Sequence[str], point: tuple[float, float], frame: Box
 
 
 def place_column(
-    contents: Sequence[str], x: float, heights: Sequence[float], frame: Box, taken: Sequence[Box]
+    contents: Sequence[str],
+    points: Sequence[tuple[float, float]],
+    frame: Box,
+    taken: Sequence[Box],
+    lines: Sequence[Box] = (),
 ) -> list[Label | None]:
-    """Place the names of points that lie above one another, in the same order and as near as they can be.
+    """Place the names of points that lie about above one another, in the same order and as near as they can be.
 
     Args:
         contents: the names.
-        x: of all points.
-        heights: of the points, rising.
+        points: (x, y), y rising.
         frame: that names must lie in.
         taken: where no name may lie.
+        lines: where nothing may lead across from a point to its name.
 
     Returns:
         A label for each name, or None where there is no room for it.
     """
-    middles = spread(heights, LINE_HEIGHT)
+    middles = spread([y for _, y in points], LINE_HEIGHT)
     labels: list[Label | None] = []
     start = 0
     for end in range(1, len(middles) + 1):
         # Names that touch are a stack, which lies on one side as a whole.
         if end == len(middles) or middles[end] - middles[end - 1] > LINE_HEIGHT + 0.1:
             stack = slice(start, end)
-            labels += _place_stack(contents[stack], x, heights[stack], middles[stack], frame, taken)
+            labels += _place_stack(contents[stack], points[stack], middles[stack], frame, taken, lines)
             start = end
     return labels
 
 
 def _place_stack(
     contents: Sequence[str],
-    x: float,
-    heights: Sequence[float],
+    points: Sequence[tuple[float, float]],
     middles: Sequence[float],
     frame: Box,
     taken: Sequence[Box],
+    lines: Sequence[Box],
 ) -> list[Label | None]:
     """Place a stack of names on the side of their points that has more room."""
-    is_far = max(abs(middle - height) for middle, height in zip(middles, heights, strict=True)) > 3
+    is_far = max(abs(middle - y) for middle, (_, y) in zip(middles, points, strict=True)) > 3
     gap = _FAR if is_far else _NEAR
     sides: list[list[Label | None]] = []
     for is_right in (False, True):
-        lefts = [x + gap if is_right else x - gap - _measure(content) for content in contents]
+        edge = max(x for x, _ in points) + gap if is_right else min(x for x, _ in points) - gap
+        lefts = [edge if is_right else edge - _measure(content) for content in contents]
         boxes = [_make_box(*item) for item in zip(contents, lefts, middles, strict=True)]
-        named = zip(contents, boxes, strict=True)
-        sides.append([Label(name, box, is_far) if _is_free(box, frame, taken) else None for name, box in named])
+        labels = [Label(content, box, is_far) for content, box in zip(contents, boxes, strict=True)]
+        sides.append(
+            [
+                label if _is_free(label.box, frame, taken) and not _crosses(label, point, lines) else None
+                for label, point in zip(labels, points, strict=True)
+            ]
+        )
     return min(sides, key=lambda labels: labels.count(None))
+
+
+def trace(start: tuple[float, float], end: tuple[float, float]) -> list[Box]:
+    """List boxes without area along a line, once it has left the point that it starts at."""
+    length = math.dist(start, end)
+    steps = [step / length for step in range(math.ceil(_NEAR), math.floor(length) + 1)]
+    places = [[a + share * (b - a) for a, b in zip(start, end, strict=True)] for share in steps]
+    return [Box(x, y, x, y) for x, y in places]
+
+
+def _crosses(label: Label, point: tuple[float, float], lines: Sequence[Box]) -> bool:
+    """Whether what leads from a point to its name crosses a line."""
+    return any(line.holds(box) for box in trace(point, label.find_end(point)) for line in lines)
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:

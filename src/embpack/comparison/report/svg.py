@@ -1,18 +1,27 @@
-"""What the pictures are drawn with: elements and scales."""
+"""What the page and its pictures are made of: elements and scales."""
 
 import html
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from embpack.text import printable
 
 # Of the page's font, on average; a text may be a little longer or shorter than we think.
 CHARACTER_WIDTH = 6.8
+# The width of the text on a screen, and on a phone.
+WIDE, NARROW = 760.0, 350.0
 
 
 def escape(content: str) -> str:
     """Write text as it stands in markup, names of others so that they are seen and do nothing."""
     return html.escape(printable(content))
+
+
+def breakable(name: str) -> str:
+    """Write a name that a line may end in after its dots, slashes, dashes and underlines, and nowhere else."""
+    return "<wbr/>".join(escape(part) for part in re.split(r"(?<=[./_-])(?![./_-])", name) if part)
 
 
 def element(name: str, content: str = "", **attributes: object) -> str:
@@ -29,15 +38,45 @@ def text(content: str, x: float, y: float, **attributes: object) -> str:
     return element("text", escape(content), x=x, y=y, **attributes)
 
 
-def title(content: str) -> str:
-    """Write what shows up when the pointer rests on an element."""
-    return element("title", escape(content))
+def mark(content: str, label: str, x: float, y: float) -> str:
+    """Group shapes that stand for something, drawn from (x, y) on.
+
+    What they stand for shows up under the pointer, on a tap and by the keyboard.
+    """
+    place = f"translate({_number(x)} {_number(y)})"
+    return element("g", content, class_="mark", tabindex=-1, role="img", aria_label=label, transform=place)
 
 
-def picture(content: str, width: float, height: float, label: str) -> str:
-    """Write a picture whose text is not scaled as long as there are `width` pixels for it."""
-    size = {"viewBox": f"0 0 {_number(width)} {_number(height)}", "width": width, "height": height}
-    return element("svg", content, role="img", aria_label=label, **size)
+@dataclass(frozen=True)
+class Picture:
+    """A drawing whose text is not scaled as long as there are `width` pixels for it.
+
+    Attributes:
+        content: markup of SVG.
+        width, height: in pixels.
+        label: what it shows.
+    """
+
+    content: str
+    width: float
+    height: float
+    label: str
+
+    def __str__(self) -> str:
+        """Write it for a page, where the keyboard gets to the first mark, and from there by arrows to the others."""
+        return self.write(self.content.replace('tabindex="-1"', 'tabindex="0"', 1))
+
+    def write(self, content: str, margin: float = 0.0) -> str:
+        """Write an element of this size that has some content, with a margin around it."""
+        width, height = self.width + 2 * margin, self.height + 2 * margin
+        box = " ".join(map(_number, (-margin, -margin, width, height)))
+        size = {"viewBox": box, "width": width, "height": height}
+        return element("svg", content, xmlns="http://www.w3.org/2000/svg", role="group", aria_label=self.label, **size)
+
+
+def draw_twice(draw: Callable[[float], Picture]) -> str:
+    """Draw for a screen and for a phone: text that shrinks with its picture could not be read there."""
+    return element("div", str(draw(WIDE)), class_="wide") + element("div", str(draw(NARROW)), class_="narrow")
 
 
 def shorten(content: str, width: float) -> str:

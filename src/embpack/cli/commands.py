@@ -1,0 +1,31 @@
+"""What all commands have in common: help in which flags look like flags."""
+
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+
+def _hide_types_of_flags(params: list[Any]) -> list[Any]:
+    """Leave the type of what takes no value out of the help: --json, not --json <bool>."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
+class Command(TyperCommand):
+    """A command; its help lists --help last, in the last group of options."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """List arguments and options."""
+        *params, asking = _hide_types_of_flags(super().get_params(ctx))
+        asking.rich_help_panel = getattr(params[-1], "rich_help_panel", None) if params else None
+        return [*params, asking]
+
+
+class Group(TyperGroup):
+    """All commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """List options."""
+        return _hide_types_of_flags(super().get_params(ctx))

@@ -1,0 +1,262 @@
+"""What --json prints: schema.json says what each value is, docs/json.md says it to people."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from embpack import _native
+from embpack.comparison.array import QUANTILES, Comparison, Skipped
+from embpack.comparison.checkpoint import FileComparison
+from embpack.convert import Report, count_file_bytes
+from embpack.files import PackedFile, TableEntry
+from embpack.formats import Checkpoint, SourceTensor
+from embpack.layouts import RowFormat
+from embpack.methods import parse_method
+from embpack.planning import Plan, PlannedTable
+from embpack.readers import find_readers
+from embpack.rows import ROW_DTYPES
+from embpack.rules import Decision
+from embpack.shard_writer import TableReport
+from embpack.threads import get_num_threads
+
+# Raised when a value changes its name or its meaning, or goes; new ones may come at any time.
+SCHEMA = 1
+
+Record = dict[str, Any]
+
+
+def describe_quantized(
+    src: Path,
+    dst: Path | None,
+    checkpoint: Checkpoint,
+    decisions: Sequence[Decision],
+    plan: Plan | None,
+    report: Report | None,
+) -> Record:
+    """Describe what quantize did, or with no report what it would do.
+
+    Args:
+        src: what was read.
+        dst: what was written, or would be.
+        checkpoint: src, open.
+        decisions: on all its tensors.
+        plan: what chose among the ways to pack the tables; None if nothing did.
+        report: what packing came to.
+    """
+    planned = {} if plan is None else {table.name: table for table in plan.tables}
+    reports = {} if report is None else {table.name: table for table in report.tables}
+    tables = [
+        _describe_decision(each, planned.get(each.tensor.name), reports.get(each.tensor.name))
+        for each in decisions
+        if each.variant
+    ]
+    return {
+        **_start("quantize", src),
+        "destination": None if dst is None else str(dst),
+        "dry_run": report is None,
+        "tables": tables,
+        "other_tensors": [{**_describe_tensor(d.tensor), "reason": d.reason} for d in decisions if not d.variant],
+        "left_out": list(checkpoint.left_out),
+        "copied_files": list(checkpoint.companions),
+        "totals": {
+            **_sum(tables),
+            "source_bytes": sum(shard.num_bytes for shard in checkpoint.shards),
+            "destination_bytes": (
+                count_file_bytes(checkpoint, decisions) if report is None else report.file_bytes_after
+            ),
+            "loss": None if report is None else report.loss,
+            "sample_loss": None if plan is None else plan.loss,
+            "seconds": None if report is None else report.seconds,
+        },
+    }
+
+
+def _describe_decision(decision: Decision, planned: PlannedTable | None, report: TableReport | None) -> Record:
+    assert decision.variant is not None and decision.row_format is not None  # it is packed
+    return {
+        "name": decision.tensor.name,
+        "num_embeddings": decision.tensor.shape[0],
+        "embedding_dim": decision.tensor.shape[1],
+        "dtype": decision.dtype,
+        "method": decision.variant.parsed_method.spec if report is None else report.method,
+        **_describe_rows(decision.row_format),
+        "weight_bytes": decision.bytes_before,
+        "packed_bytes": decision.bytes_after,
+        "loss": None if report is None else report.loss,
+        "sample_loss": None if planned is None else planned.loss,
+        "reason": decision.reason,
+        "plan_reason": None if planned is None else planned.reason,
+        "warning": None if report is None else report.warning,
+        "seconds": None if report is None else report.seconds,
+        "rows_per_second": None if report is None else report.rows_per_second,
+    }
+
+
+def describe_unpacked(src: Path, dst: Path, files: Sequence[PackedFile]) -> Record:
+    """Describe what dequantize did with packed files."""
+    tables = [
+        _describe_entry(name, entry, packed.parts[name]) for packed in files for name, entry in packed.entries.items()
+    ]
+    return {
+        **_start("dequantize", src),
+        "destination": str(dst),
+        "tables": tables,
+        "other_tensors": _describe_others(files),
+        "totals": _sum(tables),
+    }
+
+
+def describe_packed(
+    src: Path, files: Sequence[PackedFile], checked: Mapping[str, int], unchecked: Mapping[str, int], *, verified: bool
+) -> Record:
+    """Describe what inspect found in packed files."""
+    tables = [
+        {
+            **_describe_entry(name, entry, packed.parts[name]),
+            "row_bytes": entry.row_format.row_bytes,
+            "checksum": entry.checksum,
+            "file": packed.path.name,
+        }
+        for packed in files
+        for name, entry in packed.entries.items()
+    ]
+    return {
+        **_start("inspect", src),
+        "verified": verified,
+        "checked": dict(checked),
+        "unchecked": dict(unchecked),
+        "tables": tables,
+        "other_tensors": _describe_others(files),
+        "totals": {**_sum(tables), "source_bytes": sum(packed.path.stat().st_size for packed in files)},
+    }
+
+
+def _describe_entry(name: str, entry: TableEntry, parts: Sequence[SourceTensor]) -> Record:
+    return {
+        "name": name,
+        "num_embeddings": entry.num_embeddings,
+        "embedding_dim": entry.embedding_dim,
+        "dtype": entry.dtype,
+        "method": entry.method,
+        **_describe_rows(entry.row_format),
+        "weight_bytes": entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize,
+        "packed_bytes": sum(part.nbytes for part in parts),
+        "loss": entry.loss,
+    }
+
+
+def _describe_others(files: Sequence[PackedFile]) -> list[Record]:
+    return [_describe_tensor(tensor) for packed in files for tensor in packed.others.values()]
+
+
+def describe_comparison(report: FileComparison) -> Record:
+    """Describe what compare measured."""
+    recommended = report.recommendation
+    return {
+        **_start("compare", report.src),
+        "threads": report.threads,
+        "quantiles": list(QUANTILES),
+        "tables": [
+            {
+                "name": table.name,
+                "num_embeddings": table.num_embeddings,
+                "embedding_dim": table.embedding_dim,
+                "dtype": table.dtype,
+                "rows_measured": table.rows_measured,
+            }
+            for table in report.tables
+        ],
+        "results": [_describe_result(result) for table in report.tables for result in table.results],
+        "overall": list(map(_describe_result, report.overall)),
+        "skipped": [_describe_skipped(item) for table in report.tables for item in table.skipped],
+        "front": [_describe_choice(report, result) for result in report.front],
+        "readers": list(report.readers),
+        "prefer": report.prefer,
+        "metric": report.metrics and report.metrics.name,
+        "recommended": recommended and {**_describe_choice(report, recommended.result), "reason": recommended.reason},
+    }
+
+
+def _describe_result(result: Comparison) -> Record:
+    return _rename(dataclasses.asdict(result))
+
+
+def _describe_skipped(item: Skipped) -> Record:
+    return {"table": item.table, **_describe_variant(item), "reason": item.reason}
+
+
+def _describe_choice(report: FileComparison, result: Comparison) -> Record:
+    return {**_describe_variant(result), "command": report.write_command(result)}
+
+
+def _describe_variant(measured: Comparison | Skipped) -> Record:
+    return _rename(dataclasses.asdict(measured.variant))
+
+
+def describe_methods(
+    rows: int, embedding_dim: int, results: Sequence[Comparison], parameters: Sequence[Record]
+) -> Record:
+    """Describe methods by what they came to on a sample.
+
+    Args:
+        rows: of the sample.
+        embedding_dim: values of a row.
+        results: one for each method, or for each number of bits of one method.
+        parameters: of each result's method, by name.
+    """
+    measured = ("loss", "bytes_per_row", "rows_per_second", "lookups_per_second")
+    return {
+        "schema": SCHEMA,
+        "command": "methods",
+        "rows_measured": rows,
+        "embedding_dim": embedding_dim,
+        "threads": get_num_threads(),
+        "isa": _native.isa(),
+        "methods": [
+            {
+                "name": parse_method(result.method).name,
+                "summary": parse_method(result.method).summary,
+                "parameters": own,
+                **_describe_rows(result.variant.make_row_format(embedding_dim)),
+                **{key: getattr(result, key) for key in measured},
+            }
+            for result, own in zip(results, parameters, strict=True)
+        ],
+    }
+
+
+def _rename(record: Record) -> Record:
+    """Call a rotation what row formats call it, not what the option that asks for it is called."""
+    return {"rotation" if key == "rotate" else key: value for key, value in record.items()}
+
+
+def _start(command: str, src: Path) -> Record:
+    return {"schema": SCHEMA, "command": command, "source": str(src)}
+
+
+def _describe_rows(row_format: RowFormat) -> Record:
+    return {
+        "bits": row_format.bits,
+        "param_dtype": row_format.param_dtype,
+        "layout": row_format.layout,
+        "rotation": row_format.rotation,
+        "readers": list(find_readers(row_format)),
+    }
+
+
+def _describe_tensor(tensor: SourceTensor) -> Record:
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "safetensors_dtype": tensor.dtype,
+        "bytes": tensor.nbytes,
+    }
+
+
+def _sum(tables: Sequence[Record]) -> Record:
+    return {
+        "num_tables": len(tables),
+        "weight_bytes": sum(table["weight_bytes"] for table in tables),
+        "packed_bytes": sum(table["packed_bytes"] for table in tables),
+    }

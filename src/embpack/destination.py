@@ -1,0 +1,38 @@
+"""Where what becomes of a checkpoint is written: what is there before, and what its files are called."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from embpack.formats import FORMATS, Checkpoint, Shard
+from embpack.formats.atomic import check_new, refuse_other
+from embpack.formats.new_folder import ListOwn, refuse_others
+
+
+def check_place(checkpoint: Checkpoint, dst: Path, list_own: ListOwn, *, force: bool) -> None:
+    """Raise what writing what becomes of a checkpoint would of the place, before anything is read."""
+    if checkpoint.is_folder and dst.suffix.lower() in {*FORMATS, ".json"}:
+        what = f"{checkpoint.path} is sharded" if checkpoint.folder is None else f"{checkpoint.folder} is a folder"
+        raise ValueError(f"{dst}: {what}, so the destination is a folder; leave {dst.suffix} out")
+    sources = [checkpoint.path, checkpoint.folder, checkpoint.path.parent if checkpoint.is_folder else None]
+    if dst.exists() and any(source is not None and source.samefile(dst) for source in sources):
+        raise ValueError(f"{dst}: the destination is the source; choose another name")
+    if checkpoint.is_folder:
+        refuse_others(dst.absolute(), list_own, force=force)
+    else:
+        refuse_other(dst, lambda existing: force or existing.name in list_own(existing))
+    if not dst.exists():
+        check_new(dst)
+
+
+def name_file(checkpoint: Checkpoint, shard: Shard, dst: Path, rename: Callable[[str], str]) -> str:
+    """Name the file that a shard becomes: a folder's by its path in that."""
+    if not checkpoint.is_folder:
+        return dst.name
+    # Nobody opens a shard but by the index.
+    name = shard.file_name if checkpoint.index_name else rename(shard.file_name)
+    return (checkpoint.place / name).as_posix()
+
+
+def name_index(checkpoint: Checkpoint, rename: Callable[[str], str]) -> str | None:
+    """Name the index that a folder gets, by its path in that; None if it gets none."""
+    return checkpoint.index_name and (checkpoint.place / rename(checkpoint.index_name)).as_posix()

@@ -1,0 +1,144 @@
+"""A model's folder: its checkpoint, the small files that belong to it, and what does not go along."""
+
+import json
+import os
+from collections.abc import Container, Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from embpack.formats.base import Checkpoint
+from embpack.formats.sharded import INDEX_SUFFIX, explain_other
+
+# What is larger is no configuration and no tokenizer.
+MOST_FILE_BYTES = 1 << 26
+_BIN = "pytorch_model.bin"
+# Of several files the one that libraries open.
+_FIRST = ("model.safetensors", "model.embpack.safetensors", _BIN)
+_WEIGHTS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx"),
+    *(".onnx_data", ".tflite", ".mlmodel", ".pb"),
+}
+_WEIGHTS_INDICES = (INDEX_SUFFIX, ".bin.index.json", ".h5.index.json", ".msgpack.index.json")
+_MOST_NAMED = 8
+
+
+def find_checkpoint(folder: Path, suffixes: Container[str]) -> Path:
+    """Find the checkpoint in a model's folder, or in a folder of that.
+
+    That is an index of safetensors files, a safetensors file, or pytorch_model.bin: the first of these that is there.
+
+    Args:
+        folder: of a model.
+        suffixes: of files that can be read, for the error.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are several, of which none is called as usual.
+    """
+    found = _find_here(folder)
+    if found is not None:
+        return found
+    modules = _read_modules(folder)
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    candidates = {path.name: candidate for path in inner if (candidate := _find_here(path)) is not None}
+    # Of a pipeline's modules the first that has weights is the model.
+    first = next((name for name in modules if name in candidates), None)
+    if first is not None:
+        return candidates[first]
+    if len(candidates) > 1:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in candidates.values())
+        raise ValueError(f"{folder}: {len(candidates)} checkpoints in folders of this folder; choose one: {names}")
+    if candidates:
+        [only] = candidates.values()
+        return only
+    raise FileNotFoundError(
+        f"{folder}: no *{INDEX_SUFFIX} and no *.safetensors in this folder; {_advise(folder, suffixes)}"
+    )
+
+
+def _find_here(folder: Path) -> Path | None:
+    """Find the checkpoint whose files lie in a folder itself."""
+    for pattern, kind in ((f"*{INDEX_SUFFIX}", "indices"), ("*.safetensors", "safetensors files"), (_BIN, "")):
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        usual = [path for name in _FIRST for path in found if path.name == name]
+        if len(found) == 1 or usual:
+            return (usual or found)[0]
+        if found:
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"{folder}: {len(found)} {kind} in this folder; choose one: {names}")
+    return None
+
+
+def _advise(folder: Path, suffixes: Container[str]) -> str:
+    """Say what to do with a folder without a checkpoint that is known."""
+    files = sorted(file.name for file in folder.iterdir() if file.is_file())
+    readable = [name for name in files if Path(name).suffix.lower() in suffixes]
+    advice = next(filter(None, map(explain_other, map(folder.joinpath, files))), "")
+    if not advice and readable:
+        more = f" and {len(readable) - _MOST_NAMED} more" if len(readable) > _MOST_NAMED else ""
+        advice = f"choose one of its files: {', '.join(readable[:_MOST_NAMED])}{more}"
+    return advice or "it has no file to read"
+
+
+def with_folder(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Add to a checkpoint what else is in its model's folder."""
+    place = checkpoint.path.parent.relative_to(folder)
+    own = {(place / shard.file_name).as_posix() for shard in checkpoint.shards}
+    own.add((place / checkpoint.path.name).as_posix())
+    companions, left_out = [], list(checkpoint.left_out)
+    modules = _read_modules(folder)
+    names = [name for name in _iter_visible(folder) if name not in own]
+    # A folder with weights that are no module's is another model, or the same one in another format.
+    others = {_top(name) for name in names if "/" in name and _is_weights(name)} - set(
+        map(_top, [*modules, place.as_posix()])
+    )
+    left_out += [f"folder {name!r} (other weights)" for name in sorted(others)]
+    for name in names:
+        if "/" in name and _top(name) in others:
+            continue
+        reason = _why_left_out(folder, name, modules, place.as_posix())
+        if reason is None:
+            companions.append(name)
+        else:
+            left_out.append(f"file {name!r} ({reason})")
+    return replace(checkpoint, folder=folder, companions=tuple(companions), left_out=tuple(left_out))
+
+
+def _why_left_out(folder: Path, name: str, modules: list[str], place: str) -> str | None:
+    path = folder / name
+    if not path.exists():
+        return "a link to nothing"
+    if not path.is_file():
+        return "neither a file nor a folder"
+    if _is_weights(name):
+        inside = PurePosixPath(name).parent.as_posix()
+        is_module = inside in modules and inside != place and path == _find_here(path.parent)
+        return None if is_module else "other weights"
+    if path.stat().st_size > MOST_FILE_BYTES:
+        return f"more than {MOST_FILE_BYTES >> 20} MiB"
+    return None
+
+
+def _iter_visible(folder: Path) -> Iterator[str]:
+    """Name the files of a folder that are not hidden, in order, by paths in it; links to folders are not followed."""
+    for inside, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(inside).relative_to(folder)
+        yield from ((here / name).as_posix() for name in sorted(files) if not name.startswith("."))
+
+
+def _is_weights(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in _WEIGHTS or name.lower().endswith(_WEIGHTS_INDICES)
+
+
+def _top(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _read_modules(folder: Path) -> list[str]:
+    """Name the folders of a sentence-transformers pipeline's modules, in order; none if it is no such pipeline."""
+    try:
+        modules = json.loads((folder / "modules.json").read_bytes())
+        return [str(module["path"]) for module in modules if module["path"] not in ("", ".")]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return []

@@ -1,0 +1,182 @@
+"""New folders that are there whole or not at all, in place of old ones too."""
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+
+from embpack.formats.atomic import explained_place, explained_space, is_mounted, keep_owner_and_mode, reword, sync
+from embpack.formats.temporary import is_temporary, temporary_folder
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+# Where two names cannot be exchanged: an old kernel, a file system that does not know how, a mount point.
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBUSY, errno.EXDEV}
+_MOST_NAMED = 5
+
+ListOwn = Callable[[Path], Collection[str]]
+"""Lists the files of a folder that may be replaced and removed, by their paths in it; of a file its own name."""
+
+
+def nothing(path: Path) -> tuple[str, ...]:
+    """Say of any file or folder that nothing of it may be replaced."""
+    return ()
+
+
+def iter_files(folder: Path) -> Iterator[str]:
+    """Name all that is in a folder and no folder, links too, but for what is being written, by paths in it."""
+    for inside, folders, files in os.walk(folder):
+        here = Path(inside)
+        folders[:] = [name for name in folders if here != folder or not is_temporary(name)]
+        links = [name for name in folders if (here / name).is_symlink()]
+        found = [name for name in (*files, *links) if here != folder or not is_temporary(name)]
+        yield from ((here / name).relative_to(folder).as_posix() for name in found)
+
+
+@contextmanager
+def new_folder(
+    path: str | os.PathLike[str], last: str, list_own: ListOwn = nothing, *, force: bool = False
+) -> Iterator[Path]:
+    """Write a folder that appears under its name only when all that is in it is complete and on disk.
+
+    One that exists is replaced in one step: the two exchange their names. It stays where it is, with its mode and
+    owner, if it is empty, where a file system is mounted, where this process works, in a folder that cannot be written,
+    on a file system that cannot exchange names, or if it has files of others, which stay with it. Then its files are
+    replaced one after the other, without a pause.
+
+    Args:
+        path: of the folder. Of a symbolic link the target is written.
+        last: path in it of the file that gets its name after all others, and loses it first: an index, without which
+            nobody reads them.
+        list_own: lists the files of an existing folder that are to be replaced.
+        force: write there though it has other files. Those that have the name of a new one are replaced.
+
+    Yields:
+        The folder to write into, in ".embpack-*.tmp" beside path, or in it if it stays where it is. An exception
+        removes it, and leaves an existing folder as it was. After a kill it stays until the next run into that folder.
+
+    Raises:
+        FileExistsError: path is a file, a folder with other files and no force, or being written by another process.
+        OSError: the parent folder is missing or cannot be written, or there is no space; errno says which,
+            and the message what to do.
+    """
+    path = Path(path).absolute()
+    target = Path(os.path.realpath(path))
+    has_others = refuse_others(path, list_own, force=force)
+    place = target if has_others or _must_stay(target) else target.parent
+    with ExitStack() as stack:
+        with explained_place(path, place), _explained_other(path):
+            temporary = stack.enter_context(temporary_folder(place, target))
+        with explained_space(path, temporary):
+            new = temporary / "new"
+            new.mkdir()
+            yield new
+            for written in [*new.rglob("*"), new]:
+                sync(written)
+            has_others = refuse_others(path, list_own, force=force)
+            if not target.is_dir():
+                new.rename(target)
+            elif place == target or has_others or not _exchange(path, new, target):
+                _replace_files(target, temporary, last, list_own(target))
+            sync(place)
+
+
+def refuse_others(path: Path, list_own: ListOwn, *, force: bool = False) -> bool:
+    """Return whether the folder that is to be replaced has files that are not to be.
+
+    Raises:
+        FileExistsError: path is a file, or there are such files and no force.
+    """
+    if not path.is_dir():
+        if path.exists():
+            raise FileExistsError(f"{path} is a file, but a folder is to be written; choose another name")
+        return False
+    own = list_own(path)
+    others = list(islice((name for name in iter_files(path) if name not in own), _MOST_NAMED + 1))
+    if others and not force:
+        more = " and more" if len(others) > _MOST_NAMED else ""
+        raise FileExistsError(
+            f"{path} is a folder that is not empty, and nothing says that embpack wrote "
+            f"{', '.join(others[:_MOST_NAMED])}{more}; choose another name, or write into it with --force (in Python "
+            "force=True), which keeps files of other names"
+        )
+    return bool(others)
+
+
+def _must_stay(target: Path) -> bool:
+    """Whether an existing folder has to stay where it is, and only what is in it can be replaced."""
+    if not target.is_dir():
+        return False
+    is_empty = next(iter_files(target), None) is None
+    if is_empty or is_mounted(target) or os.path.samestat(target.stat(), Path().stat()):
+        return True
+    return not os.access(target.parent, os.W_OK | os.X_OK)
+
+
+def _exchange(path: Path, new: Path, target: Path) -> bool:
+    """Have two folders exchange their names in one step, and the new one get the mode and owner of the old one.
+
+    Returns:
+        Whether the system can.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    descriptor = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        keep_owner_and_mode(descriptor, target.stat())
+    finally:
+        os.close(descriptor)
+    if rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(path))
+
+
+def _replace_files(target: Path, temporary: Path, last: str, own: Collection[str]) -> None:
+    """Take old files out of a folder and give new ones their names in it; the last one first, and last of all.
+
+    An exception takes all back.
+    """
+    new, old = temporary / "new", temporary / "old"
+    names = sorted(iter_files(new), key=lambda name: (name == last, name))
+    there = {name for name in {*own, *names} if _is_file_or_link(target / name)}
+    gone = sorted(there, key=lambda name: (name != last, name))
+    moves = [(target / name, old / name) for name in gone]
+    moves += [(new / name, target / name) for name in names]
+    folders = {parent for name in (*gone, *names) for parent in Path(name).parents if parent.name}
+    try:
+        for source, destination in moves:
+            if source == new / last:
+                sync(target)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            source.rename(destination)
+    except BaseException:
+        for source, destination in reversed(moves):
+            if os.path.lexists(destination) and not os.path.lexists(source):
+                source.parent.mkdir(parents=True, exist_ok=True)
+                destination.rename(source)
+        raise
+    finally:
+        for folder in sorted(folders, reverse=True):  # inner ones first
+            with suppress(OSError):  # it is not empty
+                (target / folder).rmdir()
+
+
+def _is_file_or_link(path: Path) -> bool:
+    return path.is_symlink() or (path.exists() and not path.is_dir())
+
+
+@contextmanager
+def _explained_other(path: Path) -> Iterator[None]:
+    """Say that another process writes a folder."""
+    try:
+        yield
+    except FileExistsError as error:
+        message = f"{path} is being written by another process ({error.filename}); wait for it, or choose another name"
+        raise reword(error, message) from error
