@@ -61,7 +61,14 @@ def test_the_report_prints_as_a_table():
     assert lines[3] == "tables: 6,496 -> 2,448 bytes (37.68%)"
     # Beside them 3,520 bytes of the towers, 36 of the layer, and a row format for each packed table.
     assert lines[4] == "whole model: 10,052 -> 6,132 bytes (61.00%)"
-    assert lines[5:] == ["left alone: towers.0, the filter says no", "left alone: towers.1, the filter says no"]
+    assert lines[5:7] == ["user: PackedEmbeddingBag", "kind: PackedEmbedding"]
+    assert lines[7:] == ["left alone: towers.0, the filter says no", "left alone: towers.1, the filter says no"]
+
+
+def test_modules_of_a_kind_are_counted_together():
+    report = quantize_(Recommender(), "asym")
+    assert report.became == (("user", "PackedEmbeddingBag"), *((f"towers.{i}", "PackedEmbedding") for i in range(2)))
+    assert str(report).splitlines()[6:8] == ["user: PackedEmbeddingBag", "2 modules: PackedEmbedding"]
 
 
 def test_a_tied_weight_is_refused_and_the_model_stays_as_it_is():
@@ -83,8 +90,8 @@ def test_a_tied_weight_can_be_untied():
     assert str(report).splitlines()[2:] == [
         "tables: 4,096 -> 768 bytes (18.75%)",
         "whole model: 4,096 -> 4,928 bytes (120.31%), larger than before",
-        "untied: head.weight stays float beside the packed rows; tied='share' has output layers use those",
         "embed: PackedEmbedding",
+        "untied: head.weight stays float beside the packed rows; tied='share' has output layers use those",
     ]
     assert model(torch.tensor([1, 2])).shape == (2, 64)
 

@@ -120,10 +120,9 @@ def quantize_(
         leave_tables_out_of_ddp(model)
     inside = tuple(f"{name}." for name, _ in collections)
     alone = [(hangs[0].name, type(new).__name__) for hangs, new in swaps if not hangs[0].name.startswith(inside)]
+    became = (*alone, *collections)
     untied = tuple(each.name for each in tied_weights if each.owner not in places)
-    return ModelReport(
-        tuple(reports), tuple(left_alone), (*alone, *collections), untied, bytes_before, count_bytes(model)
-    )
+    return ModelReport(tuple(reports), tuple(left_alone), became, untied, bytes_before, count_bytes(model))
 
 
 PACKED: dict[type, type[PackedEmbedding] | type[PackedEmbeddingBag]] = {

@@ -44,11 +44,11 @@ class ModelReport:
         lines.append(f"tables: {_compare(before, after)}")
         larger = ", larger than before" if self.bytes_after > self.bytes_before else ""
         lines.append(f"whole model: {_compare(self.bytes_before, self.bytes_after)}{larger}")
+        lines += _count_alike(self.became)
         lines += [
             f"untied: {printable(name)} stays float beside the packed rows; tied='share' has output layers use those"
             for name in self.untied
         ]
-        lines += _count_alike(self.became)
         lines += [f"{printable(table.name)}: {printable(table.warning)}" for table in self.tables if table.warning]
         lines += [f"left alone: {printable(name)}, {printable(reason)}" for name, reason in self.left_alone]
         return "\n".join(lines)
