@@ -10,9 +10,10 @@ except ImportError as error:
 from embpack.torch import linear_ops, ops  # noqa: F401  (register the operators)
 from embpack.torch.checkpoint import load_checkpoint
 from embpack.torch.collection import PackedEmbeddingBagCollection
-from embpack.torch.convert import ModelReport, quantize_
+from embpack.torch.convert import quantize_
 from embpack.torch.linear import PackedLinear
 from embpack.torch.modules import PackedEmbedding, PackedEmbeddingBag, leave_tables_out_of_ddp
+from embpack.torch.report import ModelReport
 
 __all__ = [
     "ModelReport",
