@@ -17,7 +17,7 @@ namespace embpack {
     extern const PackingKernels packing;  \
     extern const Lookups lookups;         \
     extern const Lookups trellis_lookups; \
-    extern const MultiplyFn multiply;     \
+    extern const Products products;       \
     }
 #ifdef EMBPACK_HAS_avx512_gfni
 namespace avx512_gfni {
@@ -42,13 +42,13 @@ struct Isa {
 };
 
 Kernels combine(const char* name, const PackingKernels& packing, const Lookups& lookups,
-                const Lookups& trellis_lookups, MultiplyFn multiply) {
-    Kernels kernels{packing, name, {}, multiply};
+                const Lookups& trellis_lookups, const Products& products) {
+    Kernels kernels{packing, name, {}, products};
     for (Lookups& of_layout : kernels.lookups) of_layout = lookups;
     kernels.lookups[static_cast<size_t>(Layout::trellis)] = trellis_lookups;
     return kernels;
 }
-#define EMBPACK_KERNELS(isa) combine(#isa, isa::packing, isa::lookups, isa::trellis_lookups, isa::multiply)
+#define EMBPACK_KERNELS(isa) combine(#isa, isa::packing, isa::lookups, isa::trellis_lookups, isa::products)
 
 #ifdef EMBPACK_HAS_avx512
 bool has_avx512() {
@@ -69,7 +69,7 @@ bool has_f16c() {
 std::span<const Isa> isas() {
     static const Isa all[] = {
 #ifdef EMBPACK_HAS_avx512_gfni
-        {combine("avx512_gfni", avx512::packing, avx512::lookups, avx512_gfni::trellis_lookups, avx512::multiply),
+        {combine("avx512_gfni", avx512::packing, avx512::lookups, avx512_gfni::trellis_lookups, avx512::products),
          [] {
              return has_avx512() && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi") &&
                     __builtin_cpu_supports("avx512vbmi2");

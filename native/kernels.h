@@ -268,9 +268,19 @@ inline constexpr size_t group_of(size_t num_vectors) {
     return num_vectors > 2 ? group_vectors : num_vectors;
 }
 
-// products[stride * v + i]: of row i and vector v, with room for whole groups.
-using MultiplyFn = void (*)(const WordRows&, const float* vectors, size_t num_vectors, float* products,
-                            size_t stride) noexcept;
+// Many vectors are multiplied by unpacked rows, sixteen vectors to a panel: of each column in turn, the value of each.
+struct ValueRows {
+    const float* values;
+    size_t num_rows, stride, num_columns;
+};
+
+struct Products {
+    // products[stride * v + i]: of row i and vector v, with room for whole groups.
+    void (*multiply_words)(const WordRows&, const float* vectors, size_t num_vectors, float* products,
+                           size_t stride) noexcept;
+    // Adds to sums[16 * i + lane] the products of row i with the vectors of a panel, column by column.
+    void (*multiply_panel)(const ValueRows&, const float* panel, float* sums) noexcept;
+};
 
 // What packs rows of all layouts, and rotates them.
 struct PackingKernels {
@@ -323,7 +333,7 @@ struct PackingKernels {
 struct Kernels : PackingKernels {
     const char* isa;
     Lookups lookups[num_layouts];
-    MultiplyFn multiply;
+    Products products;
 
     const Lookups& lookups_of(const PackedRows& rows) const { return lookups[static_cast<size_t>(rows.layout)]; }
 };

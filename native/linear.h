@@ -12,10 +12,12 @@ struct LinearInput {
     const float* vectors;
     size_t num_vectors;
     const float* bias;
+
+    float with_bias(float product, size_t row) const { return bias ? product + bias[row] : product; }
 };
 
 // out[v * num_rows + i]: the product of row i with vector v, and bias[i]. A fault is that of a row without a codebook,
 // and all products are then anything.
-LookupFault linear(const PackedRows&, const LinearInput&, float* out);
+LookupFault linear(const PackedRows&, LinearInput, float* out);
 
 }  // namespace embpack

@@ -67,7 +67,8 @@ void multiply_by_group(const WordRows& rows, const float* values, float* product
 }
 
 template <int bits>
-void multiply_words(const WordRows& rows, const float* vectors, size_t num_vectors, float* products, size_t stride) {
+void multiply_by_groups(const WordRows& rows, const float* vectors, size_t num_vectors, float* products,
+                        size_t stride) {
     const size_t values_of_vector = rows.num_windows * (32 / bits) * 16;
     for (size_t first = 0; first < num_vectors; first += group_vectors) {
         const size_t group = group_of(num_vectors - first);
@@ -79,10 +80,33 @@ void multiply_words(const WordRows& rows, const float* vectors, size_t num_vecto
     }
 }
 
-void multiply_rows(const WordRows& rows, const float* vectors, size_t num_vectors, float* products,
-                   size_t stride) noexcept {
-    if (rows.bits == 2) return multiply_words<2>(rows, vectors, num_vectors, products, stride);
-    if (rows.bits == 4) return multiply_words<4>(rows, vectors, num_vectors, products, stride);
-    if (rows.bits == 8) return multiply_words<8>(rows, vectors, num_vectors, products, stride);
-    multiply_words<32>(rows, vectors, num_vectors, products, stride);
+void multiply_words(const WordRows& rows, const float* vectors, size_t num_vectors, float* products,
+                    size_t stride) noexcept {
+    if (rows.bits == 2) return multiply_by_groups<2>(rows, vectors, num_vectors, products, stride);
+    if (rows.bits == 4) return multiply_by_groups<4>(rows, vectors, num_vectors, products, stride);
+    if (rows.bits == 8) return multiply_by_groups<8>(rows, vectors, num_vectors, products, stride);
+    multiply_by_groups<32>(rows, vectors, num_vectors, products, stride);
+}
+
+// Rows whose sums, and a column of the panel, fill the registers.
+inline constexpr size_t panel_rows = product_sums * 3 / 2;
+
+void multiply_panel(const ValueRows& rows, const float* panel, float* sums) noexcept {
+    for (size_t first = 0; first < rows.num_rows; first += panel_rows) {
+        const float* row[panel_rows];
+        float* to[panel_rows];
+        F32x16 sum[panel_rows];
+        unrolled<panel_rows>([&](size_t r) {   // past the last row, it is computed again
+            const size_t i = smaller(first + r, rows.num_rows - 1);
+            row[r] = rows.values + i * rows.stride;
+            to[r] = sums + 16 * i;
+            sum[r] = load(to[r]);
+        });
+        const size_t num_columns = rows.num_columns;
+        for (size_t j = 0; j < num_columns; j++) {
+            const F32x16 of_vectors = load(panel + 16 * j);
+            unrolled<panel_rows>([&](size_t r) { sum[r] = fma(splat_at(row[r] + j), of_vectors, sum[r]); });
+        }
+        unrolled<panel_rows>([&](size_t r) { store(to[r], sum[r]); });
+    }
 }

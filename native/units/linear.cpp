@@ -11,7 +11,7 @@ namespace {
 
 }  // namespace
 
-extern const MultiplyFn multiply;
-const MultiplyFn multiply = multiply_rows;
+extern const Products products;
+const Products products = {multiply_words, multiply_panel};
 
 }  // namespace embpack::EMBPACK_ISA

@@ -22,8 +22,8 @@ from embpack.bags import (
 from embpack.errors import FormatError
 from embpack.layouts import RowFormat
 from embpack.layouts.uniform import UniformLayout
-from embpack.linear import as_vectors, multiply
 from embpack.rows import ROW_DTYPES
+from embpack.vectors import as_vectors
 
 OUTPUT_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 _ROWS_AT_A_TIME = 256
@@ -300,12 +300,12 @@ class PackedTable:
             raise self.explain_fault(fault, as_array(indices, "indices").reshape(-1), given)
         return out
 
-    def linear(self, input: Any, bias: Any = None) -> NDArray[np.float32]:  # noqa: A002 - PyTorch's name
-        """Multiply vectors by all rows: what an output layer does whose weight is this table.
+    def linear(self, input: Any, bias: Any = None) -> NDArray[np.float32]:
+        """Multiply vectors by all rows, straight from the packed bytes: an output layer whose weight is this table.
 
-        Few vectors are multiplied straight from the packed bytes; for more, rows are unpacked some at a time and
-        multiplied by NumPy's BLAS, which has threads of its own. A product may differ in its last bits with the number
-        of vectors, as BLAS's do.
+        Up to eight vectors are multiplied by the codes themselves; for more, rows are unpacked, some at a time, within
+        the cache. All of it runs on embpack's threads. Results are the same bits whatever the CPU and the number of
+        threads; with the number of vectors their last bits may differ, as those of BLAS do.
 
         Args:
             input: [..., embedding_dim] of float32, float16 or bfloat16 (of ml_dtypes, or its bits in uint16).
@@ -325,8 +325,12 @@ class PackedTable:
         added = None if bias is None else as_vectors(bias, "bias", self.num_embeddings)
         if added is not None and added.ndim != 1:
             raise ValueError(f"bias has shape {list(added.shape)}; it must be [{self.num_embeddings}]")
-        products = multiply(self, vectors.reshape(-1, self.embedding_dim), added)
-        return products.reshape(*vectors.shape[:-1], self.num_embeddings)
+        rows = vectors.reshape(-1, self.embedding_dim)
+        out = np.empty((len(rows), self.num_embeddings), np.float32)
+        fault = _native.linear(self.native_view, rows, added, out)
+        if fault != -1:
+            raise self.explain_fault(fault, None)
+        return out.reshape(*vectors.shape[:-1], self.num_embeddings)
 
     @cached_property
     def native_view(self) -> _native.TableView:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-OBJECTS = {"packing": "packing", "lookup": "lookups", "trellis_lookup": "trellis_lookups", "linear": "multiply"}
+OBJECTS = {"packing": "packing", "lookup": "lookups", "trellis_lookup": "trellis_lookups", "linear": "products"}
 """What each unit of native/units exports."""
 
 
