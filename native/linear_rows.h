@@ -40,8 +40,11 @@ struct Scratch {
     std::vector<float> products, others;
 };
 
-// Values of a row as it is unpacked: zeros follow to the end of a vector.
-inline size_t unpacked_stride(const PackedRows& rows) { return round_up(rows.embedding_dim, vector_lanes); }
+// Values of a row as it is unpacked: zeros follow to the end of a vector, and a cache line. Where rows are 4 KB apart, a
+// column of them has few lines of the first-level cache, and drives itself out.
+inline size_t unpacked_stride(const PackedRows& rows) {
+    return round_up(rows.embedding_dim, vector_lanes) + vector_lanes;
+}
 
 // Rows first .. first + count, as float32, in the basis that they were packed in.
 inline const float* unpack_rows(const PackedRows& rows, size_t first, size_t count, Zeros& values, LookupFault& fault) {

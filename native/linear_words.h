@@ -18,8 +18,8 @@ struct Windows {
     size_t columns;   // of a window
 
     static Windows of_values(const PackedRows& rows) {
-        const size_t row_bytes = unpacked_stride(rows) * sizeof(float), count = row_bytes / window_bytes_of_product;
-        return {32, row_bytes, count, (count - 1) * window_bytes_of_product, vector_lanes};
+        const size_t count = round_up(rows.embedding_dim, vector_lanes) / vector_lanes;
+        return {32, unpacked_stride(rows) * sizeof(float), count, (count - 1) * window_bytes_of_product, vector_lanes};
     }
     // Rows that begin with codes. The last window ends where the row does, unless the row is shorter than a window: then
     // it is copied to where there is room for one.
@@ -100,7 +100,7 @@ public:
 
 private:
     // Rows that stay in the second-level cache while one group of vectors after the other reads them.
-    static constexpr size_t packed_bytes_at_a_time = size_t{1} << 16, unpacked_values_at_a_time = size_t{1} << 15;
+    static constexpr size_t packed_bytes_at_a_time = size_t{1} << 16, unpacked_values_at_a_time = size_t{1} << 16;
 
     void multiply_codes(size_t first, size_t count, Scratch& scratch, LookupFault& fault) const {
         multiply_finite_codes(first, count, scratch);

@@ -32,9 +32,10 @@ struct TrellisBytes {
 // makes 0 of that); that bit, alone; and 0xff if it has one, 0 if it has none.
 struct BitPositions {
     alignas(32) uint8_t byte[64], bit[64], inside[64];
+    uint64_t mask;
 
     BitPositions() = default;
-    explicit BitPositions(uint64_t positions) {
+    explicit BitPositions(uint64_t positions) : mask(positions) {
         size_t number = 0;
         for (size_t p = 0; p < 64; p++) {
             const bool is_inside = positions >> p & 1;
@@ -106,6 +107,75 @@ struct ManyLevels {
     }
 };
 
+// The levels of a full block, by the upper halves of floats: a vector, of vectors 0 and 1 or of 2 and 3, has that of the
+// even one in the lower half of its lane and that of the odd one in the upper half. No array, which GCC would copy
+// through memory by eight bytes at a time, and each load of it would wait.
+struct HalvesOfLevels {
+    I32x16 first_two, last_two;
+};
+
+// Two tables of sixteen bytes, looked up by the low four bits of a byte.
+struct ByteTables {
+    __m256i high, low;   // bytes of the upper half of a float
+
+    // Of `count` floats, at most sixteen.
+    ByteTables(const float* levels, size_t count) {
+        alignas(16) uint8_t bytes[2][16] = {};
+        for (size_t i = 0; i < count; i++) {
+            uint32_t bits;
+            std::memcpy(&bits, levels + i, sizeof bits);
+            bytes[0][i] = static_cast<uint8_t>(bits >> 24);
+            bytes[1][i] = static_cast<uint8_t>(bits >> 16);
+        }
+        high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[0])));
+        low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[1])));
+    }
+};
+
+// A byte for each position of a full block, in the order that HalvesOfLevels needs: lanes 4 l .. 4 l + 3 are 16 bytes,
+// first vectors 0 and 1 of each lane, then vectors 2 and 3.
+struct OrderedBytes {
+    __m256i half[2];
+
+    static __m256i order() {
+        return _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    }
+    // Of four planes the four bits of each position. Bytes j of the planes come together as one word of 32 bits; in it,
+    // bit 8 r + c is that of plane r and position 8 j + c. Two exchanges of bits bring the four of a position together:
+    // bits 4 and 1 of a bit's number change places, then bits 3 and 0.
+    [[gnu::always_inline]] static OrderedBytes of_planes(uint64_t p0, uint64_t p1, uint64_t p2, uint64_t p3) {
+        const auto plane = [](uint64_t bits) { return _mm_cvtsi64_si128(static_cast<int64_t>(bits)); };
+        const __m128i first = _mm_unpacklo_epi8(plane(p0), plane(p1)), second = _mm_unpacklo_epi8(plane(p2), plane(p3));
+        const __m256i in_order = _mm256_set_m128i(_mm_unpackhi_epi16(first, second), _mm_unpacklo_epi16(first, second));
+        __m256i words = _mm256_permute4x64_epi64(in_order, 0xd8);   // 0, 1, 4, 5, 2, 3, 6, 7
+        const auto exchange_bits = [&](int distance, int mask) __attribute__((always_inline)) {
+            const __m256i shifted = _mm256_srli_epi32(words, distance);
+            const __m256i change = _mm256_and_si256(_mm256_xor_si256(shifted, words), _mm256_set1_epi32(mask));
+            words = _mm256_xor_si256(words, _mm256_xor_si256(change, _mm256_slli_epi32(change, distance)));
+        };
+        exchange_bits(14, 0x0000cccc);
+        exchange_bits(7, 0x00aa00aa);
+        // Word j has in byte v, below and above, positions 4 (2 j) + v and 4 (2 j + 1) + v: lanes 2 j and 2 j + 1.
+        const __m256i nibble = _mm256_set1_epi8(0x0f);
+        const __m256i even = _mm256_and_si256(words, nibble), odd = _mm256_and_si256(_mm256_srli_epi32(words, 4), nibble);
+        return {_mm256_shuffle_epi8(_mm256_unpacklo_epi32(even, odd), order()),
+                _mm256_shuffle_epi8(_mm256_unpackhi_epi32(even, odd), order())};
+    }
+    // 0xff where a bit of the plane is set.
+    [[gnu::always_inline]] static OrderedBytes of_plane(uint64_t plane) {
+        const __m256i bits = _mm256_set1_epi64x(static_cast<int64_t>(plane));
+        const __m256i byte = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 2, 2, 2,
+                                              2, 3, 3, 3, 3);
+        const __m256i bit = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(1, 2, 16, 32, 1, 2, 16, 32, 4, 8, 64, -128, 4, 8, 64, -128));
+        const auto of_half = [&](size_t h) __attribute__((always_inline)) {
+            const __m256i own_byte = _mm256_shuffle_epi8(bits, _mm256_add_epi8(byte, _mm256_set1_epi8(h ? 4 : 0)));
+            return _mm256_cmpeq_epi8(_mm256_and_si256(own_byte, bit), bit);
+        };
+        return {of_half(0), of_half(1)};
+    }
+};
+
 // Of up to 32 levels of narrow codes and 64 of wide ones the upper halves, by permutations of eight. The lower halves
 // are the negatives of these, in reverse: `finish` makes a number its place in the upper half, and sets bit 7 where the
 // level is negative.
@@ -113,8 +183,14 @@ struct FewLevels {
     static constexpr size_t most_index_planes = 3;
     alignas(32) float narrow[16] = {}, wide[32] = {};
     size_t narrow_top, num_narrow;
+    ByteTables narrow_bytes, wide_bytes, upper_wide_bytes;
 
-    explicit FewLevels(const AllTrellisLevels& all) : narrow_top(all.num_narrow / 2), num_narrow(all.num_narrow) {
+    explicit FewLevels(const AllTrellisLevels& all)
+        : narrow_top(all.num_narrow / 2),
+          num_narrow(all.num_narrow),
+          narrow_bytes(all.values + narrow_top, narrow_top),
+          wide_bytes(all.values + num_narrow + all.num_wide / 2, smaller(all.num_wide / 2, 16)),
+          upper_wide_bytes(all.values + num_narrow + all.num_wide / 2 + 16, all.num_wide == 64 ? 16 : 0) {
         std::memcpy(narrow, all.values + narrow_top, sizeof(float) * narrow_top);
         std::memcpy(wide, all.values + num_narrow + all.num_wide / 2, sizeof(float) * all.num_wide / 2);
     }
@@ -166,6 +242,39 @@ struct FewLevels {
         };
         return {look_up_eight(0), look_up_eight(1)};
     }
+    // Of a full block all at once, by bytes: levels have nothing in the lower halves of their floats.
+    [[gnu::always_inline]] HalvesOfLevels look_up(const OrderedBytes& magnitudes, const OrderedBytes& are_upper,
+                                                  const OrderedBytes& are_wide, const OrderedBytes& are_negative,
+                                                  bool has_wide) const {
+        const auto look_up_half = [&](size_t h, __m256i& first_two, __m256i& last_two) __attribute__((always_inline)) {
+            const __m256i magnitude = magnitudes.half[h];
+            const auto find = [&](__m256i ByteTables::*byte) __attribute__((always_inline)) {
+                const __m256i narrow = _mm256_shuffle_epi8(narrow_bytes.*byte, magnitude);
+                if (!has_wide) return narrow;
+                const __m256i wide = _mm256_blendv_epi8(_mm256_shuffle_epi8(wide_bytes.*byte, magnitude),
+                                                        _mm256_shuffle_epi8(upper_wide_bytes.*byte, magnitude),
+                                                        are_upper.half[h]);
+                return _mm256_blendv_epi8(narrow, wide, are_wide.half[h]);
+            };
+            const __m256i sign = _mm256_and_si256(are_negative.half[h], _mm256_set1_epi8(static_cast<char>(0x80)));
+            const __m256i high = _mm256_or_si256(find(&ByteTables::high), sign), low = find(&ByteTables::low);
+            first_two = _mm256_unpacklo_epi8(low, high);
+            last_two = _mm256_unpackhi_epi8(low, high);
+        };
+        HalvesOfLevels levels;
+        look_up_half(0, levels.first_two.low, levels.last_two.low);
+        look_up_half(1, levels.first_two.high, levels.last_two.high);
+        return levels;
+    }
+    template <class Block>
+    [[gnu::always_inline]] F32x16 operator()(const HalvesOfLevels& levels, const Block&, size_t v) const {
+        const auto widen = [v](__m256i two) __attribute__((always_inline)) {
+            return _mm256_castsi256_ps(v % 2 == 0 ? _mm256_slli_epi32(two, 16)
+                                                  : _mm256_and_si256(two, _mm256_set1_epi32(-65536)));
+        };
+        if (v < 2) return {widen(levels.first_two.low), widen(levels.first_two.high)};
+        return {widen(levels.last_two.low), widen(levels.last_two.high)};
+    }
 };
 
 template <class Use>
@@ -175,6 +284,42 @@ inline void with_trellis_levels(const TrellisShape& shape, Use use) {
 }
 
 #include "../kernels/trellis_numbers-inl.h"
+
+// The levels of a full block. The planes of a number n are c0, c1 and the bits of the index; the topmost says whether a
+// level is above the middle, and where it is not, the others are turned over: of n < top, top - 1 - n levels lie between
+// it and the middle.
+template <bool is_full, size_t slots, class Block, class Read>
+    requires is_full
+[[gnu::always_inline]] inline HalvesOfLevels make_trellis_numbers(const uint8_t* row, const Block& block,
+                                                                  const FewLevels& levels, const Read& read) {
+    const Subsets subsets(read(0), row[block.byte_before]);
+    const bool has_wide = block.wide_vectors > 0;
+    const uint64_t is_wide = block.is_wide.mask, none = 0;
+    uint64_t top = 0;   // of wide codes
+    if (has_wide) {
+        TrellisNumbers<slots> bits;
+        bits.add_top_bits(block.is_wide, block.top_bits(row), 0x80);
+        top = static_cast<uint32_t>(_mm256_movemask_epi8(bits.bytes.half[0])) |
+              uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(bits.bytes.half[1]))} << 32;
+    }
+    const uint64_t u0 = read(1), u1 = block.index_planes > 1 ? read(2) : none;
+    const uint64_t u2 = block.index_planes > 2 ? read(3) : none;
+    const uint64_t narrow_top = block.index_planes > 2 ? u2 : block.index_planes > 1 ? u1 : u0;
+    const uint64_t is_negative = ~((narrow_top & ~is_wide) | top);
+    // Bits that only wide codes have beside the topmost.
+    const auto of_magnitude = [&](uint64_t plane, size_t index_plane) __attribute__((always_inline)) {
+        if (block.index_planes > index_plane) return plane ^ is_negative;
+        return block.index_planes == index_plane ? (plane ^ is_negative) & is_wide : none;
+    };
+    const OrderedBytes magnitudes = OrderedBytes::of_planes(subsets.c0 ^ is_negative, subsets.c1 ^ is_negative,
+                                                            of_magnitude(u0, 1), of_magnitude(u1, 2));
+    OrderedBytes are_upper = magnitudes, are_wide = magnitudes;
+    if (has_wide) {
+        are_upper = OrderedBytes::of_plane(of_magnitude(u2, 3));
+        are_wide = OrderedBytes::of_plane(is_wide);
+    }
+    return levels.look_up(magnitudes, are_upper, are_wide, OrderedBytes::of_plane(is_negative), has_wide);
+}
 
 }  // namespace
 }  // namespace embpack::EMBPACK_ISA

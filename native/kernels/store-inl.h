@@ -20,12 +20,11 @@ inline void store_bf16(uint16_t* p, const float* values, size_t count) {
     }
 }
 
-// What is seldom asked for, kept out of the loops that store float32 and float16: it takes their registers.
-[[gnu::noinline]] void store_narrow(uint16_t* narrow, ValueType type, F32x16 values) {
-    if (type == ValueType::clipped_f16) return store_f16(narrow, clip_to_f16(values));
-    float wide[16];
-    store(wide, values);
-    store_bf16(narrow, wide, 16);
+// What is seldom asked for, kept out of the loops that store float32 and float16: it takes their registers. Values come
+// in memory: a vector of several registers would be copied to be handed over, even where nobody asks for this.
+[[gnu::noinline]] void store_narrow(uint16_t* narrow, ValueType type, const float* values) {
+    if (type == ValueType::clipped_f16) return store_f16(narrow, clip_to_f16(load(values)));
+    store_bf16(narrow, values, 16);
 }
 
 // Columns j .. j + n of a row of the output.
@@ -35,10 +34,13 @@ inline void store_values(uint8_t* to, ValueType type, size_t j, F32x16 values, s
         return n == 16 ? store(wide, values) : store_first(wide, values, n);
     }
     uint16_t narrow[16];
-    if (type == ValueType::f16)
+    if (type == ValueType::f16) {
         store_f16(narrow, values);
-    else
-        store_narrow(narrow, type, values);
+    } else {
+        float wide[16];
+        store(wide, values);
+        store_narrow(narrow, type, wide);
+    }
     std::memcpy(to + 2 * j, narrow, 2 * n);
 }
 

@@ -39,9 +39,9 @@ struct BlockLookup {
     template <class Block>
     [[gnu::always_inline]] explicit BlockLookup(const Block&) {}
 
-    template <class Levels, class Block>
-    [[gnu::always_inline]] auto look_up(const Levels& levels, const Block& block, TrellisNumbers<slots> numbers) const {
-        return [&levels, &block, numbers](size_t v)
+    template <class Levels, class Block, class Numbers>
+    [[gnu::always_inline]] auto look_up(const Levels& levels, const Block& block, const Numbers& numbers) const {
+        return [&levels, &block, &numbers](size_t v)
             __attribute__((always_inline)) { return levels(numbers, block, v); };
     }
 };

@@ -23,8 +23,9 @@ def as_vectors(values: Any, what: str, size: int) -> NDArray[np.float32]:
     array = np.asarray(values) if hasattr(values, "dtype") else np.asarray(values, np.float32)
     if array.dtype.name == "bfloat16":
         array = array.view(np.uint16)
-    if array.dtype not in ROW_DTYPES.values():
+    if array.dtype.newbyteorder("=") not in ROW_DTYPES.values():
         raise TypeError(f"{what} is {array.dtype}; it must be float32, float16 or bfloat16")
     if not array.ndim or array.shape[-1] != size:
         raise ValueError(f"{what} has shape {list(array.shape)}; its last axis must be {size} long")
-    return np.ascontiguousarray(array if array.dtype == np.float32 else widen(array))
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return np.ascontiguousarray(native if native.dtype == np.float32 else widen(native))
