@@ -29,9 +29,7 @@ def test_a_share_is_exact():
     ["", "much", "-1", "2 PB", "2 GBB", "1e", "1e-3", "1e999999999", "9" * 40, "1,000", "%", "\u0661", "nan", "k"],
 )
 def test_what_is_no_size_says_what_is(wrong):
-    message = (
-        r"is no size; give bytes, 1e5, or a size such as '100 KiB' or '2 GB', or a share of what is read, '12.5 %'"
-    )
+    choices = r"give bytes, 1e5, or a size such as '100 KiB' or '2 GB', or a share of what is read, '12.5 %'"
     with pytest.raises(ValueError, match=f"is no size; {choices}"):
         parse_size(wrong, 1000)
 
