@@ -2,9 +2,9 @@
 
 from embpack.planning.budget import check_file_bytes
 from embpack.planning.counts import check_counts
-from embpack.planning.plan import Plan, check_plan_path
 from embpack.planning.planned import Better, PlannedTable
 from embpack.planning.planner import VARIANTS, count_least_bytes, count_work, plan, plan_checkpoint
+from embpack.planning.plans import Plan, check_plan_path
 from embpack.planning.reuse import decide_by_plan
 
 __all__ = [

@@ -16,8 +16,8 @@ from embpack.formats import Checkpoint, Shard, SourceTensor, open_checkpoint
 from embpack.planning.budget import Budget, read_max_bytes
 from embpack.planning.candidates import LEVELS, Candidate, Candidates, count_rows, pick_first
 from embpack.planning.counts import check_counts
-from embpack.planning.plan import Plan
 from embpack.planning.planned import Better, PlannedTable
+from embpack.planning.plans import Plan
 from embpack.planning.rounds import Choice, Rounds
 from embpack.rows import as_rows
 from embpack.rules import PACKABLE_DTYPES, Decision, Rules, decide_all, name_variants
@@ -133,7 +133,9 @@ def plan_checkpoint(
         _find_room(max_bytes, checkpoint, budget.fixed, tables)
     if not is_kept:
         least_loss = math.ceil(1e5 * rounds.measure_loss(choices)) / 1e5
-        raise ValueError(f"max_loss is {max_loss}, but the least loss is {least_loss:.5f}; allow that much")
+        raise ValueError(
+            f"max_loss is {max_loss}, but the least loss is {least_loss:.5f}; allow that much, or exclude some"
+        )
     return _make_plan(rounds, choices, budget.fixed)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from glob import escape
 
 from embpack.formats import Checkpoint, SourceTensor
-from embpack.planning.plan import Plan
+from embpack.planning.plans import Plan
 from embpack.rules import Decision, Rules, decide_all, list_names
 
 _ANEW = "make the plan anew with --auto --save-plan"
