@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import track
 
 import embpack
 from benchmarks.harness import Contestant, Standing, Timing, Workload, describe_machine, race
-from benchmarks.report import RaceResult, describe_ratio, make_table, print_machine
+from benchmarks.report import RaceResult, describe_ratio, print_machine
+from embpack.cli import show
 
 DIMS, COUNTS, ROWS = (1024, 4096), (1, 4, 16, 64), 50_000
 QUICK_DIMS, QUICK_ROWS = (256,), 2000
@@ -120,21 +120,19 @@ def find_other_products(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
 
 def print_linear_report(report: LinearReport) -> None:
     """Print the machine and the races."""
-    console = Console()
-    print_machine(console, report.machine, {})
-    table = make_table(
+    print_machine(report.machine, {})
+    show.output.print()
+    shown = show.start_table(
         "Vectors times all rows. M rows/s, ms a call: fastest round; ratio: our rate by theirs, median of rounds",
-        ("table", "d", "vectors", "contestant"),
-        ("M rows/s", "ms", "ratio", "quartiles", "goal"),
+        ("contestant", "M rows/s", "ms", "ratio", "quartiles", "goal", ""),
     )
-    table.add_column("", no_wrap=True)
     for found in report.races:
         settings = found.settings
-        for place, standing in enumerate(found.standings):
-            of_race = (settings["table"], str(settings["embedding_dim"]), str(settings["vectors"]))
-            table.add_row(*(("", "", "") if place else of_race), *_describe(standing))
-        table.add_section()
-    console.print(table)
+        shown.add_row("")
+        shown.add_row("{table}, d = {embedding_dim}, vectors: {vectors}".format(**settings))
+        for standing in found.standings:
+            shown.add_row(*_describe(standing))
+    show.output.print(shown)
 
 
 def _describe(standing: Standing) -> tuple[str, ...]:
@@ -157,7 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = QUICK_ROWS if options.quick else ROWS
     workloads = make_workloads(dims, options.vectors, options.tables, rows, threads)
     total = len(dims) * len(options.tables) * len(options.vectors)
-    races = [RaceResult(found.settings, race(found, timing)) for found in track(workloads, "Racing", total=total)]
+    races = [
+        RaceResult(found.settings, race(found, timing))
+        for found in track(workloads, "Racing", total=total, console=show.errors)
+    ]
     report = LinearReport(machine, races)
     print_linear_report(report)
     if options.json:

@@ -257,7 +257,7 @@ struct FewLevels {
                 return _mm256_blendv_epi8(narrow, wide, are_wide.half[h]);
             };
             const __m256i sign = _mm256_and_si256(are_negative.half[h], _mm256_set1_epi8(static_cast<char>(0x80)));
-            const __m256i high = _mm256_or_si256(find(&ByteTables::high), sign), low = find(&ByteTables::low);
+            const __m256i high = _mm256_xor_si256(find(&ByteTables::high), sign), low = find(&ByteTables::low);
             first_two = _mm256_unpacklo_epi8(low, high);
             last_two = _mm256_unpackhi_epi8(low, high);
         };

@@ -19,10 +19,15 @@ inline float add_lanes(F32x16 x) {
     return first[0];
 }
 
+// Groups of rows that are prefetched before they are read.
+inline constexpr size_t groups_ahead = 2;
+
 // Products of a few rows with a group of vectors.
 template <int bits, size_t num_rows, size_t num_vectors>
 [[gnu::noinline]] void multiply_few(const WordRows& rows, const uint8_t* const* row, const float* values,
                                     float* const* to, size_t stride) {
+    // Rows are read once, from first to last. The CPU prefetches such a run by itself, but stops where a page ends.
+    const size_t ahead = groups_ahead * num_rows * rows.row_bytes;
     F32x16 sums[num_rows][num_vectors];
     unrolled<num_rows>([&](size_t r) { unrolled<num_vectors>([&](size_t v) { sums[r][v] = splat(0.0f); }); });
     for (size_t window = 0; window < rows.num_windows; window++) {
@@ -40,7 +45,10 @@ template <int bits, size_t num_rows, size_t num_vectors>
             add_products([&](size_t r) { return load(reinterpret_cast<const float*>(row[r] + at)); });
         } else {
             I32x16 words[num_rows];
-            unrolled<num_rows>([&](size_t r) { words[r] = load_words(row[r] + at); });
+            unrolled<num_rows>([&](size_t r) {
+                words[r] = load_words(row[r] + at);
+                __builtin_prefetch(row[r] + at + ahead);
+            });
             unrolled<32 / bits>([&](size_t k) __attribute__((always_inline)) {
                 add_products([&](size_t r) { return take_codes<bits>(words[r], k); });
             });
