@@ -79,7 +79,7 @@ def spoil(value, path, wrong):
     *keys, last = path
     for key in keys:
         value = value[key]
-    if wrong is None and last != "rotate":
+    if wrong is None and last != "rotation":
         del value[last]
     else:
         value[last] = wrong
@@ -111,7 +111,7 @@ def spoil(value, path, wrong):
         (("tables", 0, "bits"), 9.5, r"tables\[0\]: bits is 9.5"),
         (("tables", 0, "bits"), True, "bits is True"),
         (("tables", 0, "param_dtype"), "int8", r"tables\[0\]: param_dtype is 'int8'"),
-        (("tables", 0, "rotate"), "fourier", r"tables\[0\]: rotation is 'fourier'"),
+        (("tables", 0, "rotation"), "fourier", r"tables\[0\]: rotation is 'fourier'"),
         (("tables", 0, "loss"), "0", "loss is '0'"),
         (("tables", 0, "square_norm"), -1.0, "square_norm is -1.0"),
         (("tables", 0, "error_share"), 1.5, "error_share is 1.5"),

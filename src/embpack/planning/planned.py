@@ -88,7 +88,7 @@ class PlannedTable:
             "method": self.variant.parsed_method.spec,
             "bits": self.variant.bits,
             "param_dtype": self.variant.param_dtype,
-            "rotate": self.variant.rotate,
+            "rotation": self.variant.rotate,
             "loss": self.loss,
             "square_norm": self.square_norm,
             "error_share": self.error_share,
@@ -108,7 +108,7 @@ class PlannedTable:
         for key, is_right in _CHECKS.items():
             if not is_right(raw[key]):
                 raise FormatError(f"{where}: {key} is {raw[key]!r:.80}")
-        variant = Variant(*(raw.pop(key) for key in ("method", "bits", "param_dtype", "rotate")))
+        variant = Variant(*(raw.pop(key) for key in ("method", "bits", "param_dtype", "rotation")))
         try:
             variant.make_row_format(raw["embedding_dim"])
         except (TypeError, ValueError) as error:
@@ -137,6 +137,6 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("num_embeddings", "embedding_dim"), _is_count),
     **dict.fromkeys(("loss", "square_norm"), is_measure),
     "bits": lambda value: type(value) in (int, float) and 0 < value < 64,
-    "rotate": lambda value: value is None or _is_text(value),
+    "rotation": lambda value: value is None or _is_text(value),
     "error_share": lambda value: is_measure(value) and value <= 1,
 }
