@@ -41,10 +41,10 @@ class ModelReport:
         width = find_terminal_width()
         lines = fit_table(COLUMNS, rows, width, left=COLUMNS[:1], drop=drop, has_names=True).write("modules")
         before, after = (sum(getattr(table, name) for table in self.tables) for name in ("bytes_before", "bytes_after"))
+        lines += _count_alike(self.became)
         lines.append(f"tables: {_compare(before, after)}")
         larger = ", larger than before" if self.bytes_after > self.bytes_before else ""
         lines.append(f"whole model: {_compare(self.bytes_before, self.bytes_after)}{larger}")
-        lines += _count_alike(self.became)
         lines += [
             f"untied: {printable(name)} stays float beside the packed rows; tied='share' has output layers use those"
             for name in self.untied
