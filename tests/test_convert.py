@@ -716,7 +716,7 @@ def test_a_float64_table_says_why_it_is_not_packed(tmp_path):
         ({"include": ["nothing*"]}, r"include 'nothing\*' matches no tensor"),
         ({"exclude": ["*"]}, "nothing to pack"),
         ({"exclude": ["nothing*"]}, r"exclude 'nothing\*' matches no tensor; nearest: emb\.weight"),
-        ({"variants": {"nothing": embpack.Variant()}}, r"variants \(--set\) name 'nothing', but there is no such tensor"),
+        ({"variants": {"nothing": embpack.Variant()}}, r"variants \(--set\) name 'nothing'"),
         ({"max_loss": 0}, "max_loss is 0; give a positive, finite number"),
         ({"max_loss": -0.1}, r"max_loss is -0\.1; give a positive, finite number"),
         ({"max_loss": np.inf}, "max_loss is inf; give a positive, finite number"),
