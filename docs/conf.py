@@ -21,6 +21,7 @@ extensions = [
 ]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
+smartquotes = False  # it would make dashes of --options
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -38,8 +39,11 @@ def write_command_line(app: Sphinx, page: str, source: list[str]) -> None:
     if page == "command_line":
         command = [sys.executable, "-m", "typer", "embpack.cli", "utils", "docs", "--name", "embpack"]
         written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        written = written.replace("# `embpack`\n", "", 1)
+        written = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", written)  # cut in the middle; the sections say more
+        written = re.sub(r"<span [^>]*>(embpack .*?)</span>", r"`\1`", written)
         # Typer reads its markup in helps, but not in epilogs.
-        source[0] += re.sub(r"\[bold\](.*?)\[/(?:bold)?\]", r"`\1`", written.replace("# `embpack`\n", "", 1))
+        source[0] += re.sub(r"\[bold\](.*?)\[/(?:bold)?\]", r"`\1`", written)
 
 
 def escape_names(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:

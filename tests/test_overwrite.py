@@ -71,6 +71,22 @@ def test_a_file_of_others_is_replaced_only_with_force(folder, write, suffix):
     assert not [name for name in names_in(folder) if name.startswith(".")]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "packed.safetensors"])
+def test_a_folder_that_is_not_there_is_no_way_to_another_file(folder, name):
+    """A text may say what "missing/.." means; the system says that there is nothing."""
+    before = {name: (folder / name).read_bytes() for name in names_in(folder)}
+    path = folder / "missing" / ".." / name
+    for write in (
+        lambda: save(path, force=True),
+        lambda: embpack.quantize_file(folder / "model.safetensors", path, method="asym", force=True),
+        lambda: embpack.dequantize_file(folder / "packed.safetensors", path, force=True),
+        lambda: export(path.with_suffix(".onnx"), force=True),
+    ):
+        with pytest.raises(FileNotFoundError, match="missing"):
+            write()
+    assert {name: (folder / name).read_bytes() for name in names_in(folder)} == before
+
+
 @pytest.mark.parametrize(("write", "suffix"), [each for each in WRITERS if each[0] is not dequantize])
 def test_what_embpack_wrote_is_replaced(folder, write, suffix):
     path = folder / f"out{suffix}"

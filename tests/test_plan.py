@@ -147,7 +147,7 @@ def test_rotation_and_trellis_are_chosen_where_they_lose_less(rng):
     assert str(plan).splitlines()[-1].startswith("trellis: embpack alone reads these rows, and sums them at .6 to .9")
     plan = embpack.plan(tables, variants=ways[:2])
     assert plan.variants["laplace"].rotate == "hadamard"
-    assert str(plan).splitlines()[-1].startswith("324,000 bytes, 14.06% of float32, in a file of 325,")
+    assert str(plan).splitlines()[-1].startswith("324,000 bytes, 14.06 % of float32, in a file of at most 325,")
 
 
 def test_what_rows_share_is_counted_once_for_tables_larger_than_the_sample(rng):
@@ -187,7 +187,7 @@ def test_a_plan_prints_as_a_table_with_reasons(tables):
     plan = embpack.plan(tables, max_bytes="18 %", variants=FEW)
     lines = str(plan).splitlines()
     assert lines[0].split() == ["table", "rows", "dim", "method", "bits", "bytes", "l2", "loss", "error", "why"]
-    assert f"in a file of {plan.file_bytes:,}; l2 loss 0." in lines[4]
+    assert f"in a file of at most {plan.file_bytes:,}; l2 loss 0." in lines[4]
     for table, line in zip(plan.tables, lines[1:4], strict=True):
         more = table.better.num_bytes - table.num_bytes
         assert more > 0 and table.better.loss < table.loss and 0 < table.better.saved_share < table.error_share

@@ -238,7 +238,7 @@ def test_the_command_line_says_what_has_changed(src, tmp_path, tables, embpack_c
     assert code == 0 and dst.exists()
     first, second = err.splitlines()
     assert first == (
-        f"warning: {plan}: 1 of 2 tables have changed since the plan was made; make it anew with --auto --save-plan:"
+        f"warning: {plan}: tables that have changed since the plan was made, 1 of 2; make it anew with --auto --save-plan:"
     )
     assert second.startswith("warning: user_embedding.weight: rows 100 -> 200")
     code, out, _ = embpack_command("quantize", src, dst, "--plan", plan, "--json")

@@ -23,7 +23,7 @@ def load_metric(text: str) -> Metric:
         ValueError: importing the module failed; says where.
     """
     module_name, _, name = text.partition(":")
-    if not module_name or not name:
+    if not module_name or not name or "/" in module_name or module_name.endswith(".py"):
         raise _refuse(f"{text!r}; give module:function, such as my_metrics:auc for my_metrics.py in this folder")
     folder = str(Path.cwd())
     if folder not in sys.path:

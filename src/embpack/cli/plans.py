@@ -130,8 +130,8 @@ class Planning:
         changes = {} if self.used is None or report is None else plan.find_changes(report.tables)
         if changes:
             show.print_warning(
-                f"{self.used}: {len(changes)} of {len(plan.tables)} tables have changed since the plan was made; make "
-                "it anew with --auto --save-plan:"
+                f"{self.used}: tables that have changed since the plan was made, {len(changes)} of {len(plan.tables)}; "
+                "make it anew with --auto --save-plan:"
             )
         for name, change in changes.items():
             show.print_warning(f"{name}: {change}")

@@ -236,16 +236,20 @@ def quantize(
         if dst is not None and not dry_run:
             check_destination(checkpoint, dst, force=force)
         decisions, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
+        # A plan that is used says what was measured when it was made; what is packed now is in the decisions.
+        shown = plan if plan_path is None else None
         if dst is None or dry_run:
             planning.finish(plan, None)
             if as_json:
                 show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, None))
             else:
                 sizes = sum(shard.num_bytes for shard in checkpoint.shards), count_file_bytes(checkpoint, decisions)
-                show.print_decisions(str(src), decisions, checkpoint.left_out, plan, sizes)
+                show.print_decisions(str(src), decisions, checkpoint.left_out, shown, sizes)
+                if planning.max_table_loss is not None:
+                    show.output.print("--max-loss judges tables once they are packed, not in a dry run", style="dim")
             return
         if not as_json:
-            show.print_decisions(str(src), decisions, checkpoint.left_out, plan)
+            show.print_decisions(str(src), decisions, checkpoint.left_out, shown)
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
         limit = planning.max_table_loss
         with show.row_progress(totals, shown=not as_json) as progress:

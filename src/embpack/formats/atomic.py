@@ -51,7 +51,7 @@ def new_file(path: str | os.PathLike[str], may_replace: Callable[[Path], bool] =
             errno says which, and the message what to do.
     """
     path = Path(path).absolute()
-    target = Path(os.path.realpath(path))
+    target = follow(path)
     refuse_other(path, may_replace)
     with ExitStack() as stack:
         with explained_place(path, target.parent):
@@ -71,10 +71,21 @@ def new_file(path: str | os.PathLike[str], may_replace: Callable[[Path], bool] =
             sync(target.parent)
 
 
+def follow(path: Path) -> Path:
+    """Follow links to where a file or folder is to be written.
+
+    Raises:
+        FileNotFoundError: a folder on the way is missing: "missing/../file" is no file, whatever there is beside.
+    """
+    with explained_place(path, path.parent):
+        os.path.realpath(path.parent, strict=True)
+    return Path(os.path.realpath(path))
+
+
 def check_new(path: Path) -> None:
     """Raise what new_file, and new_folder for one that is not there, would before anything is written."""
     path = path.absolute()
-    target = Path(os.path.realpath(path))
+    target = follow(path)
     with explained_place(path, target.parent):
         _find_replaced(path, target)
         with temporary_file(target.parent, 0o600):

@@ -8,7 +8,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
-from embpack.formats.atomic import explained_place, explained_space, is_mounted, keep_owner_and_mode, reword, sync
+from embpack.formats.atomic import (
+    explained_place,
+    explained_space,
+    follow,
+    is_mounted,
+    keep_owner_and_mode,
+    reword,
+    sync,
+)
 from embpack.formats.temporary import is_temporary, temporary_folder
 
 _AT_FDCWD = -100
@@ -64,7 +72,7 @@ def new_folder(
             and the message what to do.
     """
     path = Path(path).absolute()
-    target = Path(os.path.realpath(path))
+    target = follow(path)
     has_others = refuse_others(path, list_own, force=force)
     place = target if has_others or _must_stay(target) else target.parent
     with ExitStack() as stack:

@@ -155,7 +155,7 @@ class Plan:
         lines = fitted.write("tables")
         share = self.num_bytes / self.float32_bytes
         lines.append(
-            f"{self.num_bytes:,} bytes, {share:.2%} of float32, in a file of {self.file_bytes:,}; "
+            f"{self.num_bytes:,} bytes, {100 * share:.2f} % of float32, in a file of at most {self.file_bytes:,}; "
             f"l2 loss {self.loss:.5f}"
         )
         layouts = dict.fromkeys(table.variant.parsed_method.layout for table in self.tables)

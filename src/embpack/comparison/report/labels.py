@@ -35,6 +35,11 @@ class Box:
             and other.bottom <= self.bottom
         )
 
+    def distance(self, point: tuple[float, float]) -> float:
+        """How far a point lies from it; 0 within."""
+        x, y = point
+        return math.hypot(max(self.left - x, 0, x - self.right), max(self.top - y, 0, y - self.bottom))
+
 
 @dataclass(frozen=True)
 class Label:
@@ -50,7 +55,13 @@ class Label:
         return box.left - 2 if box.left > point[0] else box.right + 2, (box.top + box.bottom) / 2
 
 
-def place_beside(contents: Sequence[str], point: tuple[float, float], frame: Box, taken: Sequence[Box]) -> Label | None:
+def place_beside(
+    contents: Sequence[str],
+    point: tuple[float, float],
+    frame: Box,
+    taken: Sequence[Box],
+    others: Sequence[tuple[float, float]] = (),
+) -> Label | None:
     """Place a name right of a point or left of it, a little below the middle or above; None if nothing is free.
 
     Args:
@@ -58,13 +69,14 @@ def place_beside(contents: Sequence[str], point: tuple[float, float], frame: Box
         point: (x, y).
         frame: that names must lie in.
         taken: where no name may lie.
+        others: points that are named in the same way; nearer to one of them the name would be taken for its own.
     """
     x, y = point
     for below in (11, 24, -11, -24):
         for content in contents:
             for left in (x + _NEAR, x - _NEAR - _measure(content)):
                 box = _make_box(content, left, y + below)
-                if _is_free(box, frame, taken):
+                if _is_free(box, frame, taken) and all(box.distance(point) < box.distance(other) for other in others):
                     return Label(content, box, is_far=False)
     return None
 

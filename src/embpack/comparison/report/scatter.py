@@ -148,9 +148,10 @@ class _Plot:
         taken = _around([self.place(result) for result in subject.results]) + _along(self.corners)
         parts = []
         for result in subject.front:
+            point, others = self.place(result), [self.place(other) for other in subject.front if other != result]
             name = shorten(subject.name(result), self.frame.right / 3)
             contents = [f"{name}, {result.bits} bits", name]
-            parts += self._draw_placed([place_beside(contents, self.place(result), self.frame, taken)], [result], taken)
+            parts += self._draw_placed([place_beside(contents, point, self.frame, taken, others)], [result], taken)
         if len(subject.results) <= _MOST_NAMES:
             for column in self._columns():
                 names = [shorten(subject.name(result), self.frame.right / 3) for result in column]
