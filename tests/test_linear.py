@@ -48,8 +48,11 @@ def bound(table, vectors, bias=None):
 
     Each of d products and d additions is rounded, by at most 2^-24 of what has been added up. A uniform row's product
     is scale * sum(code * x) + bias * sum(x), with four roundings more; its terms are at most (|scale| * code + |bias|)
-    * |x|, and |scale| * code is at most |value| + |bias|. A rotated row's vector is rotated, with log2(d) + 1 roundings
-    of values whose size is the vector's. The reference, of rows rotated back, has those of a row. A bias is one more.
+    * |x|, and |scale| * code is at most |value| + |bias|.
+
+    A trellis-coded row's product is scale * sum(level * x) + sum(mean * x): level stands for code, and mean for bias;
+    sum(mean * x) is of float64, and rounded once. A rotated row's vector is rotated, with log2(d) + 1 roundings of
+    values whose size is the vector's. The reference, of rows rotated back, has those of a row. A bias is one more.
     """
     d = table.embedding_dim
     rows = table.as_packed.dequantize().astype(np.float64)
@@ -57,6 +60,8 @@ def bound(table, vectors, bias=None):
     if table.layout == "uniform":
         params = table.packed[:, table.row_format.code_bytes :].view(table.row_format.form.param_type)
         levels = levels + 2 * np.abs(params[:, 1:].astype(np.float64))
+    elif table.layout == "trellis":
+        levels = levels + 2 * np.abs(table.codebooks[0, -d:].astype(np.float64))
     magnitudes = np.abs(vectors.astype(np.float64))
     roundings = d + 5
     products = magnitudes @ levels.T

@@ -1,6 +1,6 @@
 // Trellis-coded rows with AVX2: there are no masks of bits, so each byte of a register tests a bit of its own. Position
 // p is byte p of 64, in two registers: `half[0]` has lanes 0 to 7 of all vectors, `half[1]` lanes 8 to 15, and byte v
-// of a lane is vector v's. trellis_lookup-inl.h says how a row lies and what the words mean.
+// of a lane is vector v's. trellis_blocks-inl.h says how a row lies and what the words mean.
 #include "../trellis_rows.h"
 
 namespace embpack::EMBPACK_ISA {
