@@ -31,6 +31,8 @@ def names(variant):
 
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=names)
+# Rows that a few vectors are multiplied by as they are packed.
+as_packed = pytest.mark.parametrize("variant", [("asym", {"bits": 8}), ("trellis", {})], ids=names)
 
 
 @pytest.fixture(params=_native.available_isas())
@@ -113,18 +115,20 @@ def test_every_instruction_set_gives_the_same_bits(variant, rng):
         _native.use_isa(before)
 
 
+@as_packed
 @pytest.mark.parametrize("count", [1, 8, 20])
-def test_number_of_threads_changes_no_bit(count, rng, restore_threads):
-    table = pack(rng, ("asym", {}), 700, 300)
-    vectors = rng.standard_normal((count, 300), dtype=np.float32)
+def test_number_of_threads_changes_no_bit(variant, count, rng, restore_threads):
+    table = pack(rng, variant, 2500, 100)
+    vectors = rng.standard_normal((count, 100), dtype=np.float32)
     embpack.set_num_threads(1)
     alone = table.linear(vectors)
     embpack.set_num_threads(3)
     np.testing.assert_array_equal(table.linear(vectors), alone)
 
 
-def test_a_vector_gets_the_same_bits_alone_and_beside_others(rng):
-    table = pack(rng, ("asym", {}), 50, 200)
+@as_packed
+def test_a_vector_gets_the_same_bits_alone_and_beside_others(variant, rng):
+    table = pack(rng, variant, 50, 200)
     vectors = rng.standard_normal((8, 200), dtype=np.float32)
     together = table.linear(vectors)
     for count in (1, 2, 3, 5):
@@ -187,12 +191,14 @@ def test_what_is_no_number_comes_through_as_in_blas(variant, count, every_isa, r
     np.testing.assert_array_equal(np.isneginf(found), np.isneginf(expected))
 
 
+@as_packed
 @pytest.mark.parametrize("count", [1, 20])
-def test_products_that_float32_cannot_hold_on_the_way(count, every_isa, rng):
-    # code * x is too large for float32, value * x is not.
-    weight = 1e-3 * rng.standard_normal((40, 64)).astype(np.float32)
-    table = embpack.quantize(weight, "asym", bits=8)
-    vectors = np.full((count, 64), 3e37, np.float32)
+def test_products_that_float32_cannot_hold_on_the_way(variant, count, every_isa, rng):
+    # code * x and level * x are too large for float32, value * x is not. More rows than are unpacked at a time are so.
+    method, options = variant
+    weight = 1e-3 * rng.standard_normal((1500, 64)).astype(np.float32)
+    table = embpack.quantize(weight, method, **options)
+    vectors = np.full((count, 64), 1e38, np.float32)
     expected = reference.linear(vectors, table.dequantize())
     found = table.linear(vectors)
     assert np.isfinite(found).all()

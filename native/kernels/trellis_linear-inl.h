@@ -17,6 +17,9 @@ template <class Levels, bool is_full, size_t vectors, size_t num_vectors>
     });
 }
 
+// Rows that are prefetched before they are read.
+inline constexpr size_t product_rows_ahead = 4;
+
 template <class Levels, size_t num_vectors>
 [[gnu::noinline]] void multiply_levels_by_group(const PackedRows& rows, const TrellisCommon& common, size_t first,
                                                 size_t end, const float* vectors, float* products, size_t stride) {
@@ -26,6 +29,7 @@ template <class Levels, size_t num_vectors>
     for (size_t i = first; i < end; i++) {
         const uint8_t* const bytes = rows.bytes + i * row_bytes;
         const TrellisRow<false> row(bytes, row_bytes);
+        for (size_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(bytes + row_bytes * product_rows_ahead + at);
         F32x16 sums[num_vectors];
         unrolled<num_vectors>([&](size_t n) { sums[n] = splat(0.0f); });
         const ColumnBlock* block = common.blocks;
