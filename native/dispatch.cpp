@@ -12,16 +12,18 @@
 namespace embpack {
 
 // What units/*.cpp define for an instruction set.
-#define EMBPACK_DECLARE(isa)              \
-    namespace isa {                       \
-    extern const PackingKernels packing;  \
-    extern const Lookups lookups;         \
-    extern const Lookups trellis_lookups; \
-    extern const Products products;       \
+#define EMBPACK_DECLARE(isa)                       \
+    namespace isa {                                \
+    extern const PackingKernels packing;           \
+    extern const Lookups lookups;                  \
+    extern const Lookups trellis_lookups;          \
+    extern const Products products;                \
+    extern const TrellisProducts trellis_products; \
     }
 #ifdef EMBPACK_HAS_avx512_gfni
 namespace avx512_gfni {
 extern const Lookups trellis_lookups;
+extern const TrellisProducts trellis_products;
 }
 #endif
 #ifdef EMBPACK_HAS_avx512
@@ -42,13 +44,14 @@ struct Isa {
 };
 
 Kernels combine(const char* name, const PackingKernels& packing, const Lookups& lookups,
-                const Lookups& trellis_lookups, const Products& products) {
-    Kernels kernels{packing, name, {}, products};
+                const Lookups& trellis_lookups, const Products& products, const TrellisProducts& trellis_products) {
+    Kernels kernels{packing, name, {}, products, trellis_products};
     for (Lookups& of_layout : kernels.lookups) of_layout = lookups;
     kernels.lookups[static_cast<size_t>(Layout::trellis)] = trellis_lookups;
     return kernels;
 }
-#define EMBPACK_KERNELS(isa) combine(#isa, isa::packing, isa::lookups, isa::trellis_lookups, isa::products)
+#define EMBPACK_KERNELS(isa) \
+    combine(#isa, isa::packing, isa::lookups, isa::trellis_lookups, isa::products, isa::trellis_products)
 
 #ifdef EMBPACK_HAS_avx512
 bool has_avx512() {
@@ -69,7 +72,8 @@ bool has_f16c() {
 std::span<const Isa> isas() {
     static const Isa all[] = {
 #ifdef EMBPACK_HAS_avx512_gfni
-        {combine("avx512_gfni", avx512::packing, avx512::lookups, avx512_gfni::trellis_lookups, avx512::products),
+        {combine("avx512_gfni", avx512::packing, avx512::lookups, avx512_gfni::trellis_lookups, avx512::products,
+                 avx512_gfni::trellis_products),
          [] {
              return has_avx512() && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi") &&
                     __builtin_cpu_supports("avx512vbmi2");

@@ -282,6 +282,14 @@ struct Products {
     void (*multiply_panel)(const ValueRows&, const float* panel, float* sums) noexcept;
 };
 
+struct TrellisProducts {
+    // products[stride * v + i - first]: of vector v and of row i of first .. end, trellis-coded, the row's scale times
+    // the sum of its levels times the vector's values. Vectors in groups as above: of each sixteen columns of each
+    // block in turn the values of each vector of the group, 0 where there is nothing. Blocks are whole.
+    void (*multiply_levels)(const PackedRows&, size_t first, size_t end, const float* vectors, size_t num_vectors,
+                            float* products, size_t stride) noexcept;
+};
+
 // What packs rows of all layouts, and rotates them.
 struct PackingKernels {
     // out[i] = float32(values[i]) for float16 or bfloat16 values.
@@ -334,6 +342,7 @@ struct Kernels : PackingKernels {
     const char* isa;
     Lookups lookups[num_layouts];
     Products products;
+    TrellisProducts trellis_products;
 
     const Lookups& lookups_of(const PackedRows& rows) const { return lookups[static_cast<size_t>(rows.layout)]; }
 };

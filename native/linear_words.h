@@ -1,5 +1,5 @@
-// Few vectors, multiplied by the words of rows (kernels.h: WordRows): by codes in place where a row has them, or by rows
-// that are unpacked some at a time.
+// Few vectors, multiplied by the words of rows (kernels.h: WordRows): by codes in place, or by rows that are unpacked
+// some at a time.
 #pragma once
 
 #include <algorithm>
@@ -69,77 +69,63 @@ inline std::vector<float> sum_vectors(const LinearInput& input, size_t d) {
     return sums;
 }
 
-class ByWords {
+// Rows that are unpacked, of any layout.
+class ByValues {
 public:
-    ByWords(const PackedRows& rows, const LinearInput& input)
+    ByValues(const PackedRows& rows, const LinearInput& input)
         : rows_(rows),
-          input_(input),
-          has_codes_(rows.layout == Layout::uniform),
-          values_(Windows::of_values(rows)),
-          codes_(has_codes_ ? Windows::of_codes(rows) : values_),
-          of_values_(order_vectors(values_, input, rows.embedding_dim)),
-          of_codes_(has_codes_ ? order_vectors(codes_, input, rows.embedding_dim) : Aligned<float>(0)),
-          sums_(sum_vectors(input, rows.embedding_dim)) {}
+          num_vectors_(input.num_vectors),
+          windows_(Windows::of_values(rows)),
+          vectors_(order_vectors(windows_, input, rows.embedding_dim)) {}
 
-    size_t rows_at_a_time() const {
-        if (has_codes_) return std::max<size_t>(16, packed_bytes_at_a_time / rows_.row_bytes);
-        return std::max<size_t>(16, unpacked_values_at_a_time / values_.num_values());
+    // So many stay in the second-level cache while one group of vectors after the other reads them.
+    size_t rows_at_a_time() const { return std::max<size_t>(16, (size_t{1} << 16) / windows_.num_values()); }
+
+    // Of vector v and row first + i products[v * count + i].
+    void multiply(size_t first, size_t count, Scratch& scratch, std::vector<float>& products,
+                  LookupFault& fault) const {
+        const float* const values = unpack_rows(rows_, first, count, scratch.values, fault);
+        products.resize(round_up(num_vectors_, group_vectors) * count);
+        kernels().products.multiply_words({reinterpret_cast<const uint8_t*>(values), count, windows_.row_bytes,
+                                           windows_.count, windows_.last, windows_.bits},
+                                          vectors_.data(), num_vectors_, products.data(), count);
     }
 
-    // Rows first .. first + count of the output's columns.
-    void multiply(size_t first, size_t count, Scratch& scratch, float* out, LookupFault& fault) const {
-        if (has_codes_)
-            multiply_codes(first, count, scratch, fault);
-        else
-            multiply_values(first, count, scratch, scratch.products, fault);
-        for (size_t v = 0; v < input_.num_vectors; v++) {
-            float* const to = out + v * rows_.num_rows + first;
-            for (size_t i = 0; i < count; i++) to[i] = input_.with_bias(scratch.products[v * count + i], first + i);
+private:
+    const PackedRows& rows_;
+    const size_t num_vectors_;
+    const Windows windows_;
+    const Aligned<float> vectors_;
+};
+
+// Rows of the uniform layout, from their codes: scale times the product of a row's codes, and bias times the vector's
+// sum.
+class ByCodes {
+public:
+    ByCodes(const PackedRows& rows, const LinearInput& input)
+        : rows_(rows),
+          num_vectors_(input.num_vectors),
+          windows_(Windows::of_codes(rows)),
+          vectors_(order_vectors(windows_, input, rows.embedding_dim)),
+          sums_(sum_vectors(input, rows.embedding_dim)) {}
+
+    size_t rows_at_a_time() const { return std::max<size_t>(16, (size_t{1} << 16) / rows_.row_bytes); }
+
+    void multiply(size_t first, size_t count, Scratch& scratch, std::vector<float>& products) const {
+        const uint8_t* const bytes = rows_.bytes + first * rows_.row_bytes;
+        products.resize(round_up(num_vectors_, group_vectors) * count);
+        kernels().products.multiply_words({fill_up(bytes, count, scratch), count, windows_.row_bytes, windows_.count,
+                                           windows_.last, windows_.bits},
+                                          vectors_.data(), num_vectors_, products.data(), count);
+        read_params(bytes, count, scratch);
+        for (size_t v = 0; v < num_vectors_; v++) {
+            float* const of_vector = products.data() + v * count;
+            for (size_t i = 0; i < count; i++)
+                of_vector[i] = scratch.params[2 * i] * of_vector[i] + scratch.params[2 * i + 1] * sums_[v];
         }
     }
 
 private:
-    // Rows that stay in the second-level cache while one group of vectors after the other reads them.
-    static constexpr size_t packed_bytes_at_a_time = size_t{1} << 16, unpacked_values_at_a_time = size_t{1} << 16;
-
-    void multiply_codes(size_t first, size_t count, Scratch& scratch, LookupFault& fault) const {
-        multiply_finite_codes(first, count, scratch);
-        const auto is_finite = [](float x) { return x - x == 0.0f; };
-        const auto begin = scratch.products.begin();
-        const size_t num_products = input_.num_vectors * count;
-        if (std::all_of(begin, begin + static_cast<ptrdiff_t>(num_products), is_finite)) return;
-        // Infinities come out as if rows had been unpacked: a code of 0 does not stand for a value of 0.
-        multiply_values(first, count, scratch, scratch.others, fault);
-        for (size_t i = 0; i < num_products; i++)
-            if (!is_finite(scratch.products[i])) scratch.products[i] = scratch.others[i];
-    }
-
-    // scale times the product of a row's codes, and bias times the vector's sum.
-    void multiply_finite_codes(size_t first, size_t count, Scratch& scratch) const {
-        const uint8_t* const bytes = rows_.bytes + first * rows_.row_bytes;
-        multiply({fill_up(bytes, count, scratch), count, codes_.row_bytes, codes_.count, codes_.last, codes_.bits},
-                 of_codes_, scratch.products);
-        read_params(bytes, count, scratch);
-        for (size_t v = 0; v < input_.num_vectors; v++) {
-            float* const products = scratch.products.data() + v * count;
-            for (size_t i = 0; i < count; i++)
-                products[i] = scratch.params[2 * i] * products[i] + scratch.params[2 * i + 1] * sums_[v];
-        }
-    }
-
-    void multiply_values(size_t first, size_t count, Scratch& scratch, std::vector<float>& products,
-                         LookupFault& fault) const {
-        const float* const values = unpack_rows(rows_, first, count, scratch.values, fault);
-        multiply({reinterpret_cast<const uint8_t*>(values), count, values_.row_bytes, values_.count, values_.last,
-                  values_.bits},
-                 of_values_, products);
-    }
-
-    void multiply(const WordRows& rows, const Aligned<float>& vectors, std::vector<float>& products) const {
-        products.resize(round_up(input_.num_vectors, group_vectors) * rows.num_rows);
-        kernels().products.multiply_words(rows, vectors.data(), input_.num_vectors, products.data(), rows.num_rows);
-    }
-
     const uint8_t* fill_up(const uint8_t* bytes, size_t count, Scratch& scratch) const {
         if (rows_.row_bytes >= window_bytes_of_product) return bytes;
         scratch.rows.resize(count * window_bytes_of_product);
@@ -163,10 +149,9 @@ private:
     }
 
     const PackedRows& rows_;
-    const LinearInput& input_;
-    const bool has_codes_;
-    const Windows values_, codes_;
-    const Aligned<float> of_values_, of_codes_;
+    const size_t num_vectors_;
+    const Windows windows_;
+    const Aligned<float> vectors_;
     const std::vector<float> sums_;
 };
 

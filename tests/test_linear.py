@@ -31,6 +31,8 @@ def names(variant):
 
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=names)
+# Rows that a few vectors are multiplied by as they are packed.
+as_packed = pytest.mark.parametrize("variant", [("asym", {"bits": 8}), ("trellis", {})], ids=names)
 
 
 @pytest.fixture(params=_native.available_isas())
@@ -48,8 +50,11 @@ def bound(table, vectors, bias=None):
 
     Each of d products and d additions is rounded, by at most 2^-24 of what has been added up. A uniform row's product
     is scale * sum(code * x) + bias * sum(x), with four roundings more; its terms are at most (|scale| * code + |bias|)
-    * |x|, and |scale| * code is at most |value| + |bias|. A rotated row's vector is rotated, with log2(d) + 1 roundings
-    of values whose size is the vector's. The reference, of rows rotated back, has those of a row. A bias is one more.
+    * |x|, and |scale| * code is at most |value| + |bias|.
+
+    A trellis-coded row's product is scale * sum(level * x) + sum(mean * x): level stands for code, and mean for bias;
+    sum(mean * x) is of float64, and rounded once. A rotated row's vector is rotated, with log2(d) + 1 roundings of
+    values whose size is the vector's. The reference, of rows rotated back, has those of a row. A bias is one more.
     """
     d = table.embedding_dim
     rows = table.as_packed.dequantize().astype(np.float64)
@@ -57,6 +62,8 @@ def bound(table, vectors, bias=None):
     if table.layout == "uniform":
         params = table.packed[:, table.row_format.code_bytes :].view(table.row_format.form.param_type)
         levels = levels + 2 * np.abs(params[:, 1:].astype(np.float64))
+    elif table.layout == "trellis":
+        levels = levels + 2 * np.abs(table.codebooks[0, -d:].astype(np.float64))
     magnitudes = np.abs(vectors.astype(np.float64))
     roundings = d + 5
     products = magnitudes @ levels.T
@@ -108,18 +115,20 @@ def test_every_instruction_set_gives_the_same_bits(variant, rng):
         _native.use_isa(before)
 
 
+@as_packed
 @pytest.mark.parametrize("count", [1, 8, 20])
-def test_number_of_threads_changes_no_bit(count, rng, restore_threads):
-    table = pack(rng, ("asym", {}), 700, 300)
-    vectors = rng.standard_normal((count, 300), dtype=np.float32)
+def test_number_of_threads_changes_no_bit(variant, count, rng, restore_threads):
+    table = pack(rng, variant, 2500, 100)
+    vectors = rng.standard_normal((count, 100), dtype=np.float32)
     embpack.set_num_threads(1)
     alone = table.linear(vectors)
     embpack.set_num_threads(3)
     np.testing.assert_array_equal(table.linear(vectors), alone)
 
 
-def test_a_vector_gets_the_same_bits_alone_and_beside_others(rng):
-    table = pack(rng, ("asym", {}), 50, 200)
+@as_packed
+def test_a_vector_gets_the_same_bits_alone_and_beside_others(variant, rng):
+    table = pack(rng, variant, 50, 200)
     vectors = rng.standard_normal((8, 200), dtype=np.float32)
     together = table.linear(vectors)
     for count in (1, 2, 3, 5):
@@ -182,12 +191,14 @@ def test_what_is_no_number_comes_through_as_in_blas(variant, count, every_isa, r
     np.testing.assert_array_equal(np.isneginf(found), np.isneginf(expected))
 
 
+@as_packed
 @pytest.mark.parametrize("count", [1, 20])
-def test_products_that_float32_cannot_hold_on_the_way(count, every_isa, rng):
-    # code * x is too large for float32, value * x is not.
-    weight = 1e-3 * rng.standard_normal((40, 64)).astype(np.float32)
-    table = embpack.quantize(weight, "asym", bits=8)
-    vectors = np.full((count, 64), 3e37, np.float32)
+def test_products_that_float32_cannot_hold_on_the_way(variant, count, every_isa, rng):
+    # code * x and level * x are too large for float32, value * x is not. More rows than are unpacked at a time are so.
+    method, options = variant
+    weight = 1e-3 * rng.standard_normal((1500, 64)).astype(np.float32)
+    table = embpack.quantize(weight, method, **options)
+    vectors = np.full((count, 64), 1e38, np.float32)
     expected = reference.linear(vectors, table.dequantize())
     found = table.linear(vectors)
     assert np.isfinite(found).all()

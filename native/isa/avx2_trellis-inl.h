@@ -1,6 +1,6 @@
 // Trellis-coded rows with AVX2: there are no masks of bits, so each byte of a register tests a bit of its own. Position
 // p is byte p of 64, in two registers: `half[0]` has lanes 0 to 7 of all vectors, `half[1]` lanes 8 to 15, and byte v
-// of a lane is vector v's. trellis_lookup-inl.h says how a row lies and what the words mean.
+// of a lane is vector v's. trellis_blocks-inl.h says how a row lies and what the words mean.
 #include "../trellis_rows.h"
 
 namespace embpack::EMBPACK_ISA {
@@ -33,17 +33,42 @@ struct TrellisBytes {
 struct BitPositions {
     alignas(32) uint8_t byte[64], bit[64], inside[64];
     uint64_t mask;
+    uint64_t packed_mask = 0, factor = 0;   // of few positions, see spread_few; 0 if there is no such factor
 
     BitPositions() = default;
     explicit BitPositions(uint64_t positions) : mask(positions) {
+        uint8_t at[64];
         size_t number = 0;
         for (size_t p = 0; p < 64; p++) {
             const bool is_inside = positions >> p & 1;
             byte[p] = static_cast<uint8_t>(is_inside ? number / 8 : 0x80);
             bit[p] = static_cast<uint8_t>(1u << number % 8);
             inside[p] = is_inside ? 0xff : 0;
+            at[number] = static_cast<uint8_t>(p);
             number += is_inside;
         }
+        if (number <= most_few) find_factor(at, number);
+    }
+
+    // Packed bits, each at its position. A product has bit t moved by what moves bit s to its position, for all s and
+    // t. Where no two of these fall together, nothing is carried, and the mask keeps each bit where it belongs.
+    [[gnu::always_inline]] uint64_t spread_few(uint64_t bits) const { return (bits & packed_mask) * factor & mask; }
+
+private:
+    static constexpr size_t most_few = 8;
+
+    void find_factor(const uint8_t* at, size_t count) {
+        uint64_t taken = 0, sum = 0;
+        for (size_t s = 0; s < count; s++) {
+            sum += uint64_t{1} << (at[s] - s);
+            for (size_t t = 0; t < count && at[s] - s + t < 64; t++) {
+                const uint64_t bit_moved = uint64_t{1} << (at[s] - s + t);
+                if (taken & bit_moved) return;
+                taken |= bit_moved;
+            }
+        }
+        packed_mask = (uint64_t{1} << count) - 1;
+        factor = sum;
     }
 };
 
@@ -132,14 +157,11 @@ struct ByteTables {
     }
 };
 
-// A byte for each position of a full block, in the order that HalvesOfLevels needs: lanes 4 l .. 4 l + 3 are 16 bytes,
-// first vectors 0 and 1 of each lane, then vectors 2 and 3.
+// A byte for each position of a full block, in the order that HalvesOfLevels needs: one register has vectors 0 and 1 of
+// each lane, the other vectors 2 and 3. Eight bytes are four lanes: 0 .. 3, 8 .. 11, 4 .. 7, 12 .. 15.
 struct OrderedBytes {
     __m256i half[2];
 
-    static __m256i order() {
-        return _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    }
     // Of four planes the four bits of each position. Bytes j of the planes come together as one word of 32 bits; in it,
     // bit 8 r + c is that of plane r and position 8 j + c. Two exchanges of bits bring the four of a position together:
     // bits 4 and 1 of a bit's number change places, then bits 3 and 0.
@@ -147,7 +169,7 @@ struct OrderedBytes {
         const auto plane = [](uint64_t bits) { return _mm_cvtsi64_si128(static_cast<int64_t>(bits)); };
         const __m128i first = _mm_unpacklo_epi8(plane(p0), plane(p1)), second = _mm_unpacklo_epi8(plane(p2), plane(p3));
         const __m256i in_order = _mm256_set_m128i(_mm_unpackhi_epi16(first, second), _mm_unpacklo_epi16(first, second));
-        __m256i words = _mm256_permute4x64_epi64(in_order, 0xd8);   // 0, 1, 4, 5, 2, 3, 6, 7
+        __m256i words = _mm256_permute4x64_epi64(in_order, 0xd8);   // lanes 0 .. 3, 8 .. 11, 4 .. 7, 12 .. 15
         const auto exchange_bits = [&](int distance, int mask) __attribute__((always_inline)) {
             const __m256i shifted = _mm256_srli_epi32(words, distance);
             const __m256i change = _mm256_and_si256(_mm256_xor_si256(shifted, words), _mm256_set1_epi32(mask));
@@ -155,24 +177,31 @@ struct OrderedBytes {
         };
         exchange_bits(14, 0x0000cccc);
         exchange_bits(7, 0x00aa00aa);
-        // Word j has in byte v, below and above, positions 4 (2 j) + v and 4 (2 j + 1) + v: lanes 2 j and 2 j + 1.
+        // A word has in byte v, below and above, vector v of an even lane and of the odd one after it.
+        const __m256i pairs = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+        words = _mm256_shuffle_epi8(words, pairs);
         const __m256i nibble = _mm256_set1_epi8(0x0f);
         const __m256i even = _mm256_and_si256(words, nibble), odd = _mm256_and_si256(_mm256_srli_epi32(words, 4), nibble);
-        return {_mm256_shuffle_epi8(_mm256_unpacklo_epi32(even, odd), order()),
-                _mm256_shuffle_epi8(_mm256_unpackhi_epi32(even, odd), order())};
+        return {_mm256_unpacklo_epi16(even, odd), _mm256_unpackhi_epi16(even, odd)};
     }
-    // 0xff where a bit of the plane is set.
-    [[gnu::always_inline]] static OrderedBytes of_plane(uint64_t plane) {
-        const __m256i bits = _mm256_set1_epi64x(static_cast<int64_t>(plane));
-        const __m256i byte = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 2, 2, 2,
-                                              2, 3, 3, 3, 3);
-        const __m256i bit = _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(1, 2, 16, 32, 1, 2, 16, 32, 4, 8, 64, -128, 4, 8, 64, -128));
-        const auto of_half = [&](size_t h) __attribute__((always_inline)) {
-            const __m256i own_byte = _mm256_shuffle_epi8(bits, _mm256_add_epi8(byte, _mm256_set1_epi8(h ? 4 : 0)));
-            return _mm256_cmpeq_epi8(_mm256_and_si256(own_byte, bit), bit);
-        };
-        return {of_half(0), of_half(1)};
+};
+
+// A bit for each position of a full block, in the same order.
+struct OrderedBits {
+    __m256i own_byte;   // of the eight, the one that has the position's bit
+
+    [[gnu::always_inline]] explicit OrderedBits(uint64_t plane) {
+        const __m256i byte = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 4, 4, 4, 4, 5, 5, 5, 5,
+                                              2, 2, 2, 2, 3, 3, 3, 3, 6, 6, 6, 6, 7, 7, 7, 7);
+        own_byte = _mm256_shuffle_epi8(_mm256_set1_epi64x(static_cast<int64_t>(plane)), byte);
+    }
+    // 0xff where a bit is set, of the vectors of a half.
+    [[gnu::always_inline]] __m256i of_half(size_t h) const {
+        const __m256i bit = _mm256_set1_epi32(h == 0 ? 0x20100201 : static_cast<int>(0x80400804));
+        __m256i are_set = _mm256_cmpeq_epi8(_mm256_and_si256(own_byte, bit), bit);
+        asm("" : "+x"(are_set));   // Keeps GCC from comparing it with 0 before it chooses by it.
+        return are_set;
     }
 };
 
@@ -243,28 +272,27 @@ struct FewLevels {
         return {look_up_eight(0), look_up_eight(1)};
     }
     // Of a full block all at once, by bytes: levels have nothing in the lower halves of their floats.
-    [[gnu::always_inline]] HalvesOfLevels look_up(const OrderedBytes& magnitudes, const OrderedBytes& are_upper,
-                                                  const OrderedBytes& are_wide, const OrderedBytes& are_negative,
-                                                  bool has_wide) const {
-        const auto look_up_half = [&](size_t h, __m256i& first_two, __m256i& last_two) __attribute__((always_inline)) {
+    [[gnu::always_inline]] HalvesOfLevels look_up(const OrderedBytes& magnitudes, OrderedBits are_upper,
+                                                  OrderedBits are_wide, OrderedBits are_negative,
+                                                  size_t wide_vectors) const {
+        const auto look_up_half = [&](size_t h) __attribute__((always_inline)) {
             const __m256i magnitude = magnitudes.half[h];
+            const bool has_wide = wide_vectors > 2 * h;
+            const __m256i upper = has_wide ? are_upper.of_half(h) : magnitude;
+            const __m256i inside = has_wide ? are_wide.of_half(h) : magnitude;
             const auto find = [&](__m256i ByteTables::*byte) __attribute__((always_inline)) {
                 const __m256i narrow = _mm256_shuffle_epi8(narrow_bytes.*byte, magnitude);
                 if (!has_wide) return narrow;
                 const __m256i wide = _mm256_blendv_epi8(_mm256_shuffle_epi8(wide_bytes.*byte, magnitude),
                                                         _mm256_shuffle_epi8(upper_wide_bytes.*byte, magnitude),
-                                                        are_upper.half[h]);
-                return _mm256_blendv_epi8(narrow, wide, are_wide.half[h]);
+                                                        upper);
+                return _mm256_blendv_epi8(narrow, wide, inside);
             };
-            const __m256i sign = _mm256_and_si256(are_negative.half[h], _mm256_set1_epi8(static_cast<char>(0x80)));
+            const __m256i sign = _mm256_and_si256(are_negative.of_half(h), _mm256_set1_epi8(static_cast<char>(0x80)));
             const __m256i high = _mm256_xor_si256(find(&ByteTables::high), sign), low = find(&ByteTables::low);
-            first_two = _mm256_unpacklo_epi8(low, high);
-            last_two = _mm256_unpackhi_epi8(low, high);
+            return I32x16{_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
         };
-        HalvesOfLevels levels;
-        look_up_half(0, levels.first_two.low, levels.last_two.low);
-        look_up_half(1, levels.first_two.high, levels.last_two.high);
-        return levels;
+        return {look_up_half(0), look_up_half(1)};
     }
     template <class Block>
     [[gnu::always_inline]] F32x16 operator()(const HalvesOfLevels& levels, const Block&, size_t v) const {
@@ -296,7 +324,9 @@ template <bool is_full, size_t slots, class Block, class Read>
     const bool has_wide = block.wide_vectors > 0;
     const uint64_t is_wide = block.is_wide.mask, none = 0;
     uint64_t top = 0;   // of wide codes
-    if (has_wide) {
+    if (block.is_wide.factor) {
+        top = block.is_wide.spread_few(block.first_top_bits(row));
+    } else if (has_wide) {
         TrellisNumbers<slots> bits;
         bits.add_top_bits(block.is_wide, block.top_bits(row), 0x80);
         top = static_cast<uint32_t>(_mm256_movemask_epi8(bits.bytes.half[0])) |
@@ -313,12 +343,8 @@ template <bool is_full, size_t slots, class Block, class Read>
     };
     const OrderedBytes magnitudes = OrderedBytes::of_planes(subsets.c0 ^ is_negative, subsets.c1 ^ is_negative,
                                                             of_magnitude(u0, 1), of_magnitude(u1, 2));
-    OrderedBytes are_upper = magnitudes, are_wide = magnitudes;
-    if (has_wide) {
-        are_upper = OrderedBytes::of_plane(of_magnitude(u2, 3));
-        are_wide = OrderedBytes::of_plane(is_wide);
-    }
-    return levels.look_up(magnitudes, are_upper, are_wide, OrderedBytes::of_plane(is_negative), has_wide);
+    return levels.look_up(magnitudes, OrderedBits(of_magnitude(u2, 3)), OrderedBits(is_wide), OrderedBits(is_negative),
+                          block.wide_vectors);
 }
 
 }  // namespace

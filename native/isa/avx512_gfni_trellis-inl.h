@@ -1,5 +1,5 @@
 // Trellis-coded rows with bit matrices, permutations of bytes and shifts of two words at once (GFNI, VBMI, VBMI2: Ice
-// Lake and later, Zen 4 and later). All other kernels of such a CPU are those of AVX-512. trellis_lookup-inl.h says how
+// Lake and later, Zen 4 and later). All other kernels of such a CPU are those of AVX-512. trellis_blocks-inl.h says how
 // a row lies and what the words mean.
 //
 // FROM PLANES TO NUMBERS, for slots = 4: words have 64 bits, registers eight words, and bit p of a word is position p.

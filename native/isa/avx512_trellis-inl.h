@@ -1,4 +1,4 @@
-// Trellis-coded rows with AVX-512: a plane is a mask. trellis_lookup-inl.h says how a row lies and what the words mean.
+// Trellis-coded rows with AVX-512: a plane is a mask. trellis_blocks-inl.h says how a row lies and what the words mean.
 //
 // FROM PLANES TO NUMBERS. A word of bits goes from memory to a mask register as it is. Bit p of it then stands for byte
 // p of a register that has the numbers of 64 positions, four to a lane:

@@ -1,7 +1,7 @@
 // The contract of an instruction set: what isa/NAME-inl.h must define, each thing with its type and what it does. A new
 // one is written from this page, top to bottom, beside portable-inl.h, which does everything in plain C++; whatever is
 // missing or has another type, compiling a unit says here, by its line. Native tests hold the results to portable's, bit
-// for bit. What lookups of trellis-coded rows need besides, in isa/NAME_trellis-inl.h, kernels/trellis_lookup-inl.h
+// for bit. What lookups of trellis-coded rows need besides, in isa/NAME_trellis-inl.h, kernels/trellis_blocks-inl.h
 // lists.
 //
 // A vector has sixteen lanes, whatever registers it is made of. Floats are rounded once in every operation, to nearest,

@@ -1,4 +1,4 @@
-// Trellis-coded rows in plain C++: byte p of an array is position p. trellis_lookup-inl.h says how a row lies and what
+// Trellis-coded rows in plain C++: byte p of an array is position p. trellis_blocks-inl.h says how a row lies and what
 // the words mean.
 #include "../trellis_rows.h"
 

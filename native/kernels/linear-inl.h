@@ -10,15 +10,6 @@ template <int bits>
     return to_float(and_int(words, splat_int(((1 << bits) - 1) << (static_cast<size_t>(bits) * k))));
 }
 
-inline float add_lanes(F32x16 x) {
-    x = add(x, exchange<8>(x));
-    x = add(x, exchange<4>(x));
-    x = add(x, exchange<2>(x));
-    float first[16];
-    store(first, add(x, exchange<1>(x)));
-    return first[0];
-}
-
 // Groups of rows that are prefetched before they are read.
 inline constexpr size_t groups_ahead = 2;
 

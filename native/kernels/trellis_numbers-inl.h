@@ -1,5 +1,5 @@
 // Numbers of trellis-coded levels, made bit after bit, and levels looked up vector by vector. Included by instruction
-// sets that have no better way; beside what trellis_lookup-inl.h lists, it needs of them:
+// sets that have no better way; beside what trellis_blocks-inl.h lists, it needs of them:
 //
 //     TrellisNumbers<slots>(present)      all numbers 0
 //         .add<is_full>(present, bits, weight)   adds `weight` to the numbers of the positions whose bits are set

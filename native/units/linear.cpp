@@ -7,6 +7,7 @@ namespace {
 
 #include "../isa/contract-inl.h"
 #include "../kernels/basics-inl.h"
+#include "../kernels/add_lanes-inl.h"
 #include "../kernels/linear-inl.h"
 
 }  // namespace

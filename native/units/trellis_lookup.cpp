@@ -19,6 +19,7 @@ constexpr size_t most_tile_vectors = most_trellis_sums;
 #include "../kernels/window-inl.h"
 #include "../kernels/tile-inl.h"
 #include "../kernels/pool-inl.h"
+#include "../kernels/trellis_blocks-inl.h"
 #include "../kernels/trellis_lookup-inl.h"
 
 }  // namespace

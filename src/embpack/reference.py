@@ -170,8 +170,9 @@ def linear(
     """Multiply vectors [n, d] by dequantized rows [N, d] and add bias [N]: float32 [n, N].
 
     Products and sums are float64, rounded once at the end, which is as near as float32 can be. Kernels add in float32,
-    in an order of their own, and factor a uniform row's scale and bias out:
-    ``scale * sum(code * x) + bias * sum(x)``. Source: torch.nn.functional.linear.
+    in an order of their own. They factor a uniform row's scale and bias out, ``scale * sum(code * x) + bias * sum(x)``,
+    and a trellis-coded row's scale and the mean, ``scale * sum(level * x) + sum(mean * x)``.
+    Source: torch.nn.functional.linear.
     """
     with np.errstate(all="ignore"):
         products = vectors.astype(np.float64) @ rows.astype(np.float64).T

@@ -11,7 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-OBJECTS = {"packing": "packing", "lookup": "lookups", "trellis_lookup": "trellis_lookups", "linear": "products"}
+OBJECTS = {
+    "packing": "packing",
+    "lookup": "lookups",
+    "trellis_lookup": "trellis_lookups",
+    "linear": "products",
+    "trellis_linear": "trellis_products",
+}
 """What each unit of native/units exports."""
 
 

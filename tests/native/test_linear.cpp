@@ -23,7 +23,8 @@ struct Vectors {
 };
 
 // Sums in double, and how far a sum of float32 may be from them: each of its d products and additions is rounded, by at
-// most 2^-24 of the sizes that are added up. A uniform row is taken apart to scale * code and bias, which are larger.
+// most 2^-24 of the sizes that are added up. A uniform row is taken apart to scale * code and bias, which are larger, a
+// trellis-coded row to scale * level and the mean.
 void check_products(const LookupCase& c, const Vectors& vectors, const std::vector<float>& found) {
     bool are_close = true;
     for (size_t row = 0; row < c.num_rows; row++) {
@@ -31,10 +32,13 @@ void check_products(const LookupCase& c, const Vectors& vectors, const std::vect
         float offset = 0.0f;
         if (c.layout == Layout::uniform)
             offset = read_param(c.packed.data() + (row + 1) * c.row_bytes() - c.param_bytes(), c.grid.f16_params);
+        const size_t first_mean = c.layout == Layout::trellis ? c.trellis().first_mean() : 0;
         for (size_t v = 0; v < vectors.count; v++) {
             double sum = vectors.bias.empty() ? 0.0 : double{vectors.bias[row]}, size = std::fabs(sum);
             for (size_t j = 0; j < c.embedding_dim; j++) {
                 const double x = vectors.values[v * c.embedding_dim + j];
+                if (c.layout == Layout::trellis)
+                    offset = read_param(c.codebooks.data() + sizeof(float) * (first_mean + j), false);
                 sum += double{values[j]} * x;
                 size += (std::fabs(double{values[j]}) + 2.0 * std::fabs(double{offset})) * std::fabs(x);
             }
