@@ -75,7 +75,10 @@ def test_spec_reads_back_as_the_same_method(method):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("gready", "there is no method 'gready'; choose one of asym, sym, table, greedy, greedy-paper"),
+        (
+            "gready",
+            "there is no method 'gready'; did you mean 'greedy'? Choose one of asym, sym, table, greedy, greedy-paper",
+        ),
         ("", "there is no method ''; choose one of"),
         ("greedy:bins=100", "method 'greedy' has no parameter 'bins'; it has: b, r"),
         ("asym:b=100", "method 'asym' has no parameter 'b'; it has: none"),

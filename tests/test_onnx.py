@@ -326,7 +326,7 @@ def test_a_failure_leaves_the_old_model(tmp_path, monkeypatch, external_bytes):
     monkeypatch.setattr(files, "EXTERNAL_BYTES", external_bytes)
     monkeypatch.setattr(onnx.ModelProto, "SerializeToString", fail)
     with pytest.raises(OSError, match="no more"):
-        export(hard_table("uniform", 4, "float16", 33), tmp_path / "table.onnx")
+        export(hard_table("uniform", 4, "float16", 33), tmp_path / "table.onnx", force=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["table.onnx"]
     assert (tmp_path / "table.onnx").read_bytes() == b"old"
 
