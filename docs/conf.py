@@ -26,6 +26,8 @@ smartquotes = False  # it would make dashes of --options
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_custom_sections = ["Source"]
+napoleon_use_ivar = True
+python_maximum_signature_line_length = 88
 
 html_theme = "furo"
 html_title = f"embpack {release}"
