@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 
 from embpack.text import printable
 
@@ -58,6 +57,8 @@ class MissingExtraError(ImportError):
 
 def _list_requirements(extra: str) -> list[str]:
     """What pip is to install for an extra: its packages, for no index need have embpack itself."""
+    from importlib import metadata  # takes longer to import than most of embpack, and is for those who lack one
+
     try:
         requirements = metadata.requires("embpack") or []
     except metadata.PackageNotFoundError:  # it runs from a checkout, where pip finds the extra

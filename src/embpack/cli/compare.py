@@ -77,21 +77,11 @@ def compare(
     ],
     include: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            show_default=False,
-            help="Also compare on tensors of such names; may be repeated.",
-            rich_help_panel=options.WHAT,
-        ),
+        options.of_names("Also compare on tensors of such names; may be repeated."),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            show_default=False,
-            help="Never compare on tensors of such names; may be repeated.",
-            rich_help_panel=options.WHAT,
-        ),
+        options.of_names("Never compare on tensors of such names; may be repeated."),
     ] = None,
     rows: Annotated[
         str | None,
@@ -119,7 +109,7 @@ def compare(
             metavar="METHODS",
             help="With commas between: greedy:b=1000,r=0.5,asym. [bold]embpack methods[/] lists all.",
             show_default="all; some also at other bits and rotated",
-            callback=arguments.check_methods,
+            callback=options.check_methods,
             autocompletion=options.complete_methods,
             rich_help_panel=options.HOW,
         ),

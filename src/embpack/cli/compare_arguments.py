@@ -2,40 +2,28 @@
 
 import typer
 
-from embpack.cli.options import split_bits, split_methods, split_rotations
+from embpack.cli.options import checking, split_bits, split_methods, split_rotations
 from embpack.comparison.choice import PREFERENCES
 from embpack.comparison.variants import make_variants
 from embpack.variant import Variant
 
 
-def check_methods(text: str | None) -> str | None:
-    """Refuse what are no methods."""
-    if text is not None:
-        try:
-            make_variants(split_methods(text))
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    return text
+def _refuse_param_dtypes(text: str) -> None:
+    try:
+        make_variants(param_dtype=text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r}; choose float16, float32 or float16,float32") from None
 
 
-def check_param_dtype(text: str | None) -> str | None:
-    """Refuse what are no types of parameters."""
-    if text is not None:
-        try:
-            make_variants(param_dtype=text.split(","))
-        except ValueError:
-            raise typer.BadParameter(f"{text!r}; choose float16, float32 or float16,float32") from None
-    return text
+def _refuse_rotations(text: str) -> None:
+    try:
+        make_variants(rotate=split_rotations(text))
+    except ValueError:
+        raise ValueError(f"{text!r}; choose none, hadamard or none,hadamard") from None
 
 
-def check_rotate(text: str | None) -> str | None:
-    """Refuse what are no rotations."""
-    if text is not None:
-        try:
-            make_variants(rotate=split_rotations(text))
-        except ValueError:
-            raise typer.BadParameter(f"{text!r}; choose none, hadamard or none,hadamard") from None
-    return text
+check_param_dtype = checking(_refuse_param_dtypes)
+check_rotate = checking(_refuse_rotations)
 
 
 def parse_rows(text: str) -> int | None:

@@ -13,7 +13,7 @@ import typer
 from embpack import _native
 from embpack.cli import show
 from embpack.cli.json_output import describe_methods
-from embpack.cli.options import complete_methods
+from embpack.cli.options import checking, complete_methods
 from embpack.comparison.array import Comparison, Sample, compare_rows
 from embpack.comparison.front import find_front, list_readers
 from embpack.methods import DEFAULT_METHOD, METHODS, Method, parse_method
@@ -28,13 +28,7 @@ _ROWS, _DIM = 2000, 64
 _BITS = (2, 3, 4, 6, 8)
 
 
-def _check_method(spec: str | None) -> str | None:
-    if spec is not None:
-        try:
-            parse_method(spec)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    return spec
+_check_method = checking(parse_method)
 
 
 def methods(

@@ -30,6 +30,12 @@ Threads = Annotated[
     ),
 ]
 
+
+def of_names(help: str) -> Any:
+    """Make an option of globs that choose tensors by their names."""
+    return typer.Option(metavar="GLOB", show_default=False, help=help, rich_help_panel=WHAT)
+
+
 Completions = list[tuple[str, str]]
 
 
@@ -58,7 +64,7 @@ def split_rotations(text: str) -> list[str | None]:
     return [None if part == "none" else part for part in text.split(",")]
 
 
-def _checking(check: Callable[[str], object]) -> Callable[[str | None], str | None]:
+def checking(check: Callable[[str], object]) -> Callable[[str | None], str | None]:
     """Make a callback of an option that refuses the text that check refuses."""
 
     def checked(text: str | None) -> str | None:
@@ -82,15 +88,15 @@ def _refuse_param_dtype(text: str) -> None:
         raise ValueError(f"{text!r}; choose float16 or float32")
 
 
-check_methods = _checking(lambda text: list(map(parse_method, split_methods(text))))
-check_bits = _checking(split_bits)
-check_rotations = _checking(_refuse_rotation)
-check_param_dtype = _checking(_refuse_param_dtype)
+check_methods = checking(lambda text: list(map(parse_method, split_methods(text))))
+check_bits = checking(split_bits)
+check_rotations = checking(_refuse_rotation)
+check_param_dtype = checking(_refuse_param_dtype)
 
 
 def check_readers(readers: list[str] | None) -> list[str] | None:
     """Refuse readers that there are not."""
-    list(map(_checking(check_reader), readers or ()))
+    list(map(checking(check_reader), readers or ()))
     return readers
 
 

@@ -16,14 +16,7 @@ from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
 from embpack.variant import Variant
 
-
-def _check_max_bytes(max_bytes: str | None) -> str | None:
-    if max_bytes is not None:
-        try:
-            parse_size(max_bytes, 1)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    return max_bytes
+_check_max_bytes = options.checking(lambda text: parse_size(text, 1))
 
 
 def _check_max_loss(max_loss: float | None) -> float | None:
@@ -55,21 +48,11 @@ def quantize(
     ] = None,
     include: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            show_default=False,
-            help="Also pack tensors of such names; may be repeated.",
-            rich_help_panel=options.WHAT,
-        ),
+        options.of_names("Also pack tensors of such names; may be repeated."),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            show_default=False,
-            help="Never pack tensors of such names; may be repeated.",
-            rich_help_panel=options.WHAT,
-        ),
+        options.of_names("Never pack tensors of such names; may be repeated."),
     ] = None,
     method: Annotated[
         str | None,
