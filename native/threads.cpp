@@ -88,18 +88,20 @@ public:
             const std::lock_guard lock(mutex_);
             work_ = work;
             number_ = number;
-            is_busy_.store(true, std::memory_order_release);
+            state_.store(State::called, std::memory_order_release);
         }
         changed_.notify_one();
     }
 
-    // Waits until it is idle, and meanwhile calls `wait` now and then.
+    // Waits until it is idle, and meanwhile calls `wait` now and then. A call that it has not begun is taken back: what
+    // there was to do is done, and where other programs have the CPUs it may take long until it finds that out.
     void finish(int pauses, const std::function<void()>& wait) {
+        if (replace(State::called, State::idle)) return;
+        const auto is_idle = [&] { return state_.load(std::memory_order_acquire) == State::idle; };
         for (int i = 0; i < pauses; i++) {
-            if (!is_busy_.load(std::memory_order_acquire)) return;
+            if (is_idle()) return;
             pause_cpu();
         }
-        const auto is_idle = [&] { return !is_busy_.load(std::memory_order_acquire); };
         while (true) {
             {
                 std::unique_lock lock(mutex_);
@@ -119,20 +121,19 @@ private:
     }
 
     void obey() {
+        const auto is_called = [&] { return state_.load(std::memory_order_acquire) == State::called; };
         while (true) {
-            for (int i = 0; i < pauses.load(std::memory_order_relaxed); i++) {
-                if (is_busy_.load(std::memory_order_acquire)) break;
-                pause_cpu();
-            }
+            for (int i = 0; i < pauses.load(std::memory_order_relaxed) && !is_called(); i++) pause_cpu();
             {
                 std::unique_lock lock(mutex_);
-                changed_.wait(lock, [&] { return is_busy_.load(std::memory_order_acquire); });
+                changed_.wait(lock, is_called);
             }
+            if (!replace(State::called, State::working)) continue;   // taken back
             if (!work_) return;
             (*work_)(number_);
             {
                 const std::lock_guard lock(mutex_);
-                is_busy_.store(false, std::memory_order_release);
+                state_.store(State::idle, std::memory_order_release);
             }
             changed_.notify_one();
         }
@@ -143,9 +144,15 @@ public:
     static inline std::atomic<int> pauses{pauses_before_sleep};
 
 private:
+    enum class State { idle, called, working };
+
+    bool replace(State before, State after) {
+        return state_.compare_exchange_strong(before, after, std::memory_order_acq_rel);
+    }
+
     std::mutex mutex_;
     std::condition_variable changed_;
-    std::atomic<bool> is_busy_{false};
+    std::atomic<State> state_{State::idle};
     const std::function<void(int)>* work_ = nullptr;
     int number_ = 0;
     pthread_t thread_;

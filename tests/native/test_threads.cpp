@@ -63,6 +63,16 @@ void test_pieces() {
             for (size_t count : {0, 1, 3, 4, 5, 63, 64, 65, 500}) CHECK(is_whole(count, at_a_time, threads));
 }
 
+// Loops so short that another thread often has not begun when all is done: its part is taken back, and it must not begin
+// when the loop has returned. Some sleep by then, others still spin.
+void test_taken_back() {
+    where = "taken back";
+    for (int i = 0; i < 20000; i++) {
+        CHECK(is_whole(2 + i % 3, 1, 2 + i % 2));
+        if (i % 100 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+}
+
 void test_exceptions() {
     where = "exceptions";
     for (int threads : {1, 2, 5})
@@ -298,6 +308,7 @@ void test_core() {
 int main() {
     alarm(600);   // which ends the process if it hangs
     test_pieces();
+    test_taken_back();
     test_exceptions();
     test_stop();
     test_progress();
