@@ -53,10 +53,6 @@ class Budget:
         alone = OutShard("", tuple(table.out_tensors()), metadata_room=room)
         return bound_bytes(alone, self.most) - bound_bytes(OutShard("", ()), self.most)
 
-    def count_all(self, decisions: Sequence[Decision]) -> int:
-        """Count the bytes of the whole."""
-        return self.fixed + sum(self.count_table(each) for each in decisions if each.variant)
-
 
 def _write(decision: Decision) -> TableWriter:
     return TableWriter(decision, lambda name, rows: None)
