@@ -39,18 +39,18 @@ def select_variants(
         ValueError: there is no such method, param_dtype or rotation; a method that is named has none of these ways; no
             method has a number of bits; or nothing is named.
     """
-    for rotation in _as_list(rotate):
+    for rotation in as_list(rotate):
         RowFormat(1, param_dtype=param_dtype or "float16", rotation=rotation)  # refuses what there is not
-    names = list(_BITS_OF) if methods is None else list(_as_list(methods))
+    names = list(_BITS_OF) if methods is None else list(as_list(methods))
     found: list[Variant] = []
     for name in names:
-        numbers = _BITS_OF.get(parse_method(name).name, BITS) if bits is None else _as_list(bits)
-        ways = [Variant(name, number, param_dtype, rotation) for number in numbers for rotation in _as_list(rotate)]
+        numbers = _BITS_OF.get(parse_method(name).name, BITS) if bits is None else as_list(bits)
+        ways = [Variant(name, number, param_dtype, rotation) for number in numbers for rotation in as_list(rotate)]
         possible = [way for way in ways if way.find_refusal() is None]
         if methods is not None and ways and not possible:
             raise ValueError(ways[0].find_refusal())
         found += possible
-    for number in [] if bits is None else _as_list(bits):
+    for number in [] if bits is None else as_list(bits):
         if all(way.bits != number for way in found):
             raise ValueError(Variant(names[-1], number, param_dtype).find_refusal())
     if not found:
@@ -58,7 +58,8 @@ def select_variants(
     return list(dict.fromkeys(found))
 
 
-def _as_list(values: Any) -> Iterable[Any]:
+def as_list(values: Any) -> Iterable[Any]:
+    """Make an argument that is one or more values a list of them."""
     return values if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
 
 

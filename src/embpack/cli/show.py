@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from embpack.convert import Report
 from embpack.planning import Plan
 from embpack.rules import MIN_ROWS, Decision
 from embpack.shard_writer import Progress as OnRows
-from embpack.tables import fit_table
+from embpack.tables import find_terminal_width, fit_table
 from embpack.text import printable
 
 
@@ -45,8 +44,7 @@ class Printer(Console):
 
 # Columns where no terminal sets a width: no line is folded, no name is cut.
 _ENDLESS = 1_000_000
-_has_terminal = sys.stdout is not None and sys.stdout.isatty()
-output = Printer(width=None if _has_terminal else _ENDLESS)
+output = Printer(width=None if find_terminal_width() else _ENDLESS)
 errors = Printer(stderr=True)
 
 

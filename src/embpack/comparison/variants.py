@@ -1,11 +1,11 @@
 """What is compared."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
 from embpack.layouts import RowFormat
 from embpack.methods import DEFAULT_METHOD, METHODS, Method, parse_method
+from embpack.selection import as_list
 from embpack.variant import Variant
 
 # What is compared by default, beside every method at 4 bits.
@@ -34,8 +34,8 @@ def make_variants(
     Raises:
         ValueError: no such method, param_dtype or rotation, bits that no method has, or an empty list of them.
     """
-    names = [_name(method) for method in (METHODS if methods is None else _as_list(methods))]
-    dtypes, rotations = _as_list(param_dtype), _as_list(rotate)
+    names = [_name(method) for method in (METHODS if methods is None else as_list(methods))]
+    dtypes, rotations = as_list(param_dtype), as_list(rotate)
     variants = []
     for number in (4,) if bits is None else bits if isinstance(bits, Sequence) else (bits,):
         refused = [Variant(name, number, dtype).find_refusal() for name in names for dtype in dtypes]
@@ -52,10 +52,6 @@ def make_variants(
     for rotation in rotations:
         RowFormat(1, rotation=rotation)  # refuses what there is not
     return list(dict.fromkeys(variants))
-
-
-def _as_list(values: Any) -> Iterable[Any]:
-    return values if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
 
 
 def _name(method: str | Method) -> str:
