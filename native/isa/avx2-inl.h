@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../exact_units.h"
 #include "../kernels.h"
 #include "x86_overflow-inl.h"
 
@@ -391,6 +392,8 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
     for (size_t i = 0; i < 16; i += 8)
         for (size_t j = 0; j < 16; j += 8) transpose_8x8(rows + i * stride + j, stride, out + j * lanes + i);
 }
+
+#include "avx2_exact-inl.h"
 
 }  // namespace
 }  // namespace embpack::EMBPACK_ISA

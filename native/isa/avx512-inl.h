@@ -26,6 +26,7 @@ constexpr size_t product_sums = 8;   // those of products: as many as hide how l
 constexpr size_t rows_early = 2;    // rows whose levels are read before they are added
 constexpr size_t starts_at_once = 2;   // ranges that sums are made for in one pass
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
+using ExactTiles = void;   // sums are added level by level
 
 // Keeps GCC from loading a constant again for each use, when loads are what bounds a loop.
 inline void stay_in_register(F32x16& x) { asm("" : "+v"(x)); }

@@ -38,6 +38,7 @@ constexpr size_t product_sums = 2;
 constexpr size_t rows_early = 1;
 constexpr size_t starts_at_once = 1;   // ranges that sums are made for in one pass
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
+using ExactTiles = void;   // sums are added level by level
 
 // Vectors of what fn(i) gives for each of their parts, or lanes.
 template <class Vector = F32x16, class Fn>

@@ -191,10 +191,22 @@ void gather_rows(const PackedRows& rows, const Integers& indices, bool prefetche
     write_clipped(out, [&](const Output& to) { gather_by(rows, bags, first, end, to, fault); });
 }
 
+#include "exact_sums-inl.h"
+
 void pool_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
                LookupFault& fault) noexcept {
     const Tiles<RowReader> tiles = rows.grid.bits == 2   ? find_tiles<2>(rows, bags)
                                    : rows.grid.bits == 4 ? find_tiles<4>(rows, bags)
                                                          : find_tiles<8>(rows, bags);
-    write_clipped(out, [&](const Output& to) { pool_by(tiles, rows, bags, first, end, to, fault); });
+    write_clipped(out, [&](const Output& to) {
+        const bool is_done = [&]<class Exact>(Type<Exact>) {
+            if constexpr (!std::is_void_v<Exact>)
+                if (can_be_exact<Exact>(rows, bags)) {
+                    ExactPooler<Exact>(rows, bags, first, end, to, tiles, fault).pool(first, end);
+                    return true;
+                }
+            return false;
+        }(Type<ExactTiles>());
+        if (!is_done) pool_by(tiles, rows, bags, first, end, to, fault);
+    });
 }

@@ -20,15 +20,31 @@ inline constexpr size_t most_window_bags = 256;
 inline constexpr size_t most_rows_ahead = 96, least_rows_ahead = 16;
 inline constexpr size_t bytes_ahead = size_t{1} << 13;
 
+// How far a reader looks: rows of a window, rows of a bag that is a window by itself, and rows to prefetch.
+struct Reach {
+    size_t window_rows, bag_rows, rows_ahead;
+};
+
+// Whether indices are read where they are, as they have to be.
+inline bool can_read_in_place(const Bags& bags) {
+    return bags.indices.values && bags.indices.are_64_bits && bags.padding_index == no_padding;
+}
+
+inline Reach reach_of_tiles(const PackedRows& rows, const Bags& bags, bool are_read_once) {
+    const size_t window_rows = can_read_in_place(bags) && are_read_once
+                                   ? SIZE_MAX
+                                   : within(window_bytes / rows.row_bytes, least_window_rows, most_window_rows);
+    return {window_rows, window_rows, within(bytes_ahead / rows.row_bytes, least_rows_ahead, most_rows_ahead)};
+}
+
 // Reads a run of rows, a window of some of them at a time.
 struct RowReader {
     const PackedRows& rows;
     const Bags& bags;
     const size_t end;            // of the run
     LookupFault& fault;
-    const bool reads_in_place;   // indices, which are as they have to be
-    const size_t window_rows;    // at most
-    const size_t rows_ahead;
+    const bool reads_in_place;
+    const size_t window_rows, bag_rows, rows_ahead;
     // The window: rows, without those that are padding, what they are multiplied by, and where bags start among them
     // and the last one ends.
     const uint64_t* indices = nullptr;
@@ -40,15 +56,17 @@ struct RowReader {
 
     RowReader(const PackedRows& rows, const Bags& bags, size_t first, size_t end, bool are_read_once,
               LookupFault& fault)
+        : RowReader(rows, bags, first, end, reach_of_tiles(rows, bags, are_read_once), fault) {}
+
+    RowReader(const PackedRows& rows, const Bags& bags, size_t first, size_t end, Reach reach, LookupFault& fault)
         : rows(rows),
           bags(bags),
           end(end),
           fault(fault),
-          reads_in_place(bags.indices.values && bags.indices.are_64_bits && bags.padding_index == no_padding),
-          window_rows(reads_in_place && are_read_once
-                          ? SIZE_MAX
-                          : within(window_bytes / rows.row_bytes, least_window_rows, most_window_rows)),
-          rows_ahead(within(bytes_ahead / rows.row_bytes, least_rows_ahead, most_rows_ahead)) {
+          reads_in_place(can_read_in_place(bags)),
+          window_rows(reach.window_rows),
+          bag_rows(reach.bag_rows),
+          rows_ahead(reach.rows_ahead) {
         if (!bags.prefetches) return;
         const size_t first_ones = smaller(end - first, rows_ahead);
         for (size_t i = 0; i < first_ones; i++) prefetch_row(rows, index_at(first + i));
@@ -91,7 +109,7 @@ struct RowReader {
         starts[0] = 0;
         for (; count < most; count++) {
             starts[count + 1] = bags.start(first + count + 1) - start;
-            if (starts[count + 1] > window_rows) break;
+            if (starts[count + 1] > (count > 0 ? window_rows : bag_rows)) break;
         }
         if (count > 0) open(start, start + starts[count], count);
         return count;

@@ -2,6 +2,8 @@
 // file EMBPACK_VECTORS. Compiled once for each.
 #include EMBPACK_VECTORS
 
+#include "../exact_units.h"
+
 namespace embpack::EMBPACK_ISA {
 namespace {
 

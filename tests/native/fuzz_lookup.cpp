@@ -46,6 +46,7 @@ LookupCase choose_table(Chooser& choose) {
     c.grid = {choose.among(bits), choose.one_in(2)};
     c.layout = choose.among(layouts);
     c.params = choose.among(params);
+    c.num_exponents = static_cast<uint32_t>(choose.between(1, 8));
     c.embedding_dim = choose.one_in(6) ? choose.between(1, 600) : choose.between(1, 70);
     if (c.layout == Layout::trellis) {
         c.embedding_dim += trellis_least_dim;

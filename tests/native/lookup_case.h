@@ -24,6 +24,9 @@ struct LookupCase {
     Grid grid{4, true};
     Layout layout = Layout::uniform;
     Params params = Params::like_weights;
+    // Of float16 parameters like weights, so many exponents are met. With fewer than eight, as in tables that people
+    // have, no scale is below 0, and some parameters are 0.
+    uint32_t num_exponents = 8;
     size_t num_codebooks = 0, cluster_bytes = 1;
     size_t trellis_bytes = 0;   // of a trellis-coded row, which no grid tells
     std::vector<uint8_t> packed, codebooks, clusters;
@@ -58,6 +61,7 @@ struct LookupCase {
         text += std::to_string(grid.bits) + " bits, " + layouts[static_cast<int>(layout)];
         if (layout == Layout::trellis) text += " in " + std::to_string(trellis_bytes) + " bytes";
         text += grid.f16_params ? ", float16" : ", float32";
+        if (num_exponents < 8) text += " (" + std::to_string(num_exponents) + " exponents)";
         text += " parameters, " + std::to_string(num_codebooks) + " codebooks, " + std::to_string(indices.size());
         text += indices_are_64_bits ? " int64" : " int32";
         text += " indices, " + std::to_string(num_bags) + " bags ";
@@ -70,11 +74,13 @@ struct LookupCase {
 };
 
 // A parameter as it is stored; those that are no number are for Params::any_bytes alone.
-inline void put_param(uint8_t* to, bool is_f16, Params params, Random& random) {
+inline void put_param(uint8_t* to, bool is_f16, Params params, Random& random, uint32_t num_exponents = 8) {
     uint32_t bits = random.bits();
     if (is_f16) {
         uint16_t half = static_cast<uint16_t>(bits);
-        if (params == Params::like_weights) half = static_cast<uint16_t>((half & 0x83ff) | (8 + bits % 8) << 10);
+        if (params == Params::like_weights)
+            half = static_cast<uint16_t>((half & 0x83ff) | (8 + (bits >> 16) % num_exponents) << 10);
+        if (params == Params::like_weights && num_exponents < 8 && bits >> 24 < 8) half = 0;
         if (params == Params::finite && (half & 0x7c00) == 0x7c00) half ^= 0x4000;
         std::memcpy(to, &half, 2);
     } else {
@@ -100,8 +106,11 @@ inline void make_table(LookupCase& c, Random& random) {
     }
     const size_t code_bytes = (c.embedding_dim * static_cast<size_t>(c.grid.bits) + 7) / 8;
     for (size_t row = 0; row < c.num_rows; row++)
-        for (size_t at = code_bytes; at < row_bytes; at += param_bytes)
-            put_param(c.packed.data() + row * row_bytes + at, c.grid.f16_params, c.params, random);
+        for (size_t at = code_bytes; at < row_bytes; at += param_bytes) {
+            uint8_t* const param = c.packed.data() + row * row_bytes + at;
+            put_param(param, c.grid.f16_params, c.params, random, c.num_exponents);
+            if (c.num_exponents < 8 && c.layout == Layout::uniform && at == code_bytes) param[1] &= 0x7f;
+        }
     if (c.layout != Layout::clustered) return;
     c.codebooks.resize((c.num_codebooks << c.grid.bits) * param_bytes);
     for (size_t at = 0; at < c.codebooks.size(); at += param_bytes)

@@ -93,6 +93,30 @@ void test_bags(const Isas& isas, LookupArenas& arenas) {
             }
 }
 
+// Rows of 4 bits whose scales are alike, so that sums of bags are exact up to some number of rows: on both sides of that
+// number, at every shape of a tile, from tables small and large.
+void test_exact_sums(const Isas& isas, LookupArenas& arenas) {
+    Random random(8);
+    size_t number = 0;
+    for (size_t d : {31, 32, 33, 47, 48, 50, 63, 64, 65, 95, 96, 97, 100, 127, 128, 129, 160, 200, 300})
+        for (uint32_t num_exponents : {1, 2, 4, 5, 6})
+            for (size_t num_rows : {size_t{300}, (size_t{1} << 19) / packed_row_bytes(d, {4, true}) + 2}) {
+                LookupCase c;
+                c.num_rows = num_rows;
+                c.embedding_dim = d;
+                c.num_exponents = num_exponents;
+                make_table(c, random);
+                make_indices(c, num_indices, random);
+                choose(c, number++, random);
+                c.weights.clear();
+                if (number % 2 == 0)
+                    make_offsets(c, bag_sizes, number % 4 == 0);
+                else
+                    make_offsets(c, {20, 1, 2, 3, 0, 120, 50, 4, 5, 90, 31, 64, 255, 256, 0, 192}, number % 4 == 1);
+                check_case(c, isas, arenas);
+            }
+}
+
 // Trellis-coded rows of every width, of few bytes and of many.
 void test_trellis(const Isas& isas, LookupArenas& arenas) {
     std::vector<size_t> widths = {63, 64, 65, 79, 100, 127, 128, 129, 255, 256, 257, 272, 384, 511, 1030, 4096};
@@ -233,6 +257,7 @@ int main() {
     LookupArenas arenas;
     test_widths(isas, arenas);
     test_bags(isas, arenas);
+    test_exact_sums(isas, arenas);
     test_trellis(isas, arenas);
     test_large_values(isas, arenas);
     test_only_padding(isas, arenas);
