@@ -281,8 +281,8 @@ struct HalfLevels {
     }
 };
 
-// The levels of a tile of a row in float16, in memory: there halves of registers cost nothing, and the conversion is one
-// operation, two from a register.
+// The levels of a tile of a row in float16, in memory: there halves of registers cost nothing, and the conversion is
+// one operation, two from a register.
 template <size_t vectors, bool has_last>
 struct Halves {
     using Levels = HalfLevels;
