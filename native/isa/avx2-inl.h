@@ -26,6 +26,7 @@ struct F64x16 {
 
 constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = false;   // two permutations, a shift and a blend
+constexpr bool looks_halves_up = true;
 constexpr size_t most_sums = 4;   // vectors of sums that stay in registers
 constexpr size_t product_sums = 4;   // those of products: as many as hide how long a multiply-add takes
 constexpr size_t rows_early = 3;    // rows whose levels are read before they are added
@@ -262,6 +263,78 @@ inline F32x16 look_up(F32x16 table, I32x16 codes) {
     };
     return {look_up_eight(codes.low), look_up_eight(codes.high)};
 }
+
+// Sixteen levels in float16, their low bytes and their high ones, in both halves of a register each: a shuffle looks 32
+// codes up.
+struct HalfLevels {
+    __m256i low, high;
+
+    explicit HalfLevels(const uint8_t* codebook) {
+        const __m256i apart = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+        const auto load_eight = [&](size_t i) {
+            const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook) + i);
+            return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(eight), apart);
+        };
+        const __m256i first = load_eight(0), second = load_eight(1);
+        low = _mm256_unpacklo_epi64(first, second);
+        high = _mm256_unpackhi_epi64(first, second);
+    }
+};
+
+// The levels of a tile of a row in float16, in memory: there halves of registers cost nothing, and the conversion is
+// one operation, two from a register.
+template <size_t vectors, bool has_last>
+struct Halves {
+    using Levels = HalfLevels;
+
+    alignas(32) uint16_t values[16 * (vectors + has_last)];
+
+    [[gnu::always_inline]] void look_up(const HalfLevels& levels, const uint8_t* codes) {
+        const __m256i code = _mm256_set1_epi8(0x0f);
+        if constexpr (vectors == 4) {
+            const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+            // Shifted down by a multiplication: shuffles need the ports that shift (Zen).
+            const __m256i shifted = _mm256_mulhi_epu16(pairs, _mm256_set1_epi16(1 << 12));
+            const __m256i even = _mm256_and_si256(pairs, code), odd = _mm256_and_si256(shifted, code);
+            look_32_up(levels, _mm256_unpacklo_epi8(even, odd), values);
+            look_32_up(levels, _mm256_unpackhi_epi8(even, odd), values + 32);
+        } else if constexpr (vectors == 2) {
+            const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+            look_32_up(levels, _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), code), values);
+        } else if constexpr (vectors == 1) {
+            look_16_up(levels, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)), values);
+        }
+        asm("" : "+m"(values));   // GCC would rather take registers apart than read from here.
+    }
+    [[gnu::always_inline]] void look_last_up(const HalfLevels& levels, uint64_t codes) {
+        look_16_up(levels, _mm_cvtsi64_si128(static_cast<int64_t>(codes)), values + 16 * vectors);
+        asm("" : "+m"(values));
+    }
+    [[gnu::always_inline]] F32x16 operator[](size_t v) const { return {eight_at(2 * v), eight_at(2 * v + 1)}; }
+
+private:
+    [[gnu::always_inline]] static void look_32_up(const HalfLevels& levels, __m256i codes, uint16_t* to) {
+        const __m256i low = _mm256_shuffle_epi8(levels.low, codes), high = _mm256_shuffle_epi8(levels.high, codes);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_unpacklo_epi8(low, high));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + 16), _mm256_unpackhi_epi8(low, high));
+    }
+    [[gnu::always_inline]] static void look_16_up(const HalfLevels& levels, __m128i bytes, uint16_t* to) {
+        const __m128i pairs = _mm_cvtepu8_epi16(bytes);
+        const __m128i codes = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(0x0f));
+        const __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128(levels.low), codes);
+        const __m128i high = _mm_shuffle_epi8(_mm256_castsi256_si128(levels.high), codes);
+        _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi8(low, high));
+        _mm_store_si128(reinterpret_cast<__m128i*>(to + 8), _mm_unpackhi_epi8(low, high));
+    }
+    // Two registers of codes, or two halves of one, are looked up at once, so columns lie eight by eight in turn.
+    [[gnu::always_inline]] __m256 eight_at(size_t eight) const {
+        constexpr size_t period = vectors > 1 ? vectors : 1;
+        const bool are_in_turn = vectors > 1 && eight < 2 * vectors;
+        const size_t at = are_in_turn ? eight % period * 16 + eight / period * 8 : 8 * eight;
+        return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(values + at)));
+    }
+};
 
 // The same with tables of 2^bits floats, at most 64, of which at least sixteen can be read.
 template <int bits>

@@ -21,6 +21,7 @@ struct F64x16 {
 
 constexpr bool has_fast_fma = true;
 constexpr bool looks_up_in_one = true;
+constexpr bool looks_halves_up = false;
 constexpr size_t most_sums = 16;   // vectors of sums that stay in registers
 constexpr size_t product_sums = 8;   // those of products: as many as hide how long a multiply-add takes
 constexpr size_t rows_early = 2;    // rows whose levels are read before they are added

@@ -16,6 +16,8 @@ static_assert(std::is_same_v<decltype(has_fast_fma), const bool>,
               "a fused multiply-add is an instruction, not the C library's function");
 static_assert(std::is_same_v<decltype(looks_up_in_one), const bool>,
               "look_up takes less than a multiply-add, so rows have tables");
+static_assert(std::is_same_v<decltype(looks_halves_up), const bool>,
+              "there are Halves, float16 levels of a row looked up byte by byte");
 static_assert(most_sums >= 1 && most_sums <= 16, "vectors of sums that stay in registers, a power of two");
 static_assert(product_sums >= 1 && product_sums <= 16, "vectors of sums of products that stay in registers, a power of two");
 static_assert(rows_early < 4, "rows whose levels are read before they are added");
@@ -116,4 +118,5 @@ static_assert(vectors_of_words <= 4, "vectors that levels_of_words makes togethe
 
 // Where looks_up_in_one: splat_two_f16(p, first, second), the two float16 at p, each to all lanes.
 // Where vectors_of_words > 0: levels_of_words and words_in_column_order, see avx2-inl.h.
-
+// Where looks_halves_up: Halves<vectors, has_last>, what kernels/halves-inl.h asks of it, see avx2-inl.h. `look_up` is
+// for the first sixteen codes times `vectors`, which is a shape of a tile; `look_last_up` for sixteen more.

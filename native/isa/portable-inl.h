@@ -33,6 +33,7 @@ constexpr bool has_fast_fma = true;
 constexpr bool has_fast_fma = false;   // the C library's, which may be a function of many operations
 #endif
 constexpr bool looks_up_in_one = true;   // sixteen multiply-adds a row, not one a value
+constexpr bool looks_halves_up = false;
 constexpr size_t most_sums = 2;
 constexpr size_t product_sums = 2;
 constexpr size_t rows_early = 1;

@@ -163,14 +163,22 @@ struct SpreadLast {
 
     SpreadCodes operator()(const uint8_t* from) const {
         uint8_t codes[16] = {};
-        if (fits_eight) {   // One load is quicker than a loop.
-            uint64_t word;
-            std::memcpy(&word, from - bytes_before, 8);
-            word >>= 8 * bytes_before;
+        if constexpr (bits < 8) {
+            const uint64_t word = read(from);
             std::memcpy(codes, &word, 8);
         } else {
             std::memcpy(codes, from, code_bytes);
         }
         return spread(codes);
+    }
+    // Codes of up to four bits, the first in the lowest.
+    uint64_t read(const uint8_t* from) const {
+        uint64_t word = 0;
+        if (fits_eight) {   // One load is quicker than a loop.
+            std::memcpy(&word, from - bytes_before, 8);
+            return word >> 8 * bytes_before;
+        }
+        std::memcpy(&word, from, code_bytes);
+        return word;
     }
 };

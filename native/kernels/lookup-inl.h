@@ -157,6 +157,22 @@ Tiles<RowReader>::PoolFn find_pool_tile(TileShape tile, bool prefetches) {
                           : pool_tile<bits, Join, ReadLevels, vectors, false, asks>;
 }
 
+template <bool is_clustered, size_t vectors = most_sums>
+Tiles<RowReader>::PoolFn find_halves_tile(TileShape tile, bool prefetches) {
+    if constexpr (vectors > 0)
+        if (tile.vectors < vectors)
+            return find_halves_tile<is_clustered, next_shape(vectors, true)>(tile, prefetches);
+    if constexpr (vectors < most_sums)
+        if (vectors == 0 || tile.last_columns > 0)
+            return prefetches ? pool_halves<is_clustered, vectors, true, true>
+                              : pool_halves<is_clustered, vectors, true, false>;
+    if constexpr (vectors > 0)
+        return prefetches ? pool_halves<is_clustered, vectors, false, true>
+                          : pool_halves<is_clustered, vectors, false, false>;
+}
+template <bool is_clustered>
+inline constexpr Tiles<RowReader> halves_tiles{first_tile<true>, first_code, find_halves_tile<is_clustered>};
+
 [[gnu::noinline]] void pool_by(const Tiles<RowReader>& tiles, const PackedRows& rows, const Bags& bags, size_t first,
                                size_t end, const Output& out, LookupFault& fault) {
     const bool are_read_once = tiles.first(rows.embedding_dim).num_columns() == rows.embedding_dim;
@@ -170,6 +186,9 @@ inline constexpr Tiles<RowReader> tiles_of{first_tile<has_all_shapes<bits, Join,
 
 template <int bits>
 inline Tiles<RowReader> find_tiles(const PackedRows& rows, const Bags& bags) {
+    if constexpr (looks_halves_up && bits == 4)
+        if (rows.grid.f16_params && rows.layout != Layout::uniform)
+            return rows.layout == Layout::clustered ? halves_tiles<true> : halves_tiles<false>;
     return with_levels<bits>(rows, [&]<class ReadLevels>(Type<ReadLevels>) {
         if constexpr (adds_alone<bits, ReadLevels>)
             if (!bags.per_sample_weights) return tiles_of<bits, AddLevels, ReadLevels>;

@@ -17,6 +17,7 @@ constexpr size_t most_tile_vectors = most_sums;
 #include "../kernels/window-inl.h"
 #include "../kernels/tile-inl.h"
 #include "../kernels/pool-inl.h"
+#include "../kernels/halves-inl.h"
 #include "../kernels/lookup-inl.h"
 
 }  // namespace

@@ -117,9 +117,26 @@ void test_exact_sums(const Isas& isas, LookupArenas& arenas) {
             }
 }
 
+// Codebooks of sixteen levels, of which an instruction set may look some rows up before it adds any: bags of fewer and
+// of more, and tiles of all shapes.
+void test_codebooks(const Isas& isas, LookupArenas& arenas) {
+    Random random(9);
+    size_t number = 0;
+    for (size_t d : {5, 15, 16, 17, 31, 32, 33, 47, 48, 50, 63, 64, 65, 96, 100, 112, 128, 150})
+        for (Layout layout : {Layout::codebook, Layout::clustered})
+            for (bool f16_params : {true, false})
+                for (size_t num_rows : {1, 8, 9, 16, 17, 100}) {
+                    LookupCase c = make_case(num_rows, d, {4, f16_params}, layout, random);
+                    make_indices(c, num_rows, random);
+                    choose(c, number++, random);
+                    make_offsets(c, {num_rows / 3, 0, num_rows / 2, num_rows - num_rows / 2 - num_rows / 3}, true);
+                    check_case(c, isas, arenas);
+                }
+}
+
 // Trellis-coded rows of every width, of few bytes and of many.
 void test_trellis(const Isas& isas, LookupArenas& arenas) {
-    std::vector<size_t> widths = {63, 64, 65, 79, 100, 127, 128, 129, 255, 256, 257, 272, 384, 511, 1030, 4096};
+    std::vector<size_t> widths = {63, 64, 65, 79, 96, 100, 127, 128, 129, 255, 256, 257, 272, 384, 511, 1030, 4096};
     for (size_t d = trellis_least_dim; d <= 50; d++) widths.push_back(d);
     Random random(6);
     size_t number = 0;
@@ -263,6 +280,7 @@ int main() {
     test_only_padding(isas, arenas);
     test_outside(isas, arenas);
     test_large_tables(isas, arenas);
+    test_codebooks(isas, arenas);
     test_no_codebook(isas, arenas);
     if (failures == 0) std::printf("%zu instruction sets agree\n", isas.size());
     return failures == 0 ? 0 : 1;
