@@ -28,47 +28,53 @@ struct TrellisBytes {
     }
 };
 
+// PDEP spreads bits in one operation, but on AMD's CPUs before Zen 3 it takes up to 290 cycles.
+inline bool has_fast_pdep() {
+#ifdef EMBPACK_WITHOUT_PDEP
+    return false;
+#endif
+    return __builtin_cpu_supports("bmi2") &&
+           (__builtin_cpu_is("intel") || (__builtin_cpu_is("amd") && !__builtin_cpu_is("amdfam15h") &&
+                                          !__builtin_cpu_is("amdfam17h")));
+}
+
 // Positions that packed bits belong to. For each position: which byte of the eight has its bit, 0x80 for none (vpshufb
 // makes 0 of that); that bit, alone; and 0xff if it has one, 0 if it has none.
 struct BitPositions {
     alignas(32) uint8_t byte[64], bit[64], inside[64];
     uint64_t mask;
-    uint64_t packed_mask = 0, factor = 0;   // of few positions, see spread_few; 0 if there is no such factor
+    bool by_pdep = has_fast_pdep();
 
     BitPositions() = default;
     explicit BitPositions(uint64_t positions) : mask(positions) {
-        uint8_t at[64];
         size_t number = 0;
         for (size_t p = 0; p < 64; p++) {
             const bool is_inside = positions >> p & 1;
             byte[p] = static_cast<uint8_t>(is_inside ? number / 8 : 0x80);
             bit[p] = static_cast<uint8_t>(1u << number % 8);
             inside[p] = is_inside ? 0xff : 0;
-            at[number] = static_cast<uint8_t>(p);
             number += is_inside;
         }
-        if (number <= most_few) find_factor(at, number);
     }
 
-    // Packed bits, each at its position. A product has bit t moved by what moves bit s to its position, for all s and
-    // t. Where no two of these fall together, nothing is carried, and the mask keeps each bit where it belongs.
-    [[gnu::always_inline]] uint64_t spread_few(uint64_t bits) const { return (bits & packed_mask) * factor & mask; }
+    // Four times packed bits, each bit at its position.
+    [[gnu::always_inline]] void spread_four(uint64_t (&bits)[4]) const {
+        if (by_pdep) [[likely]]   // which as an intrinsic is for -mbmi2 alone
+            unrolled<4>([&](size_t i) { asm("pdepq %1, %0, %0" : "+r"(bits[i]) : "rm"(mask)); });
+        else
+            unrolled<4>([&](size_t i) { bits[i] = spread_by_bytes(bits[i]); });
+    }
 
 private:
-    static constexpr size_t most_few = 8;
-
-    void find_factor(const uint8_t* at, size_t count) {
-        uint64_t taken = 0, sum = 0;
-        for (size_t s = 0; s < count; s++) {
-            sum += uint64_t{1} << (at[s] - s);
-            for (size_t t = 0; t < count && at[s] - s + t < 64; t++) {
-                const uint64_t bit_moved = uint64_t{1} << (at[s] - s + t);
-                if (taken & bit_moved) return;
-                taken |= bit_moved;
-            }
-        }
-        packed_mask = (uint64_t{1} << count) - 1;
-        factor = sum;
+    [[gnu::noinline]] uint64_t spread_by_bytes(uint64_t bits) const {
+        const __m256i all_bits = _mm256_set1_epi64x(static_cast<int64_t>(bits));
+        const auto find_half = [&](size_t h) __attribute__((always_inline)) {
+            const __m256i own_bit = _mm256_load_si256(reinterpret_cast<const __m256i*>(bit) + h);
+            const __m256i from = _mm256_load_si256(reinterpret_cast<const __m256i*>(byte) + h);
+            const __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(all_bits, from), own_bit);
+            return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(own, own_bit)));
+        };
+        return find_half(0) | uint64_t{find_half(1)} << 32;
     }
 };
 
@@ -132,94 +138,21 @@ struct ManyLevels {
     }
 };
 
-// The levels of a full block, by the upper halves of floats: a vector, of vectors 0 and 1 or of 2 and 3, has that of the
-// even one in the lower half of its lane and that of the odd one in the upper half. No array, which GCC would copy
-// through memory by eight bytes at a time, and each load of it would wait.
-struct HalvesOfLevels {
-    I32x16 first_two, last_two;
-};
-
-// Two tables of sixteen bytes, looked up by the low four bits of a byte.
-struct ByteTables {
-    __m256i high, low;   // bytes of the upper half of a float
-
-    // Of `count` floats, at most sixteen.
-    ByteTables(const float* levels, size_t count) {
-        alignas(16) uint8_t bytes[2][16] = {};
-        for (size_t i = 0; i < count; i++) {
-            uint32_t bits;
-            std::memcpy(&bits, levels + i, sizeof bits);
-            bytes[0][i] = static_cast<uint8_t>(bits >> 24);
-            bytes[1][i] = static_cast<uint8_t>(bits >> 16);
-        }
-        high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[0])));
-        low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[1])));
-    }
-};
-
-// A byte for each position of a full block, in the order that HalvesOfLevels needs: one register has vectors 0 and 1 of
-// each lane, the other vectors 2 and 3. Eight bytes are four lanes: 0 .. 3, 8 .. 11, 4 .. 7, 12 .. 15.
-struct OrderedBytes {
-    __m256i half[2];
-
-    // Of four planes the four bits of each position. Bytes j of the planes come together as one word of 32 bits; in it,
-    // bit 8 r + c is that of plane r and position 8 j + c. Two exchanges of bits bring the four of a position together:
-    // bits 4 and 1 of a bit's number change places, then bits 3 and 0.
-    [[gnu::always_inline]] static OrderedBytes of_planes(uint64_t p0, uint64_t p1, uint64_t p2, uint64_t p3) {
-        const auto plane = [](uint64_t bits) { return _mm_cvtsi64_si128(static_cast<int64_t>(bits)); };
-        const __m128i first = _mm_unpacklo_epi8(plane(p0), plane(p1)), second = _mm_unpacklo_epi8(plane(p2), plane(p3));
-        const __m256i in_order = _mm256_set_m128i(_mm_unpackhi_epi16(first, second), _mm_unpacklo_epi16(first, second));
-        __m256i words = _mm256_permute4x64_epi64(in_order, 0xd8);   // lanes 0 .. 3, 8 .. 11, 4 .. 7, 12 .. 15
-        const auto exchange_bits = [&](int distance, int mask) __attribute__((always_inline)) {
-            const __m256i shifted = _mm256_srli_epi32(words, distance);
-            const __m256i change = _mm256_and_si256(_mm256_xor_si256(shifted, words), _mm256_set1_epi32(mask));
-            words = _mm256_xor_si256(words, _mm256_xor_si256(change, _mm256_slli_epi32(change, distance)));
-        };
-        exchange_bits(14, 0x0000cccc);
-        exchange_bits(7, 0x00aa00aa);
-        // A word has in byte v, below and above, vector v of an even lane and of the odd one after it.
-        const __m256i pairs = _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-        words = _mm256_shuffle_epi8(words, pairs);
-        const __m256i nibble = _mm256_set1_epi8(0x0f);
-        const __m256i even = _mm256_and_si256(words, nibble), odd = _mm256_and_si256(_mm256_srli_epi32(words, 4), nibble);
-        return {_mm256_unpacklo_epi16(even, odd), _mm256_unpackhi_epi16(even, odd)};
-    }
-};
-
-// A bit for each position of a full block, in the same order.
-struct OrderedBits {
-    __m256i own_byte;   // of the eight, the one that has the position's bit
-
-    [[gnu::always_inline]] explicit OrderedBits(uint64_t plane) {
-        const __m256i byte = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 4, 4, 4, 4, 5, 5, 5, 5,
-                                              2, 2, 2, 2, 3, 3, 3, 3, 6, 6, 6, 6, 7, 7, 7, 7);
-        own_byte = _mm256_shuffle_epi8(_mm256_set1_epi64x(static_cast<int64_t>(plane)), byte);
-    }
-    // 0xff where a bit is set, of the vectors of a half.
-    [[gnu::always_inline]] __m256i of_half(size_t h) const {
-        const __m256i bit = _mm256_set1_epi32(h == 0 ? 0x20100201 : static_cast<int>(0x80400804));
-        __m256i are_set = _mm256_cmpeq_epi8(_mm256_and_si256(own_byte, bit), bit);
-        asm("" : "+x"(are_set));   // Keeps GCC from comparing it with 0 before it chooses by it.
-        return are_set;
-    }
-};
+#include "avx2_trellis_fours-inl.h"
 
 // Of up to 32 levels of narrow codes and 64 of wide ones the upper halves, by permutations of eight. The lower halves
 // are the negatives of these, in reverse: `finish` makes a number its place in the upper half, and sets bit 7 where the
 // level is negative.
 struct FewLevels {
+    template <size_t columns, class Block>
+    using Fours = TrellisFours<columns, Block>;
     static constexpr size_t most_index_planes = 3;
     alignas(32) float narrow[16] = {}, wide[32] = {};
     size_t narrow_top, num_narrow;
-    ByteTables narrow_bytes, wide_bytes, upper_wide_bytes;
 
     explicit FewLevels(const AllTrellisLevels& all)
         : narrow_top(all.num_narrow / 2),
-          num_narrow(all.num_narrow),
-          narrow_bytes(all.values + narrow_top, narrow_top),
-          wide_bytes(all.values + num_narrow + all.num_wide / 2, smaller(all.num_wide / 2, 16)),
-          upper_wide_bytes(all.values + num_narrow + all.num_wide / 2 + 16, all.num_wide == 64 ? 16 : 0) {
+          num_narrow(all.num_narrow) {
         std::memcpy(narrow, all.values + narrow_top, sizeof(float) * narrow_top);
         std::memcpy(wide, all.values + num_narrow + all.num_wide / 2, sizeof(float) * all.num_wide / 2);
     }
@@ -271,38 +204,6 @@ struct FewLevels {
         };
         return {look_up_eight(0), look_up_eight(1)};
     }
-    // Of a full block all at once, by bytes: levels have nothing in the lower halves of their floats.
-    [[gnu::always_inline]] HalvesOfLevels look_up(const OrderedBytes& magnitudes, OrderedBits are_upper,
-                                                  OrderedBits are_wide, OrderedBits are_negative,
-                                                  size_t wide_vectors) const {
-        const auto look_up_half = [&](size_t h) __attribute__((always_inline)) {
-            const __m256i magnitude = magnitudes.half[h];
-            const bool has_wide = wide_vectors > 2 * h;
-            const __m256i upper = has_wide ? are_upper.of_half(h) : magnitude;
-            const __m256i inside = has_wide ? are_wide.of_half(h) : magnitude;
-            const auto find = [&](__m256i ByteTables::*byte) __attribute__((always_inline)) {
-                const __m256i narrow = _mm256_shuffle_epi8(narrow_bytes.*byte, magnitude);
-                if (!has_wide) return narrow;
-                const __m256i wide = _mm256_blendv_epi8(_mm256_shuffle_epi8(wide_bytes.*byte, magnitude),
-                                                        _mm256_shuffle_epi8(upper_wide_bytes.*byte, magnitude),
-                                                        upper);
-                return _mm256_blendv_epi8(narrow, wide, inside);
-            };
-            const __m256i sign = _mm256_and_si256(are_negative.of_half(h), _mm256_set1_epi8(static_cast<char>(0x80)));
-            const __m256i high = _mm256_xor_si256(find(&ByteTables::high), sign), low = find(&ByteTables::low);
-            return I32x16{_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
-        };
-        return {look_up_half(0), look_up_half(1)};
-    }
-    template <class Block>
-    [[gnu::always_inline]] F32x16 operator()(const HalvesOfLevels& levels, const Block&, size_t v) const {
-        const auto widen = [v](__m256i two) __attribute__((always_inline)) {
-            return _mm256_castsi256_ps(v % 2 == 0 ? _mm256_slli_epi32(two, 16)
-                                                  : _mm256_and_si256(two, _mm256_set1_epi32(-65536)));
-        };
-        if (v < 2) return {widen(levels.first_two.low), widen(levels.first_two.high)};
-        return {widen(levels.last_two.low), widen(levels.last_two.high)};
-    }
 };
 
 template <class Use>
@@ -312,40 +213,6 @@ inline void with_trellis_levels(const TrellisShape& shape, Use use) {
 }
 
 #include "../kernels/trellis_numbers-inl.h"
-
-// The levels of a full block. The planes of a number n are c0, c1 and the bits of the index; the topmost says whether a
-// level is above the middle, and where it is not, the others are turned over: of n < top, top - 1 - n levels lie between
-// it and the middle.
-template <bool is_full, size_t slots, class Block, class Read>
-    requires is_full
-[[gnu::always_inline]] inline HalvesOfLevels make_trellis_numbers(const uint8_t* row, const Block& block,
-                                                                  const FewLevels& levels, const Read& read) {
-    const Subsets subsets(read(0), row[block.byte_before]);
-    const bool has_wide = block.wide_vectors > 0;
-    const uint64_t is_wide = block.is_wide.mask, none = 0;
-    uint64_t top = 0;   // of wide codes
-    if (block.is_wide.factor) {
-        top = block.is_wide.spread_few(block.first_top_bits(row));
-    } else if (has_wide) {
-        TrellisNumbers<slots> bits;
-        bits.add_top_bits(block.is_wide, block.top_bits(row), 0x80);
-        top = static_cast<uint32_t>(_mm256_movemask_epi8(bits.bytes.half[0])) |
-              uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(bits.bytes.half[1]))} << 32;
-    }
-    const uint64_t u0 = read(1), u1 = block.index_planes > 1 ? read(2) : none;
-    const uint64_t u2 = block.index_planes > 2 ? read(3) : none;
-    const uint64_t narrow_top = block.index_planes > 2 ? u2 : block.index_planes > 1 ? u1 : u0;
-    const uint64_t is_negative = ~((narrow_top & ~is_wide) | top);
-    // Bits that only wide codes have beside the topmost.
-    const auto of_magnitude = [&](uint64_t plane, size_t index_plane) __attribute__((always_inline)) {
-        if (block.index_planes > index_plane) return plane ^ is_negative;
-        return block.index_planes == index_plane ? (plane ^ is_negative) & is_wide : none;
-    };
-    const OrderedBytes magnitudes = OrderedBytes::of_planes(subsets.c0 ^ is_negative, subsets.c1 ^ is_negative,
-                                                            of_magnitude(u0, 1), of_magnitude(u1, 2));
-    return levels.look_up(magnitudes, OrderedBits(of_magnitude(u2, 3)), OrderedBits(is_wide), OrderedBits(is_negative),
-                          block.wide_vectors);
-}
 
 }  // namespace
 }  // namespace embpack::EMBPACK_ISA

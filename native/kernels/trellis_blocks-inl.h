@@ -64,11 +64,13 @@
 //     make_trellis_numbers<is_full, slots>(row, block, levels, read) -> TrellisNumbers<slots>; read(k) is plane k
 //     BlockLookup<slots>(block)           what look_up needs of a block beside the numbers, found once for many rows
 //         .look_up(levels, block, numbers) -> a function of v: the levels of vector v
+//     Levels::Fours<columns, Block>       in place of the last two, where an instruction set reads full blocks, of 64
+//                                         columns or 32, of four rows at a time (avx2_trellis_fours-inl.h)
 //     known_dim<Levels>                   embedding_dim, if Levels are for rows of one full block alone; otherwise 0
 //     known_block<Levels>(block)          the block as `Block`, see above
 //
-// trellis_numbers-inl.h supplies with_known_levels and the last four for those that add up the bits of numbers one after the other: all but
-// GFNI. It says what it needs for that.
+// trellis_numbers-inl.h supplies with_known_levels, make_trellis_numbers, BlockLookup and the last two for those that add
+// up the bits of numbers one after the other: all but GFNI. It says what it needs for that.
 
 // A row of which words can be read: one shorter than a word is copied, with zeros after it. `is_long`: whether rows are
 // known to have the bytes of a word.
@@ -206,3 +208,7 @@ inline F32x16 read_trellis_scale(const uint8_t* scales, uint8_t number) {
     std::memcpy(&scale, scales + sizeof(float) * number, sizeof scale);
     return splat(scale);
 }
+
+// Whether an instruction set reads full blocks of rows with these levels by fours.
+template <class Levels>
+inline constexpr bool are_made_by_fours = requires { typename Levels::template Fours<trellis_block, ColumnBlock>; };

@@ -8,6 +8,8 @@ struct TrellisReader : RowReader {
         : RowReader(rows, bags, first, end, are_read_once, fault), common(rows) {}
 };
 
+#include "trellis_fours_lookup-inl.h"
+
 // Stores the columns of one block, from column j on, of the rows at positions first .. stop - 1 of the window.
 template <class Levels, bool is_full, size_t vectors>
 inline void store_trellis_block(const TrellisReader& reader, const ColumnBlock& block, const Levels& levels,
@@ -50,9 +52,17 @@ inline void store_trellis_rows(TrellisReader& reader, size_t first, const Output
         for (size_t j = 0; j < rows.embedding_dim; j += trellis_block) {
             const ColumnBlock& block = common.blocks[j / trellis_block];
             const size_t num_columns = rows.embedding_dim - j;
-            if (num_columns >= trellis_block)
+            if constexpr (are_made_by_fours<Levels>) {
+                if (num_columns >= trellis_block)
+                    store_by_fours<Levels, trellis_block>(reader, first, stop, j, out);
+                if (num_columns == trellis_block / 2)
+                    store_by_fours<Levels, trellis_block / 2>(reader, first, stop, j, out);
+                if (num_columns >= trellis_block || num_columns == trellis_block / 2) continue;
+            } else if (num_columns >= trellis_block) {
                 store_trellis_block<Levels, true, trellis_vectors>(reader, block, levels, first, stop, j, out);
-            else if (slots_of(num_columns) == 1)
+                continue;
+            }
+            if (slots_of(num_columns) == 1)
                 store_trellis_block<Levels, false, 1>(reader, block, levels, first, stop, j, out);
             else if (slots_of(num_columns) == 2)
                 store_trellis_block<Levels, false, 2>(reader, block, levels, first, stop, j, out);
@@ -168,13 +178,17 @@ Tiles<TrellisReader>::PoolFn find_pool_trellis_tile(TileShape tile, bool prefetc
         return pool_trellis_tile<Join, Levels, known_dim<Levels> / trellis_lanes, true>;
     } else {
         const size_t needed = tile.vectors + (tile.last_columns > 0);
+        if constexpr (are_made_by_fours<Levels>) {
+            if (tile.num_columns() == trellis_block) return pool_by_fours<Join, Levels, trellis_block>;
+            if (tile.num_columns() == trellis_block / 2) return pool_by_fours<Join, Levels, trellis_block / 2>;
+        }
         constexpr bool can_be_full = slots_of(trellis_lanes * vectors) == vectors;
         if constexpr (vectors > 1)
             if (needed < vectors)
                 return find_pool_trellis_tile<Join, Levels, vectors <= trellis_vectors ? vectors - 1 : vectors / 2>(
                     tile, prefetches);
         if constexpr (vectors > trellis_vectors) return pool_trellis_tile<Join, Levels, vectors, true>;
-        if constexpr (can_be_full)
+        if constexpr (can_be_full && !are_made_by_fours<Levels>)
             if (tile.last_columns == 0) return pool_trellis_tile<Join, Levels, vectors, true>;
         if constexpr (vectors <= trellis_vectors) return pool_trellis_tile<Join, Levels, vectors, false>;
     }
