@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from embpack.chunks import iter_chunks, iter_packable
 from embpack.methods import DEFAULT_METHOD, Method, Packer, measure_loss
 from embpack.methods.base import OnRows, Sums, find_warning
+from embpack.pages import use_huge_pages
 from embpack.rows import as_rows
 from embpack.table import PackedTable
 from embpack.text import printable
@@ -76,6 +77,7 @@ def pack(weight: Any, variant: Variant, error_weights: Any = None) -> tuple[Pack
     if error_weights is not None:
         packer = packer.weigh_errors(error_weights, len(rows))
     packed, done, sums = np.empty((len(rows), row_format.row_bytes), np.uint8), 0, []
+    use_huge_pages(packed)
     for chunk in iter_packable(rows, variant.rotate):
         sums += packer.pack(chunk, packed[done : done + len(chunk)], done)
         done += len(chunk)

@@ -1,0 +1,255 @@
+"""Where packed bytes lie: in huge pages, however a table comes to be, and what is left where it lies."""
+
+import copy
+import io
+import mmap
+import multiprocessing
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import embpack
+from embpack import PackedTable, pages
+from embpack.layouts import RowFormat
+from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedLinear
+
+SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
+N, D, ROW_BYTES = 250_000, 64, 36  # 9 MB
+FORMAT = RowFormat(D)
+
+
+def explain_skip() -> str | None:
+    if sys.platform != "linux" or not (SYSTEM / "enabled").exists():
+        return "there are no transparent huge pages here"
+    if "[never]" in (SYSTEM / "enabled").read_text():
+        return "transparent huge pages are switched off here"
+    if not Path("/proc/self/pagemap").exists():
+        return "this system does not tell which pages are shared"
+    if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < (6, 1):
+        return "this kernel puts nothing in huge pages at once (Linux 6.1)"
+    if int((SYSTEM / "hpage_pmd_size").read_text()) > pages.MIN_BYTES // 2:
+        return "huge pages are larger than the tables here"
+    return None
+
+
+needs_huge_pages = pytest.mark.skipif(explain_skip() is not None, reason=str(explain_skip()))
+
+
+def count_huge(array) -> int:
+    """Bytes in huge pages, of the mappings that the array's whole huge pages are in."""
+    huge = int((SYSTEM / "hpage_pmd_size").read_text())
+    start = -(-array.ctypes.data // huge) * huge
+    stop = (array.ctypes.data + array.nbytes) // huge * huge
+    found, is_inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            low, high = (int(bound, 16) for bound in name.split("-"))
+            is_inside = low < stop and high > start
+        elif is_inside and name == "AnonHugePages:":
+            found += int(rest[0]) << 10
+    return found
+
+
+def lies_in_huge_pages(array) -> bool:
+    array = array if isinstance(array, np.ndarray) else array.numpy()
+    return count_huge(array) >= array.nbytes - 3 * int((SYSTEM / "hpage_pmd_size").read_text())
+
+
+def map_small(shape, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
+    """Make filled memory in small pages, in a mapping of its own."""
+    room = mmap.mmap(-1, int(np.prod(shape)) + (4 << 20), flags=flags)
+    room.madvise(mmap.MADV_NOHUGEPAGE)
+    array = np.ndarray(shape, np.uint8, room)
+    array[...] = np.arange(shape[1], dtype=np.uint8)
+    return array
+
+
+def make_small_rows():
+    """Rows as PyTorch lays them: it asks for no huge pages."""
+    rows = torch.empty((N, ROW_BYTES), dtype=torch.uint8)
+    rows[:] = torch.arange(ROW_BYTES, dtype=torch.uint8)
+    return rows
+
+
+def make_module(**options):
+    return PackedEmbeddingBag(N, D, mode="sum", **options)
+
+
+def load_state(*, assign=False, meta=False):
+    with torch.device("meta" if meta else "cpu"):
+        module = make_module()
+    if meta and not assign:
+        module.to_empty(device="cpu")
+    state = {"packed": make_small_rows(), "row_format_ascii": make_module().row_format_ascii}
+    module.load_state_dict(state, assign=assign)
+    return module
+
+
+def load_pickle():
+    file = io.BytesIO()
+    torch.save(make_module(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def load_in_memory(folder):
+    path = folder / "tables.safetensors"
+    embpack.save(path, {"a": PackedTable(make_small_rows().numpy(), FORMAT)})
+    return embpack.load(path, in_memory=True)["a"]
+
+
+def reuse_memory():
+    """Pack where malloc has memory that was filled before, in small pages."""
+    for _ in range(3):
+        torch.zeros(30 << 20, dtype=torch.uint8)
+    return embpack.quantize(np.ones((N, D), np.float32), "asym")
+
+
+WAYS = {
+    "quantize": lambda _: reuse_memory(),
+    "from_packed, PyTorch": lambda _: PackedTable.from_packed(make_small_rows(), D),
+    "from_packed, NumPy": lambda _: PackedTable.from_packed(make_small_rows().numpy(), D),
+    "load, in memory": load_in_memory,
+    "pickle of a table": lambda _: pickle.loads(pickle.dumps(PackedTable(make_small_rows().numpy(), FORMAT))),
+    "deep copy of a table": lambda _: copy.deepcopy(PackedTable(make_small_rows().numpy(), FORMAT)),
+    "copy of a table": lambda _: PackedTable(make_small_rows().numpy(), FORMAT).copy(),
+    "from_table": lambda _: PackedEmbedding.from_table(PackedTable(make_small_rows().numpy(), FORMAT)),
+    "from_table, read-only": lambda _: PackedEmbedding.from_table(
+        PackedTable(np.frombuffer(bytes(N * ROW_BYTES), np.uint8).reshape(N, ROW_BYTES), FORMAT)
+    ),
+    "from_float": lambda _: PackedEmbeddingBag.from_float(torch.nn.EmbeddingBag(N, D), "asym"),
+    "a module by its sizes": lambda _: make_module(),
+    "an output layer by its sizes": lambda _: PackedLinear(D, N, bias=False),
+    "load_state_dict": lambda _: load_state(),
+    "load_state_dict, assigned": lambda _: load_state(assign=True),
+    "load_state_dict, assigned to the meta device": lambda _: load_state(assign=True, meta=True),
+    "load_state_dict after to_empty": lambda _: load_state(meta=True),
+    "pickle of a module": lambda _: load_pickle(),
+    "deep copy of a module": lambda _: copy.deepcopy(load_state()),
+}
+
+
+@needs_huge_pages
+@pytest.mark.parametrize("way", WAYS)
+def test_large_tables_lie_in_huge_pages_however_they_come_to_be(tmp_path, way):
+    assert lies_in_huge_pages(WAYS[way](tmp_path).packed)
+
+
+@needs_huge_pages
+def test_what_lies_beside_the_rows_does_too():
+    module = PackedEmbedding(5_000_000, 1, layout="clustered", num_codebooks=2)
+    assert lies_in_huge_pages(module.clusters)
+
+
+@needs_huge_pages
+def test_memory_that_is_filled_moves_at_once_and_keeps_address_and_values():
+    array = map_small((N, ROW_BYTES))
+    before, address = array.copy(), array.ctypes.data
+    assert count_huge(array) == 0
+    table = PackedTable.from_packed(array, D)
+    assert lies_in_huge_pages(array)
+    assert table.packed is array
+    assert array.ctypes.data == address
+    assert np.array_equal(array, before)
+
+
+@needs_huge_pages
+def test_memory_that_is_not_filled_takes_no_room():
+    room = mmap.mmap(-1, 1 << 28, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    array = np.frombuffer(room, np.uint8)
+    pages.use_huge_pages(array)
+    assert count_huge(array) == 0
+    array[: 8 << 20] = 1
+    assert 0 < count_huge(array) <= 12 << 20
+
+
+@needs_huge_pages
+@pytest.mark.parametrize("module", ["shared before", "shared after"])
+def test_tensors_in_shared_memory_stay_there(module):
+    made = make_module()
+    made.share_memory()
+    if module == "shared before":
+        made.load_state_dict(made.state_dict())
+    assert made.packed.is_shared()
+    assert count_huge(made.packed.numpy()) == 0
+
+
+@needs_huge_pages
+def test_mapped_files_stay_mapped(tmp_path):
+    path = tmp_path / "tables.safetensors"
+    embpack.save(path, {"a": PackedTable(make_small_rows().numpy(), FORMAT)})
+    module = PackedEmbedding.from_table(embpack.load(path)["a"])
+    assert count_huge(module.packed.numpy()) == 0
+    module.load_state_dict(module.state_dict())  # written to, so the pages are this process's own
+    pages.use_huge_pages(np.memmap(path, np.uint8, "c"))
+    assert count_huge(module.packed.numpy()) == 0
+
+
+@needs_huge_pages
+def test_what_a_fork_shares_stays_shared():
+    array = map_small((N, ROW_BYTES))
+    assert in_a_fork(array) == 0
+    in_parent = count_huge(array)
+    assert in_parent == 0
+    PackedTable.from_packed(array, D)
+    assert lies_in_huge_pages(array)
+
+
+def in_a_fork(array) -> int:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+
+    def adopt() -> None:
+        PackedTable.from_packed(array, D)
+        there.send(count_huge(array))
+
+    child = context.Process(target=adopt)
+    child.start()
+    found = here.recv()
+    child.join()
+    return found
+
+
+@needs_huge_pages
+def test_small_tables_are_left_alone(monkeypatch):
+    moved = []
+    monkeypatch.setattr(pages, "_move", lambda start, stop: moved.append(stop - start))
+    PackedTable.from_packed(np.zeros((100, ROW_BYTES), np.uint8), D)
+    pages.use_huge_pages(np.zeros(pages.MIN_BYTES - 1, np.uint8))
+    assert moved == []
+    pages.use_huge_pages(np.zeros(pages.MIN_BYTES, np.uint8))
+    assert moved == [pages.MIN_BYTES]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux alone")
+@pytest.mark.parametrize("system", ["switched off", "without them"])
+def test_a_system_without_huge_pages_is_left_as_it_is(tmp_path, monkeypatch, system):
+    if system == "switched off":
+        (tmp_path / "enabled").write_text("always madvise [never]\n")
+    monkeypatch.setattr(pages, "_SYSTEM", tmp_path)
+    monkeypatch.setattr(pages, "_advise", lambda *_: pytest.fail("asked for huge pages"))
+    table = PackedTable.from_packed(make_small_rows(), D)
+    assert table[0].shape == (D,)
+
+
+@needs_huge_pages
+def test_a_kernel_that_cannot_is_no_error(monkeypatch):
+    monkeypatch.setattr(pages, "_COLLAPSE", 999)
+    array = map_small((N, ROW_BYTES))
+    PackedTable.from_packed(array, D)
+    assert count_huge(array) == 0
+
+
+@needs_huge_pages
+def test_when_no_huge_page_is_left_it_stops(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pages, "_PIECE_BYTES", 2 << 20)
+    monkeypatch.setattr(pages, "_advise", lambda *call: asked.append(call) or 12)  # ENOMEM
+    pages.use_huge_pages(map_small((N, ROW_BYTES)).reshape(-1))
+    assert [advice for *_, advice in asked] == [pages._ADVISE, pages._COLLAPSE]
