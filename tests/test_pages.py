@@ -104,6 +104,17 @@ def load_in_memory(folder):
     return embpack.load(path, in_memory=True)["a"]
 
 
+def copy_mapped(folder):
+    load_in_memory(folder)
+    return copy.deepcopy(PackedEmbedding.from_table(embpack.load(folder / "tables.safetensors")["a"]))
+
+
+def read_tbe():
+    fbgemm = pytest.importorskip("embpack.fbgemm", exc_type=ImportError)
+    [table] = fbgemm.from_tbe(fbgemm.to_tbe([PackedTable(make_small_rows().numpy(), FORMAT)]))
+    return table
+
+
 def reuse_memory():
     """Pack where malloc has memory that was filled before, in small pages."""
     for _ in range(3):
@@ -132,6 +143,8 @@ WAYS = {
     "load_state_dict after to_empty": lambda _: load_state(meta=True),
     "pickle of a module": lambda _: load_pickle(),
     "deep copy of a module": lambda _: copy.deepcopy(load_state()),
+    "deep copy of a mapped module": copy_mapped,
+    "from_tbe": lambda _: read_tbe(),
 }
 
 
