@@ -1,12 +1,14 @@
 """Where packed bytes lie: in huge pages, however a table comes to be, and what is left where it lies."""
 
 import copy
+import ctypes
 import io
 import mmap
 import multiprocessing
 import os
 import pickle
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from embpack import PackedTable, pages
 from embpack.layouts import RowFormat
 from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedLinear
 
+PR_SET_THP_DISABLE = 41
 SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
 N, D, ROW_BYTES = 250_000, 64, 36  # 9 MB
 FORMAT = RowFormat(D)
@@ -32,7 +35,7 @@ def explain_skip() -> str | None:
         return "this system does not tell which pages are shared"
     if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < (6, 1):
         return "this kernel puts nothing in huge pages at once (Linux 6.1)"
-    if int((SYSTEM / "hpage_pmd_size").read_text()) > pages.MIN_BYTES // 2:
+    if int((SYSTEM / "hpage_pmd_size").read_text()) > 2 << 20:
         return "huge pages are larger than the tables here"
     return None
 
@@ -61,20 +64,29 @@ def lies_in_huge_pages(array) -> bool:
     return count_huge(array) >= array.nbytes - 3 * int((SYSTEM / "hpage_pmd_size").read_text())
 
 
-def map_small(shape, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
-    """Make filled memory in small pages, in a mapping of its own."""
-    room = mmap.mmap(-1, int(np.prod(shape)) + (4 << 20), flags=flags)
-    room.madvise(mmap.MADV_NOHUGEPAGE)
+def map_small(shape, *, fill=True):
+    """Make memory in small pages, in a mapping of its own."""
+    room = mmap.mmap(-1, int(np.prod(shape)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     array = np.ndarray(shape, np.uint8, room)
-    array[...] = np.arange(shape[1], dtype=np.uint8)
+    if fill:
+        with without_huge_pages():
+            array[...] = np.resize(np.arange(251, dtype=np.uint8), shape)
     return array
+
+
+@contextmanager
+def without_huge_pages():
+    """Let this process have none, where they come unasked, too."""
+    set_disabled = ctypes.CDLL(None).prctl
+    assert set_disabled(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+    yield
+    assert set_disabled(PR_SET_THP_DISABLE, 0, 0, 0, 0) == 0
 
 
 def make_small_rows():
     """Rows as PyTorch lays them: it asks for no huge pages."""
-    rows = torch.empty((N, ROW_BYTES), dtype=torch.uint8)
-    rows[:] = torch.arange(ROW_BYTES, dtype=torch.uint8)
-    return rows
+    with without_huge_pages():
+        return torch.arange(ROW_BYTES, dtype=torch.uint8).repeat(N, 1)
 
 
 def make_module(**options):
@@ -174,12 +186,29 @@ def test_memory_that_is_filled_moves_at_once_and_keeps_address_and_values():
 
 @needs_huge_pages
 def test_memory_that_is_not_filled_takes_no_room():
-    room = mmap.mmap(-1, 1 << 28, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    array = np.frombuffer(room, np.uint8)
+    array = map_small((1, 32 << 20), fill=False)[0]
+    with without_huge_pages():
+        array[: 9 << 20] = 1
+        array[24 << 20] = 1
     pages.use_huge_pages(array)
+    assert 6 << 20 <= count_huge(array) <= 9 << 20
+
+
+@needs_huge_pages
+def test_what_is_filled_later_gets_huge_pages_as_it_is():
+    array = map_small((1, 32 << 20), fill=False)[0]
+    pages.ask_for_huge_pages(array)
     assert count_huge(array) == 0
-    array[: 8 << 20] = 1
-    assert 0 < count_huge(array) <= 12 << 20
+    array[...] = 1
+    assert lies_in_huge_pages(array)
+
+
+@needs_huge_pages
+def test_tables_that_are_smaller_than_a_huge_page_share_one():
+    rows = map_small((16 * 30_000, ROW_BYTES))
+    tables = [PackedTable.from_packed(part, D) for part in np.split(rows, 16)]
+    assert max(table.nbytes for table in tables) < 2 << 20
+    assert lies_in_huge_pages(rows)
 
 
 @pytest.fixture
@@ -213,7 +242,8 @@ def test_mapped_files_are_left_alone(tmp_path, asked):
     embpack.save(path, {"a": PackedTable(np.zeros((N, ROW_BYTES), np.uint8), FORMAT)})
     table = embpack.load(path)["a"]
     module = PackedEmbedding.from_table(table)
-    module.load_state_dict(module.state_dict())  # which writes to pages of the map
+    # Which writes to all pages of the map, so that they are this process's own.
+    module.load_state_dict({**module.state_dict(), "packed": torch.ones((N, ROW_BYTES), dtype=torch.uint8)})
     copy.copy(table)
     PackedTable.from_packed(table.packed, D)
     with path.open("rb") as file:
@@ -249,7 +279,7 @@ def in_a_fork(array) -> int:
 @needs_huge_pages
 def test_small_tables_are_left_alone(monkeypatch):
     moved = []
-    monkeypatch.setattr(pages, "_move", lambda start, stop: moved.append(stop - start))
+    monkeypatch.setattr(pages, "_move", lambda start, stop, huge: moved.append(stop - start))
     PackedTable.from_packed(np.zeros((100, ROW_BYTES), np.uint8), D)
     pages.use_huge_pages(np.zeros(pages.MIN_BYTES - 1, np.uint8))
     assert moved == []
@@ -269,11 +299,14 @@ def test_a_system_without_huge_pages_is_left_as_it_is(tmp_path, monkeypatch, sys
 
 
 @needs_huge_pages
-def test_a_kernel_that_cannot_is_no_error(monkeypatch):
+def test_a_kernel_that_cannot_move_them_now_may_later(monkeypatch):
+    asked, advise = [], pages._advise
     monkeypatch.setattr(pages, "_COLLAPSE", 999)
+    monkeypatch.setattr(pages, "_advise", lambda *call: asked.append(call[-1]) or advise(*call))
     array = map_small((N, ROW_BYTES))
     PackedTable.from_packed(array, D)
     assert count_huge(array) == 0
+    assert asked == [999, pages._ADVISE]
 
 
 @needs_huge_pages
@@ -282,4 +315,4 @@ def test_when_no_huge_page_is_left_it_stops(monkeypatch):
     monkeypatch.setattr(pages, "_PIECE_BYTES", 2 << 20)
     monkeypatch.setattr(pages, "_advise", lambda *call: asked.append(call) or 12)  # ENOMEM
     pages.use_huge_pages(map_small((N, ROW_BYTES)).reshape(-1))
-    assert [advice for *_, advice in asked] == [pages._ADVISE, pages._COLLAPSE]
+    assert [advice for *_, advice in asked] == [pages._COLLAPSE]

@@ -77,11 +77,11 @@ def pack(weight: Any, variant: Variant, error_weights: Any = None) -> tuple[Pack
     if error_weights is not None:
         packer = packer.weigh_errors(error_weights, len(rows))
     packed, done, sums = np.empty((len(rows), row_format.row_bytes), np.uint8), 0, []
-    use_huge_pages(packed)
     for chunk in iter_packable(rows, variant.rotate):
         sums += packer.pack(chunk, packed[done : done + len(chunk)], done)
         done += len(chunk)
     table = PackedTable(packed, row_format, dtype, packer.spec, measure_loss(sums), **packer.beside())
+    use_huge_pages(table.packed, *table.beside)
     return table, find_warning(sums)
 
 

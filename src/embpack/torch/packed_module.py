@@ -15,7 +15,7 @@ from embpack.formats.mapped import is_mapped
 from embpack.layouts import RowFormat
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packing import quantize
-from embpack.pages import use_huge_pages
+from embpack.pages import ask_for_huge_pages, use_huge_pages
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 from embpack.torch.ops import as_table, check_dtype, dequantize
@@ -81,8 +81,8 @@ class PackedModule(CastModule, GuardedModule):
     def _received(self, names: Collection[str]) -> None:
         for name in _ROWS:
             buffer = buffers_of(self)[name]
-            if buffer is not None and name in names:
-                _use_huge_pages_of(buffer)
+            if buffer is not None and name in names and _is_array(buffer):
+                use_huge_pages(buffer.numpy())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Read a pickle; an older one has no row_format_ascii."""
@@ -212,16 +212,18 @@ class PackedModule(CastModule, GuardedModule):
 
 
 def _make_zeros(entries: int, entry_bytes: int) -> Tensor:
-    """Make rows, or what lies beside them: zeros, in huge pages where that pays, which are there before they are."""
+    """Make rows, or what lies beside them: zeros, in huge pages."""
     room = torch.empty((entries, entry_bytes), dtype=torch.uint8)
-    _use_huge_pages_of(room)
-    return room.zero_()
+    if not _is_array(room):
+        return room.zero_()
+    ask_for_huge_pages(room.numpy())
+    use_huge_pages(room.zero_().numpy())
+    return room
 
 
-def _use_huge_pages_of(tensor: Tensor) -> None:
-    """Do what embpack.pages.use_huge_pages does with an array, if a tensor is one in the memory of this machine."""
-    if type(tensor) is Tensor and tensor.device.type == "cpu":
-        use_huge_pages(tensor.numpy())
+def _is_array(tensor: Tensor) -> bool:
+    """Whether a tensor is what NumPy has as an array: in this machine's memory, and not one that has no values."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 def _as_tensor(array: NDArray[Any]) -> Tensor:
