@@ -82,7 +82,7 @@ class PackedTable:
     ) -> "PackedTable":
         """Adopt rows that PyTorch or FBGEMM packed, without a copy.
 
-        Large ones of this process are put in huge pages, once (docs/resources.md); no address or value changes.
+        Memory of this process alone is put in huge pages, once (docs/resources.md); no address or value changes.
 
         Args:
             packed: uint8 [num_embeddings, row_bytes], NumPy or PyTorch on the CPU, as
