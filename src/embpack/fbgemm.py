@@ -16,6 +16,7 @@ from typing import Any
 
 from embpack.errors import MissingExtraError, kind_of
 from embpack.layouts import RowFormat
+from embpack.pages import use_huge_pages
 from embpack.readers import explain_unread
 from embpack.table import PackedTable
 
@@ -130,7 +131,9 @@ def from_tbe(module: Any) -> list[PackedTable]:
                 f"table {number} ({name!r}) is {weight_type.value}, not packed; pack its weights with embpack.quantize"
             )
         row_format = RowFormat(embedding_dim, _BITS[weight_type.value], "float16")
-        tables.append(PackedTable(torch.cat([part.cpu() for part in parts], dim=1).numpy(), row_format))
+        packed = torch.cat([part.cpu() for part in parts], dim=1).numpy()
+        use_huge_pages(packed)
+        tables.append(PackedTable(packed, row_format))
     return tables
 
 

@@ -17,6 +17,7 @@ from embpack.formats import INDEX_SUFFIX, OutShard, OutTensor, Shard, SourceTens
 from embpack.formats.base import as_bytes, is_utf8
 from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
 from embpack.layouts import ROTATIONS, ArraySpec, RowFormat
+from embpack.pages import use_huge_pages
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 
@@ -267,6 +268,8 @@ class PackedFile:
         """
         entry = self.entries[name]
         packed, *arrays = (tensor.whole(mapped=mapped) for tensor in self.parts[name])
+        if not mapped:
+            use_huge_pages(packed, *arrays)
         beside = {spec.name: array for spec, array in zip(entry.beside, arrays, strict=True)}
         try:
             return PackedTable(packed, entry.row_format, entry.dtype, entry.method, entry.loss, **beside)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from embpack.chunks import iter_chunks, iter_packable
 from embpack.methods import DEFAULT_METHOD, Method, Packer, measure_loss
 from embpack.methods.base import OnRows, Sums, find_warning
+from embpack.pages import use_huge_pages
 from embpack.rows import as_rows
 from embpack.table import PackedTable
 from embpack.text import printable
@@ -80,6 +81,7 @@ def pack(weight: Any, variant: Variant, error_weights: Any = None) -> tuple[Pack
         sums += packer.pack(chunk, packed[done : done + len(chunk)], done)
         done += len(chunk)
     table = PackedTable(packed, row_format, dtype, packer.spec, measure_loss(sums), **packer.beside())
+    use_huge_pages(table.packed, *table.beside)
     return table, find_warning(sums)
 
 

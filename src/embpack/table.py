@@ -22,6 +22,7 @@ from embpack.bags import (
 from embpack.errors import FormatError
 from embpack.layouts import RowFormat
 from embpack.layouts.uniform import UniformLayout
+from embpack.pages import use_huge_pages
 from embpack.rows import ROW_DTYPES
 from embpack.vectors import as_vectors
 
@@ -81,6 +82,8 @@ class PackedTable:
     ) -> "PackedTable":
         """Adopt rows that PyTorch or FBGEMM packed, without a copy.
 
+        Memory of this process alone is put in huge pages, once (docs/resources.md); no address or value changes.
+
         Args:
             packed: uint8 [num_embeddings, row_bytes], NumPy or PyTorch on the CPU, as
                 torch.ops.quantized.embedding_bag_4bit_prepack returns it.
@@ -92,7 +95,9 @@ class PackedTable:
             ValueError: packed has another number of bytes a row, or is no C-contiguous uint8 array.
         """
         row_format = RowFormat(embedding_dim, bits, param_dtype or UniformLayout.default_param_dtype(bits))
-        return cls(np.asarray(packed), row_format)
+        table = cls(np.asarray(packed), row_format)
+        use_huge_pages(table.packed)
+        return table
 
     @property
     def num_embeddings(self) -> int:
@@ -347,11 +352,18 @@ class PackedTable:
     def copy(self) -> "PackedTable":
         """Return the same table with bytes of its own, in memory, as copy.deepcopy does, and pickle."""
         clusters, codebooks = (None if part is None else np.array(part) for part in (self.clusters, self.codebooks))
-        return replace(self, packed=np.array(self.packed), clusters=clusters, codebooks=codebooks)
+        table = replace(self, packed=np.array(self.packed), clusters=clusters, codebooks=codebooks)
+        use_huge_pages(table.packed, *table.beside)
+        return table
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: all but what is made anew, such as what the core takes."""
         return {name: value for name, value in self.__dict__.items() if name not in ("native_view", "as_packed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read a pickle, whose arrays lie where pickle has put them."""
+        self.__dict__.update(state)
+        use_huge_pages(self.packed, *self.beside)
 
     def _gather(self, indices: NDArray[Any] | None, count: int, dtype: str, given: Any = None) -> NDArray[Any]:
         out = np.empty((count, self.embedding_dim), output_dtype(dtype))

@@ -1,7 +1,7 @@
 """PackedModule: what all packed modules are, rows of a table as buffers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -15,6 +15,7 @@ from embpack.formats.mapped import is_mapped
 from embpack.layouts import RowFormat
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packing import quantize
+from embpack.pages import ask_for_huge_pages, use_huge_pages
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 from embpack.torch.ops import as_table, check_dtype, dequantize
@@ -66,23 +67,29 @@ class PackedModule(CastModule, GuardedModule):
         check_dtype(self.dtype)
         self.row_format = row_format
         self.rotate_back = rotate_back
-        self.register_buffer("packed", torch.zeros((num_embeddings, row_format.row_bytes), dtype=torch.uint8))
+        self.register_buffer("packed", _make_zeros(num_embeddings, row_format.row_bytes))
         # Before those that may be None: torch.export counts None as a buffer where it looks for a later one.
         self.register_buffer(FORMAT, write_format(row_format))
         beside = {spec.name: spec for spec in row_format.form.beside(num_embeddings, num_codebooks)}
         for name in _ROWS[1:]:
             spec = beside.get(name)
-            zeros = None if spec is None else torch.zeros((spec.known_shape[0], spec.entry_bytes), dtype=torch.uint8)
-            self.register_buffer(name, zeros)
+            self.register_buffer(name, None if spec is None else _make_zeros(spec.known_shape[0], spec.entry_bytes))
 
     def _receive(self, state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         return receive_state(state, buffers_of(self), self.row_format, prefix, prefix[:-1] or type(self).__name__)
+
+    def _received(self, names: Collection[str]) -> None:
+        for name in _ROWS:
+            buffer = buffers_of(self)[name]
+            if buffer is not None and name in names and _is_array(buffer):
+                use_huge_pages(buffer.numpy())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Read a pickle; an older one has no row_format_ascii."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if FORMAT not in buffers_of(self):
             self.register_buffer(FORMAT, write_format(self.row_format))
+        self._received(_ROWS)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -204,6 +211,21 @@ class PackedModule(CastModule, GuardedModule):
         )
 
 
+def _make_zeros(entries: int, entry_bytes: int) -> Tensor:
+    """Make rows, or what lies beside them: zeros, in huge pages."""
+    room = torch.empty((entries, entry_bytes), dtype=torch.uint8)
+    if not _is_array(room):
+        return room.zero_()
+    ask_for_huge_pages(room.numpy())
+    use_huge_pages(room.zero_().numpy())
+    return room
+
+
+def _is_array(tensor: Tensor) -> bool:
+    """Whether a tensor is what NumPy has as an array: in this machine's memory, and not one that has no values."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
 def _as_tensor(array: NDArray[Any]) -> Tensor:
     """Make rows, or what lies beside them, a tensor of the same memory: uint8 [entries, bytes of one]."""
     entries = np.ascontiguousarray(array).reshape(len(array), math.prod(array.shape[1:])).view(np.uint8)
@@ -211,8 +233,10 @@ def _as_tensor(array: NDArray[Any]) -> Tensor:
         # PyTorch warns of arrays that are read-only. Writing to this one's memory does no harm.
         entries = entries.view()
         entries.flags.writeable = True
-    elif not entries.flags.writeable:
-        entries = entries.copy()  # PyTorch has no tensors that cannot be written to
+    else:
+        if not entries.flags.writeable:
+            entries = entries.copy()  # PyTorch has no tensors that cannot be written to
+        use_huge_pages(entries)
     return torch.from_numpy(entries)
 
 

@@ -3,7 +3,7 @@
 PyTorch 2.13 has everything; where a release lacks something, importing embpack.torch says what.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -151,6 +151,10 @@ class GuardedModule(nn.Module):
         """Return the state to load, or raise ValueError, whose message load_state_dict then has among its errors."""
         raise NotImplementedError
 
+    def _received(self, names: Collection[str]) -> None:
+        """Look at the module's tensors of these names, which were loaded."""
+        raise NotImplementedError
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -169,6 +173,7 @@ class GuardedModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._received([name for name in buffers_of(self) if prefix + name in state_dict])
 
 
 class CastModule(nn.Module):
