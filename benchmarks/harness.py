@@ -34,6 +34,7 @@ class Contestant(Generic[Answer]):
         call: what is timed; its output is allocated inside.
         rows: rows that a call packs or looks up.
         make_ready: called before each sample, untimed: the number of threads.
+        isa: the instruction set that its kernels are for, as reports call it; "" where they do not say.
         goal: what our rate by its rate should be; None for none. It is reported beside the ratio, never enforced.
     """
 
@@ -41,6 +42,7 @@ class Contestant(Generic[Answer]):
     call: Callable[[], Answer]
     rows: int
     make_ready: Callable[[], None]
+    isa: str = ""
     goal: float | None = None
 
 
@@ -90,6 +92,7 @@ class Standing:
     """What a race found of one contestant.
 
     Attributes:
+        isa: the instruction set of its kernels.
         rows_per_second: in its fastest round, the least disturbed one.
         loss: of its answer; None where the workload measures none.
         ratio: our rate by its rate; None for ours.
@@ -98,6 +101,7 @@ class Standing:
 
     name: str
     rows: int
+    isa: str
     rows_per_second: float
     loss: float | None
     ratio: Spread | None
@@ -176,14 +180,15 @@ def _judge(
     ratio = None
     if name != ours:
         ratio = measure_spread([our_rate / rate for our_rate, rate in zip(rates[ours], own, strict=True)])
-    return Standing(name, contestant.rows, max(own), losses[name], ratio, contestant.goal)
+    return Standing(name, contestant.rows, contestant.isa, max(own), losses[name], ratio, contestant.goal)
 
 
 def describe_machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """Return what figures depend on: CPU, instruction set, threads, versions."""
+    """Return what figures depend on: CPU, instruction sets (ours, and the best of the CPU's), threads, versions."""
     return {
         "cpu": _cpu_model(),
         "isa": _native.isa(),
+        "best_isa": _native.available_isas()[0],
         "threads_available": embpack.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},

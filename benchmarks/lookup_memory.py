@@ -15,16 +15,13 @@ from benchmarks.lookup_setup import (
     describe_race,
     find_wrong_by,
     find_wrong_of_two,
-    make_contestant,
-    readying,
-    readying_us,
+    make_ours,
+    make_peer,
 )
 from benchmarks.peers import Lookup, Pooler
 from benchmarks.touch import LINE_BYTES, compile_touch, sum_touched
 from embpack import PackedTable
 from embpack.layouts import RowFormat
-
-MEMORY_GOAL, BARE_LOOP_GOAL, MEMORY_LAYOUT_GOAL = 1.1, 0.9, 0.85
 
 
 def race_out_of_cache(setup: Setup) -> Iterator[Workload[Any]]:
@@ -32,17 +29,13 @@ def race_out_of_cache(setup: Setup) -> Iterator[Workload[Any]]:
     table = make_table(_count_rows(setup), OTHER_DIM)
     batches = _make_batches(setup, table)
     others = [
-        make_contestant(
-            peer.name, _in_turns(peer.name, peer.load([table]), batches), batches[0], readying(peer), MEMORY_GOAL
-        )
+        make_peer(peer, _in_turns(peer.name, peer.load([table]), batches), batches[0], setup.goals.memory)
         for peer in setup.poolers
         if _has_room(setup, peer, table)
     ]
     others += _list_bare_loop(setup, table, batches)
-    ours = make_contestant(
-        "embpack", _in_turns("embpack", bind_table(table), batches), batches[0], readying_us(setup.isa), None
-    )
-    settings = describe_race("out-of-cache", setup, table, batches[0]) | _describe_batches(batches)
+    ours = make_ours(_in_turns("embpack", bind_table(table), batches), batches[0])
+    settings = describe_race("out-of-cache", table, batches[0]) | _describe_batches(batches)
     find_wrong, touched = find_wrong_by(Expected([table], batches[0])), sum_touched(table, batches[0].indices)
 
     def find_wrong_or_untouched(ours: Any, theirs: Any) -> str | None:
@@ -59,10 +52,13 @@ def race_layouts_out_of_cache(setup: Setup) -> Iterator[Workload[Any]]:
     uniform, table = (repeat_rows(quantize_normal(few, OTHER_DIM, method), many) for method in ("asym", "trellis"))
     batches = _make_batches(setup, table)
     ours, other = (
-        make_contestant(name, _in_turns(name, bind_table(each), batches), batches[0], readying_us(setup.isa), goal)
-        for name, each, goal in (("embpack, trellis", table, None), ("embpack, uniform", uniform, MEMORY_LAYOUT_GOAL))
+        make_ours(_in_turns(name, bind_table(each), batches), batches[0], name, goal=goal)
+        for name, each, goal in (
+            ("embpack, trellis", table, None),
+            ("embpack, uniform", uniform, setup.goals.memory_layout),
+        )
     )
-    settings = describe_race("layouts-out-of-cache", setup, table, batches[0]) | _describe_batches(batches)
+    settings = describe_race("layouts-out-of-cache", table, batches[0]) | _describe_batches(batches)
     yield Workload(
         settings, ours, [other], find_wrong_of_two(*(Expected([each], batches[0]) for each in (table, uniform)))
     )
@@ -109,7 +105,8 @@ def _list_bare_loop(setup: Setup, table: PackedTable, batches: Sequence[Bags]) -
         setup.left_out["bare loop"] = str(error)
         return []
     call = _in_turns("bare loop", lambda bags: lambda: touch(table, bags.indices), batches)
-    return [make_contestant("bare loop", call, batches[0], lambda: None, BARE_LOOP_GOAL)]
+    rows = len(batches[0].indices)
+    return [Contestant("bare loop", call, rows, lambda: None, "portable", setup.goals.bare_loop)]
 
 
 def read_last_level_cache() -> int:

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+import embpack
 from benchmarks.bags import Expected, make_bags, make_table, make_uneven_bags
-from benchmarks.harness import Workload
-from benchmarks.lookup_setup import OTHER_DIM, Setup, describe_group_race, find_wrong_by, make_contestant, readying_us
+from benchmarks.harness import Contestant, Workload
+from benchmarks.lookup_setup import OTHER_DIM, Setup, describe_group_race, find_wrong_by
 from benchmarks.peers import Lookup
 
 BAG_SIZE = 20
@@ -18,7 +19,7 @@ def race_modules(setup: Setup) -> Iterator[Workload[Any]]:
     try:
         import torch
 
-        from benchmarks.peers.modules import BAGS
+        from benchmarks.peers.modules import BAGS, FLOAT_BAG
     except ImportError as error:
         setup.left_out["modules"] = str(error)
         return
@@ -27,7 +28,8 @@ def race_modules(setup: Setup) -> Iterator[Workload[Any]]:
         bags = make_bags(len(table), BAG_SIZE, indices)
         arguments = torch.from_numpy(bags.indices), torch.from_numpy(bags.offsets)
         calls = {name: _bind(make(table), *arguments) for name, make in BAGS.items()}
-        yield _make_workload(setup, calls, [table], bags)
+        goals = {FLOAT_BAG: setup.goals.module} if indices == BAG_SIZE else {}
+        yield _make_workload(calls, [table], bags, goals)
     yield from _race_collections(setup)
 
 
@@ -52,7 +54,7 @@ def _race_collections(setup: Setup) -> Iterator[Workload[Any]]:
             return KeyedJaggedTensor(keys, indices, offsets=offsets)
 
         calls = {name: _bind_features(module, make_features) for name, module in collections.items()}
-        yield _make_workload(setup, calls, tables, bags)
+        yield _make_workload(calls, tables, bags, {})
 
 
 def _bind(module: Any, *arguments: Any) -> Lookup:
@@ -63,16 +65,21 @@ def _bind_features(module: Any, make_features: Any) -> Lookup:
     return lambda: module(make_features()).values()
 
 
-def _make_workload(setup: Setup, calls: dict[str, Lookup], tables: list[Any], bags: Any) -> Workload[Any]:
+def _make_workload(
+    calls: dict[str, Lookup], tables: list[Any], bags: Any, goals: dict[str, float | None]
+) -> Workload[Any]:
     """Make a race of one thread each; the first call is ours."""
     import torch
 
-    make_us_ready = readying_us(setup.isa)
+    from benchmarks.peers.modules import find_isa
 
     def make_ready() -> None:
-        make_us_ready()
+        embpack.set_num_threads(1)
         torch.set_num_threads(1)
 
-    ours, *others = (make_contestant(name, call, bags, make_ready, None) for name, call in calls.items())
-    settings = describe_group_race("modules", setup, tables, bags)
+    ours, *others = (
+        Contestant(name, call, len(bags.indices), make_ready, find_isa(name), goals.get(name))
+        for name, call in calls.items()
+    )
+    settings = describe_group_race("modules", tables, bags)
     return Workload(settings, ours, others, find_wrong_by(Expected(tables, bags)))

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.cores import Busyness
 from benchmarks.harness import Standing
-from benchmarks.report import RaceResult, describe_ratio, print_machine
+from benchmarks.report import RaceResult, describe_goal, describe_ratio, print_busyness, print_machine
 from embpack.cli import show
 
 
@@ -14,6 +15,7 @@ class LookupReport:
     """Everything that a run found; dataclasses.asdict makes it JSON."""
 
     machine: dict[str, Any]
+    busyness: Busyness
     left_out: dict[str, str]
     races: list[RaceResult]
 
@@ -21,6 +23,7 @@ class LookupReport:
 def print_lookup_report(report: LookupReport) -> None:
     """Print the machine, who is left out, and the races."""
     print_machine(report.machine, report.left_out)
+    print_busyness(report.busyness)
     _print_races(report.races)
 
 
@@ -28,8 +31,10 @@ def _print_races(races: Iterable[RaceResult]) -> None:
     show.output.print()
     shown = show.start_table(
         "Sums of bags. M rows/s, µs a call: fastest round; ratio: our rate by theirs, median of rounds",
-        ("contestant", "M rows/s", "µs", "ratio", "quartiles", "goal", ""),
+        ("contestant", "isa", "M rows/s", "µs", "ratio", "quartiles", "goal", ""),
+        text_columns=2,
         left=("",),
+        drop=("µs",),
     )
     for race in races:
         settings = race.settings
@@ -44,10 +49,4 @@ def _print_races(races: Iterable[RaceResult]) -> None:
 def _describe(standing: Standing) -> tuple[str, ...]:
     rate = standing.rows_per_second
     speed = (f"{rate / 1e6:.1f}", f"{standing.rows / rate * 1e6:.1f}")
-    return standing.name, *speed, *describe_ratio(standing.ratio), *_judge(standing)
-
-
-def _judge(standing: Standing) -> tuple[str, str]:
-    if standing.goal is None or standing.ratio is None:
-        return "", ""
-    return f"{standing.goal:g}", "met" if standing.ratio.median >= standing.goal else "missed"
+    return standing.name, standing.isa, *speed, *describe_ratio(standing.ratio), *describe_goal(standing)

@@ -8,6 +8,7 @@ import numpy as np
 
 import embpack
 from benchmarks.bags import Bags, Expected
+from benchmarks.goals import LOOKUP_GOALS, LookupGoals
 from benchmarks.harness import Contestant
 from benchmarks.peers import Lookup, Pooler
 from embpack import PackedTable, _native
@@ -21,6 +22,7 @@ class Sizes:
 
     Attributes:
         dims: embedding_dim of the races in the cache.
+        widths: the same of those of other widths.
         bag_sizes: rows of a bag there.
         rows: of a table there.
         indices: of a call, about.
@@ -29,6 +31,7 @@ class Sizes:
     """
 
     dims: Sequence[int]
+    widths: Sequence[int]
     bag_sizes: Sequence[int]
     table_bytes: int
     rows: int = 2048
@@ -46,21 +49,25 @@ class Setup:
         sizes: see there.
         poolers: the peers' ways to look up.
         left_out: who does not race and why; cases add to it.
-        isa: of ours, where a case does not say.
+        goals: those of the instruction set of our kernels.
     """
 
     sizes: Sizes
     poolers: Sequence[Pooler]
     left_out: dict[str, str] = field(default_factory=dict)
-    isa: str = field(default_factory=_native.isa)
+    goals: LookupGoals = field(default_factory=lambda: LOOKUP_GOALS[_native.isa()])
 
 
 def make_ours(
-    setup: Setup, table: PackedTable, bags: Bags, *, threads: int = 1, goal: float | None = None
+    call: Lookup, bags: Bags, name: str = "embpack", *, threads: int = 1, goal: float | None = None
 ) -> Contestant[Any]:
-    """Make the contestant that sums bags of one table by us."""
-    name = "embpack" if threads == 1 else f"embpack, {threads} threads"
-    return make_contestant(name, bind_table(table)(bags), bags, readying_us(setup.isa, threads), goal)
+    """Make a contestant of ours, whose call sums those bags."""
+    return Contestant(name, call, len(bags.indices), lambda: embpack.set_num_threads(threads), _native.isa(), goal)
+
+
+def make_peer(peer: Pooler, call: Lookup, bags: Bags, goal: float | None) -> Contestant[Any]:
+    """Make a contestant of a peer, on one thread, whose call sums those bags."""
+    return Contestant(peer.name, call, len(bags.indices), lambda: peer.set_num_threads(1), peer.isa(), goal)
 
 
 def bind_table(table: PackedTable) -> Callable[[Bags], Lookup]:
@@ -71,29 +78,6 @@ def bind_table(table: PackedTable) -> Callable[[Bags], Lookup]:
         return lambda: table.embedding_bag(indices, offsets, mode="sum")
 
     return bind
-
-
-def readying_us(isa: str, threads: int = 1) -> Callable[[], None]:
-    """Make what readies us before a sample: whose instructions, how many threads."""
-
-    def make_ready() -> None:
-        if not _native.use_isa(isa):
-            raise ValueError(f"this CPU lacks {isa}")
-        embpack.set_num_threads(threads)
-
-    return make_ready
-
-
-def readying(peer: Pooler) -> Callable[[], None]:
-    """Make what readies a peer before a sample: one thread."""
-    return lambda: peer.set_num_threads(1)
-
-
-def make_contestant(
-    name: str, call: Lookup, bags: Bags, make_ready: Callable[[], None], goal: float | None
-) -> Contestant[Any]:
-    """Make a contestant whose call sums those bags."""
-    return Contestant(name, call, len(bags.indices), make_ready, goal)
 
 
 def find_wrong_by(expected: Expected) -> Callable[[Any, Any], str | None]:
@@ -110,7 +94,7 @@ def find_wrong_of_two(ours: Expected, theirs: Expected) -> Callable[[Any, Any], 
     return lambda our, their: ours.find_wrong(np.asarray(our)) or theirs.find_wrong(np.asarray(their))
 
 
-def describe_race(case: str, setup: Setup, table: PackedTable, bags: Bags) -> dict[str, Any]:
+def describe_race(case: str, table: PackedTable, bags: Bags) -> dict[str, Any]:
     """Describe a race for a report; bag_size is the mean."""
     return {
         "case": case,
@@ -122,11 +106,10 @@ def describe_race(case: str, setup: Setup, table: PackedTable, bags: Bags) -> di
         "bag_size": round(len(bags.indices) / (len(bags.offsets) - 1)),
         "distribution": "uniform",
         "threads": 1,
-        "isa": setup.isa,
     }
 
 
-def describe_group_race(case: str, setup: Setup, tables: Sequence[PackedTable], bags: Bags) -> dict[str, Any]:
+def describe_group_race(case: str, tables: Sequence[PackedTable], bags: Bags) -> dict[str, Any]:
     """Describe a race on several tables alike, whose bags lie table after table."""
     of_group = {"tables": len(tables), "table_bytes": sum(table.nbytes for table in tables)}
-    return describe_race(case, setup, tables[0], bags) | of_group
+    return describe_race(case, tables[0], bags) | of_group

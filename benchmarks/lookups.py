@@ -1,7 +1,8 @@
 """The races of python -m benchmarks.lookup: CASES, each a number of workloads."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.bags import DISTRIBUTIONS, Bags, Expected, make_bags, make_table, make_uneven_bags, quantize_normal
@@ -17,29 +18,19 @@ from benchmarks.lookup_setup import (
     describe_race,
     find_wrong_by,
     find_wrong_of_two,
-    make_contestant,
     make_ours,
-    readying,
-    readying_us,
+    make_peer,
 )
-from benchmarks.peers import Pooler
-from embpack import PackedTable, TableGroup, _native
-
-FOUR_BIT_GOAL, FP32_GOAL = 1.5, 1.0
-THREADS_GOAL = 1.8
-GROUP_GOAL = 1.5
-SINGLE_BAG_GOAL = 1.0
-AVX2_GOAL = 0.8
+from benchmarks.peers import Lookup, Pooler
+from embpack import PackedTable, TableGroup
 
 THREADED_DIMS = (64, 128)
 # Waking a thread takes some microseconds, so calls that are worth two are longer than those that are raced on one.
 THREADED_INDICES = 4
-# Methods for the other layouts, and how fast lookups of these are to be, by uniform rows.
-LAYOUT_GOALS = {"kmeans-lloyd": 0.8, "kmeans-cls:K=16": 0.8, "trellis": 0.45}
+# Methods for the other layouts.
+LAYOUT_METHODS = ("kmeans-lloyd", "kmeans-cls:K=16", "trellis")
 # A caller of its own does so many calls at a time that handing them to it does not count.
 CALLS_A_CALLER = 16
-
-Goals = Callable[[Pooler], float | None]
 
 
 def make_workloads(setup: Setup, cases: Iterable[str]) -> Iterator[Workload[Any]]:
@@ -50,33 +41,32 @@ def make_workloads(setup: Setup, cases: Iterable[str]) -> Iterator[Workload[Any]
 
 def race_in_cache(setup: Setup) -> Iterator[Workload[Any]]:
     """4 bits against everybody, by width, bag size and distribution."""
-    goals = {4: FOUR_BIT_GOAL, 32: FP32_GOAL}
     for d in setup.sizes.dims:
+        goals = {peer: setup.goals.by_pooler(peer, d) for peer in setup.poolers}
         for bag_size in setup.sizes.bag_sizes:
             for distribution in DISTRIBUTIONS:
-                yield _race_poolers(setup, "in-cache", d, (bag_size, distribution), lambda peer: goals.get(peer.bits))
+                yield _race_poolers(setup, "in-cache", d, (bag_size, distribution), goals)
 
 
-def race_avx2(setup: Setup) -> Iterator[Workload[Any]]:
-    """Ours held to AVX2; peers use what they find."""
-    if "avx2" not in _native.available_isas():
-        setup.left_out["avx2"] = "this CPU has no AVX2"
-        return
-    slower = Setup(setup.sizes, [peer for peer in setup.poolers if peer.bits == 4], setup.left_out, "avx2")
-    for d in setup.sizes.dims:
-        yield _race_poolers(slower, "avx2", d, (min(BAG_SIZES), "uniform"), lambda _: AVX2_GOAL)
+def race_widths(setup: Setup) -> Iterator[Workload[Any]]:
+    """4 bits against 4 bits at widths that are not one tile."""
+    goals = {peer: setup.goals.widths for peer in setup.poolers if peer.bits == 4}
+    for d in setup.sizes.widths:
+        for bag_size in setup.sizes.bag_sizes:
+            yield _race_poolers(setup, "widths", d, (bag_size, "uniform"), goals)
 
 
-def _race_poolers(setup: Setup, case: str, d: int, bags_of: tuple[int, str], goals: Goals) -> Workload[Any]:
+def _race_poolers(
+    setup: Setup, case: str, d: int, bags_of: tuple[int, str], goals: Mapping[Pooler, float | None]
+) -> Workload[Any]:
+    """Race against the peers that goals has."""
     sizes = setup.sizes
     table, (bag_size, distribution) = make_table(sizes.rows, d), bags_of
     bags = make_bags(sizes.rows, bag_size, sizes.indices, distribution)
-    others = [
-        make_contestant(peer.name, peer.load([table])(bags), bags, readying(peer), goals(peer))
-        for peer in setup.poolers
-    ]
-    settings = describe_race(case, setup, table, bags) | {"distribution": distribution}
-    return Workload(settings, make_ours(setup, table, bags), others, find_wrong_by(Expected([table], bags)))
+    others = [make_peer(peer, peer.load([table])(bags), bags, goal) for peer, goal in goals.items()]
+    settings = describe_race(case, table, bags) | {"distribution": distribution}
+    ours = make_ours(bind_table(table)(bags), bags)
+    return Workload(settings, ours, others, find_wrong_by(Expected([table], bags)))
 
 
 def race_threads(setup: Setup) -> Iterator[Workload[Any]]:
@@ -85,15 +75,15 @@ def race_threads(setup: Setup) -> Iterator[Workload[Any]]:
     for d in THREADED_DIMS:
         table = make_table(sizes.rows, d)
         bags = make_bags(sizes.rows, min(BAG_SIZES), THREADED_INDICES * sizes.indices)
-        two = make_ours(setup, table, bags, threads=2)
-        others = [make_ours(setup, table, bags, goal=THREADS_GOAL), _two_callers(setup, table, bags)]
-        settings = describe_race("threads", setup, table, bags) | {"threads": 2}
+        pool = bind_table(table)(bags)
+        two = make_ours(pool, bags, "embpack, 2 threads", threads=2)
+        others = [make_ours(pool, bags, goal=setup.goals.threads), _two_callers(pool, bags)]
+        settings = describe_race("threads", table, bags) | {"threads": 2}
         yield Workload(settings, two, others, find_wrong_by(Expected([table], bags)))
 
 
-def _two_callers(setup: Setup, table: PackedTable, bags: Bags) -> Contestant[Any]:
+def _two_callers(pool: Lookup, bags: Bags) -> Contestant[Any]:
     """Both sum all bags again and again, wait for nothing but their own work, and share nothing but the memory."""
-    pool = bind_table(table)(bags)
     callers = ThreadPoolExecutor(2)
 
     def repeat() -> Any:
@@ -106,7 +96,8 @@ def _two_callers(setup: Setup, table: PackedTable, bags: Bags) -> Contestant[Any
         second.result()
         return first.result()
 
-    return Contestant("embpack, 2 callers", call, 2 * CALLS_A_CALLER * len(bags.indices), readying_us(setup.isa))
+    one = make_ours(call, bags, "embpack, 2 callers")
+    return replace(one, rows=2 * CALLS_A_CALLER * one.rows)
 
 
 def race_layouts(setup: Setup) -> Iterator[Workload[Any]]:
@@ -115,13 +106,11 @@ def race_layouts(setup: Setup) -> Iterator[Workload[Any]]:
     for d in setup.sizes.dims:
         bags = make_bags(sizes.rows, min(BAG_SIZES), sizes.indices)
         uniform = quantize_normal(sizes.rows, d, "asym")
-        for method, goal in LAYOUT_GOALS.items():
-            table = quantize_normal(sizes.rows, d, method)
-            settings = describe_race("layouts", setup, table, bags)
-            ours = make_contestant(
-                f"embpack, {table.layout}", bind_table(table)(bags), bags, readying_us(setup.isa), None
-            )
-            other = make_contestant("embpack, uniform", bind_table(uniform)(bags), bags, readying_us(setup.isa), goal)
+        for method in LAYOUT_METHODS:
+            table, goal = quantize_normal(sizes.rows, d, method), setup.goals.layouts.get(method)
+            settings = describe_race("layouts", table, bags)
+            ours = make_ours(bind_table(table)(bags), bags, f"embpack, {table.layout}")
+            other = make_ours(bind_table(uniform)(bags), bags, "embpack, uniform", goal=goal)
             yield Workload(
                 settings, ours, [other], find_wrong_of_two(Expected([table], bags), Expected([uniform], bags))
             )
@@ -134,11 +123,9 @@ def race_many_tables(setup: Setup) -> Iterator[Workload[Any]]:
     bags = make_uneven_bags(sizes.rows_a_table, 10, sizes.tables * sizes.bags_a_table)
     group = TableGroup(tables)
     peers = [peer for peer in setup.poolers if peer.takes_groups and peer.bits == 4]
-    others = [make_contestant(peer.name, peer.load(tables)(bags), bags, readying(peer), GROUP_GOAL) for peer in peers]
-    ours = make_contestant(
-        "embpack", lambda: group.embedding_bag(bags.indices, bags.offsets), bags, readying_us(setup.isa), None
-    )
-    settings = describe_group_race("many-tables", setup, tables, bags)
+    others = [make_peer(peer, peer.load(tables)(bags), bags, setup.goals.group) for peer in peers]
+    ours = make_ours(lambda: group.embedding_bag(bags.indices, bags.offsets), bags)
+    settings = describe_group_race("many-tables", tables, bags)
     yield Workload(settings, ours, others, find_wrong_by(Expected(tables, bags)))
 
 
@@ -147,16 +134,15 @@ def race_single_bag(setup: Setup) -> Iterator[Workload[Any]]:
     table = make_table(setup.sizes.rows, OTHER_DIM)
     bags = make_bags(len(table), 20, 20)
     peers = [peer for peer in setup.poolers if peer.library == "PyTorch" and peer.bits == 4]
-    others = [
-        make_contestant(peer.name, peer.load([table])(bags), bags, readying(peer), SINGLE_BAG_GOAL) for peer in peers
-    ]
-    settings = describe_race("single-bag", setup, table, bags)
+    others = [make_peer(peer, peer.load([table])(bags), bags, setup.goals.single_bag) for peer in peers]
+    settings = describe_race("single-bag", table, bags)
     if peers:
-        others += _ours_from_torch(setup, table, bags)
-    yield Workload(settings, make_ours(setup, table, bags), others, find_wrong_by(Expected([table], bags)))
+        others += _ours_from_torch(table, bags)
+    ours = make_ours(bind_table(table)(bags), bags)
+    yield Workload(settings, ours, others, find_wrong_by(Expected([table], bags)))
 
 
-def _ours_from_torch(setup: Setup, table: PackedTable, bags: Bags) -> list[Contestant[Any]]:
+def _ours_from_torch(table: PackedTable, bags: Bags) -> list[Contestant[Any]]:
     """Our method and our operator, called with tensors."""
     import torch  # Installed, or there were no peers.
 
@@ -169,11 +155,12 @@ def _ours_from_torch(setup: Setup, table: PackedTable, bags: Bags) -> list[Conte
         "embpack, torch tensors": lambda: table.embedding_bag(indices, offsets, mode="sum"),
         "embpack::embedding_bag": lambda: pool(packed, row_format, indices, offsets, "sum"),
     }
-    return [make_contestant(name, call, bags, readying_us(setup.isa), None) for name, call in calls.items()]
+    return [make_ours(call, bags, name) for name, call in calls.items()]
 
 
 CASES: dict[str, Callable[[Setup], Iterator[Workload[Any]]]] = {
     "in-cache": race_in_cache,
+    "widths": race_widths,
     "out-of-cache": race_out_of_cache,
     "threads": race_threads,
     "layouts": race_layouts,
@@ -181,5 +168,4 @@ CASES: dict[str, Callable[[Setup], Iterator[Workload[Any]]]] = {
     "many-tables": race_many_tables,
     "single-bag": race_single_bag,
     "modules": race_modules,
-    "avx2": race_avx2,
 }

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import embpack
+from benchmarks.goals import ASYM_GOAL, THREADS, find_search_goal
 from benchmarks.harness import Contestant, Workload
 from benchmarks.peers import Clusterer, Packed, Peer
 from benchmarks.peers.ours import Embpack
+from embpack import _native
 
 # Ours that race against PyTorch's greedy search.
 SEARCHES = ("greedy", "optimal:effort=fast", "optimal")
@@ -73,7 +75,11 @@ def _as_table(values: Values, count: int, embedding_dim: int) -> Values:
 
 
 def _race_asym(weight: Values, peers: Sequence[Peer]) -> Workload[Packed]:
-    others = [_contestant(peer, "asym", weight) for peer in peers if "asym" in peer.methods]
+    others = [
+        _contestant(peer, "asym", weight, goal=ASYM_GOAL if peer.name == "FBGEMM" else None)
+        for peer in peers
+        if "asym" in peer.methods
+    ]
     return Workload(
         _settings("asym", weight),
         _contestant(Embpack(), "asym", weight),
@@ -85,7 +91,8 @@ def _race_asym(weight: Values, peers: Sequence[Peer]) -> Workload[Packed]:
 
 def _race_search(weight: Values, method: str, peers: Sequence[Peer]) -> Workload[Packed]:
     fewer = weight[: PEER_SEARCH_VALUES // weight.shape[1]]
-    others = [_contestant(peer, "greedy", fewer) for peer in peers if "greedy" in peer.methods]
+    goal = find_search_goal(method, weight.shape[1])
+    others = [_contestant(peer, "greedy", fewer, goal=goal) for peer in peers if "greedy" in peer.methods]
     return Workload(
         _settings(method, weight),
         _contestant(Embpack(), method, weight),
@@ -123,7 +130,7 @@ def _race_trellis(weight: Values, peers: Sequence[Peer]) -> Workload[_Decodable]
             packed = call()
             return _Decodable(lambda: _decode(packed, weight.shape[1]))
 
-        return Contestant(peer.name, pack, len(fewer), lambda: peer.set_num_threads(1))
+        return Contestant(peer.name, pack, len(fewer), lambda: peer.set_num_threads(1), peer.isa("greedy"))
 
     def measure(answer: _Decodable) -> float:
         return float(np.sqrt(answer.row_errors(weight).sum() / norm))
@@ -134,7 +141,7 @@ def _race_trellis(weight: Values, peers: Sequence[Peer]) -> Workload[_Decodable]
 
     return Workload(
         _settings("trellis", weight),
-        Contestant("embpack", code, len(weight), lambda: embpack.set_num_threads(1)),
+        Contestant("embpack", code, len(weight), lambda: embpack.set_num_threads(1), _native.isa()),
         [contestant(peer) for peer in peers if "greedy" in peer.methods],
         find_wrong,
         measure,
@@ -159,9 +166,9 @@ def _race_kmeans(weight: Values, clusterers: Sequence[Clusterer]) -> Workload[_D
             answer = call()
             return _Decodable(lambda: clusterer.levels(answer))
 
-        return Contestant(clusterer.name, cluster, len(fewer), lambda: None)
+        return Contestant(clusterer.name, cluster, len(fewer), lambda: None, "portable")
 
-    ours = Contestant("embpack", cluster_by_us, len(weight), lambda: embpack.set_num_threads(1))
+    ours = Contestant("embpack", cluster_by_us, len(weight), lambda: embpack.set_num_threads(1), _native.isa())
     norm = float(np.square(fewer, dtype=np.float64).sum())
     return Workload(
         _settings("kmeans", weight),
@@ -182,7 +189,7 @@ def find_worse_clustering(ours: NDArray[np.float64], theirs: NDArray[np.float64]
 def _race_threads(weight: Values, method: str) -> Workload[Packed]:
     """Two threads against one, and against two callers of one thread each: what the machine gives at most."""
     two = _contestant(Embpack(), method, weight, threads=2)
-    others = [_contestant(Embpack(), method, weight, threads=1), _two_callers(method, weight)]
+    others = [_contestant(Embpack(), method, weight, goal=THREADS), _two_callers(method, weight)]
     settings = _settings(method, weight) | {"threads": 2}
     return Workload(settings, two, others, find_other_bytes, lambda packed: measure_loss(packed, weight))
 
@@ -197,17 +204,20 @@ def _two_callers(method: str, weight: Values) -> Contestant[Packed]:
         second.result()
         return first.result()
 
-    return Contestant("embpack, 2 callers", call, 2 * len(weight), lambda: Embpack().set_num_threads(1))
+    one = _contestant(Embpack(), method, weight)
+    return replace(one, name="embpack, 2 callers", call=call, rows=2 * len(weight))
 
 
 def _settings(method: str, weight: Values) -> dict[str, Any]:
     return {"method": method, "embedding_dim": weight.shape[1], "table_bytes": weight.nbytes, "threads": 1}
 
 
-def _contestant(peer: Peer, method: str, weight: Values, threads: int = 1) -> Contestant[Packed]:
+def _contestant(
+    peer: Peer, method: str, weight: Values, *, threads: int = 1, goal: float | None = None
+) -> Contestant[Packed]:
     name = peer.name if threads == 1 else f"{peer.name}, {threads} threads"
     call = peer.quantizer(method, weight)
-    return Contestant(name, call, len(weight), lambda: peer.set_num_threads(threads))
+    return Contestant(name, call, len(weight), lambda: peer.set_num_threads(threads), peer.isa(method), goal)
 
 
 def measure_loss(packed: Packed, weight: Values) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.cores import MOST_LOST, Busyness
 from benchmarks.harness import Spread, Standing
 from benchmarks.streaming import MemoryUse
 from embpack.cli import show
@@ -22,6 +23,7 @@ class Report:
     """Everything that a run found; dataclasses.asdict makes it JSON."""
 
     machine: dict[str, Any]
+    busyness: Busyness
     left_out: dict[str, str]
     races: list[RaceResult]
     streaming: list[MemoryUse]
@@ -30,6 +32,7 @@ class Report:
 def print_report(report: Report) -> None:
     """Print the machine and the tables."""
     print_machine(report.machine, report.left_out)
+    print_busyness(report.busyness)
     _print_races(report.races)
     if report.streaming:
         _print_streaming(report.streaming)
@@ -38,17 +41,30 @@ def print_report(report: Report) -> None:
 def print_machine(machine: dict[str, Any], left_out: dict[str, str]) -> None:
     """Print where figures come from, and who is missing."""
     versions = (f"{name} {version or '(missing)'}" for name, version in machine["versions"].items())
-    show.output.print(f"{machine['cpu']}, {machine['isa']}, Python {machine['python']}")
+    best = "" if machine["isa"] == machine["best_isa"] else f" (the CPU has {machine['best_isa']})"
+    show.output.print(f"{machine['cpu']}, {machine['isa']}{best}, Python {machine['python']}")
     show.output.print(", ".join(versions))
     for peer, reason in left_out.items():
         show.output.print(f"{peer} is left out: {reason}")
+
+
+def print_busyness(busyness: Busyness) -> None:
+    """Print what each CPU lost to others, and whether that is too much."""
+    losses = "; ".join(f"CPU {own.cpu} {100 * own.before:.0f} %, {100 * own.after:.0f} %" for own in busyness.cpus)
+    show.output.print(f"lost to others, before and after: {losses}")
+    if not busyness.worth_quoting:
+        most = f"{100 * MOST_LOST:.0f} %"
+        show.output.print(f"A CPU lost more than {most}: these figures are not worth quoting.", style="yellow")
 
 
 def _print_races(races: Iterable[RaceResult]) -> None:
     show.output.print()
     shown = show.start_table(
         "Packing to 4 bits. Rows/s: fastest round; ratio: our rate by theirs, median of rounds",
-        ("contestant", "M rows/s", "loss", "ratio", "quartiles"),
+        ("contestant", "isa", "M rows/s", "loss", "ratio", "quartiles", "goal", ""),
+        text_columns=2,
+        left=("",),
+        drop=("loss",),
     )
     for race in races:
         method, d, table_bytes = (race.settings[key] for key in ("method", "embedding_dim", "table_bytes"))
@@ -59,14 +75,27 @@ def _print_races(races: Iterable[RaceResult]) -> None:
     show.output.print(shown)
 
 
-def _describe(standing: Standing) -> tuple[str, str, str, str, str]:
+def _describe(standing: Standing) -> tuple[str, ...]:
     loss = "" if standing.loss is None else f"{standing.loss:.5f}"
-    return standing.name, f"{standing.rows_per_second / 1e6:.3f}", loss, *describe_ratio(standing.ratio)
+    found = (f"{standing.rows_per_second / 1e6:.3f}", loss, *describe_ratio(standing.ratio))
+    return standing.name, standing.isa, *found, *describe_goal(standing)
 
 
 def describe_ratio(ratio: Spread | None) -> tuple[str, str]:
-    """Return the median and the quartiles, as shown."""
-    return ("", "") if ratio is None else (f"{ratio.median:.2f}", f"{ratio.low:.2f}..{ratio.high:.2f}")
+    """Return the median and the quartiles, as shown: of three digits."""
+    if ratio is None:
+        return "", ""
+    median, low, high = (
+        f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}" for value in (ratio.median, ratio.low, ratio.high)
+    )
+    return median, f"{low}..{high}"
+
+
+def describe_goal(standing: Standing) -> tuple[str, str]:
+    """Return the goal, and whether the median meets it, as shown."""
+    if standing.goal is None or standing.ratio is None:
+        return "", ""
+    return f"{standing.goal:g}", "met" if standing.ratio.median >= standing.goal else "missed"
 
 
 def _print_streaming(streaming: Iterable[MemoryUse]) -> None:

@@ -1,19 +1,14 @@
 """The bare loop of touch.cpp, compiled when it is needed."""
 
 import ctypes
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.compiled import load_compiled
 from embpack import PackedTable
 
-SOURCE = Path(__file__).with_name("touch.cpp")
 LINE_BYTES = 64
 
 Touch = Callable[[PackedTable, NDArray[np.int64]], int]
@@ -28,16 +23,7 @@ def compile_touch() -> Touch:
     Raises:
         OSError: there is no compiler, or it fails.
     """
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise OSError("there is no C++ compiler; install one, or name it in CXX")
-    with TemporaryDirectory() as folder:
-        library = Path(folder, "touch.so")
-        command = [compiler, "-O2", "-shared", "-fPIC", str(SOURCE), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(f"{compiler} fails: {done.stderr.strip().partition(chr(10))[0]}")
-        function = ctypes.CDLL(str(library)).touch
+    function = load_compiled("touch.cpp").touch
     function.restype = ctypes.c_uint64
     function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 

@@ -1,6 +1,7 @@
 """The benchmarks run, and refuse to time answers that differ."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from rich.cells import cell_len
 import embpack
 from benchmarks import opening, peers, planning, small_tables
 from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
+from benchmarks.cores import Busyness, CpuLoss
 from benchmarks.harness import AnswersDifferError, Contestant, Spread, Standing, Timing, Workload, measure_spread, race
 from benchmarks.lookup_report import LookupReport, print_lookup_report
 from benchmarks.lookups import CASES
@@ -29,6 +31,7 @@ from embpack.cli import show
 pytest.importorskip("torch")
 
 ROOT = Path(__file__).parent.parent
+QUIET = Busyness([CpuLoss(0, 0.01, 0.02), CpuLoss(1, 0.0, 0.1)], worth_quoting=True)
 
 
 def make_workload(ours, theirs, disagreement=find_other_bytes):
@@ -44,8 +47,8 @@ def test_quick_run_writes_its_figures(tmp_path):
     command = [sys.executable, "-m", "benchmarks.quantize", "--quick", "--no-stream", "--rounds", "1"]
     subprocess.run([*command, "--json", str(path)], cwd=ROOT, check=True, timeout=120, capture_output=True)
     report = json.loads(path.read_text())
-    assert set(report) == {"machine", "left_out", "races", "streaming"}
-    assert set(report["machine"]) == {"cpu", "isa", "threads_available", "python", "versions"}
+    assert set(report) == {"machine", "busyness", "left_out", "races", "streaming"}
+    assert set(report["machine"]) == {"cpu", "isa", "best_isa", "threads_available", "python", "versions"}
     assert report["streaming"] == []
     kinds = {(race["settings"]["method"], race["settings"]["threads"]) for race in report["races"]}
     searches = {("greedy", 1), ("optimal:effort=fast", 1), ("optimal", 1)}
@@ -54,8 +57,10 @@ def test_quick_run_writes_its_figures(tmp_path):
         assert set(race_found["settings"]) == {"method", "embedding_dim", "table_bytes", "threads"}
         ours, *others = race_found["standings"]
         assert ours["ratio"] is None and others
+        assert ours["isa"] == report["machine"]["isa"]
         for other in others:
             assert 0 < other["ratio"]["low"] <= other["ratio"]["median"] <= other["ratio"]["high"]
+            assert other["isa"] in {"portable", "avx2", ours["isa"]}
             assert other["rows_per_second"] > 0 and 0 <= ours["loss"] <= other["loss"] * 1.0001
         method, embedding_dim = race_found["settings"]["method"], race_found["settings"]["embedding_dim"]
         assert (ours["loss"] == 0) == (method == "kmeans" and embedding_dim <= 16)
@@ -66,14 +71,17 @@ def test_every_case_of_lookup_runs(tmp_path):
     command = [sys.executable, "-m", "benchmarks.lookup", "--quick", "--rounds", "1", "--table-bytes", "1e6"]
     subprocess.run([*command, "--json", str(path)], cwd=ROOT, check=True, timeout=120, capture_output=True)
     report = json.loads(path.read_text())
-    assert set(report) == {"machine", "left_out", "races"}
+    assert set(report) == {"machine", "busyness", "left_out", "races"}
+    assert {own["cpu"] for own in report["busyness"]["cpus"]} == os.sched_getaffinity(0)
     found = {race["settings"]["case"] for race in report["races"]}
     assert found == {case for case in CASES if case not in report["left_out"]}
     for race_found in report["races"]:
         ours, *others = race_found["standings"]
         assert ours["name"].startswith("embpack") and ours["ratio"] is None and ours["loss"] is None
+        assert ours["isa"] == report["machine"]["isa"]
         for other in others:
             assert 0 < other["ratio"]["low"] <= other["ratio"]["median"] <= other["ratio"]["high"]
+            assert other["isa"] in {"portable", "avx2", "avx512", ours["isa"]}
         names = {other["name"] for other in others}
         if race_found["settings"]["case"] == "in-cache":
             assert {"PyTorch 4 bits", "PyTorch 8 bits", "PyTorch fp32"} <= names
@@ -248,19 +256,25 @@ def test_tables_of_benchmarks_have_one_line_a_contestant(monkeypatch, capsys, wi
     monkeypatch.setattr(
         show, "output", show.output if width is None else show.Printer(width=width, force_terminal=True)
     )
-    ratio = Spread(300.31, 299.5, 300.99)
+    ratio = Spread(10.31, 9.5, 11.99)
     names = ["embpack PackedEmbeddingBagCollection", "PyTorch quantized.EmbeddingBag", "FBGEMM"]
-    standings = [Standing(name, 10, 1e9, 0.08, None if name == names[0] else ratio, 1.5) for name in names]
+    standings = [Standing(name, 10, "avx2", 1e9, 0.08, None if name == names[0] else ratio, 1.5) for name in names]
     settings = {"case": "layouts-out-of-cache", "method": "optimal:effort=fast", "embedding_dim": 512}
     settings |= {"table_bytes": 320 << 20, "bag_size": 100, "distribution": "uniform", "threads": 2}
     races = [RaceResult(settings, standings)] * 3
-    machine = {"cpu": "AMD EPYC", "isa": "avx2", "python": "3.11", "versions": {"embpack": "1", "torch": None}}
+    machine = {
+        "cpu": "AMD EPYC",
+        "isa": "avx2",
+        "best_isa": "avx2",
+        "python": "3.11",
+        "versions": {"embpack": "1", "torch": None},
+    }
     use = MemoryUse("optimal", 64, 4 << 30, 1e6, 1 << 26, 1 << 28, 1 << 29)
     losses = TableLosses(
         "demo", 20_000, 64, [Loss("ONNX Runtime", 'm, rotate="hadamard"' * 3, 20_000, 36.0, 0.1, 1.0, True)], {}
     )
-    print_report(Report(machine, {}, races, [use]))
-    print_lookup_report(LookupReport(machine, {}, races))
+    print_report(Report(machine, QUIET, {}, races, [use]))
+    print_lookup_report(LookupReport(machine, QUIET, {}, races))
     print_loss_report(LossReport(machine, {}, [losses]))
     lines = plain(capsys.readouterr().out).splitlines()
     if width is None:
@@ -268,7 +282,7 @@ def test_tables_of_benchmarks_have_one_line_a_contestant(monkeypatch, capsys, wi
         assert any('m, rotate="hadamard"' * 3 in line for line in lines)
     else:
         assert [line for line in lines if cell_len(line) > width] == []
-        assert len([line for line in lines if re.match(r"FBGEMM .*300\.31.*299\.50\.\.300\.99", line)]) == 6
+        assert len([line for line in lines if re.match(r"FBGEMM .*10\.3.*9\.50\.\.12\.0", line)]) == 6
 
 
 def test_planning_says_what_few_rows_give_up(capsys, monkeypatch):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import embpack
 from benchmarks import linear as benchmark
+from benchmarks import products
 from embpack import _native, reference
 from embpack.errors import FormatError
 from tests.conftest import use_isa
@@ -296,19 +297,21 @@ def test_the_benchmark_compares_answers_and_times_them(tmp_path, restore_threads
         benchmark.main(["--quick", "--rounds", "1", "--dims", "100", "--vectors", "1", "64", "--json", str(path)])
     finally:
         torch.set_num_threads(threads)
-    races = json.loads(path.read_text())["races"]
+    report = json.loads(path.read_text())
+    assert set(report) == {"machine", "busyness", "races"}
+    races = report["races"]
     assert [(race["settings"]["table"], race["settings"]["vectors"]) for race in races] == [
         (table, count) for table in benchmark.TABLES for count in (1, 64)
     ]
     for race in races:
         ours, *others = race["standings"]
-        assert ours["ratio"] is None and [other["name"] for other in others] == list(benchmark.PEERS)
-        assert all(other["ratio"]["median"] > 0 for other in others)
+        assert ours["ratio"] is None and [other["name"] for other in others] == list(products.PEERS)
+        assert all(other["ratio"]["median"] > 0 and other["isa"] for other in others)
     assert "trellis" in capsys.readouterr().out
 
 
 def test_the_benchmark_refuses_other_products():
     ours = torch.tensor([[1.0, 2.0]])
-    assert benchmark.find_other_products(ours, ours + 1e-6) is None
-    assert benchmark.find_other_products(ours, ours + 1e-3) == "products of up to 2 are up to 0.001 apart"
-    assert benchmark.find_other_products(ours, (ours + 1e-3).bfloat16()) is None
+    assert products.find_other_products(ours, ours + 1e-6) is None
+    assert products.find_other_products(ours, ours + 1e-3) == "products of up to 2 are up to 0.001 apart"
+    assert products.find_other_products(ours, (ours + 1e-3).bfloat16()) is None

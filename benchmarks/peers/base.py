@@ -52,6 +52,10 @@ class Peer(ABC):
         """Use this many threads from now on."""
 
     @abstractmethod
+    def isa(self, method: str) -> str:
+        """Return the instruction set that its kernels for a method are for."""
+
+    @abstractmethod
     def quantizer(self, method: str, weight: NDArray[np.float32]) -> Callable[[], Packed]:
         """Return a call that packs float32 rows [N, d] into an array that it allocates, uint8 [N, row_bytes].
 
@@ -124,6 +128,10 @@ class Pooler(ABC):
     @abstractmethod
     def set_num_threads(self, count: int) -> None:
         """Use this many threads from now on."""
+
+    @abstractmethod
+    def isa(self) -> str:
+        """Return the instruction set that its kernels are for."""
 
     @abstractmethod
     def load(self, tables: Sequence[PackedTable]) -> Callable[[Bags], Lookup]:

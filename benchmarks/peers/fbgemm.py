@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.isas import read_fbgemm_dispatch
 from benchmarks.peers.base import Packed, Peer
 
 
@@ -20,6 +21,10 @@ class Fbgemm(Peer):
     def set_num_threads(self, count: int) -> None:
         """Set PyTorch's number, under which FBGEMM runs."""
         torch.set_num_threads(count)
+
+    def isa(self, method: str) -> str:
+        """What FBGEMM's quantizers choose."""
+        return read_fbgemm_dispatch().packing_isa
 
     def quantizer(self, method: str, weight: NDArray[np.float32]) -> Callable[[], Packed]:
         """Min/max."""

@@ -12,6 +12,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (  # type: i
 )
 
 from benchmarks.bags import Bags, split_rows, widen_codes
+from benchmarks.isas import read_fbgemm_dispatch
 from benchmarks.peers.base import Lookup, Pooler
 from embpack import PackedTable
 
@@ -25,6 +26,10 @@ class _Fbgemm(Pooler):
     def set_num_threads(self, count: int) -> None:
         """Set PyTorch's number, under which FBGEMM runs."""
         torch.set_num_threads(count)
+
+    def isa(self) -> str:
+        """What FBGEMM chooses."""
+        return read_fbgemm_dispatch().lookup_isa(self.bits)
 
     def load(self, tables: Sequence[PackedTable]) -> Callable[[Bags], Lookup]:
         """Give it our codes, scales and biases, with rows as close together as ours."""

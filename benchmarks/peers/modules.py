@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized import EmbeddingBag as QuantizedEmbeddingBag
 
 from benchmarks.bags import PARAM_BYTES
-from embpack import PackedTable
+from benchmarks.isas import read_fbgemm_dispatch, read_pytorch_dispatch
+from embpack import PackedTable, _native
 from embpack.torch import PackedEmbeddingBag, PackedEmbeddingBagCollection
 
 Bag = Callable[[Tensor, Tensor], Tensor]
@@ -40,12 +41,22 @@ def make_quantized(table: PackedTable) -> Bag:
     )
 
 
+FLOAT_BAG = "nn.EmbeddingBag fp32"
 # By what reports call them, ours first.
 BAGS: dict[str, Callable[[PackedTable], Bag]] = {
     "embpack PackedEmbeddingBag": make_ours,
-    "nn.EmbeddingBag fp32": make_float,
+    FLOAT_BAG: make_float,
     "PyTorch quantized.EmbeddingBag": make_quantized,
 }
+
+
+def find_isa(name: str) -> str:
+    """Return the instruction set of a module's kernels: ours, FBGEMM's, or those of PyTorch's copy of FBGEMM."""
+    if name.startswith("embpack"):
+        return _native.isa()
+    if name.startswith("TorchRec quant"):
+        return read_fbgemm_dispatch().lookup_isa(4)
+    return read_pytorch_dispatch().lookup_isa(32 if name.endswith("fp32") else 4)
 
 
 def make_collections(tables: Sequence[PackedTable]) -> dict[str, Callable[[Any], Any]]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 import embpack
 from benchmarks.peers.base import Packed, Peer
+from embpack import _native
 
 
 class Embpack(Peer):
@@ -19,6 +20,10 @@ class Embpack(Peer):
     def set_num_threads(self, count: int) -> None:
         """Set embpack's number."""
         embpack.set_num_threads(count)
+
+    def isa(self, method: str) -> str:
+        """Ours in use."""
+        return _native.isa()
 
     def quantizer(self, method: str, weight: NDArray[np.float32]) -> Callable[[], Packed]:
         """Make the call that users make."""

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.isas import read_pytorch_dispatch
 from benchmarks.peers.base import Packed, Peer
 
 
@@ -19,6 +20,10 @@ class PyTorch(Peer):
     def set_num_threads(self, count: int) -> None:
         """Set PyTorch's number."""
         torch.set_num_threads(count)
+
+    def isa(self, method: str) -> str:
+        """The search is compiled for any CPU; minimum and maximum are FBGEMM's."""
+        return "portable" if method == "greedy" else read_pytorch_dispatch().packing_isa
 
     def quantizer(self, method: str, weight: NDArray[np.float32]) -> Callable[[], Packed]:
         """Min/max or greedy."""

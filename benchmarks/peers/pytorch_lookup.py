@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.bags import PARAM_BYTES, Bags, widen_codes
+from benchmarks.isas import read_pytorch_dispatch
 from benchmarks.peers.base import Lookup, Pooler
 from embpack import PackedTable
 
@@ -17,6 +18,10 @@ class _PyTorch(Pooler):
     def set_num_threads(self, count: int) -> None:
         """Set PyTorch's number."""
         torch.set_num_threads(count)
+
+    def isa(self) -> str:
+        """What PyTorch's copy of FBGEMM chooses, for float32 too."""
+        return read_pytorch_dispatch().lookup_isa(self.bits)
 
 
 def _bind(pool: Callable[..., torch.Tensor], packed: torch.Tensor) -> Callable[[Bags], Lookup]:
