@@ -29,8 +29,6 @@ size_t table_bytes(const PackedRows& rows) { return rows.num_rows * rows.row_byt
 // Pieces of a lookup: few enough for prefetching to run ahead in each, enough that threads end together.
 constexpr size_t pieces_a_thread = 8;
 
-constexpr size_t output_at_a_time = size_t{1} << 20;
-
 // Values that are pooled in about a tenth of a second: a loop looks for signals between pieces.
 constexpr size_t most_piece_values = size_t{1} << 26;
 
@@ -43,22 +41,20 @@ size_t count_values(const Lookup& lookup) {
     return (bags.start(bags.num_bags) - bags.start(0)) * lookup.rows.embedding_dim;
 }
 
-// Bags of one table in few pieces; those of several in turns, so that what is written of the output together lies
-// together: its rows are wide, and each would be on a page of its own.
+// Bags in few pieces, table after table. While a table is read, the second-level cache has its rows, or the pages that
+// they lie on; to come back to it after all the others, a megabyte of output at a time, took up to twice as long.
 std::vector<Piece> cut(const std::vector<Lookup>& lookups, size_t total_values, int threads) {
     size_t most_bags = 0;
     for (const Lookup& lookup : lookups) most_bags = std::max(most_bags, lookup.bags.num_bags);
     size_t bags_at_a_time = most_bags / (total_values / most_piece_values + 1) + 1;
-    if (lookups.size() > 1) bags_at_a_time = std::max<size_t>(1, output_at_a_time / lookups[0].out.row_bytes);
     if (threads > 1) {
         const size_t bags_a_piece = most_bags / (static_cast<size_t>(threads) * pieces_a_thread / lookups.size() + 1);
         bags_at_a_time = std::min(bags_at_a_time, bags_a_piece + 1);
     }
     std::vector<Piece> pieces;
-    for (size_t first = 0; first < most_bags; first += bags_at_a_time)
-        for (size_t i = 0; i < lookups.size(); i++)
-            if (first < lookups[i].bags.num_bags)
-                pieces.push_back({i, first, std::min(lookups[i].bags.num_bags, first + bags_at_a_time)});
+    for (size_t i = 0; i < lookups.size(); i++)
+        for (size_t first = 0, num_bags = lookups[i].bags.num_bags; first < num_bags; first += bags_at_a_time)
+            pieces.push_back({i, first, std::min(num_bags, first + bags_at_a_time)});
     return pieces;
 }
 
