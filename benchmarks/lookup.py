@@ -39,7 +39,8 @@ cases:
   layouts       rows with codebooks, rows that share them, and trellis-coded ones against uniform rows
   layouts-out-of-cache
                 trellis-coded rows against uniform ones of as many bytes, as in out-of-cache
-  many-tables   100 tables x 1,000 bags in one call of TableGroup, against FBGEMM's table-batched embeddings
+  many-tables   100 tables x 1,000 bags in one call of TableGroup, against FBGEMM's table-batched embeddings: tables
+                of 10,000 rows, and together of as many bytes as the table of out-of-cache
   single-bag    one bag of 20 rows: what a call from Python costs
   modules       embpack.torch's modules against nn.EmbeddingBag, PyTorch's quantized module and, 100 tables of a
                 KeyedJaggedTensor, TorchRec's collections: one bag and many

@@ -31,7 +31,7 @@ def race_out_of_cache(setup: Setup) -> Iterator[Workload[Any]]:
     others = [
         make_peer(peer, _in_turns(peer.name, peer.load([table]), batches), batches[0], setup.goals.memory)
         for peer in setup.poolers
-        if _has_room(setup, peer, table)
+        if has_room(setup, peer, *table.shape)
     ]
     others += _list_bare_loop(setup, table, batches)
     ours = make_ours(_in_turns("embpack", bind_table(table), batches), batches[0])
@@ -90,10 +90,11 @@ def _in_turns(name: str, bind: Callable[[Bags], Lookup], batches: Sequence[Bags]
     return lambda: (waiting.pop() if waiting else choose.choice(calls))()
 
 
-def _has_room(setup: Setup, peer: Pooler, table: PackedTable) -> bool:
-    needed, room = peer.bytes_needed(*table.shape), read_available_memory() // 2
+def has_room(setup: Setup, peer: Pooler, rows: int, embedding_dim: int) -> bool:
+    """Whether a peer's tables of so many rows in all fit half of the free memory; setup says so if they do not."""
+    needed, room = peer.bytes_needed(rows, embedding_dim), read_available_memory() // 2
     if needed > room:
-        what = f"{len(table)} rows take {needed >> 20} MB while they are made, half of the free memory is {room >> 20}"
+        what = f"{rows} rows take {needed >> 20} MB while they are made, half of the free memory is {room >> 20}"
         setup.left_out[f"{peer.name}, out-of-cache"] = what
     return needed <= room
 

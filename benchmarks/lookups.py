@@ -5,9 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.bags import DISTRIBUTIONS, Bags, Expected, make_bags, make_table, make_uneven_bags, quantize_normal
+from benchmarks.bags import (
+    DISTRIBUTIONS,
+    Bags,
+    Expected,
+    make_bags,
+    make_table,
+    make_uneven_bags,
+    quantize_normal,
+    repeat_rows,
+)
 from benchmarks.harness import Contestant, Workload
-from benchmarks.lookup_memory import race_layouts_out_of_cache, race_out_of_cache
+from benchmarks.lookup_memory import has_room, race_layouts_out_of_cache, race_out_of_cache
 from benchmarks.lookup_modules import race_modules
 from benchmarks.lookup_setup import (
     BAG_SIZES,
@@ -23,6 +32,7 @@ from benchmarks.lookup_setup import (
 )
 from benchmarks.peers import Lookup, Pooler
 from embpack import PackedTable, TableGroup
+from embpack.layouts import RowFormat
 
 THREADED_DIMS = (64, 128)
 # Waking a thread takes some microseconds, so calls that are worth two are longer than those that are raced on one.
@@ -117,16 +127,25 @@ def race_layouts(setup: Setup) -> Iterator[Workload[Any]]:
 
 
 def race_many_tables(setup: Setup) -> Iterator[Workload[Any]]:
-    """A hundred tables in one call."""
+    """A hundred tables in one call: of some size, and as many bytes in all as the table out of the cache has."""
     sizes = setup.sizes
-    tables = [make_table(sizes.rows_a_table, OTHER_DIM, seed) for seed in range(sizes.tables)]
-    bags = make_uneven_bags(sizes.rows_a_table, 10, sizes.tables * sizes.bags_a_table)
-    group = TableGroup(tables)
-    peers = [peer for peer in setup.poolers if peer.takes_groups and peer.bits == 4]
-    others = [make_peer(peer, peer.load(tables)(bags), bags, setup.goals.group) for peer in peers]
+    rows_out_of_cache = sizes.table_bytes // sizes.tables // RowFormat(OTHER_DIM).row_bytes
+    for rows in (sizes.rows_a_table, max(rows_out_of_cache, 1)):
+        tables = [repeat_rows(make_table(sizes.rows_a_table, OTHER_DIM, seed), rows) for seed in range(sizes.tables)]
+        bags = make_uneven_bags(rows, 10, sizes.tables * sizes.bags_a_table)
+        yield _race_group(setup, tables, bags)
+
+
+def _race_group(setup: Setup, tables: list[PackedTable], bags: Bags) -> Workload[Any]:
+    rows, group = sum(map(len, tables)), TableGroup(tables)
+    others = [
+        make_peer(peer, peer.load(tables)(bags), bags, setup.goals.group)
+        for peer in setup.poolers
+        if peer.takes_groups and peer.bits == 4 and has_room(setup, peer, rows, OTHER_DIM)
+    ]
     ours = make_ours(lambda: group.embedding_bag(bags.indices, bags.offsets), bags)
     settings = describe_group_race("many-tables", tables, bags)
-    yield Workload(settings, ours, others, find_wrong_by(Expected(tables, bags)))
+    return Workload(settings, ours, others, find_wrong_by(Expected(tables, bags)))
 
 
 def race_single_bag(setup: Setup) -> Iterator[Workload[Any]]:

@@ -65,6 +65,7 @@ private:
 void bind_quantize(nb::module_&);
 void bind_lookup(nb::module_&);
 void bind_tensors(nb::module_&);
+void bind_operators(nb::module_&);
 
 // float32, float16, or bfloat16 as uint16.
 ValueType value_type(nb::dlpack::dtype, const char* complaint);
@@ -75,8 +76,12 @@ Pooling parse_mode(std::string_view mode);
 // one whose row has no codebook.
 inline constexpr int64_t bad_offsets = INT64_MIN;
 
+// With Python's lock, which they give up for as long as it is worth that.
 int64_t gather_into(const PackedRows&, const Integers& indices, const Output&);
 int64_t pool_into(const PackedRows&, const Bags&, const Output&);
+// Without it, or with it for all the time.
+int64_t gather_without_python(const PackedRows&, const Integers& indices, const Output&);
+int64_t pool_without_python(const PackedRows&, const Bags&, const Output&);
 
 // The bags of a feature, pooled from a table, for some columns of a group's output.
 struct FeatureLookup {

@@ -57,16 +57,24 @@ constexpr size_t few_values = 4096;
 }  // namespace
 
 int64_t gather_into(const PackedRows& rows, const Integers& indices, const Output& out) {
-    if (rows.num_rows == 0) return indices.values ? 0 : -1;
     const size_t count = indices.values ? indices.count : rows.num_rows;
     std::optional<WithoutPython> without;
     if (count * rows.embedding_dim > few_values) without.emplace();
+    return gather_without_python(rows, indices, out);
+}
+
+int64_t gather_without_python(const PackedRows& rows, const Integers& indices, const Output& out) {
+    if (rows.num_rows == 0) return indices.values ? 0 : -1;
     return tell_fault(gather(rows, indices, out));
 }
 
 int64_t pool_into(const PackedRows& rows, const Bags& bags, const Output& out) {
     std::optional<WithoutPython> without;
     if ((bags.indices.count + bags.num_bags) * rows.embedding_dim > few_values) without.emplace();
+    return pool_without_python(rows, bags, out);
+}
+
+int64_t pool_without_python(const PackedRows& rows, const Bags& bags, const Output& out) {
     if (bags.offsets.values) {
         require(bags.num_bags <= bags.offsets.count && bags.num_bags + 1 >= bags.offsets.count,
                 "out must have a row for each bag");
@@ -76,8 +84,9 @@ int64_t pool_into(const PackedRows& rows, const Bags& bags, const Output& out) {
         if (bags.num_bags == 0 && bags.indices.count > 0) return bad_offsets;
     }
     if (rows.num_rows == 0 && bags.indices.count > 0) return 0;
+    Lookup lookup{rows, bags, out};
     size_t faulty_lookup;
-    return tell_fault(pool({{rows, bags, out}}, faulty_lookup));
+    return tell_fault(pool({&lookup, 1}, faulty_lookup));
 }
 
 size_t group_width(const std::vector<PackedRows>& tables, const std::vector<FeatureLookup>& lookups,

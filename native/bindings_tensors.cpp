@@ -4,34 +4,14 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
+#include <optional>
 #include <string_view>
 
 #include "bindings.h"
 
 namespace embpack {
-namespace {
 
-// PyTorch's functions, and those in Python that do what embedding and embedding_bag leave. They are never unloaded.
-const dlpack::ExchangeApi* exchange_api = nullptr;
-PyObject *slow_embedding = nullptr, *slow_embedding_bag = nullptr;
-
-void use_exchange_api(const nb::capsule& capsule, nb::handle embedding, nb::handle embedding_bag) {
-    auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!api) throw nb::python_error();
-    while (api && api->major != dlpack::known_major) api = api->older;
-    require(api && api->allocate && api->managed_tensor_to_object && api->tensor_from_object,
-            "the exchange API has an unknown version, or lacks a function");
-    exchange_api = api;
-    slow_embedding = embedding.inc_ref().ptr();
-    slow_embedding_bag = embedding_bag.inc_ref().ptr();
-}
-
-// A contiguous tensor on the CPU, which its object owns.
-dlpack::Tensor view_tensor(nb::handle object, const char* complaint) {
-    require(exchange_api, "use_exchange_api has not been called");
-    dlpack::Tensor tensor;
-    if (exchange_api->tensor_from_object(object.ptr(), &tensor) != 0) throw nb::python_error();
+dlpack::Tensor as_contiguous(dlpack::Tensor tensor, const char* complaint) {
     bool is_contiguous = true;
     int64_t stride = 1;
     for (int32_t i = tensor.ndim; i-- > 0;) {
@@ -40,14 +20,26 @@ dlpack::Tensor view_tensor(nb::handle object, const char* complaint) {
     }
     require(tensor.device_type == dlpack::cpu && tensor.type_lanes == 1 && (is_contiguous || stride == 0), complaint);
     if (tensor.data) tensor.data = static_cast<uint8_t*>(tensor.data) + tensor.byte_offset;
+    tensor.byte_offset = 0;
     return tensor;
 }
 
-dlpack::Tensor view_bytes(nb::handle object) {
+dlpack::Tensor as_bytes(const dlpack::Tensor& given) {
     const char* complaint = "a table's tensors must be uint8 [rows, bytes], contiguous and on the CPU";
-    const dlpack::Tensor tensor = view_tensor(object, complaint);
+    const dlpack::Tensor tensor = as_contiguous(given, complaint);
     require(tensor.ndim == 2 && tensor.type_code == dlpack::unsigned_integer && tensor.type_bits == 8, complaint);
     return tensor;
+}
+
+Beside::Array as_beside(const dlpack::Tensor& given) {
+    const dlpack::Tensor tensor = as_bytes(given);
+    return {tensor.data, static_cast<size_t>(tensor.shape[0]), static_cast<size_t>(tensor.shape[1])};
+}
+
+PackedRows as_rows(const dlpack::Tensor& given, const RowFormat& format, const Beside& beside) {
+    const dlpack::Tensor bytes = as_bytes(given);
+    return make_rows(bytes.data, static_cast<size_t>(bytes.shape[0]), static_cast<size_t>(bytes.shape[1]), format,
+                     beside);
 }
 
 size_t count_values(const dlpack::Tensor& tensor) {
@@ -56,15 +48,55 @@ size_t count_values(const dlpack::Tensor& tensor) {
     return count;
 }
 
-dlpack::Tensor view_integer_tensor(nb::handle object) {
+dlpack::Tensor as_integer_tensor(const dlpack::Tensor& given) {
     const char* complaint = "indices and offsets must be int32 or int64, contiguous and on the CPU";
-    const dlpack::Tensor tensor = view_tensor(object, complaint);
+    const dlpack::Tensor tensor = as_contiguous(given, complaint);
     require(tensor.type_code == dlpack::integer && (tensor.type_bits == 32 || tensor.type_bits == 64), complaint);
     return tensor;
 }
 
 Integers as_integers(const dlpack::Tensor& tensor) {
     return {tensor.data, count_values(tensor), tensor.type_bits == 64};
+}
+
+Bags as_bags(const dlpack::Tensor& given_indices, const dlpack::Tensor* given_offsets, bool include_last_offset) {
+    const dlpack::Tensor indices = as_integer_tensor(given_indices);
+    Bags bags{.indices = as_integers(indices)};
+    if (!given_offsets) {
+        require(indices.ndim == 2, "indices without offsets must be 2-D");
+        bags.num_bags = static_cast<size_t>(indices.shape[0]);
+        bags.bag_size = static_cast<size_t>(indices.shape[1]);
+        return bags;
+    }
+    const dlpack::Tensor offsets = as_integer_tensor(*given_offsets);
+    require(indices.ndim == 1 && offsets.ndim == 1, "offsets go with 1-D indices, and are 1-D");
+    require(indices.type_bits == offsets.type_bits, "indices and offsets must be of one type");
+    require(offsets.shape[0] >= include_last_offset, "offsets must end with where the last bag ends");
+    bags.num_bags = static_cast<size_t>(offsets.shape[0]) - include_last_offset;
+    if (offsets.shape[0] > 0) bags.offsets = as_integers(offsets);
+    return bags;
+}
+
+namespace {
+
+// PyTorch's functions. They are never unloaded.
+const dlpack::ExchangeApi* exchange_api = nullptr;
+
+void use_exchange_api(const nb::capsule& capsule) {
+    auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!api) throw nb::python_error();
+    while (api && api->major != dlpack::known_major) api = api->older;
+    require(api && api->allocate && api->managed_tensor_to_object && api->tensor_from_object,
+            "the exchange API has an unknown version, or lacks a function");
+    exchange_api = api;
+}
+
+// A tensor, which its object owns.
+dlpack::Tensor view_tensor(nb::handle object) {
+    require(exchange_api, "use_exchange_api has not been called");
+    dlpack::Tensor tensor;
+    if (exchange_api->tensor_from_object(object.ptr(), &tensor) != 0) throw nb::python_error();
+    return tensor;
 }
 
 // A new tensor of these values, and where it is.
@@ -93,24 +125,14 @@ nb::object found_or(int64_t fault, const nb::object& found) { return fault == -1
 
 // Clusters uint8 [rows, bytes of a number] and codebooks uint8 [codebooks, bytes].
 Beside view_beside(nb::handle clusters, nb::handle codebooks) {
-    const auto view = [](nb::handle array) {
-        if (array.is_none()) return Beside::Array{};
-        const dlpack::Tensor tensor = view_bytes(array);
-        return Beside::Array{tensor.data, static_cast<size_t>(tensor.shape[0]), static_cast<size_t>(tensor.shape[1])};
-    };
+    const auto view = [](nb::handle array) { return array.is_none() ? Beside::Array{} : as_beside(view_tensor(array)); };
     return {view(clusters), view(codebooks)};
-}
-
-PackedRows view_rows(nb::handle packed, const RowFormat& format, const Beside& beside) {
-    const dlpack::Tensor bytes = view_bytes(packed);
-    return make_rows(bytes.data, static_cast<size_t>(bytes.shape[0]), static_cast<size_t>(bytes.shape[1]), format,
-                     beside);
 }
 
 nb::object gather_tensors(nb::handle packed, nb::handle clusters, nb::handle codebooks, std::string_view row_format,
                           nb::handle indices, std::string_view dtype) {
-    const PackedRows rows = view_rows(packed, parse_row_format(row_format), view_beside(clusters, codebooks));
-    const dlpack::Tensor tensor = view_integer_tensor(indices);
+    const PackedRows rows = as_rows(view_tensor(packed), parse_row_format(row_format), view_beside(clusters, codebooks));
+    const dlpack::Tensor tensor = as_integer_tensor(view_tensor(indices));
     const Integers from = as_integers(tensor);
     std::vector<int64_t> shape(tensor.shape, tensor.shape + tensor.ndim);
     shape.push_back(static_cast<int64_t>(rows.embedding_dim));
@@ -119,16 +141,9 @@ nb::object gather_tensors(nb::handle packed, nb::handle clusters, nb::handle cod
     return found_or(from.count == 0 ? -1 : gather_into(rows, from, to), out);
 }
 
-size_t count_bags(const dlpack::Tensor& indices, const dlpack::Tensor& offsets, bool include_last_offset) {
-    require(indices.ndim == 1 && offsets.ndim == 1, "offsets go with 1-D indices, and are 1-D");
-    require(indices.type_bits == offsets.type_bits, "indices and offsets must be of one type");
-    require(offsets.shape[0] >= include_last_offset, "offsets must end with where the last bag ends");
-    return static_cast<size_t>(offsets.shape[0]) - include_last_offset;
-}
-
 const float* view_weights(nb::handle object, const Bags& bags) {
     const char* complaint = "per_sample_weights must be float32, contiguous, and one for each index, for sums";
-    const dlpack::Tensor tensor = view_tensor(object, complaint);
+    const dlpack::Tensor tensor = as_contiguous(view_tensor(object), complaint);
     const bool are_f32 = tensor.type_code == dlpack::floating && tensor.type_bits == 32;
     require(are_f32 && count_values(tensor) == bags.indices.count && bags.pooling == Pooling::sum, complaint);
     return static_cast<const float*>(tensor.data);
@@ -137,53 +152,17 @@ const float* view_weights(nb::handle object, const Bags& bags) {
 nb::object pool_tensors(nb::handle packed, nb::handle clusters, nb::handle codebooks, std::string_view row_format,
                         nb::handle indices, nb::handle offsets, std::string_view mode, nb::handle per_sample_weights,
                         bool include_last_offset, int64_t padding_index, std::string_view dtype) {
-    const PackedRows rows = view_rows(packed, parse_row_format(row_format), view_beside(clusters, codebooks));
-    const dlpack::Tensor tensor = view_integer_tensor(indices);
-    Bags bags{.indices = as_integers(tensor), .padding_index = padding_index, .pooling = parse_mode(mode)};
-    if (offsets.is_none()) {
-        require(tensor.ndim == 2, "indices without offsets must be 2-D");
-        bags.num_bags = static_cast<size_t>(tensor.shape[0]);
-        bags.bag_size = static_cast<size_t>(tensor.shape[1]);
-    } else {
-        const dlpack::Tensor starts = view_integer_tensor(offsets);
-        bags.num_bags = count_bags(tensor, starts, include_last_offset);
-        if (starts.shape[0] > 0) bags.offsets = as_integers(starts);
-    }
+    const PackedRows rows = as_rows(view_tensor(packed), parse_row_format(row_format), view_beside(clusters, codebooks));
+    std::optional<dlpack::Tensor> starts;
+    if (!offsets.is_none()) starts = view_tensor(offsets);
+    Bags bags = as_bags(view_tensor(indices), starts ? &*starts : nullptr, include_last_offset);
+    bags.padding_index = padding_index;
+    bags.pooling = parse_mode(mode);
     if (!per_sample_weights.is_none()) bags.per_sample_weights = view_weights(per_sample_weights, bags);
     Output to;
     const std::vector<int64_t> shape{static_cast<int64_t>(bags.num_bags), static_cast<int64_t>(rows.embedding_dim)};
     const nb::object out = make_tensor(shape, parse_value_type(dtype), to);
     return found_or(pool_into(rows, bags, to), out);
-}
-
-// The operators' kernels: what most calls are, without a function in Python. All else, mistakes too, is for that.
-nb::object embedding(nb::handle packed, std::string_view row_format, nb::handle indices, nb::handle clusters,
-                     nb::handle codebooks, nb::handle dtype) {
-    if (dtype.is_none()) {
-        try {
-            nb::object found = gather_tensors(packed, clusters, codebooks, row_format, indices, "float32");
-            if (!PyLong_Check(found.ptr())) return found;
-        } catch (const std::exception&) {
-        }
-    }
-    return nb::handle(slow_embedding)(packed, row_format, indices, clusters, codebooks, nb::arg("dtype") = dtype);
-}
-
-nb::object embedding_bag(nb::handle packed, std::string_view row_format, nb::handle indices, nb::handle offsets,
-                         std::string_view mode, nb::handle clusters, nb::handle codebooks, bool include_last_offset,
-                         nb::handle padding_idx, nb::handle dtype) {
-    if (dtype.is_none() && padding_idx.is_none()) {
-        try {
-            nb::object found = pool_tensors(packed, clusters, codebooks, row_format, indices, offsets, mode, nb::none(),
-                                            include_last_offset, -1, "float32");
-            if (!PyLong_Check(found.ptr())) return found;
-        } catch (const std::exception&) {
-        }
-    }
-    return nb::handle(slow_embedding_bag)(
-        packed, row_format, indices, offsets, mode, clusters, codebooks,
-        nb::arg("include_last_offset") = include_last_offset, nb::arg("padding_idx") = padding_idx,
-        nb::arg("dtype") = dtype);
 }
 
 // Tables, how often each is read and how pooled, and columns of the output that are left for others to write; the
@@ -209,7 +188,8 @@ public:
         for (size_t i = 0; i < lookups.size(); i++) lookups[i].feature = feature_of[i];
         const size_t width = group_width(tables, lookups, num_features) + columns_left_;
 
-        const dlpack::Tensor values = view_integer_tensor(indices), starts = view_integer_tensor(offsets);
+        const dlpack::Tensor values = as_integer_tensor(view_tensor(indices));
+        const dlpack::Tensor starts = as_integer_tensor(view_tensor(offsets));
         require(values.ndim == 1 && starts.ndim == 1, "indices and offsets must be 1-D");
         Bags bags{.indices = as_integers(values), .offsets = as_integers(starts)};
         if (!per_sample_weights.is_none()) bags.per_sample_weights = view_weights(per_sample_weights, bags);
@@ -244,7 +224,7 @@ private:
             const Layout layout = formats_[i].layout;
             const nb::object by_row = take(has_array_by_row(layout), clusters, clusters_taken);
             const nb::object shared = take(has_shared_array(layout), codebooks, codebooks_taken);
-            tables.push_back(view_rows(packed[i], formats_[i], view_beside(by_row, shared)));
+            tables.push_back(as_rows(view_tensor(packed[i]), formats_[i], view_beside(by_row, shared)));
         }
         require(clusters_taken == clusters.size() && codebooks_taken == codebooks.size(),
                 "clusters and codebooks go with the layouts that have them");
@@ -260,16 +240,7 @@ private:
 
 void bind_tensors(nb::module_& m) {
     // A table's tensors are packed, clusters and codebooks.
-    m.def("use_exchange_api", &use_exchange_api, nb::arg("api"), nb::arg("embedding"), nb::arg("embedding_bag"),
-          "Take torch.Tensor.__dlpack_c_exchange_api__, and the functions that embedding and embedding_bag call for what "
-          "they leave.");
-    m.def("embedding", &embedding, nb::arg("packed"), nb::arg("row_format"), nb::arg("indices"),
-          nb::arg("clusters") = nb::none(), nb::arg("codebooks") = nb::none(), nb::arg("dtype") = nb::none(),
-          "embpack::embedding.");
-    m.def("embedding_bag", &embedding_bag, nb::arg("packed"), nb::arg("row_format"), nb::arg("indices"),
-          nb::arg("offsets").none(), nb::arg("mode"), nb::arg("clusters") = nb::none(),
-          nb::arg("codebooks") = nb::none(), nb::arg("include_last_offset") = false, nb::arg("padding_idx") = nb::none(),
-          nb::arg("dtype") = nb::none(), "embpack::embedding_bag.");
+    m.def("use_exchange_api", &use_exchange_api, nb::arg("api"), "Take torch.Tensor.__dlpack_c_exchange_api__.");
     m.def("gather_tensors", &gather_tensors, nb::arg("packed"), nb::arg("clusters").none(), nb::arg("codebooks").none(),
           nb::arg("row_format"), nb::arg("indices"), nb::arg("dtype"),
           "The rows `indices` as a new tensor, or what gather returns for a fault.");

@@ -29,38 +29,37 @@ size_t table_bytes(const PackedRows& rows) { return rows.num_rows * rows.row_byt
 // Pieces of a lookup: few enough for prefetching to run ahead in each, enough that threads end together.
 constexpr size_t pieces_a_thread = 8;
 
-constexpr size_t output_at_a_time = size_t{1} << 20;
-
 // Values that are pooled in about a tenth of a second: a loop looks for signals between pieces.
 constexpr size_t most_piece_values = size_t{1} << 26;
-
-struct Piece {
-    size_t lookup, first_bag, end_bag;
-};
 
 size_t count_values(const Lookup& lookup) {
     const Bags& bags = lookup.bags;
     return (bags.start(bags.num_bags) - bags.start(0)) * lookup.rows.embedding_dim;
 }
 
-// Bags of one table in few pieces; those of several in turns, so that what is written of the output together lies
-// together: its rows are wide, and each would be on a page of its own.
-std::vector<Piece> cut(const std::vector<Lookup>& lookups, size_t total_values, int threads) {
-    size_t most_bags = 0;
-    for (const Lookup& lookup : lookups) most_bags = std::max(most_bags, lookup.bags.num_bags);
-    size_t bags_at_a_time = most_bags / (total_values / most_piece_values + 1) + 1;
-    if (lookups.size() > 1) bags_at_a_time = std::max<size_t>(1, output_at_a_time / lookups[0].out.row_bytes);
-    if (threads > 1) {
-        const size_t bags_a_piece = most_bags / (static_cast<size_t>(threads) * pieces_a_thread / lookups.size() + 1);
-        bags_at_a_time = std::min(bags_at_a_time, bags_a_piece + 1);
+// How lookups are cut into few pieces, table after table. While a table is read, the second-level cache has its rows, or
+// the pages that they lie on; to come back to it after all the others, a megabyte of output at a time, took up to twice
+// as long.
+class Cut {
+public:
+    Cut(std::span<const Lookup> lookups, size_t total_values, int threads)
+        : num_bags_(lookups.empty() ? 0 : lookups[0].bags.num_bags),
+          bags_at_a_time_(num_bags_ / (total_values / most_piece_values + 1) + 1) {
+        if (threads > 1) {
+            const size_t pieces = static_cast<size_t>(threads) * pieces_a_thread / lookups.size() + 1;
+            bags_at_a_time_ = std::min(bags_at_a_time_, num_bags_ / pieces + 1);
+        }
+        pieces_a_lookup_ = (num_bags_ + bags_at_a_time_ - 1) / bags_at_a_time_;
     }
-    std::vector<Piece> pieces;
-    for (size_t first = 0; first < most_bags; first += bags_at_a_time)
-        for (size_t i = 0; i < lookups.size(); i++)
-            if (first < lookups[i].bags.num_bags)
-                pieces.push_back({i, first, std::min(lookups[i].bags.num_bags, first + bags_at_a_time)});
-    return pieces;
-}
+
+    size_t count_pieces(size_t num_lookups) const { return num_lookups * pieces_a_lookup_; }
+    size_t lookup_of(size_t piece) const { return piece / pieces_a_lookup_; }
+    size_t first_bag(size_t piece) const { return piece % pieces_a_lookup_ * bags_at_a_time_; }
+    size_t end_bag(size_t piece) const { return std::min(num_bags_, first_bag(piece) + bags_at_a_time_); }
+
+private:
+    size_t num_bags_, bags_at_a_time_, pieces_a_lookup_;
+};
 
 // Values that are rotated back together: they stay in the first-level cache.
 constexpr size_t rotated_at_a_time = size_t{1} << 13;
@@ -171,7 +170,7 @@ LookupFault gather(const PackedRows& rows, const Integers& indices, const Output
     return fault;
 }
 
-LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup) {
+LookupFault pool(std::span<Lookup> lookups, size_t& faulty_lookup) {
     size_t total_values = 0, total_bytes = 0;
     for (const Lookup& lookup : lookups) {
         total_values += count_values(lookup);
@@ -180,14 +179,14 @@ LookupFault pool(std::vector<Lookup> lookups, size_t& faulty_lookup) {
     for (Lookup& lookup : lookups) lookup.bags.prefetches = total_bytes > second_level_bytes;
     const Kernels& k = kernels();
     const int threads = threads_for(total_values);
-    const std::vector<Piece> pieces = cut(lookups, total_values, threads);
+    const Cut cut(lookups, total_values, threads);
     LookupFault fault;
     faulty_lookup = lookups.size();
     std::mutex mutex;
-    for_each_piece(pieces.size(), 1, threads, [&](size_t i, Turn&) {
-        const size_t number = pieces[i].lookup;
+    for_each_piece(cut.count_pieces(lookups.size()), 1, threads, [&](size_t piece, Turn&) {
+        const size_t number = cut.lookup_of(piece);
         LookupFault found;
-        pool_bags(k, lookups[number], pieces[i].first_bag, pieces[i].end_bag, found);
+        pool_bags(k, lookups[number], cut.first_bag(piece), cut.end_bag(piece), found);
         if (found.kind == LookupFault::none) return;
         const std::lock_guard lock(mutex);
         if (number <= faulty_lookup) {

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "layouts.h"
+
 namespace embpack {
 
 // The structs of DLPack 1.3 that are used, field for field.
@@ -65,5 +67,15 @@ static_assert(offsetof(ExchangeApi, managed_tensor_to_object) == 32);
 static_assert(offsetof(ExchangeApi, tensor_from_object) == 40 && offsetof(ExchangeApi, current_work_stream) == 48);
 
 }  // namespace dlpack
+
+// Tensors as what they are given for. These throw std::invalid_argument if they are not that.
+dlpack::Tensor as_contiguous(dlpack::Tensor, const char* complaint);   // and on the CPU
+dlpack::Tensor as_bytes(const dlpack::Tensor&);
+dlpack::Tensor as_integer_tensor(const dlpack::Tensor&);
+Beside::Array as_beside(const dlpack::Tensor&);
+PackedRows as_rows(const dlpack::Tensor&, const RowFormat&, const Beside&);
+Bags as_bags(const dlpack::Tensor& indices, const dlpack::Tensor* offsets, bool include_last_offset);
+
+Integers as_integers(const dlpack::Tensor&);
 
 }  // namespace embpack

@@ -751,3 +751,19 @@ def test_indices_on_another_device_are_refused():
     assert on_meta(torch.zeros(3, dtype=torch.int64, device="meta")).shape == (3, DIM)
     with pytest.raises(ValueError, match="the table is on meta, indices on cpu"):
         on_meta(torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": -1}, {"dtype": torch.float64}])
+@pytest.mark.parametrize("index", [3, 50])
+def test_operators_keep_nothing_of_what_they_were_given(options, index):
+    """What kernels answer themselves, what they leave to Python, and what is refused."""
+    table = embpack.quantize(np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32))
+    given = [PackedEmbeddingBag.from_table(table).packed, torch.full((4,), index), torch.tensor([0, 2])]
+    owners = [tensor._use_count() for tensor in given]
+    packed, indices, offsets = given
+    try:
+        found = torch.ops.embpack.embedding_bag(packed, str(table.row_format), indices, offsets, "sum", **options)
+        assert found._use_count() == torch.zeros(1)._use_count()
+    except IndexError:
+        assert index == 50
+    assert [tensor._use_count() for tensor in given] == owners

@@ -36,6 +36,13 @@ def test_the_exchange_api_is_a_capsule():
     assert 'object "dlpack_exchange_api" at' in repr(private.EXCHANGE_API), CHANGED
 
 
+def test_a_tensor_goes_through_its_handle_which_is_deleted():
+    tensor = torch.arange(6).reshape(2, 3)
+    owners = tensor._use_count()
+    assert private.tensor_of_handle(private.handle_of_tensor(tensor)) is tensor, CHANGED
+    assert tensor._use_count() == owners, CHANGED
+
+
 def test_forward_mode_is_seen():
     seen = []
 

@@ -88,7 +88,7 @@ def as_integers(values: Any, what: str) -> NDArray[Any]:
     Raises:
         TypeError: they are no integers.
     """
-    array = as_array(values, what)
+    array = values if type(values) is np.ndarray else as_array(values, what)
     if array.dtype in _NATIVE_INTEGERS:
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
     if array.dtype.kind not in "iu":

@@ -391,7 +391,8 @@ void test_core() {
             const int64_t starts[] = {0, 1, static_cast<int64_t>(num_rows)};
             const Bags bags{.indices = {indices.data(), num_rows}, .offsets = {starts, 3}, .num_bags = 2};
             size_t faulty_lookup;
-            CHECK(pool({{view, bags, as_output(sums)}}, faulty_lookup).kind == LookupFault::none);
+            Lookup lookup{view, bags, as_output(sums)};
+            CHECK(pool({&lookup, 1}, faulty_lookup).kind == LookupFault::none);
             const Bounds bounds = bound_table(rows);
             CHECK(result.fault == RowFault::none && bounds.fault == RowFault::none);
             CHECK(bounds.xmin <= values[0] && values[0] <= bounds.xmax);

@@ -277,7 +277,8 @@ void test_core() {
         bags.num_bags = num_bags, bags.bag_size = bag_size;
         size_t faulty;
         const Output out{bytes.data() + num_rows * row_bytes, d * 2, ValueType::f16};
-        const LookupFault fault = pool({{packed, bags, out}}, faulty);
+        Lookup lookup{packed, bags, out};
+        const LookupFault fault = pool({&lookup, 1}, faulty);
         if (fault.kind != LookupFault::none) bytes.clear();
         return bytes;
     };

@@ -19,7 +19,7 @@ from embpack import _native
 from embpack.bags import as_row, check_integers, check_mode, check_weights, count_bags
 from embpack.layouts import ArraySpec, RowFormat
 from embpack.table import PackedTable
-from embpack.torch.private import EXCHANGE_API, in_forward_mode
+from embpack.torch.private import EXCHANGE_API, PYTHON_LIBRARY, handle_of_tensor, in_forward_mode, tensor_of_handle
 
 # What the core calls the types of values; None is the default.
 DTYPE_NAMES = {None: "float32", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -217,9 +217,8 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype is {dtype}; choose torch.float32, float16, bfloat16 or float64")
 
 
-_native.use_exchange_api(EXCHANGE_API, _embedding, _embedding_bag)
-library.impl("embedding", _native.embedding, "CPU")
-library.impl("embedding_bag", _native.embedding_bag, "CPU")
+_native.use_exchange_api(EXCHANGE_API)
+_native.register_operators(PYTHON_LIBRARY, tensor_of_handle, handle_of_tensor, _embedding, _embedding_bag)
 library.impl("embedding_bag.weighted", _weighted_embedding_bag, "CPU")
 # Nothing in them has gradients, and looking for some takes PyTorch a third of a microsecond.
 library.impl("embedding", torch.library.fallthrough_kernel, "Autograd")

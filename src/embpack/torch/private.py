@@ -24,6 +24,11 @@ USED: dict[str, tuple[object, str]] = {
     "torch.nn.Module._load_from_state_dict": (nn.Module, "_load_from_state_dict"),
     "torch.Tensor._make_wrapper_subclass": (torch.Tensor, "_make_wrapper_subclass"),
     "the _schema of operators": (torch.ops.aten.add.Tensor, "_schema"),
+    "torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs": (
+        torch._C._aoti,
+        "alloc_tensors_by_stealing_from_void_ptrs",
+    ),
+    "torch._C._aoti.unsafe_alloc_void_ptr_from_tensor": (torch._C._aoti, "unsafe_alloc_void_ptr_from_tensor"),
     "torch._C.DisableTorchFunctionSubclass": (torch._C, "DisableTorchFunctionSubclass"),
     "torch.utils._pytree.tree_map": (_pytree, "tree_map"),
     "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
@@ -49,6 +54,21 @@ check_pytorch()
 # since December 2025, in DLPack 1.3. Tensor.__dlpack__, which PyTorch documents, makes an object of each tensor at each
 # call.
 EXCHANGE_API: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__")  # noqa: B009  (PyTorch's types lack it)
+
+# Where PyTorch's C functions for operators are found, which are documented (its stable ABI).
+PYTHON_LIBRARY: str = torch._C.__file__
+
+# A new handle of a tensor, a capsule, as these functions take them. TorchInductor's code has it, since 2.6.
+handle_of_tensor: Any = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor
+
+
+def tensor_of_handle(handle: Any) -> Tensor:
+    """Return the tensor of a handle, and delete the handle.
+
+    TorchInductor's code has this, since 2.6, for lists; the function for one handle leaves it undeleted.
+    """
+    tensor: Tensor = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([handle])[0]
+    return tensor
 
 
 def in_forward_mode() -> bool:
