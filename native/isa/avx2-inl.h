@@ -28,7 +28,8 @@ constexpr bool looks_up_in_one = false;   // two permutations, a shift and a ble
 constexpr size_t most_sums = 4;   // vectors of sums that stay in registers
 constexpr size_t product_sums = 4;   // those of products: as many as hide how long a multiply-add takes
 constexpr size_t rows_early = 3;    // rows whose levels are read before they are added
-constexpr size_t starts_at_once = 1;   // ranges that sums are made for in one pass
+constexpr size_t starts_at_once = 4;   // ranges that `optimal` goes on with together
+constexpr size_t sums_at_once = 1;   // ranges that it makes sums for in one pass
 constexpr bool picks_of_rows = true;
 constexpr size_t vectors_of_codes = 4;   // whose codes are stored together
 constexpr size_t vectors_of_words = 4;   // that levels_of_words makes together
@@ -442,29 +443,21 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
         for (size_t j = 0; j < 16; j += 8) transpose_8x8(rows + i * stride + j, stride, out + j * lanes + i);
 }
 
-// pick_of_rows (kernels/rows-inl.h): halves of halves of rows are picked from, two rows to a register, then four and
-// eight: a quarter of the operations that turning all of them over takes.
+// pick_of_rows (kernels/rows-inl.h): neighbouring lanes of two rows, then of four and eight, a third of the operations
+// that turning all rows over takes.
 template <class Pick>
 inline F32x16 pick_of_rows_in_parts(const float* rows, const Pick& pick) {
-    const auto of_eight = [&pick](const float* eight) {
-        const auto half = [&](size_t row) {
-            return pick(_mm256_loadu_ps(eight + lanes * row + 8), _mm256_loadu_ps(eight + lanes * row));
-        };
-        __m256d of_two[4];   // rows i and i + 4
-        for (size_t i = 0; i < 4; i++) {
-            const __m256 a = half(i), b = half(i + 4);
-            const __m256 second = _mm256_permute2f128_ps(a, b, 0x31);
-            of_two[i] = _mm256_castps_pd(pick(second, _mm256_permute2f128_ps(a, b, 0x20)));
-        }
-        __m256 of_four[2];
-        for (size_t i = 0; i < 2; i++) {
-            const __m256 second = _mm256_castpd_ps(_mm256_unpackhi_pd(of_two[2 * i], of_two[2 * i + 1]));
-            of_four[i] = pick(second, _mm256_castpd_ps(_mm256_unpacklo_pd(of_two[2 * i], of_two[2 * i + 1])));
-        }
-        const __m256 second = _mm256_shuffle_ps(of_four[0], of_four[1], 0xdd);
-        return pick(second, _mm256_shuffle_ps(of_four[0], of_four[1], 0x88));
+    const auto pick_neighbours = [&pick](__m256 a, __m256 b) {
+        return pick(_mm256_shuffle_ps(a, b, 0xdd), _mm256_shuffle_ps(a, b, 0x88));
     };
-    return {of_eight(rows), of_eight(rows + 8 * lanes)};
+    const auto of_eight = [&](const float* eight) {
+        const auto of_two = [&](size_t row) {
+            return pick_neighbours(_mm256_loadu_ps(eight + lanes * row), _mm256_loadu_ps(eight + lanes * (row + 1)));
+        };
+        const __m256 first = pick_neighbours(of_two(0), of_two(2)), second = pick_neighbours(of_two(4), of_two(6));
+        return pick(_mm256_permute2f128_ps(first, second, 0x31), _mm256_permute2f128_ps(first, second, 0x20));
+    };
+    return {pick(of_eight(rows + 8), of_eight(rows)), pick(of_eight(rows + 8 * lanes + 8), of_eight(rows + 8 * lanes))};
 }
 
 }  // namespace

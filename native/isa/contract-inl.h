@@ -22,7 +22,8 @@ static_assert(std::is_same_v<decltype(looks_up_in_one), const bool>,
 static_assert(most_sums >= 1 && most_sums <= 16, "vectors of sums that stay in registers, a power of two");
 static_assert(product_sums >= 1 && product_sums <= 16, "vectors of sums of products that stay in registers, a power of two");
 static_assert(rows_early < 4, "rows whose levels are read before they are added");
-static_assert(starts_at_once >= 1, "ranges that `optimal` makes sums for in one pass");
+static_assert(starts_at_once >= 1, "ranges that `optimal` goes on with together");
+static_assert(starts_at_once % sums_at_once == 0, "of these, ranges that it makes sums for in one pass");
 static_assert(std::is_same_v<decltype(notes_overflow), const bool>, "the CPU notes what store_f16 cannot hold");
 static_assert(std::is_same_v<decltype(picks_of_rows), const bool>, "there is pick_of_rows_in_parts");
 static_assert(vectors_of_codes >= 1, "vectors of codes that store_vectors stores together; 1: there is no such function");

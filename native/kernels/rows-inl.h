@@ -52,17 +52,22 @@ struct LaneBounds {
 
 inline LaneBounds bound_row(const float* x, size_t d, SquaredSum& squares) {
     const F32x16 any = splat(x[0]);
-    F32x16 low = any, high = any;
+    F32x16 low = any, high = any, other_low = any, other_high = any;
     for (size_t start = 0; start < d; start += 16 * run_vectors) {
         const size_t end = d - start < 16 * run_vectors ? d : start + 16 * run_vectors;
         squares.expect((end - start + 15) / 16);
+        F32x16 even = squares.even, odd = squares.odd;
         size_t j = start;
         for (; j + 32 <= end; j += 32) {
-            const F32x16 values = load(x + j), others = load(x + j + 16);
-            low = min(min(others, values), low);
-            high = max(max(others, values), high);
-            squares.even = fma(values, values, squares.even);
-            squares.odd = fma(others, others, squares.odd);
+            const F32x16 values = load(x + j);
+            low = min(values, low);
+            high = max(values, high);
+            even = fma(values, values, even);
+            if constexpr (parts > 1) asm("" : : : "memory");   // no load for the other half before: there is no register
+            const F32x16 others = load(x + j + 16);
+            other_low = min(others, other_low);
+            other_high = max(others, other_high);
+            odd = fma(others, others, odd);
         }
         for (; j < end; j += 16) {
             const size_t count = end - j < 16 ? end - j : 16;
@@ -70,10 +75,12 @@ inline LaneBounds bound_row(const float* x, size_t d, SquaredSum& squares) {
             const F32x16 padded = select(first_lanes(count), values, any);
             low = min(padded, low);
             high = max(padded, high);
-            squares.even = fma(values, values, squares.even);
+            even = fma(values, values, even);
         }
+        squares.even = even;
+        squares.odd = odd;
     }
-    return {low, high};
+    return {min(other_low, low), max(other_high, high)};
 }
 
 inline bool all_finite(const RowBlock& block) {
