@@ -31,7 +31,7 @@ constexpr size_t rows_early = 3;    // rows whose levels are read before they ar
 constexpr size_t starts_at_once = 4;   // ranges that `optimal` goes on with together
 constexpr size_t sums_at_once = 1;   // ranges that it makes sums for in one pass
 constexpr bool picks_of_rows = true;
-constexpr size_t vectors_of_codes = 4;   // whose codes are stored together
+constexpr size_t vectors_of_codes = 2;   // whose codes are stored together
 constexpr size_t vectors_of_words = 4;   // that levels_of_words makes together
 
 inline void stay_in_register(F32x16&) {}   // there are not enough of them
@@ -201,37 +201,27 @@ inline void store_codes(uint8_t* p, I32x16 codes) {
     }
 }
 
-// The same of 64 codes: the operations that leave half of a register empty are shared.
+// The same of 32 codes: operations that leave half of a register empty are shared.
 template <int bits>
 inline void store_vectors(uint8_t* p, const I32x16 (&codes)[vectors_of_codes]) {
-    // Thirty-two codes as bytes, those of the low halves of the four registers in the low half.
-    const auto narrow = [](I32x16 a, I32x16 b) {
-        return _mm256_packus_epi16(_mm256_packus_epi32(a.low, a.high), _mm256_packus_epi32(b.low, b.high));
-    };
-    const auto store_half = [p](size_t half, __m128i x) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * half), x);
-    };
-    const __m256i bytes[2] = {narrow(codes[0], codes[1]), narrow(codes[2], codes[3])};
+    // As bytes, fours of codes 0, 2, 4, 6 in the low half and 1, 3, 5, 7 in the high one.
+    const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(codes[0].low, codes[0].high),
+                                              _mm256_packus_epi32(codes[1].low, codes[1].high));
     if constexpr (bits == 8) {
         const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        for (size_t i = 0; i < 2; i++)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32 * i),
-                                _mm256_permutevar8x32_epi32(bytes[i], in_order));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, in_order));
         return;
     }
-    const __m256i factors = _mm256_set1_epi16(bits == 4 ? 0x1001 : 0x0401);
-    const __m256i pairs[2] = {_mm256_maddubs_epi16(bytes[0], factors), _mm256_maddubs_epi16(bytes[1], factors)};
+    const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(bits == 4 ? 0x1001 : 0x0401));
     if constexpr (bits == 4) {
-        const __m256i all = _mm256_packus_epi16(pairs[0], pairs[1]);
-        const __m128i low = _mm256_castsi256_si128(all), high = _mm256_extracti128_si256(all, 1);
-        store_half(0, _mm_unpacklo_epi16(low, high));
-        store_half(1, _mm_unpackhi_epi16(low, high));
+        const __m256i fours = _mm256_packus_epi16(pairs, pairs);
+        const __m128i even = _mm256_castsi256_si128(fours), odd = _mm256_extracti128_si256(fours, 1);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi16(even, odd));
     } else {
-        const __m256i shifts = _mm256_set1_epi32(0x00100001);
-        const __m256i words =
-            _mm256_packus_epi32(_mm256_madd_epi16(pairs[0], shifts), _mm256_madd_epi16(pairs[1], shifts));
-        const __m256i all = _mm256_packus_epi16(words, words);
-        store_half(0, _mm_unpacklo_epi8(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+        const __m256i quads = _mm256_madd_epi16(pairs, _mm256_set1_epi32(0x00100001));
+        const __m256i words = _mm256_packus_epi32(quads, quads), fours = _mm256_packus_epi16(words, words);
+        const __m128i even = _mm256_castsi256_si128(fours), odd = _mm256_extracti128_si256(fours, 1);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi8(even, odd));
     }
 }
 
