@@ -30,7 +30,10 @@ constexpr bool looks_halves_up = true;
 constexpr size_t most_sums = 4;   // vectors of sums that stay in registers
 constexpr size_t product_sums = 4;   // those of products: as many as hide how long a multiply-add takes
 constexpr size_t rows_early = 3;    // rows whose levels are read before they are added
-constexpr size_t starts_at_once = 1;   // ranges that sums are made for in one pass
+constexpr size_t starts_at_once = 4;   // ranges that `optimal` goes on with together
+constexpr size_t sums_at_once = 1;   // ranges that it makes sums for in one pass
+constexpr bool picks_of_rows = true;
+constexpr size_t vectors_of_codes = 2;   // whose codes are stored together
 constexpr size_t vectors_of_words = 4;   // that levels_of_words makes together
 
 inline void stay_in_register(F32x16&) {}   // there are not enough of them
@@ -51,6 +54,14 @@ inline F32x16 splat_at(const float* p) {
     asm("" : "+x"(x));
     return {x, x};
 }
+// A register of a vector: loops that would not have enough of them for whole vectors take one part after the other.
+using Part = __m256;
+constexpr size_t parts = 2;
+inline Part& part_of(F32x16& x, size_t i) { return i == 0 ? x.low : x.high; }
+inline Part part_of(const F32x16& x, size_t i) { return i == 0 ? x.low : x.high; }
+inline Part load_part(const float* p) { return _mm256_loadu_ps(p); }
+inline Part splat_part(float x) { return _mm256_set1_ps(x); }
+
 inline F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline F32x16 load_first(const float* p, size_t n) {
     const __m256 low = _mm256_maskload_ps(p, first_lanes_of_eight(n));
@@ -91,6 +102,10 @@ inline F32x16 round_f16(F32x16 x) {
             _mm256_cvtph_ps(_mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT))};
 }
 
+inline Part add(Part a, Part b) { return _mm256_add_ps(a, b); }
+inline Part sub(Part a, Part b) { return _mm256_sub_ps(a, b); }
+inline Part mul(Part a, Part b) { return _mm256_mul_ps(a, b); }
+inline Part fma(Part a, Part b, Part c) { return _mm256_fmadd_ps(a, b, c); }
 inline F32x16 add(F32x16 a, F32x16 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 inline F32x16 sub(F32x16 a, F32x16 b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 inline F32x16 mul(F32x16 a, F32x16 b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
@@ -103,6 +118,8 @@ inline F32x16 magnitude(F32x16 a) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
 }
+inline Part min(Part a, Part b) { return _mm256_min_ps(a, b); }
+inline Part max(Part a, Part b) { return _mm256_max_ps(a, b); }
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
 
@@ -145,18 +162,18 @@ inline Mask16 finite(F32x16 x) {
 
 // Clips to [0, top], then rounds to the nearest integer, ties to even. As integers, the bits of floats order
 // like the floats when one side is not negative; integer min and max leave the multiply ports free.
-inline F32x16 round_code(F32x16 x, F32x16 top) {
-    const auto round_eight = [](__m256 y, __m256 y_top) {
-        const __m256i low = _mm256_max_epi32(_mm256_castps_si256(y), _mm256_setzero_si256());
-        const __m256i clipped = _mm256_min_epi32(low, _mm256_castps_si256(y_top));
-        return _mm256_round_ps(_mm256_castsi256_ps(clipped), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    };
-    return {round_eight(x.low, top.low), round_eight(x.high, top.high)};
+inline Part round_code(Part x, Part top) {
+    const __m256i low = _mm256_max_epi32(_mm256_castps_si256(x), _mm256_setzero_si256());
+    const __m256i clipped = _mm256_min_epi32(low, _mm256_castps_si256(top));
+    return _mm256_round_ps(_mm256_castsi256_ps(clipped), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+inline F32x16 round_code(F32x16 x, F32x16 top) { return {round_code(x.low, top.low), round_code(x.high, top.high)}; }
 inline F32x16 round_nearest(F32x16 x) {
     constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(x.low, nearest), _mm256_round_ps(x.high, nearest)};
 }
+inline Part round_nearest(Part x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Part from_nearest(Part x) { return sub(x, round_nearest(x)); }
 inline F32x16 from_nearest(F32x16 x) { return sub(x, round_nearest(x)); }
 inline I32x16 to_int(F32x16 x) { return {_mm256_cvttps_epi32(x.low), _mm256_cvttps_epi32(x.high)}; }
 inline F32x16 to_float(I32x16 x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
@@ -183,6 +200,30 @@ inline void store_codes(uint8_t* p, I32x16 codes) {
         const __m128i quads = _mm_madd_epi16(pairs, _mm_set1_epi32(0x00100001));
         const __m128i words = _mm_packus_epi32(quads, quads);
         _mm_storeu_si32(p, _mm_packus_epi16(words, words));
+    }
+}
+
+// The same of 32 codes: operations that leave half of a register empty are shared.
+template <int bits>
+inline void store_vectors(uint8_t* p, const I32x16 (&codes)[vectors_of_codes]) {
+    // As bytes, fours of codes 0, 2, 4, 6 in the low half and 1, 3, 5, 7 in the high one.
+    const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(codes[0].low, codes[0].high),
+                                              _mm256_packus_epi32(codes[1].low, codes[1].high));
+    if constexpr (bits == 8) {
+        const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, in_order));
+        return;
+    }
+    const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(bits == 4 ? 0x1001 : 0x0401));
+    if constexpr (bits == 4) {
+        const __m256i fours = _mm256_packus_epi16(pairs, pairs);
+        const __m128i even = _mm256_castsi256_si128(fours), odd = _mm256_extracti128_si256(fours, 1);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi16(even, odd));
+    } else {
+        const __m256i quads = _mm256_madd_epi16(pairs, _mm256_set1_epi32(0x00100001));
+        const __m256i words = _mm256_packus_epi32(quads, quads), fours = _mm256_packus_epi16(words, words);
+        const __m128i even = _mm256_castsi256_si128(fours), odd = _mm256_extracti128_si256(fours, 1);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi8(even, odd));
     }
 }
 
@@ -464,6 +505,23 @@ inline void transpose_8x8(const float* rows, size_t stride, float* out) {
 inline void transpose_16x16(const float* rows, size_t stride, float* out) {
     for (size_t i = 0; i < 16; i += 8)
         for (size_t j = 0; j < 16; j += 8) transpose_8x8(rows + i * stride + j, stride, out + j * lanes + i);
+}
+
+// pick_of_rows (kernels/rows-inl.h): neighbouring lanes of two rows, then of four and eight, a third of the operations
+// that turning all rows over takes.
+template <class Pick>
+inline F32x16 pick_of_rows_in_parts(const float* rows, const Pick& pick) {
+    const auto pick_neighbours = [&pick](__m256 a, __m256 b) {
+        return pick(_mm256_shuffle_ps(a, b, 0xdd), _mm256_shuffle_ps(a, b, 0x88));
+    };
+    const auto of_eight = [&](const float* eight) {
+        const auto of_two = [&](size_t row) {
+            return pick_neighbours(_mm256_loadu_ps(eight + lanes * row), _mm256_loadu_ps(eight + lanes * (row + 1)));
+        };
+        const __m256 first = pick_neighbours(of_two(0), of_two(2)), second = pick_neighbours(of_two(4), of_two(6));
+        return pick(_mm256_permute2f128_ps(first, second, 0x31), _mm256_permute2f128_ps(first, second, 0x20));
+    };
+    return {pick(of_eight(rows + 8), of_eight(rows)), pick(of_eight(rows + 8 * lanes + 8), of_eight(rows + 8 * lanes))};
 }
 
 #include "avx2_exact-inl.h"

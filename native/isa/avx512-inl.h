@@ -25,7 +25,10 @@ constexpr bool looks_halves_up = false;
 constexpr size_t most_sums = 16;   // vectors of sums that stay in registers
 constexpr size_t product_sums = 8;   // those of products: as many as hide how long a multiply-add takes
 constexpr size_t rows_early = 2;    // rows whose levels are read before they are added
-constexpr size_t starts_at_once = 2;   // ranges that sums are made for in one pass
+constexpr size_t starts_at_once = 2;   // ranges that `optimal` goes on with together
+constexpr size_t sums_at_once = 2;   // ranges that it makes sums for in one pass
+constexpr bool picks_of_rows = false;
+constexpr size_t vectors_of_codes = 1;
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
 using ExactTiles = void;   // sums are added level by level
 
@@ -37,6 +40,14 @@ inline Mask16 first_lanes(size_t n) { return static_cast<Mask16>((1u << n) - 1);
 
 inline F32x16 splat(float x) { return _mm512_set1_ps(x); }
 inline F32x16 splat_at(const float* p) { return splat(*p); }
+// A vector is one register, which has the name of its own that contract-inl.h asks for.
+using Part = F32x16;
+constexpr size_t parts = 1;
+inline Part& part_of(F32x16& x, size_t) { return x; }
+inline Part part_of(const F32x16& x, size_t) { return x; }
+inline Part load_part(const float* p) { return _mm512_loadu_ps(p); }
+inline Part splat_part(float x) { return splat(x); }
+
 inline F32x16 load(const float* p) { return _mm512_loadu_ps(p); }
 inline F32x16 load_first(const float* p, size_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 inline void store(float* p, F32x16 x) { _mm512_storeu_ps(p, x); }

@@ -11,6 +11,9 @@
 static_assert(sizeof(F32x16) == 64 && sizeof(I32x16) == 64 && sizeof(F64x16) == 128, "sixteen lanes each");
 static_assert(sizeof(Mask16) > 0 && sizeof(SpreadCodes) > 0, "SpreadCodes are sixteen codes as Spread makes them");
 
+static_assert(sizeof(Part) * parts == sizeof(F32x16),
+              "a register of a vector, or the whole vector: loops with many vectors take a part at a time");
+
 // CONSTANTS, all constexpr. They choose between ways that give the same bits.
 static_assert(std::is_same_v<decltype(has_fast_fma), const bool>,
               "a fused multiply-add is an instruction, not the C library's function");
@@ -21,8 +24,11 @@ static_assert(std::is_same_v<decltype(looks_halves_up), const bool>,
 static_assert(most_sums >= 1 && most_sums <= 16, "vectors of sums that stay in registers, a power of two");
 static_assert(product_sums >= 1 && product_sums <= 16, "vectors of sums of products that stay in registers, a power of two");
 static_assert(rows_early < 4, "rows whose levels are read before they are added");
-static_assert(starts_at_once >= 1, "ranges that `optimal` makes sums for in one pass");
+static_assert(starts_at_once >= 1, "ranges that `optimal` goes on with together");
+static_assert(starts_at_once % sums_at_once == 0, "of these, ranges that it makes sums for in one pass");
 static_assert(std::is_same_v<decltype(notes_overflow), const bool>, "the CPU notes what store_f16 cannot hold");
+static_assert(std::is_same_v<decltype(picks_of_rows), const bool>, "there is pick_of_rows_in_parts");
+static_assert(vectors_of_codes >= 1, "vectors of codes that store_vectors stores together; 1: there is no such function");
 static_assert(vectors_of_words <= 4, "vectors that levels_of_words makes together; 0: there is no such function");
 
 // Never called: it compiles if all is there.
@@ -58,6 +64,15 @@ static_assert(vectors_of_words <= 4, "vectors that levels_of_words makes togethe
     x = max(x, x);
     x = exchange<1>(x);                                 // lane i gets lane i ^ distance: 1, 2, 4, 8
     x = exchange<8>(x);
+
+    // PARTS. load_part and splat_part fill one; add, sub, mul, fma, round_nearest, from_nearest and round_code take them
+    // as they take vectors.
+    Part part = load_part(p);
+    part = fma(part, splat_part(1.0f), add(part, part));
+    part = mul(sub(part, part), from_nearest(part));
+    part = round_code(round_nearest(part), part);
+    part_of(x, n) = part;                               // part n, below parts
+    part = part_of(static_cast<const F32x16&>(x), n);
 
     // ROUNDING
     x = round_f16(x);                                   // to float16 and back
@@ -116,6 +131,8 @@ static_assert(vectors_of_words <= 4, "vectors that levels_of_words makes togethe
     transpose_16x16(p, n, out);
 }
 
+// Where picks_of_rows: pick_of_rows_in_parts(rows, pick), see kernels/rows-inl.h.
+// Where vectors_of_codes > 1: store_vectors<bits>(bytes, codes), see avx2-inl.h.
 // Where looks_up_in_one: splat_two_f16(p, first, second), the two float16 at p, each to all lanes.
 // Where vectors_of_words > 0: levels_of_words and words_in_column_order, see avx2-inl.h.
 // Where looks_halves_up: Halves<vectors, has_last>, what kernels/halves-inl.h asks of it, see avx2-inl.h. `look_up` is

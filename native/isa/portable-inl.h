@@ -37,7 +37,10 @@ constexpr bool looks_halves_up = false;
 constexpr size_t most_sums = 2;
 constexpr size_t product_sums = 2;
 constexpr size_t rows_early = 1;
-constexpr size_t starts_at_once = 1;   // ranges that sums are made for in one pass
+constexpr size_t starts_at_once = 1;   // ranges that `optimal` goes on with together
+constexpr size_t sums_at_once = 1;   // ranges that it makes sums for in one pass
+constexpr bool picks_of_rows = false;
+constexpr size_t vectors_of_codes = 1;
 constexpr size_t vectors_of_words = 0;   // none, see avx2.cpp
 using ExactTiles = void;   // sums are added level by level
 
@@ -115,6 +118,14 @@ inline F32x16 load(const float* p) {
     return x;
 }
 inline void store(float* p, F32x16 x) { std::memcpy(p, &x, sizeof x); }
+// A vector in one part: loops take all of it.
+using Part = F32x16;
+constexpr size_t parts = 1;
+inline Part& part_of(F32x16& x, size_t) { return x; }
+inline Part part_of(const F32x16& x, size_t) { return x; }
+inline Part load_part(const float* p) { return load(p); }
+inline Part splat_part(float x) { return splat(x); }
+
 inline F32x16 load_first(const float* p, size_t n) {
     if (n >= 16) return load(p);
     float lane[16] = {};

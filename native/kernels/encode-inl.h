@@ -32,14 +32,20 @@ inline void encode_values(const float* x, size_t count, size_t next_bytes, const
         return clips ? round_code(codes, top) : round_nearest(codes);
     };
     const auto level = [&](F32x16 codes) { return fma(p.scale, codes, p.bias); };
-    size_t j = 0;
-    for (; j + 16 <= count; j += 16) {
-        prefetch_after(x + j, next_bytes);
-        const F32x16 values = load(x + j);
-        const F32x16 codes = encode(values);
-        store_codes<bits>(packed + j / 8 * bits, to_int(codes));
+    const auto encode_vector = [&](size_t at) {
+        prefetch_after(x + at, next_bytes);
+        const F32x16 values = load(x + at), codes = encode(values);
         sums.add(values, sub(values, level(codes)));
-    }
+        return to_int(codes);
+    };
+    size_t j = 0;
+    if constexpr (vectors_of_codes > 1)
+        for (; j + 16 * vectors_of_codes <= count; j += 16 * vectors_of_codes) {
+            I32x16 codes[vectors_of_codes];
+            unrolled<vectors_of_codes>([&](size_t k) { codes[k] = encode_vector(j + 16 * k); });
+            store_vectors<bits>(packed + j / 8 * bits, codes);
+        }
+    for (; j + 16 <= count; j += 16) store_codes<bits>(packed + j / 8 * bits, encode_vector(j));
     if (j == count) return;
     const size_t rest = count - j;
     const Mask16 inside = first_lanes(rest);

@@ -113,32 +113,35 @@ inline void set_slack(QuickWalk& walk, F32x16 loss, F32x16 top, const Bound& bou
 }
 
 // Sums (t - round(t))^2 for two candidates, four sums each: fewer roundings, and none waits for another. t is counted
-// from c, which lies a whole number of levels from bias.
+// from c, which lies a whole number of levels from bias. One register of rows after the other: sums and what they are
+// made with stay in sixteen registers.
 inline void sum_fractions(const float* clipped, size_t d, const GridParams& left, const GridParams& right, F32x16 top,
                           F32x16& left_sum, F32x16& right_sum) {
     const F32x16 zero = splat(0.0f), middle_code = fma(top, splat(0.5f), splat(0.5f));
     const auto offset = [&](const GridParams& p) {
         return sub(zero, mul(fma(p.scale, middle_code, p.bias), p.inverse));
     };
-    const F32x16 left_offset = offset(left), right_offset = offset(right);
-    F32x16 to_left[4] = {zero, zero, zero, zero}, to_right[4] = {zero, zero, zero, zero};
-    const auto add_column = [&](size_t j, size_t k) {
-        const F32x16 x = load(clipped + lanes * j);
-        const F32x16 l = from_nearest(fma(x, left.inverse, left_offset));
-        const F32x16 r = from_nearest(fma(x, right.inverse, right_offset));
-        to_left[k] = fma(l, l, to_left[k]);
-        to_right[k] = fma(r, r, to_right[k]);
-    };
-    size_t j = 0;
-    for (; j + 4 <= d; j += 4) {
-        add_column(j, 0);
-        add_column(j + 1, 1);
-        add_column(j + 2, 2);
-        add_column(j + 3, 3);
-    }
-    for (; j < d; j++) add_column(j, 0);
-    left_sum = add(add(to_left[0], to_left[1]), add(to_left[2], to_left[3]));
-    right_sum = add(add(to_right[0], to_right[1]), add(to_right[2], to_right[3]));
+    const F32x16 left_offsets = offset(left), right_offsets = offset(right);
+    unrolled<parts>([&](size_t i) {
+        const Part left_inverse = part_of(left.inverse, i), left_offset = part_of(left_offsets, i);
+        const Part right_inverse = part_of(right.inverse, i), right_offset = part_of(right_offsets, i);
+        const Part none = part_of(zero, i);
+        Part to_left[4] = {none, none, none, none}, to_right[4] = {none, none, none, none};
+        const float* x = clipped + lanes / parts * i;
+        const auto add_column = [&](size_t k) {
+            const Part column = load_part(x);
+            const Part l = from_nearest(fma(column, left_inverse, left_offset));
+            const Part r = from_nearest(fma(column, right_inverse, right_offset));
+            to_left[k] = fma(l, l, to_left[k]);
+            to_right[k] = fma(r, r, to_right[k]);
+            x += lanes;
+        };
+        size_t j = 0;
+        for (; j + 4 <= d; j += 4) unrolled<4>(add_column);
+        for (; j < d; j++) add_column(0);
+        part_of(left_sum, i) = add(add(to_left[0], to_left[1]), add(to_left[2], to_left[3]));
+        part_of(right_sum, i) = add(add(to_right[0], to_right[1]), add(to_right[2], to_right[3]));
+    });
 }
 
 inline F32x16 squared_loss(const QuickWalk& walk, const GridParams& p, F32x16 sum, F32x16 top) {
@@ -208,14 +211,18 @@ inline void measure_exactly(QuickWalk& walk, size_t d, Grid grid, Mask16 rows, C
     b.loss = load(loss[1]);
 }
 
-// In which of the rows a has the lesser loss; where the slack leaves that open, as the walk computes it.
+// For rows whose slack leaves open which loss is the lesser: where that is a's, as the walk computes it.
+[[gnu::noinline]] Mask16 is_less_exactly(QuickWalk& walk, size_t d, Grid grid, Mask16 rows, Candidate a, Candidate b) {
+    measure_exactly(walk, d, grid, rows, a, b);
+    return both(rows, less(a.loss, b.loss));
+}
+
+// In which of the rows a has the lesser loss.
 inline Mask16 is_less(QuickWalk& walk, size_t d, Grid grid, Mask16 rows, const Candidate& a, const Candidate& b) {
     const Mask16 surely = surely_less(walk, a, b);
     const Mask16 open = except(rows, either(surely, surely_less(walk, b, a)));
-    if (lane_bits(open) == 0) return both(rows, surely);
-    Candidate exact_a = a, exact_b = b;
-    measure_exactly(walk, d, grid, open, exact_a, exact_b);
-    return either(both(open, less(exact_a.loss, exact_b.loss)), both(rows, except(surely, open)));
+    if (lane_bits(open) == 0) [[likely]] return both(rows, surely);
+    return either(is_less_exactly(walk, d, grid, open, a, b), both(rows, except(surely, open)));
 }
 
 // Far from the limit that r sets, the best range so far is either the local minimum or the current one: a range that is

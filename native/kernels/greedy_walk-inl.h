@@ -27,10 +27,14 @@ inline void transpose_rows(const RowBlock& block, size_t first, float* columns) 
             columns[lanes * j + i] = first + i < block.num_rows ? block.rows[(first + i) * d + j] : 0.0f;
 }
 
-inline F32x16 unrounded_codes(F32x16 x, const GridParams& p) { return mul(sub(x, p.bias), p.inverse); }
+template <class Vector, class Params>
+inline Vector unrounded_codes(Vector x, const Params& p) {
+    return mul(sub(x, p.bias), p.inverse);
+}
 
-inline F32x16 squared_error(F32x16 x, F32x16 codes, const GridParams& p) {
-    const F32x16 error = sub(x, fma(codes, p.scale, p.bias));
+template <class Vector, class Params>
+inline Vector squared_error(Vector x, Vector codes, const Params& p) {
+    const Vector error = sub(x, fma(codes, p.scale, p.bias));
     return mul(error, error);
 }
 
@@ -118,16 +122,18 @@ inline void measure(Walk& walk, size_t d, Grid grid, Candidate& left, Candidate&
     right.loss = sqrt(right_sum);
 }
 
-// The losses of one row under sixteen ranges.
+// The losses of one row under as many ranges as a register has, those in the first lanes.
 inline F32x16 measure_row(const float* columns, size_t lane, size_t d, Grid grid, F32x16 xmin, F32x16 xmax) {
-    const F32x16 top = top_code(grid);
-    const GridParams p = make_grid(xmin, xmax, grid);
-    F32x16 sum = splat(0.0f);
+    const Part top = part_of(top_code(grid), 0);
+    const PartParams p(make_grid(xmin, xmax, grid), 0);
+    F32x16 sums = splat(0.0f);
+    Part sum = part_of(sums, 0);
     for (size_t j = 0; j < d; j++) {
-        const F32x16 x = splat(columns[lanes * j + lane]);
+        const Part x = splat_part(columns[lanes * j + lane]);
         sum = add(sum, squared_error(x, round_code(unrounded_codes(x, p), top), p));
     }
-    return sqrt(sum);
+    part_of(sums, 0) = sum;
+    return sqrt(sums);
 }
 
 // The full range over b.

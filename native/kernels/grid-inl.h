@@ -5,6 +5,14 @@ struct GridParams {
     F32x16 scale, bias, inverse;   // code = round((x - bias) * inverse), value = scale * code + bias
 };
 
+// The same of the ranges in one register.
+struct PartParams {
+    Part scale, bias, inverse;
+
+    PartParams(const GridParams& p, size_t i)
+        : scale(part_of(p.scale, i)), bias(part_of(p.bias, i)), inverse(part_of(p.inverse, i)) {}
+};
+
 inline F32x16 top_code(Grid grid) { return splat(static_cast<float>((1 << grid.bits) - 1)); }
 
 template <bool f16_params>
@@ -12,8 +20,13 @@ inline GridParams make_grid_f16_or_f32(F32x16 xmin, F32x16 xmax, F32x16 top) {
     const F32x16 one = splat(1.0f), zero = splat(0.0f);
     const F32x16 bias = f16_params ? round_f16(xmin) : xmin;
     const F32x16 range = sub(xmax, bias);
+    if constexpr (f16_params) {
+        // The inverse is finite: no scale is as small as 2^-25.
+        F32x16 scale = round_f16(div(range, top));
+        scale = select(equal(scale, zero), one, scale);
+        return {scale, bias, div(one, scale)};
+    }
     F32x16 scale = select(equal(range, zero), one, div(range, top));
-    if constexpr (f16_params) scale = round_f16(scale);
     scale = select(equal(scale, zero), one, scale);
     const F32x16 inverse = div(one, scale);
     // Only a subnormal float32 scale has an infinite inverse.

@@ -56,15 +56,18 @@ inline LaneBounds bound_row(const float* x, size_t d, SquaredSum& squares) {
     for (size_t start = 0; start < d; start += 16 * run_vectors) {
         const size_t end = d - start < 16 * run_vectors ? d : start + 16 * run_vectors;
         squares.expect((end - start + 15) / 16);
+        F32x16 even = squares.even, odd = squares.odd;
         size_t j = start;
         for (; j + 32 <= end; j += 32) {
-            const F32x16 values = load(x + j), others = load(x + j + 16);
+            const F32x16 values = load(x + j);
             low = min(values, low);
             high = max(values, high);
+            even = fma(values, values, even);
+            if constexpr (parts > 1) asm("" : : : "memory");   // no load for the other half before: there is no register
+            const F32x16 others = load(x + j + 16);
             other_low = min(others, other_low);
             other_high = max(others, other_high);
-            squares.even = fma(values, values, squares.even);
-            squares.odd = fma(others, others, squares.odd);
+            odd = fma(others, others, odd);
         }
         for (; j < end; j += 16) {
             const size_t count = end - j < 16 ? end - j : 16;
@@ -72,8 +75,10 @@ inline LaneBounds bound_row(const float* x, size_t d, SquaredSum& squares) {
             const F32x16 padded = select(first_lanes(count), values, any);
             low = min(padded, low);
             high = max(padded, high);
-            squares.even = fma(values, values, squares.even);
+            even = fma(values, values, even);
         }
+        squares.even = even;
+        squares.odd = odd;
     }
     return {min(other_low, low), max(other_high, high)};
 }
@@ -83,6 +88,18 @@ inline bool all_finite(const RowBlock& block) {
     for (size_t i = 0; i < count; i += 16)
         if (lane_bits(finite(load_first(block.rows + i, count - i < 16 ? count - i : 16))) != 0xffff) return false;
     return true;
+}
+
+// Lane i: what remains of the sixteen floats at rows + 16 i when `pick` takes one of two, of equal ones the second.
+template <class Pick>
+inline F32x16 pick_of_rows(const float* rows, const Pick& pick) {
+    if constexpr (picks_of_rows) return pick_of_rows_in_parts(rows, pick);
+    // Turned over, the sixteen lanes of a row lie in one lane of sixteen vectors.
+    float turned[lanes * lanes];
+    transpose_16x16(rows, lanes, turned);
+    F32x16 picked = load(turned);
+    for (size_t k = 1; k < lanes; k++) picked = pick(load(turned + lanes * k), picked);
+    return picked;
 }
 
 bool bound_rows(const RowBlock& block, Ranges& ranges, double& norm) noexcept {
@@ -96,17 +113,8 @@ bool bound_rows(const RowBlock& block, Ranges& ranges, double& norm) noexcept {
             store(low + lanes * i, bounds.low);
             store(high + lanes * i, bounds.high);
         }
-        // Turned over, the sixteen lanes of a row lie in one lane of sixteen vectors.
-        float turned_low[lanes * lanes], turned_high[lanes * lanes];
-        transpose_16x16(low, lanes, turned_low);
-        transpose_16x16(high, lanes, turned_high);
-        F32x16 xmin = load(turned_low), xmax = load(turned_high);
-        for (size_t k = 1; k < lanes; k++) {
-            xmin = min(load(turned_low + lanes * k), xmin);
-            xmax = max(load(turned_high + lanes * k), xmax);
-        }
-        store(ranges.xmin + first, xmin);
-        store(ranges.xmax + first, xmax);
+        store(ranges.xmin + first, pick_of_rows(low, [](auto a, auto b) { return min(a, b); }));
+        store(ranges.xmax + first, pick_of_rows(high, [](auto a, auto b) { return max(a, b); }));
     }
     norm = squares.value();
     // A finite sum has nothing but finite values in it; an infinite one may come from large values.

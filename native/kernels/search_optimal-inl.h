@@ -27,8 +27,8 @@ struct RegressionSums {
 
 // Fills in what is asked for of each of some ranges: the sums of the regression, and that of the squared errors.
 template <bool regresses, bool measures, bool weighted, size_t count>
-inline void sum_by_weights(const ColumnsOfRows& rows, const GridParams (&params)[count], F32x16 top,
-                           RegressionSums (&all_sums)[count]) {
+inline void sum_by_weights(const ColumnsOfRows& rows, const GridParams* params, F32x16 top,
+                           RegressionSums* all_sums) {
     const F32x16 zero = splat(0.0f);
     RegressionSums own[count];
     unrolled<count>([&](size_t k) { own[k] = {zero, zero, zero, zero, zero}; });
@@ -61,11 +61,16 @@ inline void sum_by_weights(const ColumnsOfRows& rows, const GridParams (&params)
     unrolled<count>([&](size_t k) { all_sums[k] = own[k]; });
 }
 
+// The sums of as many ranges at a time as stay in registers.
 template <bool regresses, bool measures, size_t count>
 inline void sum_for_regression(const ColumnsOfRows& rows, const GridParams (&params)[count], F32x16 top,
                                RegressionSums (&sums)[count]) {
-    rows.weights ? sum_by_weights<regresses, measures, true>(rows, params, top, sums)
-                 : sum_by_weights<regresses, measures, false>(rows, params, top, sums);
+    constexpr size_t together = smaller(sums_at_once, count);
+    unrolled<count / together>([&](size_t i) {
+        const size_t k = together * i;
+        rows.weights ? sum_by_weights<regresses, measures, true, together>(rows, params + k, top, sums + k)
+                     : sum_by_weights<regresses, measures, false, together>(rows, params + k, top, sums + k);
+    });
 }
 
 inline F32x16 measured_error(const GridParams& p, const RegressionSums& s) {
@@ -107,8 +112,8 @@ struct KeptStarts {
     }
 };
 
-// Calls use<n>(i) for n starts from i on: for as many at a time as an instruction set has registers for, so that one
-// does not wait for another's divisions, and for fewer at the end.
+// Calls use<n>(i) for n starts from i on: for some at a time, so that one does not wait for another's divisions, and for
+// fewer at the end.
 template <size_t most, class Use>
 inline void in_groups(size_t first, size_t count, const Use& use) {
     for (; first + most <= count; first += most) use.template operator()<most>(first);
