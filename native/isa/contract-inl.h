@@ -137,3 +137,4 @@ static_assert(vectors_of_words <= 4, "vectors that levels_of_words makes togethe
 // Where vectors_of_words > 0: levels_of_words and words_in_column_order, see avx2-inl.h.
 // Where looks_halves_up: Halves<vectors, has_last>, what kernels/halves-inl.h asks of it, see avx2-inl.h. `look_up` is
 // for the first sixteen codes times `vectors`, which is a shape of a tile; `look_last_up` for sixteen more.
+// Where ExactTiles is not void: what kernels/exact_sums-inl.h asks of it, see avx2_exact-inl.h.

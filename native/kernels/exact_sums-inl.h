@@ -5,13 +5,15 @@
 //
 // Exact is what an instruction set has for it, ExactTiles:
 //
-//     find_range(params, num_rows)      the least and the largest of parameters
-//     split_params(params, num_rows, unit, multipliers, biases)
-//     add_biases(biases, count)
-//     Wide, Narrow                      columns that are summed together, 64 and 32
-//     sum<Tile>(...)                    the sums of a tile
+//     find_range(params, num_rows)                                the least and the largest parameters
+//     split_params(params, num_rows, unit, multipliers, biases)   scales as multiples of the unit, biases as float32
+//     add_biases(biases, count)                                   their sum
+//     Wide, Narrow                                                tiles of 64 and 32 columns
+//     sum<Tile>(rows, multipliers, num_rows, first_byte, exact, to, after_turn)   a tile's sums; it calls
+//                                                                 after_turn(i) when rows from i on have been added
 
-// Windows whose rows are prefetched are short, a bag if it has enough rows: while one is opened, nothing is prefetched.
+// Where rows are prefetched, windows are short, a bag if it has enough rows: while one is opened, nothing is prefetched.
+// A bag of more rows than any window is added level by level.
 inline constexpr size_t least_exact_window = 128;
 
 inline Reach reach_of_exact_sums(const PackedRows& rows, bool prefetches) {
@@ -30,7 +32,6 @@ struct ExactBag {
     ExactSum sum;
     bool is_exact;
     size_t first_slot, num_rows;
-    const uint64_t* indices;
 };
 
 inline constexpr size_t slot_rows = 4;
@@ -44,12 +45,12 @@ struct ExactWindow {
 
     const RowReader& reader;
     const uint8_t* row[most_slots];
-    const uint8_t* ahead[most_slots];   // the row to be prefetched with each
+    uintptr_t ahead[most_slots];   // the row to be prefetched with each: by an index that has not been checked yet
     uint32_t params[most_slots];
     int16_t multipliers[most_slots];
     float biases[most_slots];
     ExactBag bags[most_window_bags];
-    size_t num_slots = 0, num_exact = 0;   // exact ones of the bags
+    size_t num_slots = 0, num_exact = 0;   // the latter of bags
 
     explicit ExactWindow(const RowReader& reader) : reader(reader) {}
 
@@ -71,7 +72,6 @@ struct ExactWindow {
             const size_t num_rows = reader.starts[bag + 1] - reader.starts[bag];
             bags[bag].first_slot = slot;
             bags[bag].num_rows = num_rows;
-            bags[bag].indices = index;
             const uint64_t* const end = index + num_rows;
             for (; index < end; index++, slot++) {
                 if (*index >= rows.num_rows) [[unlikely]] return false;
@@ -80,11 +80,13 @@ struct ExactWindow {
                 std::memcpy(params + slot, codes + after_codes, sizeof *params);
                 if (prefetches) {
                     const uint64_t* const early = index + reader.rows_ahead;
-                    ahead[slot] = rows.bytes + *(early < last_index ? early : last_index) * rows.row_bytes;
+                    const uint64_t index_ahead = *(early < last_index ? early : last_index);
+                    ahead[slot] = reinterpret_cast<uintptr_t>(rows.bytes) + index_ahead * rows.row_bytes;
                 }
             }
             for (; slot % slot_rows != 0; slot++) {
-                row[slot] = ahead[slot] = rows.bytes;
+                row[slot] = rows.bytes;
+                ahead[slot] = reinterpret_cast<uintptr_t>(rows.bytes);
                 params[slot] = 0;
             }
         }
@@ -117,13 +119,13 @@ struct ExactWindow {
 
 template <class Exact, class Tile, bool prefetches>
 [[gnu::noinline]] void sum_tile(const ExactWindow<Exact>& window, const ExactBag& bag, TileBytes bytes, float* to) {
-    const uint8_t* const* const ahead = window.ahead + bag.first_slot;
+    const uintptr_t* const ahead = window.ahead + bag.first_slot;
     Exact::template sum<Tile>(window.row + bag.first_slot, window.multipliers + bag.first_slot, bag.num_rows, bytes.first,
                               bag.sum, to, [&](size_t i) __attribute__((always_inline)) {
         if constexpr (prefetches)
             unrolled<Tile::rows_at_once>([&](size_t k) {
-                __builtin_prefetch(ahead[i + k] + bytes.first, 0, 2);
-                __builtin_prefetch(ahead[i + k] + bytes.last, 0, 2);
+                __builtin_prefetch(reinterpret_cast<const void*>(ahead[i + k] + bytes.first), 0, 2);
+                __builtin_prefetch(reinterpret_cast<const void*>(ahead[i + k] + bytes.last), 0, 2);
             });
     });
 }
@@ -153,7 +155,7 @@ struct ExactPooler {
             const size_t num_bags = reader.open_bags(first, end);
             if (num_bags > 0 && !window.open(num_bags)) [[unlikely]]
                 return reader.note_fault(reader.bags.start(first));
-            // Where sums of a whole window are not exact, the next ones will not be.
+            // Where no sum of a window is exact, those after it are not looked at: it takes time.
             if (num_bags > 0 && window.num_exact == 0) return pool_levels(first, end);
             if (num_bags == 0) pool_levels(first, first + 1);
             for (size_t bag = 0, stop; bag < num_bags; bag = stop) {
