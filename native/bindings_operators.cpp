@@ -44,10 +44,18 @@ struct Torch : torch_abi::Functions {
 class PythonException : public pybind11::builtin_exception {
 public:
     explicit PythonException(const nb::python_error& error)
-        : builtin_exception(nb::str(error.value()).c_str()), error_(error) {}
+        : builtin_exception(text_of(error).c_str()), error_(error) {}
     void set_error() const override { nb::python_error(error_).restore(); }
 
 private:
+    // Empty where its text is no UTF-8.
+    static std::string text_of(const nb::python_error& error) {
+        const nb::str text(error.value());
+        const char* const bytes = PyUnicode_AsUTF8(text.ptr());
+        if (!bytes) PyErr_Clear();
+        return bytes ? bytes : "";
+    }
+
     nb::python_error error_;
 };
 
@@ -65,18 +73,26 @@ public:
     StableTensor(const StableTensor&) = delete;
     StableTensor& operator=(const StableTensor&) = delete;
 
-    // A new one of these values, and where it is.
-    StableTensor(const int64_t* shape, size_t ndim, ValueType type, Output& out) {
+    // A new one of these values, and where it is. What PyTorch cannot make counts as refused: asked again from Python, it
+    // says why.
+    StableTensor(const int64_t* shape, size_t ndim, ValueType type, Output& out)
+        : StableTensor(make_handle(shape, ndim, type)) {
+        void* values = nullptr;
+        demand(torch.aoti_torch_get_data_ptr(handle_, &values));
+        out = {static_cast<uint8_t*>(values), static_cast<size_t>(shape[ndim - 1]) * value_bytes(type), type};
+    }
+
+    static Handle make_handle(const int64_t* shape, size_t ndim, ValueType type) {
         std::array<int64_t, 8> few;
         std::vector<int64_t> many(ndim > few.size() ? ndim : 0);
         int64_t* const strides = ndim > few.size() ? many.data() : few.data();
         int64_t stride = 1;
         for (size_t i = ndim; i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
         const int32_t dtype = type == ValueType::f32 ? torch.f32 : type == ValueType::f16 ? torch.f16 : torch.bf16;
-        demand(torch.aoti_torch_empty_strided(static_cast<int64_t>(ndim), shape, strides, dtype, torch.cpu, 0, &handle_));
-        void* values = nullptr;
-        torch.aoti_torch_get_data_ptr(handle_, &values);
-        out = {static_cast<uint8_t*>(values), static_cast<size_t>(shape[ndim - 1]) * value_bytes(type), type};
+        Handle handle = nullptr;
+        const auto dims = static_cast<int64_t>(ndim);
+        require(torch.aoti_torch_empty_strided(dims, shape, strides, dtype, torch.cpu, 0, &handle) == 0, "no output");
+        return handle;
     }
 
     explicit operator bool() const { return handle_ != nullptr; }
@@ -264,15 +280,17 @@ void embedding_bag_kernel(Value* stack, uint64_t, uint64_t) {
 
 template <class Function>
 void load(void* library, const char* name, Function& function) {
-    function = reinterpret_cast<Function>(dlsym(library, name));
-    require(function, name);
+    function = library ? reinterpret_cast<Function>(dlsym(library, name)) : nullptr;
+    if (function) return;
+    const std::string lacks = std::string("embpack.torch needs PyTorch 2.13, or a later one that still has ") + name;
+    throw nb::import_error((lacks + " of its stable ABI; install another PyTorch").c_str());
 }
 
 void register_operators(const std::string& library_path, nb::handle tensor_of_handle, nb::handle handle_of_tensor,
                         nb::handle embedding, nb::handle embedding_bag) {
     void* const library = dlopen(library_path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-    require(library, "PyTorch is not loaded");
-#define EMBPACK_LOAD(name) load(library, #name, torch.name)
+    Torch found{};
+#define EMBPACK_LOAD(name) load(library, #name, found.name)
     EMBPACK_LOAD(aoti_torch_library_init_impl);
     EMBPACK_LOAD(torch_library_impl);
     EMBPACK_LOAD(aoti_torch_empty_strided);
@@ -294,6 +312,7 @@ void register_operators(const std::string& library_path, nb::handle tensor_of_ha
     EMBPACK_LOAD(aoti_torch_dtype_bfloat16);
     EMBPACK_LOAD(aoti_torch_dtype_float32);
 #undef EMBPACK_LOAD
+    torch = found;
     torch.cpu = torch.aoti_torch_device_type_cpu();
     torch.u8 = torch.aoti_torch_dtype_uint8();
     torch.i32 = torch.aoti_torch_dtype_int32();
@@ -306,7 +325,7 @@ void register_operators(const std::string& library_path, nb::handle tensor_of_ha
     torch.embedding = embedding.inc_ref().ptr();
     torch.embedding_bag = embedding_bag.inc_ref().ptr();
     Handle operators = nullptr;   // which stay registered as long as it is there: for ever
-    demand(torch.aoti_torch_library_init_impl("embpack", "CPU", __FILE__, __LINE__, &operators));
+    demand(torch.aoti_torch_library_init_impl("embpack", "CPU", "native/bindings_operators.cpp", __LINE__, &operators));
     demand(torch.torch_library_impl(operators, "embedding", &embedding_kernel, torch_abi::version));
     demand(torch.torch_library_impl(operators, "embedding_bag", &embedding_bag_kernel, torch_abi::version));
 }

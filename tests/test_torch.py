@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import embpack
+from embpack import _native
 from embpack.formats.mapped import is_mapped
 from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, quantize_
 
@@ -767,3 +768,18 @@ def test_operators_keep_nothing_of_what_they_were_given(options, index):
     except IndexError:
         assert index == 50
     assert [tensor._use_count() for tensor in given] == owners
+
+
+def test_an_output_that_memory_cannot_hold_is_pytorch_s_error():
+    dim = 1 << 20
+    table = embpack.PackedTable(np.zeros((1, dim // 2 + 4), np.uint8), embpack.layouts.RowFormat(dim))
+    packed, row_format = torch.from_numpy(table.packed), str(table.row_format)
+    with pytest.raises(RuntimeError, match="allocate"):
+        torch.ops.embpack.embedding(packed, row_format, torch.zeros(1 << 24, dtype=torch.int64))
+
+
+def test_a_pytorch_without_the_stable_abi_is_told_what_it_lacks():
+    with pytest.raises(ImportError, match=r"needs PyTorch 2\.13.*aoti_torch_library_init_impl"):
+        _native.register_operators(_native.__file__, None, None, None, None)
+    module = PackedEmbedding.from_table(make_table())
+    assert module(torch.arange(3)).shape == (3, DIM)  # by the functions that were found before

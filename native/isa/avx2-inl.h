@@ -332,6 +332,7 @@ struct Halves {
     alignas(32) uint16_t values[16 * (vectors + has_last)];
 
     [[gnu::always_inline]] void look_up(const HalfLevels& levels, const uint8_t* codes) {
+        static_assert(vectors <= 2 || vectors == 4);
         const __m256i code = _mm256_set1_epi8(0x0f);
         if constexpr (vectors == 4) {
             const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));

@@ -1,69 +1,5 @@
 // Exact sums of 4-bit rows in integers, with AVX2: two rows at a time. kernels/exact_sums-inl.h says what they are for.
 
-// The sums of the codes at four places of 16 bits. No array: with one, GCC keeps sums in memory.
-struct FourSums {
-    __m256i s0, s1, s2, s3;
-};
-
-struct WideTile {
-    static constexpr size_t columns = 64, rows_at_once = 2;
-
-    // Codes of rows 0 and 1, and their multipliers in the two halves of each lane.
-    static void load(const uint8_t* const* rows, size_t first_byte, const int16_t* multipliers, __m256i& even,
-                     __m256i& odd, __m256i& by) {
-        const auto codes = [&](size_t i) {
-            return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i] + first_byte));
-        };
-        even = codes(0);
-        odd = codes(1);
-        int32_t two;
-        std::memcpy(&two, multipliers, sizeof two);
-        by = _mm256_set1_epi32(two);
-    }
-};
-// Rows 0 and 1 in the lower halves of registers, rows 2 and 3 in the upper ones; their sums are joined at the end.
-struct NarrowTile {
-    static constexpr size_t columns = 32, rows_at_once = 4;
-
-    static void load(const uint8_t* const* rows, size_t first_byte, const int16_t* multipliers, __m256i& even,
-                     __m256i& odd, __m256i& by) {
-        const auto codes = [&](size_t i) {
-            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + first_byte));
-        };
-        even = _mm256_inserti128_si256(_mm256_castsi128_si256(codes(0)), codes(2), 1);
-        odd = _mm256_inserti128_si256(_mm256_castsi128_si256(codes(1)), codes(3), 1);
-        int64_t four;
-        std::memcpy(&four, multipliers, sizeof four);
-        const __m256 twos = _mm256_castsi256_ps(_mm256_set1_epi64x(four));
-        by = _mm256_castps_si256(_mm256_permutevar_ps(twos, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)));
-    }
-    static FourSums join(FourSums first, FourSums second) {
-        const auto join_two = [](__m256i a, __m256i b) {
-            return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-        };
-        return {join_two(first.s0, second.s0), join_two(first.s1, second.s1), join_two(first.s2, second.s2),
-                join_two(first.s3, second.s3)};
-    }
-};
-
-// The sums of four codes that follow each other, of each lane, to where they belong: a lane's to the columns that follow
-// those of the lane before it, and the upper half's `distance` columns behind the lower half's.
-inline void put_exact_sums(FourSums sums, ExactSum exact, float* to, size_t distance) {
-    const __m256 unit = _mm256_set1_ps(exact.unit), bias = _mm256_set1_ps(exact.bias);
-    const auto level = [&](__m256i sum, __m256 each) { return _mm256_fmadd_ps(each, _mm256_cvtepi32_ps(sum), bias); };
-    // Codes were multiplied where they lie in 16 bits. Sums may fill all 32 bits of the third lane.
-    const __m256 s0 = level(sums.s0, unit), s1 = level(sums.s1, _mm256_mul_ps(unit, _mm256_set1_ps(1.0f / 16)));
-    const __m256 s2 = level(_mm256_srli_epi32(sums.s2, 8), unit), s3 = level(sums.s3, unit);
-    const __m256 low01 = _mm256_unpacklo_ps(s0, s1), high01 = _mm256_unpackhi_ps(s0, s1);
-    const __m256 low23 = _mm256_unpacklo_ps(s2, s3), high23 = _mm256_unpackhi_ps(s2, s3);
-    const __m256 lane0 = _mm256_shuffle_ps(low01, low23, 0x44), lane1 = _mm256_shuffle_ps(low01, low23, 0xee);
-    const __m256 lane2 = _mm256_shuffle_ps(high01, high23, 0x44), lane3 = _mm256_shuffle_ps(high01, high23, 0xee);
-    _mm256_storeu_ps(to, _mm256_permute2f128_ps(lane0, lane1, 0x20));
-    _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(lane2, lane3, 0x20));
-    _mm256_storeu_ps(to + distance, _mm256_permute2f128_ps(lane0, lane1, 0x31));
-    _mm256_storeu_ps(to + distance + 8, _mm256_permute2f128_ps(lane2, lane3, 0x31));
-}
-
 template <class Fold>
 [[gnu::always_inline]] inline uint32_t fold_lanes(__m256i x, const Fold& fold) {
     __m128i folded = fold(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -72,8 +8,69 @@ template <class Fold>
 }
 
 struct ExactTiles {
-    using Wide = WideTile;
-    using Narrow = NarrowTile;
+    // The sums of the codes at four places of 16 bits. No array: with one, GCC keeps sums in memory.
+    struct FourSums {
+        __m256i s0, s1, s2, s3;
+    };
+
+    struct Wide {
+        static constexpr size_t columns = 64, rows_at_once = 2;
+
+        // Codes of rows 0 and 1, and their multipliers in the two halves of each lane.
+        static void load(const uint8_t* const* rows, size_t first_byte, const int16_t* multipliers, __m256i& even,
+                         __m256i& odd, __m256i& by) {
+            const auto codes = [&](size_t i) {
+                return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i] + first_byte));
+            };
+            even = codes(0);
+            odd = codes(1);
+            int32_t two;
+            std::memcpy(&two, multipliers, sizeof two);
+            by = _mm256_set1_epi32(two);
+        }
+    };
+    // Rows 0 and 1 in the lower halves of registers, rows 2 and 3 in the upper ones; their sums are joined at the end.
+    struct Narrow {
+        static constexpr size_t columns = 32, rows_at_once = 4;
+
+        static void load(const uint8_t* const* rows, size_t first_byte, const int16_t* multipliers, __m256i& even,
+                         __m256i& odd, __m256i& by) {
+            const auto codes = [&](size_t i) {
+                return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + first_byte));
+            };
+            even = _mm256_inserti128_si256(_mm256_castsi128_si256(codes(0)), codes(2), 1);
+            odd = _mm256_inserti128_si256(_mm256_castsi128_si256(codes(1)), codes(3), 1);
+            int64_t four;
+            std::memcpy(&four, multipliers, sizeof four);
+            const __m256 twos = _mm256_castsi256_ps(_mm256_set1_epi64x(four));
+            by = _mm256_castps_si256(_mm256_permutevar_ps(twos, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)));
+        }
+        static FourSums join(FourSums first, FourSums second) {
+            const auto join_two = [](__m256i a, __m256i b) {
+                return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+            };
+            return {join_two(first.s0, second.s0), join_two(first.s1, second.s1), join_two(first.s2, second.s2),
+                    join_two(first.s3, second.s3)};
+        }
+    };
+
+    // The sums of four codes that follow each other, of each lane, to where they belong: a lane's to the columns that follow
+    // those of the lane before it, and the upper half's `distance` columns behind the lower half's.
+    static void put_sums(FourSums sums, ExactSum exact, float* to, size_t distance) {
+        const __m256 unit = _mm256_set1_ps(exact.unit), bias = _mm256_set1_ps(exact.bias);
+        const auto level = [&](__m256i sum, __m256 each) { return _mm256_fmadd_ps(each, _mm256_cvtepi32_ps(sum), bias); };
+        // Codes were multiplied where they lie in 16 bits. Those at the third place are up to 2^32 - 256.
+        const __m256 s0 = level(sums.s0, unit), s1 = level(sums.s1, _mm256_mul_ps(unit, _mm256_set1_ps(1.0f / 16)));
+        const __m256 s2 = level(_mm256_srli_epi32(sums.s2, 8), unit), s3 = level(sums.s3, unit);
+        const __m256 low01 = _mm256_unpacklo_ps(s0, s1), high01 = _mm256_unpackhi_ps(s0, s1);
+        const __m256 low23 = _mm256_unpacklo_ps(s2, s3), high23 = _mm256_unpackhi_ps(s2, s3);
+        const __m256 lane0 = _mm256_shuffle_ps(low01, low23, 0x44), lane1 = _mm256_shuffle_ps(low01, low23, 0xee);
+        const __m256 lane2 = _mm256_shuffle_ps(high01, high23, 0x44), lane3 = _mm256_shuffle_ps(high01, high23, 0xee);
+        _mm256_storeu_ps(to, _mm256_permute2f128_ps(lane0, lane1, 0x20));
+        _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(lane2, lane3, 0x20));
+        _mm256_storeu_ps(to + distance, _mm256_permute2f128_ps(lane0, lane1, 0x31));
+        _mm256_storeu_ps(to + distance + 8, _mm256_permute2f128_ps(lane2, lane3, 0x31));
+    }
 
     // Of the parameters of so many rows, a multiple of four.
     static ParamRange find_range(const uint32_t* params, size_t num_rows) {
@@ -148,10 +145,10 @@ struct ExactTiles {
             after_turn(i);
         }
         if constexpr (Tile::columns == 64) {
-            put_exact_sums(first, exact, to, 32);
-            put_exact_sums(second, exact, to + 16, 32);
+            put_sums(first, exact, to, 32);
+            put_sums(second, exact, to + 16, 32);
         } else {
-            put_exact_sums(Tile::join(first, second), exact, to, 16);
+            put_sums(Tile::join(first, second), exact, to, 16);
         }
     }
 };

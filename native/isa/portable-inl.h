@@ -118,13 +118,7 @@ inline F32x16 load(const float* p) {
     return x;
 }
 inline void store(float* p, F32x16 x) { std::memcpy(p, &x, sizeof x); }
-// A vector in one part: loops take all of it.
-using Part = F32x16;
-constexpr size_t parts = 1;
-inline Part& part_of(F32x16& x, size_t) { return x; }
-inline Part part_of(const F32x16& x, size_t) { return x; }
-inline Part load_part(const float* p) { return load(p); }
-inline Part splat_part(float x) { return splat(x); }
+#include "whole_part-inl.h"
 
 inline F32x16 load_first(const float* p, size_t n) {
     if (n >= 16) return load(p);

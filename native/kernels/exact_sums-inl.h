@@ -27,30 +27,30 @@ struct TileBytes {
     size_t first, last;
 };
 
-// A bag of the window. Its rows have slots, a multiple of four; what has no row counts nothing.
+// A bag of the window. Its rows have places, a multiple of four of them; those that are left over count nothing.
 struct ExactBag {
     ExactSum sum;
     bool is_exact;
-    size_t first_slot, num_rows;
+    size_t first_place, num_rows;
 };
 
-inline constexpr size_t slot_rows = 4;
-inline constexpr size_t slots_of(size_t num_rows) { return (num_rows + slot_rows - 1) / slot_rows * slot_rows; }
+inline constexpr size_t places_together = 4;
+inline constexpr size_t places_of(size_t num_rows) { return (num_rows + places_together - 1) / places_together * places_together; }
 
 // The window: where its rows are, their scales, as multiples of a unit, and their biases.
 template <class Exact>
 struct ExactWindow {
     // Some are read and written eight at a time.
-    static constexpr size_t most_slots = most_window_rows + (slot_rows - 1) * most_window_bags + 8;
+    static constexpr size_t most_places = most_window_rows + (places_together - 1) * most_window_bags + 8;
 
     const RowReader& reader;
-    const uint8_t* row[most_slots];
-    uintptr_t ahead[most_slots];   // the row to be prefetched with each: by an index that has not been checked yet
-    uint32_t params[most_slots];
-    int16_t multipliers[most_slots];
-    float biases[most_slots];
+    const uint8_t* row[most_places];
+    uintptr_t ahead[most_places];   // the row to be prefetched with each: by an index that has not been checked yet
+    uint32_t params[most_places];
+    int16_t multipliers[most_places];
+    float biases[most_places];
     ExactBag bags[most_window_bags];
-    size_t num_slots = 0, num_exact = 0;   // the latter of bags
+    size_t num_places = 0, num_exact = 0;   // the latter of bags
 
     explicit ExactWindow(const RowReader& reader) : reader(reader) {}
 
@@ -67,31 +67,32 @@ struct ExactWindow {
         const uint64_t* const last_index = index + reader.num_indices - 1;
         const size_t after_codes = code_bytes(rows.embedding_dim, rows.grid);
         const bool prefetches = reader.bags.prefetches;
-        size_t slot = 0;
+        size_t place = 0;
         for (size_t bag = 0; bag < num_bags; bag++) {
             const size_t num_rows = reader.starts[bag + 1] - reader.starts[bag];
-            bags[bag].first_slot = slot;
+            bags[bag].first_place = place;
             bags[bag].num_rows = num_rows;
             const uint64_t* const end = index + num_rows;
-            for (; index < end; index++, slot++) {
-                if (*index >= rows.num_rows) [[unlikely]] return false;
-                const uint8_t* const codes = rows.bytes + *index * rows.row_bytes;
-                row[slot] = codes;
-                std::memcpy(params + slot, codes + after_codes, sizeof *params);
+            for (; index < end; index++, place++) {
+                const uint64_t found = *index;   // once: it may lie where another thread writes
+                if (found >= rows.num_rows) [[unlikely]] return false;
+                const uint8_t* const codes = rows.bytes + found * rows.row_bytes;
+                row[place] = codes;
+                std::memcpy(params + place, codes + after_codes, sizeof *params);
                 if (prefetches) {
                     const uint64_t* const early = index + reader.rows_ahead;
                     const uint64_t index_ahead = *(early < last_index ? early : last_index);
-                    ahead[slot] = reinterpret_cast<uintptr_t>(rows.bytes) + index_ahead * rows.row_bytes;
+                    ahead[place] = reinterpret_cast<uintptr_t>(rows.bytes) + index_ahead * rows.row_bytes;
                 }
             }
-            for (; slot % slot_rows != 0; slot++) {
-                row[slot] = rows.bytes;
-                ahead[slot] = reinterpret_cast<uintptr_t>(rows.bytes);
-                params[slot] = 0;
+            for (; place % places_together != 0; place++) {
+                row[place] = rows.bytes;
+                ahead[place] = reinterpret_cast<uintptr_t>(rows.bytes);
+                params[place] = 0;
             }
         }
-        num_slots = slot;
-        std::memset(params + slot, 0, slot_rows * sizeof *params);
+        num_places = place;
+        std::memset(params + place, 0, places_together * sizeof *params);
         return true;
     }
 
@@ -99,19 +100,19 @@ struct ExactWindow {
         size_t most_rows = 0;
         for (size_t bag = 0; bag < num_bags; bag++)
             if (bags[bag].num_rows > most_rows) most_rows = bags[bag].num_rows;
-        const ExactUnits units = find_exact_units(Exact::find_range(params, num_slots));
+        const ExactUnits units = find_exact_units(Exact::find_range(params, num_places));
         const bool are_alike = most_rows <= units.most_rows;
-        if (are_alike) Exact::split_params(params, num_slots, units.unit, multipliers, biases);
+        if (are_alike) Exact::split_params(params, num_places, units.unit, multipliers, biases);
         num_exact = 0;
         // Where rows of the window are too different, those of most bags may still be alike.
         for (size_t i = 0; i < num_bags; i++) {
             ExactBag& bag = bags[i];
-            const size_t first = bag.first_slot, slots = slots_of(bag.num_rows);
-            const ExactUnits own = are_alike ? units : find_exact_units(Exact::find_range(params + first, slots));
+            const size_t first = bag.first_place, places = places_of(bag.num_rows);
+            const ExactUnits own = are_alike ? units : find_exact_units(Exact::find_range(params + first, places));
             bag.is_exact = bag.num_rows <= own.most_rows;
             if (!bag.is_exact) continue;
-            if (!are_alike) Exact::split_params(params + first, slots, own.unit, multipliers + first, biases + first);
-            bag.sum = {own.unit, Exact::add_biases(biases + first, slots)};
+            if (!are_alike) Exact::split_params(params + first, places, own.unit, multipliers + first, biases + first);
+            bag.sum = {own.unit, Exact::add_biases(biases + first, places)};
             num_exact++;
         }
     }
@@ -119,8 +120,8 @@ struct ExactWindow {
 
 template <class Exact, class Tile, bool prefetches>
 [[gnu::noinline]] void sum_tile(const ExactWindow<Exact>& window, const ExactBag& bag, TileBytes bytes, float* to) {
-    const uintptr_t* const ahead = window.ahead + bag.first_slot;
-    Exact::template sum<Tile>(window.row + bag.first_slot, window.multipliers + bag.first_slot, bag.num_rows, bytes.first,
+    const uintptr_t* const ahead = window.ahead + bag.first_place;
+    Exact::template sum<Tile>(window.row + bag.first_place, window.multipliers + bag.first_place, bag.num_rows, bytes.first,
                               bag.sum, to, [&](size_t i) __attribute__((always_inline)) {
         if constexpr (prefetches)
             unrolled<Tile::rows_at_once>([&](size_t k) {

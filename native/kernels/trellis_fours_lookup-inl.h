@@ -84,6 +84,7 @@ template <class Levels, size_t columns, bool are_wide_late, bool prefetches>
     uint8_t* to = out.values + first * out.row_bytes;
     for (size_t i = 0, num_rows = stop - first, num_made; i < num_rows; i += num_made) {
         num_made = block.template make<prefetches>(i, num_rows);
+        if (num_made == 0) [[unlikely]] return;   // Another thread has changed an index since it was checked.
         for (size_t at = 0; at < num_made; at++, to += out.row_bytes) {
             block.template use_values<are_wide_late>(at, [&](size_t v, F32x16 values) __attribute__((always_inline)) {
                 store_values(to, out.type, j + trellis_lanes * v, Block::Fours::in_column_order(values),

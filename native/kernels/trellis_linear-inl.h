@@ -117,8 +117,9 @@ template <class Levels, size_t num_vectors, bool are_wide_late>
             unrolled<rows_together>([&](size_t s) __attribute__((always_inline)) {
                 if (i + r + s >= job.end) return;
                 unrolled<num_vectors>([&](size_t n) { sums[s][n] = Fours::in_column_order(sums[s][n]); });
-                add_last_products<Levels, num_vectors>(four[r + s], common.blocks[num_blocks], left, last_levels,
-                                                       job.vectors + num_blocks * values_of_block, sums[s]);
+                if (left > 0)
+                    add_last_products<Levels, num_vectors>(four[r + s], common.blocks[num_blocks], left, last_levels,
+                                                           job.vectors + num_blocks * values_of_block, sums[s]);
                 job.put<num_vectors>(i + r + s, sums[s]);
             });
         }

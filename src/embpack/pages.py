@@ -77,8 +77,10 @@ def _move(start: int, stop: int, huge: int) -> None:
         code = _advise(low, high, _COLLAPSE)
         if code == errno.ENOMEM:
             return  # there are no more huge pages
-        if code == errno.EINVAL:
-            _advise(low, high, _ADVISE)  # an older kernel moves them later
+        if code == errno.EINVAL and not _knows(_COLLAPSE):  # an older kernel, which moves later what is an array's alone
+            inner_low, inner_high = max(low, -(-start // huge) * huge), min(high, stop // huge * huge)
+            if inner_low < inner_high:
+                _advise(inner_low, inner_high, _ADVISE)
 
 
 def _find_private(start: int, stop: int, huge: int) -> Iterator[tuple[int, int]]:
@@ -103,6 +105,11 @@ def _find_mapped(start: int, stop: int) -> Iterator[tuple[int, int]]:
         high, _, _, _, inode = rest.split(maxsplit=5)[:5]
         if int(high, 16) > start and inode != b"0":
             yield int(low, 16), int(high, 16)
+
+
+def _knows(advice: int) -> bool:
+    """Whether the kernel knows an advice: for no bytes it refuses only what it does not know."""
+    return _advise(0, 0, advice) == 0
 
 
 def _advise(start: int, stop: int, advice: int) -> int:

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "exact_units.h"
 #include "lookup_case.h"
 #include "testing.h"
 
@@ -115,6 +116,37 @@ void test_exact_sums(const Isas& isas, LookupArenas& arenas) {
                     make_offsets(c, {20, 1, 2, 3, 0, 120, 50, 4, 5, 90, 31, 64, 255, 256, 0, 192}, number % 4 == 1);
                 check_case(c, isas, arenas);
             }
+}
+
+// The largest sums that there can be, of the largest codes, in bags of one row less, as many, and one more than are exact.
+void test_limits_of_exact_sums(const Isas& isas, LookupArenas& arenas) {
+    Random random(10);
+    for (uint16_t largest : {0x3bff, 0x07ff, 0x1401, 0x03ff})
+        for (uint16_t exponents_below : {0, 1, 2, 3, 4, 5})
+            for (uint16_t bias : {uint16_t{0}, largest, static_cast<uint16_t>(largest | 0x8000)})
+                for (size_t d : {33, 64, 100}) {
+                    LookupCase c;
+                    c.num_rows = 2;
+                    c.embedding_dim = d;
+                    make_table(c, random);
+                    std::fill(c.packed.begin(), c.packed.end(), uint8_t{0xff});
+                    const uint16_t step = static_cast<uint16_t>(exponents_below << 10);
+                    const uint16_t least = largest > step ? static_cast<uint16_t>((largest - step) | 1) : uint16_t{1};
+                    for (size_t row = 0; row < 2; row++) {
+                        const uint16_t params[2] = {row == 0 ? largest : least, bias};
+                        std::memcpy(c.packed.data() + (row + 1) * c.row_bytes() - sizeof params, params, sizeof params);
+                    }
+                    const uint32_t magnitude = bias & 0x7fff;
+                    const ExactUnits units = find_exact_units({(magnitude - 1) << 16 | (least - 1u), magnitude << 16 | largest});
+                    for (size_t most : {units.most_rows, size_t{255}})
+                        for (size_t num_rows : {most - 1, most, most + 1}) {
+                            if (num_rows - 1 > 600) continue;
+                            c.indices.assign(num_rows, 0);
+                            c.indices[num_rows / 2] = 1;
+                            make_offsets(c, {num_rows}, true);
+                            check_case(c, isas, arenas);
+                        }
+                }
 }
 
 // Codebooks of sixteen levels, of which an instruction set may look some rows up before it adds any: bags of fewer and
@@ -275,6 +307,7 @@ int main() {
     test_widths(isas, arenas);
     test_bags(isas, arenas);
     test_exact_sums(isas, arenas);
+    test_limits_of_exact_sums(isas, arenas);
     test_trellis(isas, arenas);
     test_large_values(isas, arenas);
     test_only_padding(isas, arenas);
