@@ -74,13 +74,12 @@ def _move(start: int, stop: int, huge: int) -> None:
     for low, high in private:
         if any(low < end and high > begin for begin, end in mapped):
             continue
-        code = _advise(low, high, _COLLAPSE)
-        if code == errno.ENOMEM:
-            return  # there are no more huge pages
-        if code == errno.EINVAL and not _knows(_COLLAPSE):  # an older kernel, which moves later what is an array's alone
-            inner_low, inner_high = max(low, -(-start // huge) * huge), min(high, stop // huge * huge)
-            if inner_low < inner_high:
-                _advise(inner_low, inner_high, _ADVISE)
+        for page in range(low, high, huge):  # by itself: Linux goes no further than one that it cannot move
+            code = _advise(page, page + huge, _COLLAPSE)
+            if code == errno.ENOMEM:
+                return  # there are no more huge pages
+            if code == errno.EINVAL and not _knows(_COLLAPSE) and start <= page and page + huge <= stop:
+                _advise(page, page + huge, _ADVISE)  # an older kernel, which moves later what is the array's alone
 
 
 def _find_private(start: int, stop: int, huge: int) -> Iterator[tuple[int, int]]:
