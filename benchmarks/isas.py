@@ -146,15 +146,17 @@ def hold_to_avx2() -> None:
     """Hold everybody to AVX2: before PyTorch is loaded, or it would not heed it.
 
     Raises:
-        NotHeldError: PyTorch is loaded, or this CPU or build lacks AVX2.
-        OSError: there is no C++ compiler, or it fails.
+        NotHeldError: PyTorch is loaded, this CPU or build lacks AVX2, or there is no C++ compiler, or it fails.
     """
     if "torch" in sys.modules:
         raise NotHeldError("PyTorch is loaded already, and has chosen its kernels")
     if not _native.use_isa("avx2"):
         raise NotHeldError("this CPU lacks AVX2, or embpack was built without it")
     os.environ.update(SWITCHES)
-    load_compiled("no_avx512.cpp", ctypes.RTLD_GLOBAL)
+    try:
+        load_compiled("no_avx512.cpp", ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise NotHeldError(str(error)) from error
 
 
 def cpu_has_avx512() -> bool:

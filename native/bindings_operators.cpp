@@ -59,9 +59,8 @@ private:
     nb::python_error error_;
 };
 
-void demand(int32_t result) {
-    if (result != 0) throw std::runtime_error("a function of PyTorch's stable ABI failed");
-}
+// What fails counts as refused: asked again from Python, PyTorch says why.
+void demand(int32_t result) { require(result == 0, "a function of PyTorch's stable ABI failed"); }
 
 // A tensor that an operator was given or returns; maybe none.
 class StableTensor {
@@ -73,8 +72,7 @@ public:
     StableTensor(const StableTensor&) = delete;
     StableTensor& operator=(const StableTensor&) = delete;
 
-    // A new one of these values, and where it is. What PyTorch cannot make counts as refused: asked again from Python, it
-    // says why.
+    // A new one of these values, and where it is.
     StableTensor(const int64_t* shape, size_t ndim, ValueType type, Output& out)
         : StableTensor(make_handle(shape, ndim, type)) {
         void* values = nullptr;
@@ -91,7 +89,7 @@ public:
         const int32_t dtype = type == ValueType::f32 ? torch.f32 : type == ValueType::f16 ? torch.f16 : torch.bf16;
         Handle handle = nullptr;
         const auto dims = static_cast<int64_t>(ndim);
-        require(torch.aoti_torch_empty_strided(dims, shape, strides, dtype, torch.cpu, 0, &handle) == 0, "no output");
+        demand(torch.aoti_torch_empty_strided(dims, shape, strides, dtype, torch.cpu, 0, &handle));
         return handle;
     }
 

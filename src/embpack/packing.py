@@ -16,6 +16,9 @@ from embpack.table import PackedTable
 from embpack.text import printable
 from embpack.variant import Variant
 
+LEAST_MOVED_BYTES = 4 << 20
+"""Bytes of a packed table that is moved to huge pages: packing a smaller one would take twice the time for it."""
+
 
 def quantize(
     weight: Any,
@@ -81,7 +84,8 @@ def pack(weight: Any, variant: Variant, error_weights: Any = None) -> tuple[Pack
         sums += packer.pack(chunk, packed[done : done + len(chunk)], done)
         done += len(chunk)
     table = PackedTable(packed, row_format, dtype, packer.spec, measure_loss(sums), **packer.beside())
-    use_huge_pages(table.packed, *table.beside)
+    if table.nbytes >= LEAST_MOVED_BYTES:
+        use_huge_pages(table.packed, *table.beside)
     return table, find_warning(sums)
 
 

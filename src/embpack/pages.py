@@ -51,7 +51,7 @@ def use_huge_pages(*arrays: NDArray[Any]) -> None:
     """
     for array in arrays:
         if array.nbytes >= MIN_BYTES and array.flags.c_contiguous:
-            with suppress(OSError):  # a system without the files that are read, or one that does not let them be
+            with suppress(OSError, ValueError):  # a system without the files that are read, or with others
                 _move(array.ctypes.data, array.ctypes.data + array.nbytes, _find_huge_bytes())
 
 
