@@ -42,9 +42,9 @@ size_t count_values(const Lookup& lookup) {
 // as long.
 class Cut {
 public:
-    Cut(std::span<const Lookup> lookups, size_t total_values, int threads)
-        : num_bags_(lookups.empty() ? 0 : lookups[0].bags.num_bags),
-          bags_at_a_time_(num_bags_ / (total_values / most_piece_values + 1) + 1) {
+    Cut(std::span<const Lookup> lookups, size_t total_values, int threads) {
+        for (const Lookup& lookup : lookups) num_bags_ = std::max(num_bags_, lookup.bags.num_bags);
+        bags_at_a_time_ = num_bags_ / (total_values / most_piece_values + 1) + 1;
         if (threads > 1) {
             const size_t pieces = static_cast<size_t>(threads) * pieces_a_thread / lookups.size() + 1;
             bags_at_a_time_ = std::min(bags_at_a_time_, num_bags_ / pieces + 1);
@@ -54,11 +54,14 @@ public:
 
     size_t count_pieces(size_t num_lookups) const { return num_lookups * pieces_a_lookup_; }
     size_t lookup_of(size_t piece) const { return piece / pieces_a_lookup_; }
+    // Of a lookup with fewer bags than another, some pieces have none.
     size_t first_bag(size_t piece) const { return piece % pieces_a_lookup_ * bags_at_a_time_; }
-    size_t end_bag(size_t piece) const { return std::min(num_bags_, first_bag(piece) + bags_at_a_time_); }
+    size_t end_bag(size_t piece, const Lookup& lookup) const {
+        return std::min(lookup.bags.num_bags, first_bag(piece) + bags_at_a_time_);
+    }
 
 private:
-    size_t num_bags_, bags_at_a_time_, pieces_a_lookup_;
+    size_t num_bags_ = 0, bags_at_a_time_, pieces_a_lookup_;
 };
 
 // Values that are rotated back together: they stay in the first-level cache.
@@ -185,8 +188,10 @@ LookupFault pool(std::span<Lookup> lookups, size_t& faulty_lookup) {
     std::mutex mutex;
     for_each_piece(cut.count_pieces(lookups.size()), 1, threads, [&](size_t piece, Turn&) {
         const size_t number = cut.lookup_of(piece);
+        const size_t first = cut.first_bag(piece), end = cut.end_bag(piece, lookups[number]);
+        if (first >= end) return;
         LookupFault found;
-        pool_bags(k, lookups[number], cut.first_bag(piece), cut.end_bag(piece), found);
+        pool_bags(k, lookups[number], first, end, found);
         if (found.kind == LookupFault::none) return;
         const std::lock_guard lock(mutex);
         if (number <= faulty_lookup) {

@@ -22,8 +22,8 @@ struct Lookup {
 // holds here, too.
 void pool_bags(const Kernels&, const Lookup&, size_t first, size_t end, LookupFault&);
 
-// Pools the bags of several tables, as many of each, and says in them whether rows are prefetched. The fault is that of
-// the first lookup that has one, whose number is given.
+// Pools the bags of several tables, and says in them whether rows are prefetched. The fault is that of the first lookup
+// that has one, whose number is given.
 LookupFault pool(std::span<Lookup> lookups, size_t& faulty_lookup);
 
 }  // namespace embpack
