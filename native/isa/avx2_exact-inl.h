@@ -54,8 +54,8 @@ struct ExactTiles {
         }
     };
 
-    // The sums of four codes that follow each other, of each lane, to where they belong: a lane's to the columns that follow
-    // those of the lane before it, and the upper half's `distance` columns behind the lower half's.
+    // The sums of four codes that follow each other, of each lane, to where they belong: a lane's to the columns that
+    // follow those of the lane before it, and the upper half's `distance` columns behind the lower half's.
     static void put_sums(FourSums sums, ExactSum exact, float* to, size_t distance) {
         const __m256 unit = _mm256_set1_ps(exact.unit), bias = _mm256_set1_ps(exact.bias);
         const auto level = [&](__m256i sum, __m256 each) { return _mm256_fmadd_ps(each, _mm256_cvtepi32_ps(sum), bias); };
@@ -115,12 +115,11 @@ struct ExactTiles {
         return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
     }
 
-    // The sums of a tile, from byte `first_byte` of the rows on. For as many rows as are missing to a whole turn there are
-    // multipliers, 0, and rows, any.
+    // The sums of a tile, from byte `first_byte` of the rows on. For as many rows as are missing to a whole turn there
+    // are multipliers, 0, and rows, any.
     template <class Tile, class AfterTurn>
     [[gnu::always_inline]] static void sum(const uint8_t* const* rows, const int16_t* multipliers, size_t num_rows,
-                                                   size_t first_byte, ExactSum exact, float* to,
-                                                   const AfterTurn& after_turn) {
+                                           size_t first_byte, ExactSum exact, float* to, const AfterTurn& after_turn) {
         const __m256i zero = _mm256_setzero_si256();
         FourSums first = {zero, zero, zero, zero}, second = first;   // of the lower and upper halves of each 16 bytes
         __m256i code0 = _mm256_set1_epi16(0x000f), code1 = _mm256_set1_epi16(0x00f0), code2 = _mm256_set1_epi16(0x0f00);
@@ -128,8 +127,8 @@ struct ExactTiles {
         for (size_t i = 0; i < num_rows; i += Tile::rows_at_once) {
             __m256i even, odd, by;
             Tile::load(rows + i, first_byte, multipliers + i, even, odd, by);
-            // Two codes of a column side by side: the operation that makes their products adds them. In order, by an empty
-            // statement: all at once, they do not fit the registers.
+            // Two codes of a column side by side: the operation that makes their products adds them. In order, by an
+            // empty statement: all at once, they do not fit the registers.
             const auto add = [&](__m256i& sum, __m256i codes) __attribute__((always_inline)) {
                 sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes, by));
                 asm volatile("" : "+x"(sum));

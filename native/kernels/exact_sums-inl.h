@@ -35,7 +35,9 @@ struct ExactBag {
 };
 
 inline constexpr size_t places_together = 4;
-inline constexpr size_t places_of(size_t num_rows) { return (num_rows + places_together - 1) / places_together * places_together; }
+inline constexpr size_t places_of(size_t num_rows) {
+    return (num_rows + places_together - 1) / places_together * places_together;
+}
 
 // The window: where its rows are, their scales, as multiples of a unit, and their biases.
 template <class Exact>

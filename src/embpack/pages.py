@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ MIN_BYTES = 1 << 17
 
 _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
 _ADVISE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, since Linux 6.1, which Python does not name
-# Moved in one call: some 20 ms, between which Python handles its signals.
+# Read of /proc/self/pagemap at a time.
 _PIECE_BYTES = 1 << 26
 # What /proc/self/pagemap says of a page: it is there; it is a file's or shared memory's; no other process has it.
 _PRESENT, _OF_FILE, _EXCLUSIVE = (np.uint64(1 << bit) for bit in (63, 61, 56))
@@ -34,7 +35,7 @@ def ask_for_huge_pages(array: NDArray[Any]) -> None:
 
     use_huge_pages moves what malloc has had filled before.
     """
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # as below
         huge = _find_huge_bytes()
         start, stop = -(-array.ctypes.data // huge) * huge, (array.ctypes.data + array.nbytes) // huge * huge
         if start < stop:
@@ -113,6 +114,11 @@ def _knows(advice: int) -> bool:
 
 def _advise(start: int, stop: int, advice: int) -> int:
     """Call madvise; return 0 or the error's number."""
+    return ctypes.get_errno() if _find_madvise()(start, stop - start, advice) else 0
+
+
+@cache
+def _find_madvise() -> Any:
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return ctypes.get_errno() if madvise(start, stop - start, advice) else 0
+    return madvise
