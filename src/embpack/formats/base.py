@@ -38,6 +38,9 @@ class SourceTensor:
         is_vectors: the format itself says that these are vectors: the array of an .npy file, a column of
             fixed-size lists in a Parquet file.
         stored: where its values lie in the source, if they do so as in memory.
+        parts: tensors of the checkpoint that it is made of, such as pieces of a table and scales of its values; none
+            if it is one of the checkpoint's own.
+        weight_dtype: what its values are to be unpacked to, "bfloat16", if that is not what they are read as.
     """
 
     name: str
@@ -47,6 +50,8 @@ class SourceTensor:
     source: SourceFile | None
     is_vectors: bool = False
     stored: StoredArray | None = None
+    parts: tuple["SourceTensor", ...] = ()
+    weight_dtype: str | None = None
 
     @property
     def nbytes(self) -> int:
