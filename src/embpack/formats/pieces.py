@@ -4,6 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -79,7 +80,7 @@ def _find_bands(where: str, shape: tuple[int, int], pieces: Sequence[Piece]) -> 
     if bounds[0] < 0 or bounds[-1] > shape[0]:
         raise FormatError(f"{where} of {shape[0]} rows has pieces with rows [{bounds[0]}, {bounds[-1]})")
     bands, there = [], list[Piece]()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         there = [piece for piece in there if piece.end_row > start]
         while waiting and waiting[-1].first_row == start:
             there.append(waiting.pop())
