@@ -20,7 +20,10 @@ SPECS = (*embpack.METHODS, "optimal:effort=fast", EXACT)
 # else there is for rows of very few bytes and of many.
 ROTATED = ("optimal", "trellis")
 FEWER_BITS = 3.5
-OTHER_BITS = (("optimal", {"bits": 2}), ("kmeans", {"bits": 2}), ("optimal", {"bits": 8, "param_dtype": "float16"}))
+OTHER_BITS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((spec, {"bits": 2}) for spec in ("optimal", "kmeans", "trellis")),
+    ("optimal", {"bits": 8, "param_dtype": "float16"}),
+)
 # Of uniform rows' float16 scale and bias. Trellis-coded rows of as many bits have as many bytes.
 PARAM_BYTES = 4
 # What losses are divided by: the first of these that is there.
@@ -99,7 +102,7 @@ def list_ours(exact_rows: int) -> list[Quantizer]:
 def list_trellis(sizes: Iterable[float], embedding_dim: int) -> list[Quantizer]:
     """List trellis-coded rows of the most bytes that others' rows, of these sizes, are not below."""
     bits = {min((floor(size) - PARAM_BYTES) * 8 / embedding_dim, MOST_BITS) for size in sizes}
-    return [_make_ours("trellis", bits=number) for number in sorted(bits - {4, FEWER_BITS}) if number >= LEAST_BITS]
+    return [_make_ours("trellis", bits=number) for number in sorted(bits - {4, FEWER_BITS}) if number > LEAST_BITS]
 
 
 def _make_ours(spec: str, most_rows: int | None = None, **options: Any) -> Quantizer:
