@@ -25,17 +25,20 @@ def print_loss_report(report: LossReport) -> None:
         for way, reason in table.left_out.items():
             show.output.print(f"{way} is left out: {reason}")
     show.output.print()
-    show.output.print("* least loss at its size. Ratio: to PyTorch's greedy search, or FBGEMM")
+    show.output.print(
+        "* least loss at its size, of the rows that both packed. Ratio: of the losses of these rows to PyTorch's"
+    )
+    show.output.print("greedy search's, or FBGEMM's")
 
 
 def _print_losses(table: TableLosses) -> None:
     title = f"{table.table}: {table.num_embeddings:,} x {table.embedding_dim}, by bytes a row"
-    columns = ("", "library", "method", "bytes", "loss", "ratio")
+    columns = ("", "library", "method", "bytes", "loss", f"of {table.common_rows:,} rows", "ratio")
     show.output.print()
     shown = show.start_table(title, columns, text_columns=3, cut="method")
     for own in table.losses:
         rows = "" if own.rows == table.num_embeddings else f", {own.rows:,} rows"
         ratio = "" if own.by_baseline is None else f"{own.by_baseline:.3f}"
         of_row = ("*" if own.on_front else "", own.library, own.method + rows)
-        shown.add_row(*of_row, f"{own.bytes_per_row:.2f}", f"{own.loss:.5f}", ratio)
+        shown.add_row(*of_row, f"{own.bytes_per_row:.2f}", f"{own.loss:.5f}", f"{own.common_loss:.5f}", ratio)
     show.output.print(shown)

@@ -14,7 +14,10 @@ PEERS = ("pytorch", "fbgemm", "kmeans1d", "ckwrap")
 # Those that look rows up too: <name>_lookup has its POOLERS.
 POOLING_PEERS = ("pytorch", "fbgemm")
 # Those whose losses are compared: <name>_loss has its QUANTIZERS.
-LOSS_PEERS = ("pytorch", "fbgemm", "torchao", "bitsandbytes", "onnxruntime", "faiss", "gguf")
+LOSS_PEERS = (
+    *("pytorch", "fbgemm", "torchao", "bitsandbytes", "onnxruntime", "faiss"),
+    *("gguf", "vllm", "mlx", "fp8", "exllamav3"),  # by formulas in NumPy: these need nothing
+)
 
 
 def load_peers() -> tuple[list[Peer | Clusterer], dict[str, str]]:

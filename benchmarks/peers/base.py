@@ -68,8 +68,8 @@ class Restored:
     """What a library leaves of a table.
 
     Attributes:
-        values: float32 [N, d], by its own dequantization.
-        nbytes: of everything that it keeps for them: codes, scales, zero points, codebooks.
+        values: float32 [n, d], by its own dequantization; n may be less than N, where it packs only the first rows.
+        nbytes: of everything that it keeps for these: codes, scales, zero points, codebooks.
     """
 
     values: NDArray[Any]
@@ -83,16 +83,14 @@ class Quantizer:
     Attributes:
         library: what reports call the library.
         method: which of its ways it is, as users find it.
-        restore: packs float32 rows [N, d] and unpacks them.
+        restore: packs float32 rows [N, d] and unpacks them; only the first ones where it has no time for all.
         multiple_of: of which d has to be a multiple.
-        most_rows: how many it has time for; None: all.
     """
 
     library: str
     method: str
     restore: Callable[[NDArray[np.float32]], Restored]
     multiple_of: int = 1
-    most_rows: int | None = None
 
 
 # A lookup: what it returns is float32 [bags, tables * d], an array or a tensor.
