@@ -250,7 +250,13 @@ def test_globs_go_by_the_name_of_the_table(embpack_command, tmp_path):
     assert code == 1 and "name those that are tables with --include: lookup.weight (name does not" in err
     code, _, err = embpack_command("quantize", src, dst, "--include", "lookup.shard_0.weight")
     assert code == 1
-    assert "matches no tensor; 'lookup.shard_0.weight' is a part of 'lookup.weight'; name that" in err
+    assert "include 'lookup.shard_0.weight' only matches parts of 'lookup.weight'; name that" in err
+    code, _, err = embpack_command("quantize", src, dst, "--set", "lookup.weight_scale=asym")
+    assert code == 1
+    assert "'lookup.weight_scale', which is but a part of 'lookup.weight'; name that" in err
+    # What is copied anyway may be excluded by any name.
+    code, _, err = embpack_command("quantize", src, dst, "--include", "lookup.*", "--exclude", "*_scale_inv")
+    assert (code, err) == (0, "")
     code, _, _ = embpack_command("quantize", src, dst, "--include", "look*", "--set", "lookup.weight=asym:bits=8")
     assert code == 0
     table = embpack.load(dst)["lookup.weight"]
