@@ -129,6 +129,10 @@ FAULTS = {
         "it is I8 with no scale: there must be one of a.embed.weight_scale, a.embed.scale, a.embed.weight_scale_inv, "
         "and there is 'a.embed.SCB' (F32, [96])",
     ),
+    "a layer's scale": (
+        {"a.embed.weight": CODES, "a.scale": SCALE, "a.embed.bias": SCALE},
+        "with no scale: .* there is 'a.embed.bias' (F32, [1])",
+    ),
     "several": (
         {"a.embed.weight": CODES, "a.embed.weight_scale": SCALE, "a.embed.scale": SCALE},
         "with more than one scale: .* there is 'a.embed.weight_scale' (F32, [1]), 'a.embed.scale' (F32, [1])",
