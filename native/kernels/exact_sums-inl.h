@@ -12,8 +12,11 @@
 //     sum<Tile>(rows, multipliers, num_rows, first_byte, exact, to, after_turn)   a tile's sums; it calls
 //                                                                 after_turn(i) when rows from i on have been added
 
-// Where rows are prefetched, windows are short, a bag if it has enough rows: while one is opened, nothing is prefetched.
 // A bag of more rows than any window is added level by level.
+//
+// Where rows are prefetched, windows are short, a bag if it has enough rows, and requests are spread over all that is
+// done: those for the first tile of every other row over finding rows, all else over adding them. A CPU drops requests
+// that come too close together, so each row is asked for again half as early (docs/kernels.md).
 inline constexpr size_t least_exact_window = 128;
 
 inline Reach reach_of_exact_sums(const PackedRows& rows, bool prefetches) {
@@ -26,6 +29,20 @@ inline Reach reach_of_exact_sums(const PackedRows& rows, bool prefetches) {
 struct TileBytes {
     size_t first, last;
 };
+
+// Of so many columns from column j on.
+inline TileBytes bytes_of_tile(const PackedRows& rows, size_t j, size_t columns) {
+    const bool is_last = j + columns >= rows.embedding_dim;
+    return {j / 2, (is_last ? rows.row_bytes : (j + columns) / 2) - 1};
+}
+
+inline void prefetch_tile(uintptr_t row, TileBytes bytes) {
+    __builtin_prefetch(reinterpret_cast<const void*>(row + bytes.first), 0, 2);
+    __builtin_prefetch(reinterpret_cast<const void*>(row + bytes.last), 0, 2);
+}
+
+// Rather than when rows are added.
+inline bool is_prefetched_when_found(size_t place, TileBytes bytes) { return bytes.first == 0 && place % 2 == 0; }
 
 // A bag of the window. Its rows have places, a multiple of four of them; those that are left over count nothing.
 struct ExactBag {
@@ -69,6 +86,9 @@ struct ExactWindow {
         const uint64_t* const last_index = index + reader.num_indices - 1;
         const size_t after_codes = code_bytes(rows.embedding_dim, rows.grid);
         const bool prefetches = reader.bags.prefetches;
+        const size_t rows_ahead = reader.rows_ahead;
+        const bool is_narrow = rows.embedding_dim < Exact::Wide::columns;
+        const TileBytes first_tile = bytes_of_tile(rows, 0, is_narrow ? Exact::Narrow::columns : Exact::Wide::columns);
         size_t place = 0;
         for (size_t bag = 0; bag < num_bags; bag++) {
             const size_t num_rows = reader.starts[bag + 1] - reader.starts[bag];
@@ -82,9 +102,13 @@ struct ExactWindow {
                 row[place] = codes;
                 std::memcpy(params + place, codes + after_codes, sizeof *params);
                 if (prefetches) {
-                    const uint64_t* const early = index + reader.rows_ahead;
-                    const uint64_t index_ahead = *(early < last_index ? early : last_index);
-                    ahead[place] = reinterpret_cast<uintptr_t>(rows.bytes) + index_ahead * rows.row_bytes;
+                    const auto index_ahead = [&](size_t num_rows_ahead) {
+                        const uint64_t* const early = index + num_rows_ahead;
+                        return *(early < last_index ? early : last_index);
+                    };
+                    ahead[place] = reinterpret_cast<uintptr_t>(rows.bytes) + index_ahead(rows_ahead) * rows.row_bytes;
+                    if (is_prefetched_when_found(place, first_tile)) prefetch_tile(ahead[place], first_tile);
+                    prefetch_row(rows, index_ahead(rows_ahead / 2));
                 }
             }
             for (; place % places_together != 0; place++) {
@@ -127,8 +151,7 @@ template <class Exact, class Tile, bool prefetches>
                               bag.sum, to, [&](size_t i) __attribute__((always_inline)) {
         if constexpr (prefetches)
             unrolled<Tile::rows_at_once>([&](size_t k) {
-                __builtin_prefetch(reinterpret_cast<const void*>(ahead[i + k] + bytes.first), 0, 2);
-                __builtin_prefetch(reinterpret_cast<const void*>(ahead[i + k] + bytes.last), 0, 2);
+                if (!is_prefetched_when_found(k, bytes)) prefetch_tile(ahead[i + k], bytes);
             });
     });
 }
@@ -201,8 +224,7 @@ private:
         const size_t num_columns = smaller(Tile::columns, reader.rows.embedding_dim - j);
         const bool goes_to_output = out.type == ValueType::f32 && num_columns == Tile::columns;
         float* const sums = goes_to_output ? reinterpret_cast<float*>(to) + j : pooled;
-        const bool is_last = j + num_columns == reader.rows.embedding_dim;
-        const TileBytes bytes = {j / 2, (is_last ? reader.rows.row_bytes : (j + Tile::columns) / 2) - 1};
+        const TileBytes bytes = bytes_of_tile(reader.rows, j, Tile::columns);
         if (reader.bags.prefetches)
             sum_tile<Exact, Tile, true>(window, bag, bytes, sums);
         else

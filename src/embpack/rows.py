@@ -14,6 +14,8 @@ ROW_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
 }
+# Their names, where NumPy's own take longer to find than some hundred rows to pack.
+_NAMES = {dtype: name for name, dtype in ROW_DTYPES.items() if dtype.name == name}
 # The largest finite value of a type.
 LARGEST = {"float16": np.float32(65504), "bfloat16": np.uint32(0x7F7F0000).view(np.float32)}
 
@@ -41,7 +43,7 @@ def as_rows(weight: Any) -> tuple[NDArray[Any], str]:
             return _check_shape(weight.view(torch.uint16).numpy()), "bfloat16"
         weight = weight.numpy()
     array = np.asarray(weight)
-    name = array.dtype.name
+    name = _NAMES.get(array.dtype) or array.dtype.name
     if name not in ROW_DTYPES:
         raise _explain_type(name, "weight.astype(numpy.float32)" if array.dtype.kind in "fiu" else None)
     if not array.dtype.isnative:

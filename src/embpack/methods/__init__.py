@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import lru_cache
 
 from embpack.methods.aciq import Aciq
 from embpack.methods.asym import Asym
@@ -46,6 +47,11 @@ def parse_method(spec: str | Method) -> Method:
         return spec
     if not isinstance(spec, str):
         raise TypeError(f"method is {spec!r}; give a name, such as {DEFAULT_METHOD!r}, or a Method")
+    return _parse_method(spec)
+
+
+@lru_cache
+def _parse_method(spec: str) -> Method:
     name, _, settings = spec.partition(":")
     if name not in METHODS:
         like = get_close_matches(name.lower(), METHODS, 1)
