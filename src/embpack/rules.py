@@ -15,7 +15,7 @@ from pathlib import Path
 
 from embpack.files import METADATA_KEY
 from embpack.formats import Checkpoint, SourceTensor
-from embpack.formats.dtypes import count_bytes
+from embpack.formats.base import name_first
 from embpack.layouts import ArraySpec, RowFormat
 from embpack.readers import check_reader
 from embpack.selection import refuse_unread
@@ -71,18 +71,23 @@ class Decision:
     @property
     def dtype(self) -> str:
         """What a table's weights are: "float32", "float16" or "bfloat16"."""
-        return PACKABLE_DTYPES[self.tensor.dtype]
+        return self.tensor.weight_dtype or PACKABLE_DTYPES[self.tensor.dtype]
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the tensor."""
-        return count_bytes(self.tensor.dtype, self.tensor.shape)
+        """Bytes of the tensor, as the checkpoint has it."""
+        return sum(part.nbytes for part in self.tensor.parts or (self.tensor,))
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the output does not have it: it is not packed, and cannot be copied."""
+        return self.variant is None and not self.tensor.can_be_copied
 
     @property
     def bytes_after(self) -> int:
         """Bytes of the tensor in the output, and of what lies beside it."""
         if self.variant is None:
-            return self.bytes_before
+            return 0 if self.is_left_out else self.bytes_before
         num_embeddings, embedding_dim = self.tensor.shape
         return self.variant.count_bytes(num_embeddings, embedding_dim)
 
@@ -214,6 +219,16 @@ def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
     if not any(each.variant for each in decisions):
         raise ValueError(f"{path}: nothing to pack; {_explain_none(rules, decisions, checkpoint.left_out)}")
     return decisions
+
+
+def list_left_out(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[str, ...]:
+    """Say what of a checkpoint the output will not have, in words."""
+    groups: dict[str, list[str]] = {}
+    for each in decisions:
+        if each.is_left_out:
+            why = f"{each.tensor.stored_as}, for which safetensors has no type; {each.reason}"
+            groups.setdefault(why, []).append(each.tensor.name)
+    return (*(f"tensor {name_first(names)} ({why})" for why, names in groups.items()), *checkpoint.left_out)
 
 
 def _explain_none(rules: Rules, decisions: Sequence[Decision], left_out: Sequence[str]) -> str:

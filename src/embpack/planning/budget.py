@@ -34,7 +34,11 @@ class Budget:
         remaining = iter(decisions)
         shards = [
             ShardWriter(
-                tuple(_write(each) if each.variant else each.tensor for each in islice(remaining, len(shard.tensors))),
+                tuple(
+                    _write(each) if each.variant else each.tensor
+                    for each in islice(remaining, len(shard.tensors))
+                    if not each.is_left_out
+                ),
                 shard.metadata,
             ).out_shard("")
             for shard in checkpoint.shards
