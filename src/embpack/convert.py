@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from numbers import Real
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from embpack.formats.safetensors import count_file_bytes as count_shard_bytes
 from embpack.gate import check_losses
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packed_folder import copy_and_list, list_own, name_packed
-from embpack.rules import Decision, Rules, decide_all, list_left_out
+from embpack.rules import Decision, Rules, decide_all, list_left_out, split_decisions
 from embpack.shard_writer import Progress, ShardWriter, TableReport, TableWriter
 from embpack.variant import Variant
 
@@ -159,10 +158,8 @@ def count_file_bytes(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> i
 
 
 def _make_writers(checkpoint: Checkpoint, decisions: Sequence[Decision], progress: Progress) -> list[ShardWriter]:
-    remaining = iter(decisions)
     writers = []
-    for shard in checkpoint.shards:
-        own = [each for each in islice(remaining, len(shard.tensors)) if not each.is_left_out]
+    for shard, own in zip(checkpoint.shards, split_decisions(checkpoint, decisions), strict=True):
         tensors = (TableWriter(each, progress) if each.variant else each.tensor for each in own)
         writers.append(ShardWriter(tuple(tensors), shard.metadata))
     return writers
@@ -173,6 +170,7 @@ def _make_shards(checkpoint: Checkpoint, writers: Sequence[ShardWriter], dst: Pa
     return [
         writer.out_shard(name_file(checkpoint, shard, dst, name_packed))
         for shard, writer in zip(checkpoint.shards, writers, strict=True)
+        if writer.tensors or not shard.tensors  # the table that has its parts may lie in another file
     ]
 
 

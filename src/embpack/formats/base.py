@@ -42,6 +42,7 @@ class SourceTensor:
             if it is one of the checkpoint's own.
         weight_dtype: what its values are to be unpacked to, "bfloat16", if that is not what they are read as.
         stored_as: how its parts hold its values, "F8_E4M3 x BF16", if not as they are read.
+        num_pieces: in how many pieces it lies.
         can_be_copied: whether it can be passed through as it is: not where no type of safetensors holds what is stored.
     """
 
@@ -55,6 +56,7 @@ class SourceTensor:
     parts: tuple["SourceTensor", ...] = ()
     weight_dtype: str | None = None
     stored_as: str | None = None
+    num_pieces: int = 1
     can_be_copied: bool = True
 
     @property
