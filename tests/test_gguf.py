@@ -114,7 +114,7 @@ LEFT_OUT = [
 @pytest.mark.parametrize("table", ["Q8_0", "Q5_1", "Q4_0"])
 def test_the_table_of_a_model_is_packed(tmp_path, rng, embpack_command, table):
     values = write_model(tmp_path / "a.gguf", rng, table)
-    options = ["--include", "*_embd.weight", "--exclude", "position*", "--method", "greedy", "--json"]
+    options = ["--exclude", "position*", "--method", "greedy", "--json"]
     code, out, _ = embpack_command("quantize", tmp_path / "a.gguf", tmp_path / "a.safetensors", *options)
     assert code == 0
     told = json.loads(out)
@@ -151,10 +151,10 @@ def test_a_dry_run_says_what_is_left_out(tmp_path, rng, embpack_command):
 
 def test_a_plan_keeps_its_size_without_what_is_left_out(tmp_path, rng):
     write_model(tmp_path / "a.gguf", rng)
-    plan = embpack.plan(tmp_path / "a.gguf", include=["token_embd.weight"], max_bytes=70_000)
-    report = embpack.quantize_file(
-        tmp_path / "a.gguf", tmp_path / "a.safetensors", include=["token_embd.weight"], variants=plan.variants
-    )
+    tables = {"include": ["token_embd.weight"], "exclude": ["position*"]}
+    ways = [embpack.Variant("greedy", bits) for bits in (4, 8)]
+    plan = embpack.plan(tmp_path / "a.gguf", **tables, variants=ways, max_bytes=70_000)
+    report = embpack.quantize_file(tmp_path / "a.gguf", tmp_path / "a.safetensors", **tables, variants=plan.variants)
     assert report.file_bytes_after == (tmp_path / "a.safetensors").stat().st_size <= 70_000
     assert report.passed_through == ("blk.0.attn_norm.weight", "position_embd.weight")
     assert list(report.left_out) == LEFT_OUT

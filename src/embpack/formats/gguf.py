@@ -40,8 +40,8 @@ _UINT32, _STRING, _ARRAY = 4, 8, 9
 _VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, _UINT32: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 # Types of ggml that safetensors has, too.
 _PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
-# Values that are unpacked at a time: NumPy's arrays on the way stay in the second-level cache.
-_VALUES_AT_A_TIME = 1 << 15
+# Values that are unpacked at a time: enough for NumPy's calls to cost little, few enough for memory to stay small.
+_VALUES_AT_A_TIME = 1 << 17
 
 
 @dataclass(frozen=True)
