@@ -56,9 +56,11 @@ struct TrellisProductJob {
     // A row's sums, which are zeros to begin with.
     template <size_t num_vectors>
     [[gnu::always_inline]] void take(size_t i, F32x16* row_sums) const {
+        unrolled<num_vectors>([&](size_t n) __attribute__((always_inline)) { row_sums[n] = splat(0.0f); });
+        if (common.is_first()) [[likely]] return;
         const float* const from = sums + trellis_lanes * num_vectors * (i - first);
         unrolled<num_vectors>([&](size_t n) __attribute__((always_inline)) {
-            row_sums[n] = common.is_first() ? splat(0.0f) : load(from + trellis_lanes * n);
+            row_sums[n] = load(from + trellis_lanes * n);
         });
     }
     // Keeps them for the next stripe.
@@ -91,7 +93,7 @@ template <class Levels, size_t num_vectors>
         if constexpr (!are_made_by_fours<Levels>)   // Of those, rows come here that have no full block.
             for (size_t j = trellis_block; j <= num_columns; j += trellis_block, block++, values += values_of_block)
                 add_block_products<Levels, true, trellis_vectors, num_vectors>(row.bytes, *block, levels, values, sums);
-        if (!job.common.is_last()) {
+        if (!job.common.is_last()) [[unlikely]] {
             job.keep<num_vectors>(i, sums);
             continue;
         }
@@ -145,7 +147,7 @@ template <class Levels, size_t num_vectors, bool are_wide_late>
                 });
             unrolled<rows_together>([&](size_t s) __attribute__((always_inline)) {
                 if (i + r + s >= job.end) return;
-                if (!common.is_last()) return job.keep<num_vectors>(i + r + s, sums[s]);
+                if (!common.is_last()) [[unlikely]] return job.keep<num_vectors>(i + r + s, sums[s]);
                 unrolled<num_vectors>([&](size_t n) { sums[s][n] = Fours::in_column_order(sums[s][n]); });
                 if (left > 0)
                     add_last_products<Levels, num_vectors>(four[r + s], common.blocks[num_blocks], left, last_levels,

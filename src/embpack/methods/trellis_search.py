@@ -244,7 +244,9 @@ def _refit(
             chosen[:, steps] = levels[numbers[rows][:, steps]]
         of_rows[0, rows] = (_center(sample[rows], trellis, parameters) * chosen).sum(axis=1)
         of_rows[1, rows] = np.square(chosen).sum(axis=1)
-    return TrellisParameters(*fitted, _refit_scales(numbers_of_scales, *of_rows, parameters), parameters.mean)
+    narrow, wide = fitted
+    scales = _refit_scales(numbers_of_scales, of_rows[0], of_rows[1], parameters)
+    return TrellisParameters(narrow, wide, scales, parameters.mean)
 
 
 def _center(rows: Rows, trellis: TrellisFormat, parameters: TrellisParameters) -> NDArray[np.float64]:
