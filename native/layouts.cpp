@@ -37,7 +37,7 @@ void set_trellis(RowFormat& format, std::string_view bits, bool f16_params) {
     require(!f16_params, "param_dtype of the trellis layout must be float32");
     require(rate >= double{trellis_least_bits} && rate <= double{trellis_most_bits} &&
                 format.embedding_dim >= trellis_least_dim && format.embedding_dim <= trellis_most_dim,
-            "a trellis-coded row has 4 to 4096 values, of 2 to 7 bits");
+            "a trellis-coded row has 4 to 65536 values, of 2 to 7 bits");
     const double code_bytes = std::ceil(static_cast<double>(format.embedding_dim) * rate / 8 - 1e-6);
     format.grid = {8, false};
     format.row_bytes = static_cast<size_t>(code_bytes) + 2 * sizeof(uint16_t);

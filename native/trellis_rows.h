@@ -9,7 +9,7 @@
 
 namespace embpack {
 
-inline constexpr size_t trellis_least_dim = 4, trellis_most_dim = 4096;
+inline constexpr size_t trellis_least_dim = 4, trellis_most_dim = 65536;
 inline constexpr size_t trellis_least_bits = 2, trellis_most_bits = 7;
 // Bits are read by words of eight bytes, none of which reaches past the row; a row shorter than a word is copied first.
 inline constexpr size_t trellis_word = 8;

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
 
 
 def safetensors_bytes(header: object, payload: bytes) -> bytes:
@@ -60,6 +61,48 @@ class Evil:
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return Path.touch, (self.witness,)
+
+
+def write_gguf(path: Path, tensors: dict[str, np.ndarray | tuple[np.ndarray, GGMLQuantizationType]]) -> None:
+    """Write plain arrays, and bytes of blocks with their type."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_token_list(["a", "bc"])
+    writer.add_float64("float", 0.5)
+    for name, value in tensors.items():
+        if isinstance(value, tuple):
+            writer.add_tensor(name, value[0], raw_dtype=value[1])
+        else:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_text(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def gguf_tensor(name: bytes, ne: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    """What a header says of a tensor."""
+    return _gguf_text(name) + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, kind, offset)
+
+
+def gguf_key(name: bytes, kind: int, value: bytes) -> bytes:
+    return _gguf_text(name) + struct.pack("<I", kind) + value
+
+
+def gguf_bytes(
+    *tensors: bytes,
+    keys: tuple[bytes, ...] = (),
+    payload: bytes = b"",
+    version: int = 3,
+    counts: tuple[int, int] | None = None,
+) -> bytes:
+    header = (
+        b"GGUF" + struct.pack("<IQQ", version, *(counts or (len(tensors), len(keys)))) + b"".join((*keys, *tensors))
+    )
+    return header + bytes(-len(header) % 32) + payload
 
 
 def _safetensors_twice() -> bytes:
@@ -179,6 +222,7 @@ def _expanded_bytes() -> bytes:
 
 _TWO = f32_entry([2])
 _NPY = _npy_bytes(np.arange(6, dtype=np.float32))
+_GGUF = gguf_tensor(b"a", [3, 2])
 
 # Name of the file, its bytes, and what the FormatError says.
 FILES: dict[str, tuple[str, bytes, str]] = {
@@ -357,6 +401,93 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         "a.npz",
         _npz_bytes({"\xe9.npy": _NPY}).replace("\xe9".encode(), b"\xff\xff"),
         "not a zip file that can be read, or damaged: 'utf-8' codec can't decode",
+    ),
+    "gguf-garbage": ("a.gguf", b"x" * 100, "not a GGUF file: it does not begin with GGUF"),
+    "gguf-version": ("a.gguf", gguf_bytes(version=1), "GGUF of version 1; what is read: versions 2 and 3"),
+    "gguf-big-endian": ("a.gguf", gguf_bytes(version=3 << 24), "is big-endian; convert it with: gguf-convert-endian"),
+    "gguf-cut": ("a.gguf", gguf_bytes(_GGUF)[:60], "its header goes on past its 60 bytes; the file is truncated"),
+    "gguf-truncated": (
+        "a.gguf",
+        gguf_bytes(_GGUF, payload=bytes(20)),
+        "tensor 'a' ends at byte 120, the file at 116; it is truncated or damaged",
+    ),
+    "gguf-tensors": (
+        "a.gguf",
+        gguf_bytes(_GGUF, counts=(1 << 60, 0)),
+        "its header promises 1152921504606846976 tensors, and at most 262144 are read",
+    ),
+    "gguf-keys": ("a.gguf", gguf_bytes(counts=(0, 1 << 20)), "its header promises 1048576 keys, and at most 262144"),
+    "gguf-long-name": ("a.gguf", gguf_bytes(struct.pack("<Q", 1 << 60)), "its header goes on past its 32 bytes"),
+    "gguf-name": ("a.gguf", gguf_bytes(gguf_tensor(b"\xff", [1])), r"a name in its header is not UTF-8: b'\\xff'"),
+    "gguf-long-text": (
+        "a.gguf",
+        gguf_bytes(keys=(gguf_key(b"k", 8, struct.pack("<Q", 1 << 60)),)),
+        "its header goes on past its 64 bytes",
+    ),
+    "gguf-long-array": (
+        "a.gguf",
+        gguf_bytes(keys=(gguf_key(b"k", 9, struct.pack("<IQ", 6, 1 << 60)),)),
+        "its header goes on past its 64 bytes",
+    ),
+    "gguf-many-texts": (
+        "a.gguf",
+        gguf_bytes(keys=(gguf_key(b"k", 9, struct.pack("<IQ", 8, 1 << 60)),), payload=bytes(1000)),
+        "its header goes on past its 1064 bytes",
+    ),
+    "gguf-array-of-arrays": (
+        "a.gguf",
+        gguf_bytes(keys=(gguf_key(b"k", 9, struct.pack("<IQ", 9, 1 << 60)),)),
+        "its header has a value of type 9 before byte 49, which it may not",
+    ),
+    "gguf-value": (
+        "a.gguf",
+        gguf_bytes(keys=(gguf_key(b"k", 13, b""),)),
+        "its header has a value of type 13 before byte",
+    ),
+    "gguf-alignment": (
+        "a.gguf",
+        gguf_bytes(keys=(gguf_key(b"general.alignment", 4, struct.pack("<I", 24)),)),
+        "general.alignment is no power of 2",
+    ),
+    "gguf-alignment-type": (
+        "a.gguf",
+        gguf_bytes(keys=(gguf_key(b"general.alignment", 10, struct.pack("<Q", 32)),)),
+        "general.alignment is no power of 2",
+    ),
+    "gguf-dimensions": (
+        "a.gguf",
+        gguf_bytes(gguf_tensor(b"a", [1] * 5)),
+        "tensor 'a' has 5 dimensions, and at most 4 are allowed",
+    ),
+    "gguf-shape": (
+        "a.gguf",
+        gguf_bytes(gguf_tensor(b"a", [0, 1 << 60])),
+        r"tensor 'a' has shape \[1152921504606846976, 0\]; the file is damaged",
+    ),
+    "gguf-blocks": (
+        "a.gguf",
+        gguf_bytes(gguf_tensor(b"a", [48, 2], 8), payload=bytes(200)),
+        "tensor 'a' has rows of 48 values, which are no whole blocks of Q8_0, of 32",
+    ),
+    "gguf-offset": (
+        "a.gguf",
+        gguf_bytes(gguf_tensor(b"a", [1], offset=4), payload=bytes(64)),
+        "tensor 'a' begins at byte 4 of the values, which is no multiple of 32",
+    ),
+    "gguf-overlap": (
+        "a.gguf",
+        gguf_bytes(gguf_tensor(b"a", [9]), gguf_tensor(b"b", [1], offset=32), payload=bytes(64)),
+        "tensor 'b' begins at byte 128, but what is before it ends at 132",
+    ),
+    "gguf-tensor-twice": (
+        "a.gguf",
+        gguf_bytes(_GGUF, gguf_tensor(b"a", [1], offset=32), payload=bytes(64)),
+        "tensor 'a' is there twice, and which one is meant cannot be told",
+    ),
+    "gguf-key-twice": (
+        "a.gguf",
+        gguf_bytes(keys=(gguf_key(b"k", 7, b"\0"), gguf_key(b"k", 7, b"\0"))),
+        "key 'k' is there twice, and which one is meant cannot be told",
     ),
     "parquet-garbage": ("a.parquet", b"x" * 100, "not a Parquet file, or damaged"),
     "parquet-page": ("a.parquet", _corrupt_parquet(), "not a Parquet file, or damaged"),

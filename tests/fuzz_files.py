@@ -25,10 +25,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import save_file
 
 import embpack
@@ -86,10 +88,25 @@ def _make_sources(folder: Path, state: dict[str, torch.Tensor]) -> list[Original
     np.savez_compressed(folder / "deflated.npz", **arrays)
     values = pa.FixedSizeListArray.from_arrays(pa.array(weights.reshape(-1)), DIM)
     pq.write_table(pa.table({"vector": values, "word": [f"w{i}" for i in range(ROWS)]}), folder / "a.parquet")
+    _write_gguf(folder / "a.gguf", arrays)
     shards = folder / "sharded"
     shards.mkdir()
     _write_shards(shards, state)
     return [Original(path) for path in sorted(folder.iterdir())]
+
+
+def _write_gguf(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    writer = GGUFWriter(path, "llama")
+    writer.add_token_list([f"t{i}" for i in range(ROWS)])
+    for name, array in arrays.items():
+        writer.add_tensor(name, array)
+    weights = arrays["item_embedding.weight"].reshape(-1, 2 * DIM)
+    for kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1):
+        writer.add_tensor(f"{kind.name}.weight", gguf.quantize(weights, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _write_shards(folder: Path, state: dict[str, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("pyarrow")
+pytest.importorskip("gguf")
 from fuzz_files import run_batch
 
 

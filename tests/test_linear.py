@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_trellis_lookup import make_random
 
 import embpack
 from benchmarks import linear as benchmark
@@ -89,6 +90,18 @@ def test_kernel_is_the_reference_within_rounding(variant, every_isa, rng):
         count = COUNTS[at % len(COUNTS)]
         vectors = rng.standard_normal((count, d), dtype=np.float32)
         check(table, vectors, rng.standard_normal(len(table), dtype=np.float32) if at % 2 else None)
+
+
+# Stripes of 4,096 columns, of which the last may have no whole block; more rows than go through them together.
+@pytest.mark.parametrize(("d", "num_rows"), [(4096, 5), (4097, 131), (4128, 3), (5120, 260), (10752, 130), (65536, 6)])
+def test_wide_trellis_rows(d, num_rows, every_isa, rng):
+    for bits, count in ((4, 1), (3.5, 3), (4, 8), (6.5, 5)):
+        table = make_random(rng, d, bits, num_rows)
+        vectors = rng.standard_normal((count, d), dtype=np.float32)
+        found = check(table, vectors)
+        _native.use_isa("portable")
+        np.testing.assert_array_equal(found, table.linear(vectors))
+        _native.use_isa(every_isa)
 
 
 @pytest.mark.parametrize("count", COUNTS)

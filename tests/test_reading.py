@@ -27,6 +27,7 @@ from damaged import (
     write_damaged,
     write_evil_array,
     write_evil_pickle,
+    write_gguf,
     write_shards,
 )
 from hypothesis import given
@@ -154,10 +155,11 @@ def test_suffix_in_capitals(tmp_path):
     [
         (".pt", "torch", r"reading .pt files needs PyTorch: pip install '.*torch.*'"),
         (".parquet", "pyarrow", r"reading .parquet files needs PyArrow: pip install '.*(pyarrow|parquet).*'"),
+        (".gguf", "gguf", r"reading .gguf files needs gguf: pip install '.*gguf.*'"),
     ],
 )
 def test_missing_extra(tmp_path, hide_package, suffix, package, message):
-    hide_package(package, "embpack.formats.torch", "embpack.formats.parquet")
+    hide_package(package, "embpack.formats.torch", "embpack.formats.parquet", "embpack.formats.gguf")
     (tmp_path / f"a{suffix}").write_bytes(b"x")
     with pytest.raises(MissingExtraError, match=message):
         open_checkpoint(tmp_path / f"a{suffix}").__enter__()
@@ -216,6 +218,7 @@ SOURCES = {
     "columns.pt": lambda path: torch.save({"a": TENSOR.t().contiguous().t()}, path),
     "old.pt": lambda path: torch.save({"a": TENSOR}, path, _use_new_zipfile_serialization=False),
     "groups.parquet": write_groups,
+    "numbers.gguf": lambda path: write_gguf(path, {"a": TABLE}),
 }
 
 

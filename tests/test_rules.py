@@ -272,7 +272,7 @@ def test_variants_of_what_is_no_table_are_an_error():
 def test_a_table_of_which_a_method_has_no_rows_is_named():
     said = refuse(make_tensor("emb"), make_tensor("a b_emb", (100, 3)), variant=Variant("trellis"))
     assert said == (
-        "a b_emb: embedding_dim is 3; a row of the trellis layout has 4 to 4096 values; leave it as it is with "
+        "a b_emb: embedding_dim is 3; a row of the trellis layout has 4 to 65536 values; leave it as it is with "
         "--exclude 'a b_emb'"
     )
 

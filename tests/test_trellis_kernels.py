@@ -106,6 +106,46 @@ def test_bytes_are_the_specification_s(isa, fitted, wanted, d, row_bytes):
     check(rows, row_format, parameters, wanted(d, row_bytes))
 
 
+def make_wide(d, row_bytes, count):
+    """Rows of one scale, which is all that is tried of them."""
+    rng = np.random.default_rng(d)
+    rows, mean, row_format = (
+        rng.normal(size=(count, d)).astype(F32),
+        rng.normal(size=d).astype(F32),
+        TrellisFormat(d, row_bytes),
+    )
+    largest = float(np.abs(rows - mean).max())
+    levels = trellis_search._make_shape(row_format, 0.45)
+    scales = np.where(np.arange(256) > 0, F32(largest), F32(0))
+    return rows, row_format, TrellisParameters(*levels, scales, mean)
+
+
+@pytest.fixture(scope="module")
+def of_language_models():
+    """A row of 5,120 values and its bytes, by the specification: each walk takes it a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trellis_search, "MOST_TRIES", 2)
+        wide = make_wide(5120, 2564 + 100, 1)
+        return *wide, trellis_search.encode(*wide)
+
+
+def test_a_row_of_5120_values(isa, of_language_models):
+    check(*of_language_models)
+
+
+@pytest.mark.parametrize(("d", "row_bytes"), [(10752, 5380), (65536, 32772), (65536, 1 << 15)])
+def test_the_widest_rows(isa, d, row_bytes):
+    wide = make_wide(d, row_bytes, 3)
+    wanted = encode_quickly(*wide)
+    check(*wide, wanted)
+    _native.use_isa("portable")
+    np.testing.assert_array_equal(encode_quickly(*wide), wanted)
+    rows, row_format, parameters = wide
+    errors = np.square(rows - trellis.decode(wanted, row_format, parameters))
+    # The end of a path is as good as its beginning.
+    np.testing.assert_allclose(errors[:, : d // 8].mean(), errors[:, -(d // 8) :].mean(), rtol=0.1)
+
+
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 31, 32, 33])
 def test_any_number_of_rows(isa, fitted, count):
     rows, row_format, parameters = fitted(17, 12)

@@ -62,15 +62,45 @@ def test_lookups_are_the_references(trellis_isa, rng, embedding_dim, bits):
     check_lookups(table, rows, rng.integers(0, len(table), 600))
 
 
-@pytest.mark.parametrize("embedding_dim", [1000, 4096])
-def test_wide_rows_are_the_references(trellis_isa, rng, embedding_dim):
-    table = make_random(rng, embedding_dim, 3.3)
+# Rows of more than 4,096 values are looked up stripe by stripe; the last one may have no whole block, or one of 32.
+@pytest.mark.parametrize("embedding_dim", [1000, 4096, 4097, 4128, 4160, 5120, 8192, 10752, 65535, 65536])
+@pytest.mark.parametrize("bits", [3.3, 4, 6.5])
+def test_wide_rows_are_the_references(trellis_isa, rng, embedding_dim, bits):
+    table = make_random(rng, embedding_dim, bits, 40 if embedding_dim < 20_000 else 5)
     rows = decode(table)
     np.testing.assert_array_equal(table.dequantize(), rows)
     indices, offsets = rng.integers(0, len(table), 90), np.array([0, 40])
-    np.testing.assert_array_equal(
-        table.embedding_bag(indices, offsets, "sum"), pool_in_order(rows, indices, offsets, mode="sum")
-    )
+    np.testing.assert_array_equal(table[indices], rows[indices])
+    for mode in ("sum", "mean"):
+        np.testing.assert_array_equal(
+            table.embedding_bag(indices, offsets, mode), pool_in_order(rows, indices, offsets, mode=mode)
+        )
+    np.testing.assert_array_equal(table.embedding_bag(indices, offsets, "max")[1], rows[indices[40:]].max(axis=0))
+
+
+def test_instruction_sets_agree_on_wide_rows(trellis_isa, rng):
+    table = make_random(rng, 5130, 3.6, 20)
+    indices, offsets = rng.integers(0, len(table), 300), np.array([0, 7, 7, 290])
+    weights, vectors = rng.standard_normal(300, dtype=np.float32), rng.standard_normal((3, 5130), dtype=np.float32)
+
+    def look_up():
+        return [
+            table.embedding_bag(indices, offsets, "sum", weights),
+            table.embedding_bag(indices.astype(np.int32), offsets.astype(np.int32), "mean", padding_idx=3),
+            table.gather(indices[:9], "float16"),
+            table.linear(vectors),
+        ]
+
+    found = look_up()
+    embpack._native.use_isa("portable")
+    for one, other in zip(found, look_up(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_wrong_indices_of_wide_rows_are_named(trellis_isa, rng):
+    table = make_random(rng, 4200, 4, 20)
+    with pytest.raises(IndexError, match=r"indices\[2\] is 20, but the table has 20 rows"):
+        table.gather(np.array([1, 19, 20, 21]))
 
 
 def guard(array, *, at_end):
@@ -187,8 +217,8 @@ def test_row_formats_round_trip():
         ((64, 1.9), "bits is 1.9; the trellis layout has 2 to 7"),
         ((64, 8), "bits is 8; the trellis layout has 2 to 7"),
         ((64, float("nan")), "bits is nan"),
-        ((3, 4), "embedding_dim is 3; a row of the trellis layout has 4 to 4096 values"),
-        ((4097, 4), "embedding_dim is 4097"),
+        ((3, 4), "embedding_dim is 3; a row of the trellis layout has 4 to 65536 values"),
+        ((65537, 4), "embedding_dim is 65537; a row of the trellis layout has 4 to 65536 values"),
     ],
 )
 def test_row_formats_have_limits(arguments, message):

@@ -322,6 +322,12 @@ def test_unknown_suffix(tmp_path):
         write(tmp_path / "a.csv")
 
 
+def test_a_format_that_is_only_read(tmp_path):
+    with pytest.raises(ValueError, match=r"a.gguf: .gguf files are only read; what can be written: .safetensors, .pt"):
+        write(tmp_path / "a.gguf", out_tensor("a", np.arange(3.0), "F64"))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("suffix", "package", "message"),
     [

@@ -177,7 +177,7 @@ inline constexpr Tiles<RowReader> halves_tiles{first_tile<true>, first_code, fin
                                size_t end, const Output& out, LookupFault& fault) {
     const bool are_read_once = tiles.first(rows.embedding_dim).num_columns() == rows.embedding_dim;
     RowReader reader(rows, bags, bags.start(first), bags.start(end), are_read_once, fault);
-    Pooler(reader, out, tiles).pool(first, end);
+    Pooler(reader, out, tiles, 0, rows.embedding_dim).pool(first, end);
 }
 
 template <int bits, class Join, class ReadLevels>

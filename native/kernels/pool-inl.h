@@ -5,17 +5,18 @@ struct Pooler {
     Reader& reader;
     const Output& out;
     const Tiles<Reader> tiles;
+    const size_t first_column, end_column;   // of those that are pooled
     alignas(64) float pooled[16 * most_tile_values];
 
-    Pooler(Reader& reader, const Output& out, const Tiles<Reader>& tiles) : reader(reader), out(out), tiles(tiles) {}
+    Pooler(Reader& reader, const Output& out, const Tiles<Reader>& tiles, size_t first_column, size_t end_column)
+        : reader(reader), out(out), tiles(tiles), first_column(first_column), end_column(end_column) {}
 
     // Calls use(tile, j, first_code) for the tiles of a row: where its columns and its codes start. False as soon as
     // that is.
     template <class Use>
     bool for_tiles(const Use& use) const {
-        const size_t d = reader.rows.embedding_dim;
-        for (size_t j = 0; j < d;) {
-            const TileShape tile = tiles.first(d - j);
+        for (size_t j = first_column; j < end_column;) {
+            const TileShape tile = tiles.first(end_column - j);
             if (!use(tile, j, tiles.first_code(reader.rows, j))) return false;
             j += tile.num_columns();
         }

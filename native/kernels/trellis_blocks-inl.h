@@ -35,7 +35,7 @@
 // From a row's address to its sum each step waits for the one before, and a row takes longer that way than the CPU
 // looks ahead. Where there are registers for it, pool_trellis_tile therefore makes the numbers of a row
 // `trellis_rows_early` rows before it adds the values. What is the same in all rows of a table is found once for a
-// lookup: TrellisCommon, and ColumnBlock for each block.
+// lookup: TrellisCommon, and ColumnBlock for each block of a stripe, 64 of them at most.
 //
 // TEMPLATE PARAMETERS, of many functions here and in isa/:
 //
@@ -162,22 +162,33 @@ struct ColumnBlock {
     }
 };
 
-// What all rows of a table have in common, found once for a lookup.
+// Columns of a stripe at most. What is known of its blocks lies on the stack, so wider rows are read stripe by stripe.
+inline constexpr size_t most_stripe_columns = 4096;
+
+// What all rows of a table have in common in a stripe, found once for a lookup.
 struct TrellisCommon {
+    const size_t first_column, end_column;
     TrellisShape shape;
     AllTrellisLevels levels;
     WideVectors wide;
-    ColumnBlock blocks[trellis_most_dim / trellis_block];
+    ColumnBlock blocks[most_stripe_columns / trellis_block];
 
-    explicit TrellisCommon(const PackedRows& rows)
-        : shape(rows.embedding_dim, rows.row_bytes), levels(rows.codebooks, shape) {
-        for (size_t j = 0; j < rows.embedding_dim; j += trellis_block) {
-            ColumnBlock& block = blocks[j / trellis_block];
+    explicit TrellisCommon(const PackedRows& rows, size_t first_column)
+        : first_column(first_column),
+          end_column(smaller(rows.embedding_dim, first_column + most_stripe_columns)),
+          shape(rows.embedding_dim, rows.row_bytes),
+          levels(rows.codebooks, shape) {
+        for (size_t j = first_column; j < end_column; j += trellis_block) {
+            ColumnBlock& block = blocks[(j - first_column) / trellis_block];
             block.find(rows, shape, j / trellis_block);
-            if (j == 0) wide.count = block.wide_vectors;
+            if (j == first_column) wide.count = block.wide_vectors;
             if (block.wide_vectors != wide.count) wide.are_alike = false;
         }
     }
+
+    const ColumnBlock* block_at(size_t column) const { return blocks + (column - first_column) / trellis_block; }
+    bool is_first() const { return first_column == 0; }
+    bool is_last() const { return end_column == shape.embedding_dim; }
 };
 
 // Plane k of full planes, of 16 * slots bits each.

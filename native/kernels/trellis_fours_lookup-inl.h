@@ -19,12 +19,13 @@ struct BlockOfRows {
     typename Fours::template Made<most_rows_made> made;
     float scales[most_rows_made];
 
-    BlockOfRows(const TrellisReader& reader, size_t number)
+    // The block from column `first` on.
+    BlockOfRows(const TrellisReader& reader, size_t first)
         : reader(reader),
-          fours(reader.common.blocks[number], reader.common.shape, number),
+          fours(*reader.common.block_at(first), reader.common.shape, first / trellis_block),
           tables(reader.common.levels) {
         for (size_t j = 0; j < columns; j += trellis_lanes)
-            store(means + j, Fours::in_own_order(load(reader.common.blocks[number].mean + j)));
+            store(means + j, Fours::in_own_order(load(reader.common.block_at(first)->mean + j)));
     }
 
     // Reads row i of the window and those after it up to `last`, as many as are made together, and returns how many.
@@ -80,7 +81,7 @@ template <class Levels, size_t columns, bool are_wide_late, bool prefetches>
 [[gnu::noinline]] void store_block_by_fours(const TrellisReader& reader, size_t first, size_t stop, size_t j,
                                             const Output& out) {
     using Block = BlockOfRows<Levels, columns>;
-    Block block(reader, j / trellis_block);
+    Block block(reader, j);
     uint8_t* to = out.values + first * out.row_bytes;
     for (size_t i = 0, num_rows = stop - first, num_made; i < num_rows; i += num_made) {
         num_made = block.template make<prefetches>(i, num_rows);
@@ -95,7 +96,7 @@ template <class Levels, size_t columns, bool are_wide_late, bool prefetches>
 }
 template <class Levels, size_t columns>
 inline void store_by_fours(const TrellisReader& reader, size_t first, size_t stop, size_t j, const Output& out) {
-    const bool are_late = reader.common.blocks[j / trellis_block].wide_vectors > 2;
+    const bool are_late = reader.common.block_at(j)->wide_vectors > 2;
     const bool prefetches = reader.bags.prefetches && j == 0;
     if (are_late && prefetches) return store_block_by_fours<Levels, columns, true, true>(reader, first, stop, j, out);
     if (are_late) return store_block_by_fours<Levels, columns, true, false>(reader, first, stop, j, out);
@@ -108,7 +109,7 @@ template <class Join, class Levels, size_t columns, bool are_wide_late, bool pre
 [[gnu::noinline]] bool pool_tile_by_fours(const TrellisReader& reader, const TileJob job) {
     using Block = BlockOfRows<Levels, columns>;
     constexpr size_t vectors = Block::vectors;
-    Block block(reader, job.first_code / trellis_block);
+    Block block(reader, job.first_code);
     const size_t* const starts = reader.starts;
     const size_t last = starts[job.end_bag];
     size_t i = starts[job.first_bag], at = 0, num_made = 0;
@@ -146,7 +147,7 @@ template <class Join, class Levels, size_t columns, bool are_wide_late, bool pre
 }
 template <class Join, class Levels, size_t columns>
 bool pool_by_fours(const TrellisReader& reader, TileJob job) {
-    const bool are_late = reader.common.blocks[job.first_code / trellis_block].wide_vectors > 2;
+    const bool are_late = reader.common.block_at(job.first_code)->wide_vectors > 2;
     const bool prefetches = prefetches_rows(reader, job);
     if (are_late && prefetches) return pool_tile_by_fours<Join, Levels, columns, true, true>(reader, job);
     if (are_late) return pool_tile_by_fours<Join, Levels, columns, true, false>(reader, job);

@@ -3,9 +3,9 @@
 struct TrellisReader : RowReader {
     const TrellisCommon common;
 
-    TrellisReader(const PackedRows& rows, const Bags& bags, size_t first, size_t end, bool are_read_once,
-                  LookupFault& fault)
-        : RowReader(rows, bags, first, end, are_read_once, fault), common(rows) {}
+    TrellisReader(const PackedRows& rows, size_t first_column, const Bags& bags, size_t first, size_t end,
+                  bool are_read_once, LookupFault& fault)
+        : RowReader(rows, bags, first, end, are_read_once, fault), common(rows, first_column) {}
 };
 
 #include "trellis_fours_lookup-inl.h"
@@ -49,8 +49,8 @@ inline void store_trellis_rows(TrellisReader& reader, size_t first, const Output
         reader.open(first, stop, 0);
         for (size_t i = first; i < stop; i++)
             if (reader.indices[i - first] >= rows.num_rows) [[unlikely]] return reader.note_fault(i);
-        for (size_t j = 0; j < rows.embedding_dim; j += trellis_block) {
-            const ColumnBlock& block = common.blocks[j / trellis_block];
+        for (size_t j = common.first_column; j < common.end_column; j += trellis_block) {
+            const ColumnBlock& block = *common.block_at(j);
             const size_t num_columns = rows.embedding_dim - j;
             if constexpr (are_made_by_fours<Levels>) {
                 if (num_columns >= trellis_block)
@@ -78,7 +78,7 @@ template <class Join, class Levels, size_t vectors, bool is_full>
 [[gnu::noinline]] bool pool_trellis_tile(const TrellisReader& reader, TileJob job) {
     constexpr size_t num_blocks = (vectors + trellis_vectors - 1) / trellis_vectors;
     constexpr size_t vectors_of_block = smaller(vectors, trellis_vectors);
-    const ColumnBlock* const blocks = reader.common.blocks + job.first_code / trellis_block;
+    const ColumnBlock* const blocks = reader.common.block_at(job.first_code);
     PackedRows rows = reader.rows;
     rows.row_bytes = known_block<Levels>(*blocks).row_bytes;   // a constant, where it is known
     const Levels levels(reader.common.levels);
@@ -215,19 +215,34 @@ inline Tiles<TrellisReader> find_trellis_tiles(const TrellisReader& reader) {
     return tiles;
 }
 
+// Calls use(first column, bags) for each stripe of the rows (trellis_blocks-inl.h).
+template <class Use>
+inline void for_stripes(const PackedRows& rows, Bags bags, const Use& use) {
+    // Rows of several stripes are many lines one after the other, which a CPU prefetches itself.
+    if (rows.embedding_dim > most_stripe_columns) bags.prefetches = false;
+    for (size_t j = 0; j < rows.embedding_dim; j += most_stripe_columns) use(j, bags);
+}
+
 void gather_trellis_rows(const PackedRows& rows, const Integers& indices, bool prefetches, size_t first, size_t end,
                          const Output& out, LookupFault& fault) noexcept {
     const Bags bags{.indices = indices, .prefetches = prefetches};
-    TrellisReader reader(rows, bags, first, end, true, fault);
-    write_clipped(out, [&](const Output& to) {
-        with_trellis_levels(reader.common.shape, [&]<class Levels>() { store_trellis_rows<Levels>(reader, first, to); });
+    for_stripes(rows, bags, [&](size_t first_column, const Bags& bags) {
+        TrellisReader reader(rows, first_column, bags, first, end, true, fault);
+        write_clipped(out, [&](const Output& to) {
+            with_trellis_levels(reader.common.shape,
+                                [&]<class Levels>() { store_trellis_rows<Levels>(reader, first, to); });
+        });
     });
 }
 
 void pool_trellis_bags(const PackedRows& rows, const Bags& bags, size_t first, size_t end, const Output& out,
                        LookupFault& fault) noexcept {
     const bool are_read_once = first_trellis_tile(rows.embedding_dim).num_columns() == rows.embedding_dim;
-    TrellisReader reader(rows, bags, bags.start(first), bags.start(end), are_read_once, fault);
-    const Tiles<TrellisReader> tiles = find_trellis_tiles(reader);
-    write_clipped(out, [&](const Output& to) { Pooler(reader, to, tiles).pool(first, end); });
+    for_stripes(rows, bags, [&](size_t first_column, const Bags& bags) {
+        TrellisReader reader(rows, first_column, bags, bags.start(first), bags.start(end), are_read_once, fault);
+        const Tiles<TrellisReader> tiles = find_trellis_tiles(reader);
+        write_clipped(out, [&](const Output& to) {
+            Pooler(reader, to, tiles, first_column, reader.common.end_column).pool(first, end);
+        });
+    });
 }

@@ -13,7 +13,7 @@ from embpack.formats.safetensors import count_file_bytes as count_shard_bytes
 from embpack.gate import check_losses
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packed_folder import copy_and_list, list_own, name_packed
-from embpack.rules import Decision, Rules, decide_all, split_decisions
+from embpack.rules import Decision, Rules, decide_all, list_left_out, split_decisions
 from embpack.shard_writer import Progress, ShardWriter, TableReport, TableWriter
 from embpack.variant import Variant
 
@@ -66,8 +66,9 @@ def quantize_file(
     """Pack the embedding tables of a checkpoint, streaming: memory is bounded whatever the size.
 
     Args:
-        src: .safetensors, also sharded by its index, a .pt, .pth, .bin or .ckpt state dict, .npy, .npz, or Parquet with
-            fixed-size lists of floats; or a model's folder with a safetensors file, an index or pytorch_model.bin.
+        src: .safetensors, also sharded by its index, a .pt, .pth, .bin or .ckpt state dict, .npy, .npz, Parquet with
+            fixed-size lists of floats, or .gguf; or a model's folder with a safetensors file, an index or
+            pytorch_model.bin.
         dst: a .safetensors file; for a folder or an index as src a folder, which gets the model's configuration,
             tokenizer and other small files, too. What embpack wrote there is replaced; dst is there only once it is
             whole.
@@ -133,8 +134,8 @@ def pack_checkpoint(
     write_checkpoint(dst, shards, folder, check=check, list_own=list_own, force=force)
     return Report(
         tables=reports(),
-        passed_through=tuple(each.tensor.name for each in decisions if each.variant is None),
-        left_out=checkpoint.left_out,
+        passed_through=tuple(each.tensor.name for each in decisions if each.variant is None and not each.is_left_out),
+        left_out=list_left_out(checkpoint, decisions),
         copied_files=checkpoint.companions,
         file_bytes_before=sum(shard.num_bytes for shard in checkpoint.shards),
         file_bytes_after=_bytes_on_disk(dst if checkpoint.is_folder else dst.parent, shards),

@@ -17,6 +17,7 @@ from pathlib import Path
 from embpack.composites import Unit, list_units
 from embpack.files import METADATA_KEY
 from embpack.formats import Checkpoint, Shard, SourceTensor
+from embpack.formats.base import name_first
 from embpack.formats.dtypes import count_bytes
 from embpack.layouts import ArraySpec, RowFormat
 from embpack.readers import check_reader
@@ -87,10 +88,15 @@ class Decision:
         return count_bytes(self.tensor.dtype, self.tensor.shape)
 
     @property
+    def is_left_out(self) -> bool:
+        """Whether the output does not have it: it is not packed, and cannot be copied."""
+        return self.variant is None and not self.tensor.can_be_copied
+
+    @property
     def bytes_after(self) -> int:
         """Bytes of the tensor in the output, and of what lies beside it."""
         if self.variant is None:
-            return self.bytes_before
+            return 0 if self.is_left_out else self.bytes_before
         num_embeddings, embedding_dim = self.tensor.shape
         return self.variant.count_bytes(num_embeddings, embedding_dim)
 
@@ -261,8 +267,19 @@ def split_decisions(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> li
     """Return what was decided on each file of a checkpoint: tables that go there, and tensors that are copied."""
     of_shards: list[list[Decision]] = [[] for _ in checkpoint.shards]
     for decision in decisions:
-        of_shards[decision.shard].append(decision)
+        if not decision.is_left_out:
+            of_shards[decision.shard].append(decision)
     return of_shards
+
+
+def list_left_out(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[str, ...]:
+    """Say what of a checkpoint the output will not have, in words."""
+    groups: dict[str, list[str]] = {}
+    for each in decisions:
+        if each.is_left_out:
+            why = f"{each.tensor.stored_as}, for which safetensors has no type; {each.reason}"
+            groups.setdefault(why, []).append(each.tensor.name)
+    return (*(f"tensor {name_first(names)} ({why})" for why, names in groups.items()), *checkpoint.left_out)
 
 
 def _explain_none(rules: Rules, decisions: Sequence[Decision], left_out: Sequence[str]) -> str:

@@ -120,6 +120,12 @@ int main() {
                 for (size_t repeat = 0; repeat < 2; repeat++, number++)
                     check_case(c, counts[number % std::size(counts)], number % 2 == 0, isas, arenas, random);
             }
+    // Trellis-coded rows of several stripes, some of them more than go through these together.
+    for (size_t d : {4128, 4300, 9000}) {
+        const LookupCase c = make_case(d < 9000 ? 131 : 3, d, {4, true}, Layout::trellis, random);
+        for (size_t repeat = 0; repeat < 4; repeat++, number++)
+            check_case(c, counts[number % std::size(counts)], number % 2 == 0, isas, arenas, random);
+    }
     test_no_codebook(isas, arenas, random);
     if (failures == 0) std::printf("%zu instruction sets agree\n", isas.size());
     return failures == 0 ? 0 : 1;

@@ -168,7 +168,8 @@ void test_codebooks(const Isas& isas, LookupArenas& arenas) {
 
 // Trellis-coded rows of every width, of few bytes and of many.
 void test_trellis(const Isas& isas, LookupArenas& arenas) {
-    std::vector<size_t> widths = {63, 64, 65, 79, 96, 100, 127, 128, 129, 255, 256, 257, 272, 384, 511, 1030, 4096};
+    std::vector<size_t> widths = {63, 64, 65, 79, 96, 100, 127, 128, 129, 255, 256, 257, 272, 384, 511, 1030, 4096,
+                                  4128, 4300, 9000};   // stripe by stripe
     for (size_t d = trellis_least_dim; d <= 50; d++) widths.push_back(d);
     Random random(6);
     size_t number = 0;

@@ -16,7 +16,7 @@ from embpack.methods import parse_method
 from embpack.planning import Plan, PlannedTable
 from embpack.readers import find_readers
 from embpack.rows import ROW_DTYPES
-from embpack.rules import Decision
+from embpack.rules import Decision, list_left_out
 from embpack.shard_writer import TableReport
 from embpack.threads import get_num_threads
 from embpack.unpacking import UnpackedTable
@@ -57,8 +57,10 @@ def describe_quantized(
         "destination": None if dst is None else str(dst),
         "dry_run": report is None,
         "tables": tables,
-        "other_tensors": [{**_describe_tensor(d.tensor), "reason": d.reason} for d in decisions if not d.variant],
-        "left_out": list(checkpoint.left_out),
+        "other_tensors": [
+            {**_describe_tensor(d.tensor), "reason": d.reason} for d in decisions if not d.variant and not d.is_left_out
+        ],
+        "left_out": list(list_left_out(checkpoint, decisions)),
         "copied_files": list(checkpoint.companions),
         "totals": {
             **_sum(tables),

@@ -11,7 +11,7 @@ from embpack.convert import check_destination, check_max_loss, count_file_bytes,
 from embpack.formats import open_checkpoint
 from embpack.methods import DEFAULT_METHOD
 from embpack.readers import READERS
-from embpack.rules import Rules
+from embpack.rules import Rules, list_left_out
 from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
 from embpack.variant import Variant
@@ -35,7 +35,8 @@ def quantize(
             metavar="SRC",
             show_default=False,
             help="A checkpoint: .safetensors, an index of sharded ones, a model's folder, .pt/.pth/.bin/.ckpt, .npy, "
-            ".npz or .parquet. Tables in pieces (X.shard_0.weight, ..) and in FP8 or INT8 with scales are read as one.",
+            ".npz, .parquet or .gguf. Tables in pieces (X.shard_0.weight, ..) and in FP8 or INT8 with scales are read "
+            "as one.",
         ),
     ],
     dst: Annotated[
@@ -221,18 +222,19 @@ def quantize(
         decisions, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
         # A plan that is used says what was measured when it was made; what is packed now is in the decisions.
         shown = plan if plan_path is None else None
+        left_out = list_left_out(checkpoint, decisions)
         if dst is None or dry_run:
             planning.finish(plan, None)
             if as_json:
                 show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, None))
             else:
                 sizes = sum(shard.num_bytes for shard in checkpoint.shards), count_file_bytes(checkpoint, decisions)
-                show.print_decisions(str(src), decisions, checkpoint.left_out, shown, sizes)
+                show.print_decisions(str(src), decisions, left_out, shown, sizes)
                 if planning.max_table_loss is not None:
                     show.output.print("--max-loss judges tables once they are packed, not in a dry run", style="dim")
             return
         if not as_json:
-            show.print_decisions(str(src), decisions, checkpoint.left_out, shown)
+            show.print_decisions(str(src), decisions, left_out, shown)
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
         limit = planning.max_table_loss
         with show.row_progress(totals, shown=not as_json) as progress:

@@ -223,10 +223,10 @@ def print_decisions(
 
 
 def _group_copied(decisions: Sequence[Decision]) -> dict[str, list[str]]:
-    """Names of the tensors that are not packed, by the reason."""
+    """Names of the tensors that are copied, by the reason."""
     groups: dict[str, list[str]] = {}
     for decision in decisions:
-        if decision.variant is None:
+        if decision.variant is None and not decision.is_left_out:
             groups.setdefault(decision.reason, []).append(decision.tensor.name)
     return groups
 

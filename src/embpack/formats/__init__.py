@@ -18,6 +18,7 @@ from embpack.formats.sharded import INDEX_SUFFIX, explain_other, open_sharded, w
 __all__ = [
     "FORMATS",
     "INDEX_SUFFIX",
+    "WRITTEN",
     "Checkpoint",
     "Format",
     "OutFolder",
@@ -40,14 +41,14 @@ class Format:
 
     Attributes:
         module: of this package.
-        reader, writer: names of the functions, a Reader and a Writer.
+        reader, writer: names of the functions, a Reader and a Writer; no writer where files are only read.
         package: what they need beside embpack's own dependencies, "PyTorch".
         extra: the extra of embpack that installs the package.
     """
 
     module: str
     reader: str
-    writer: str
+    writer: str | None
     package: str = ""
     extra: str = ""
 
@@ -66,6 +67,7 @@ class Format:
         Raises:
             MissingExtraError: the package is not installed.
         """
+        assert self.writer is not None  # it is one of those that are written
         write: Writer = self._import(self.writer, f"writing {path.suffix} files")
         write(file, path, shard)
 
@@ -90,8 +92,12 @@ FORMATS = {
     ".npy": Format("npy", "open_npy", "write_npy"),
     ".npz": Format("npy", "open_npz", "write_npz"),
     ".parquet": Format("parquet", "open_parquet", "write_parquet", "PyArrow", "parquet"),
+    ".gguf": Format("gguf", "open_gguf", None, "gguf", "gguf"),
 }
 """Formats by the suffix of a file's name, in lower case."""
+
+WRITTEN = tuple(suffix for suffix, file_format in FORMATS.items() if file_format.writer is not None)
+"""Suffixes of files that can be written, too."""
 
 
 @contextmanager
@@ -141,7 +147,7 @@ def write_checkpoint(
     """Write a checkpoint of plain tensors: whole or not at all.
 
     Args:
-        path: of the file, whose suffix (one of FORMATS) chooses the format; with a folder of that.
+        path: of the file, whose suffix (one of WRITTEN) chooses the format; with a folder of that.
         shards: the files of the folder; without a folder just one. Only PyTorch's (.pt and the like) need all of its
             tensors in memory. Only safetensors files have a place for metadata.
         folder: what a folder has beside them; None for a file.
@@ -170,8 +176,9 @@ def write_checkpoint(
         write_folder(path, shards, folder, check=check, list_own=list_own, force=force)
         return
     file_format = FORMATS.get(path.suffix.lower())
-    if file_format is None:
-        raise ValueError(f"{path}: the end of its name says no format; what can be written: {', '.join(FORMATS)}")
+    if file_format is None or file_format.writer is None:
+        advice = "the end of its name says no format" if file_format is None else f"{path.suffix} files are only read"
+        raise ValueError(f"{path}: {advice}; what can be written: {', '.join(WRITTEN)}")
     if len(shards) != 1:
         raise ValueError(f"{path}: one file is to be written, but there are {len(shards)} shards; give a folder")
     with new_file(path, lambda existing: force or existing.name in list_own(existing)) as file:

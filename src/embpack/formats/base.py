@@ -1,7 +1,7 @@
 """What is read and what is written, whatever the format: tensors in chunks, and the files they are in."""
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +43,7 @@ class SourceTensor:
         weight_dtype: what its values are to be unpacked to, "bfloat16", if that is not what they are read as.
         stored_as: how its parts hold its values, "F8_E4M3 x BF16", if not as they are read.
         num_pieces: in how many pieces it lies.
+        can_be_copied: whether it can be passed through as it is: not where no type of safetensors holds what is stored.
     """
 
     name: str
@@ -56,6 +57,7 @@ class SourceTensor:
     weight_dtype: str | None = None
     stored_as: str | None = None
     num_pieces: int = 1
+    can_be_copied: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -215,6 +217,11 @@ def find_repeated(names: Iterable[str]) -> str | None:
             return name
         seen.add(name)
     return None
+
+
+def name_first(names: Sequence[str]) -> str:
+    """Name the first of those that something is said of together, for a note."""
+    return f"{names[0]!r} and {len(names) - 1} more" if len(names) > 1 else repr(names[0])
 
 
 def is_utf8(text: str) -> bool:

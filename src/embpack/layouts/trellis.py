@@ -234,7 +234,7 @@ class TrellisLayout(Layout):
 
     name: ClassVar[str] = "trellis"
     least_dim: ClassVar[int] = 4
-    most_dim: ClassVar[float] = 4096
+    most_dim: ClassVar[float] = 65536
     param_dtypes: ClassVar[tuple[str, ...]] = ("float32",)
     needs: ClassVar[str] = "codebooks: the values that all rows share"
     caution: ClassVar[str] = (

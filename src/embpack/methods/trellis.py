@@ -12,7 +12,7 @@ from embpack.chunks import span_rows
 from embpack.layouts import RowFormat
 from embpack.layouts.trellis import TrellisFormat, TrellisParameters
 from embpack.methods.base import Chunks, Encoded, Method, OnRows, Packer, bound_values
-from embpack.methods.trellis_search import SAMPLE_ROWS, fit
+from embpack.methods.trellis_search import SAMPLE_ROWS, count_sample, fit
 from embpack.rows import spread_rows, widen
 
 # The squared errors of larger values would overflow.
@@ -65,7 +65,7 @@ def _read_sample(
     chunks: Chunks, num_embeddings: int, embedding_dim: int, name: str
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Find the mean [embedding_dim], and read rows, evenly spread, [at most SAMPLE_ROWS, embedding_dim]."""
-    numbers = spread_rows(num_embeddings, min(num_embeddings, SAMPLE_ROWS))
+    numbers = spread_rows(num_embeddings, min(num_embeddings, count_sample(SAMPLE_ROWS, embedding_dim)))
     total, sample, seen = np.zeros(embedding_dim), [], 0
     for rows in chunks():
         bound_values(rows, name, seen)  # refuses NaN and infinity

@@ -122,10 +122,19 @@ def encode(rows: Rows, trellis: TrellisFormat, parameters: TrellisParameters) ->
 SHAPES = (0.3, 0.45, 0.6, 0.8)
 # Rows that a codebook is fitted to, and how often.
 SAMPLE_ROWS, SHAPE_ROWS, NUM_ROUNDS = 4096, 512, 8
+# Fewer where rows are wider than this: as many values.
+SAMPLE_DIM = 4096
+# Of which NumPy makes arrays together, so that memory stays bounded.
+VALUES_AT_A_TIME = 1 << 18
 # How many scales a table may have. With fewer, each may begin in more states.
 GRID_SIZES = (8, 16, 32, 64, 128, 256)
 # This share of the scales is spread evenly between the smallest and the largest, the rest as the rows' sizes are.
 EVEN_SHARE = 0.15
+
+
+def count_sample(most_rows: int, embedding_dim: int) -> int:
+    """How many rows to take of a table, where most_rows of rows of usual width would do."""
+    return most_rows * SAMPLE_DIM // max(SAMPLE_DIM, embedding_dim)
 
 
 def make_scales(largest: NDArray[np.float32], bounds: tuple[float, float], count: int) -> NDArray[np.float32]:
@@ -182,7 +191,7 @@ def fit(
     levels = _make_shape(trellis, SHAPES[1])
     if not bounds[1]:
         return TrellisParameters(*levels, np.zeros(NUM_SCALES, F32), mean)
-    few = sample[:SHAPE_ROWS]
+    few = sample[: count_sample(SHAPE_ROWS, trellis.embedding_dim)]
 
     def find_best(tried: list[TrellisParameters]) -> TrellisParameters:
         errors = [
@@ -208,30 +217,60 @@ def _refit(
     sample: Rows, packed: NDArray[np.uint8], trellis: TrellisFormat, parameters: TrellisParameters
 ) -> TrellisParameters:
     """The levels, symmetric about 0, with the least squared error for the codes of rows; and the scales for those."""
-    messages, indices, numbers_of_scales = trellis.unpack(packed)
-    numbers = 4 * indices.astype(np.int64) + find_subsets(messages, numbers_of_scales)
-    x = (sample.astype(np.float64) - parameters.mean)[:, trellis.columns]
-    scale = parameters.scales[numbers_of_scales].astype(np.float64)[:, None]
-    products, squares = x * scale, np.broadcast_to(scale * scale, x.shape)
-    fitted, chosen = [], np.empty(x.shape)
-    for levels, steps in ((parameters.narrow, ~trellis.is_wide), (parameters.wide, trellis.is_wide)):
-        of = numbers[:, steps].reshape(-1)
-        product, square = (
-            np.bincount(of, values[:, steps].reshape(-1), minlength=len(levels)) for values in (products, squares)
-        )
+    step = max(1, VALUES_AT_A_TIME // trellis.embedding_dim)
+    parts = [slice(start, start + step) for start in range(0, len(sample), step)]
+    codebooks = ((parameters.narrow, ~trellis.is_wide), (parameters.wide, trellis.is_wide))
+    numbers, numbers_of_scales = np.empty(sample.shape, np.uint8), packed[:, -1]
+    sums = [np.zeros((2, len(levels))) for levels, _ in codebooks]
+    for rows in parts:
+        messages, indices, _ = trellis.unpack(packed[rows])
+        numbers[rows] = 4 * indices + find_subsets(messages, numbers_of_scales[rows])
+        x = _center(sample[rows], trellis, parameters)
+        scale = parameters.scales[numbers_of_scales[rows]].astype(np.float64)[:, None]
+        products, squares = x * scale, np.broadcast_to(scale * scale, x.shape)
+        for total, (levels, steps) in zip(sums, codebooks, strict=True):
+            of = numbers[rows][:, steps].reshape(-1)
+            for k, values in enumerate((products, squares)):
+                total[k] += np.bincount(of, values[:, steps].reshape(-1), minlength=len(levels))
+    fitted = []
+    for (product, square), (levels, _) in zip(sums, codebooks, strict=True):
         product, square = product - product[::-1], square + square[::-1]
         means = np.divide(product, square, out=levels.astype(np.float64), where=square > 0)
         fitted.append(trellis.round_levels(np.sort(means)))
-        chosen[:, steps] = fitted[-1][numbers[:, steps]]
+    of_rows = np.empty((2, len(sample)))
+    for rows in parts:
+        chosen = np.empty(numbers[rows].shape)
+        for levels, (_, steps) in zip(fitted, codebooks, strict=True):
+            chosen[:, steps] = levels[numbers[rows][:, steps]]
+        of_rows[0, rows] = (_center(sample[rows], trellis, parameters) * chosen).sum(axis=1)
+        of_rows[1, rows] = np.square(chosen).sum(axis=1)
     narrow, wide = fitted
-    # All but the first and the last scale, for the table may have rows that the sample has not.
+    scales = _refit_scales(numbers_of_scales, of_rows[0], of_rows[1], parameters)
+    return TrellisParameters(narrow, wide, scales, parameters.mean)
+
+
+def _center(rows: Rows, trellis: TrellisFormat, parameters: TrellisParameters) -> NDArray[np.float64]:
+    """Rows less the mean, in steps."""
+    x: NDArray[np.float64] = (rows.astype(np.float64) - parameters.mean)[:, trellis.columns]
+    return x
+
+
+def _refit_scales(
+    numbers: NDArray[np.uint8],
+    products: NDArray[np.float64],
+    squares: NDArray[np.float64],
+    parameters: TrellisParameters,
+) -> NDArray[np.float32]:
+    """The scales with the least squared error, given rows' own, and sums of values times levels and of levels' squares.
+
+    All but the first and the last one, for the table may have rows that the sample has not.
+    """
     place = np.searchsorted(parameters.grid, parameters.scales)
-    of_rows, is_coded = place[numbers_of_scales], numbers_of_scales > 0
+    of_rows, is_coded = place[numbers], numbers > 0
     product, square = (
         np.bincount(of_rows, np.where(is_coded, sums, 0), minlength=len(parameters.grid))
-        for sums in ((x * chosen).sum(axis=1), np.square(chosen).sum(axis=1))
+        for sums in (products, squares)
     )
     grid = parameters.grid.astype(np.float64)
     grid[1:-1] = np.divide(product, square, out=grid.copy(), where=product * square > 0)[1:-1]
-    scales = np.where(parameters.scales > 0, np.sort(grid).astype(F32)[place], F32(0))
-    return TrellisParameters(narrow, wide, scales, parameters.mean)
+    return np.where(parameters.scales > 0, np.sort(grid).astype(F32)[place], F32(0))
