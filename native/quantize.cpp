@@ -160,11 +160,10 @@ QuantizeResult quantize_rows(const Rows& rows, SearchFn Kernels::*search, const 
     const size_t d = rows.embedding_dim, block_bytes = block_rows * packed_row_bytes(d, grid);
     const auto encode = [&](const RowBlock& block, size_t i, const Ranges& bounds, SpanSums& sums, float* scratch,
                             Turn& turn) {
-        Ranges ranges = bounds, exact;
+        Ranges ranges = bounds, exact = bounds;
         SearchParams own = params;
         if (own.error_weights && !own.are_of_columns) own.error_weights += i * block_rows * d;
         if (own.is_exact) {
-            exact = bounds;
             find_exact_ranges(block, grid, own, exact, turn);
             own.exact = &exact;
         } else {

@@ -60,7 +60,6 @@ constexpr size_t parts = 2;
 inline Part& part_of(F32x16& x, size_t i) { return i == 0 ? x.low : x.high; }
 inline Part part_of(const F32x16& x, size_t i) { return i == 0 ? x.low : x.high; }
 inline Part load_part(const float* p) { return _mm256_loadu_ps(p); }
-inline void store_part(float* p, Part x) { _mm256_storeu_ps(p, x); }
 inline Part splat_part(float x) { return _mm256_set1_ps(x); }
 
 inline F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -511,21 +510,19 @@ inline void transpose_16x16(const float* rows, size_t stride, float* out) {
 
 // pick_of_rows (kernels/rows-inl.h): neighbouring lanes of two rows, then of four and eight, a third of the operations
 // that turning all rows over takes.
-template <size_t width, class Pick>
+template <class Pick>
 inline F32x16 pick_of_rows_in_parts(const float* rows, const Pick& pick) {
     const auto pick_neighbours = [&pick](__m256 a, __m256 b) {
         return pick(_mm256_shuffle_ps(a, b, 0xdd), _mm256_shuffle_ps(a, b, 0x88));
     };
     const auto of_eight = [&](const float* eight) {
         const auto of_two = [&](size_t row) {
-            return pick_neighbours(_mm256_loadu_ps(eight + width * row), _mm256_loadu_ps(eight + width * (row + 1)));
+            return pick_neighbours(_mm256_loadu_ps(eight + lanes * row), _mm256_loadu_ps(eight + lanes * (row + 1)));
         };
         const __m256 first = pick_neighbours(of_two(0), of_two(2)), second = pick_neighbours(of_two(4), of_two(6));
         return pick(_mm256_permute2f128_ps(first, second, 0x31), _mm256_permute2f128_ps(first, second, 0x20));
     };
-    const float* others = rows + 8 * width;
-    if constexpr (width == 8) return {of_eight(rows), of_eight(others)};
-    return {pick(of_eight(rows + 8), of_eight(rows)), pick(of_eight(others + 8), of_eight(others))};
+    return {pick(of_eight(rows + 8), of_eight(rows)), pick(of_eight(rows + 8 * lanes + 8), of_eight(rows + 8 * lanes))};
 }
 
 #include "avx2_exact-inl.h"

@@ -41,9 +41,9 @@ inline Mask16 first_lanes(size_t n) { return static_cast<Mask16>((1u << n) - 1);
 inline F32x16 splat(float x) { return _mm512_set1_ps(x); }
 inline F32x16 splat_at(const float* p) { return splat(*p); }
 inline F32x16 load(const float* p) { return _mm512_loadu_ps(p); }
+#include "whole_part-inl.h"
 inline F32x16 load_first(const float* p, size_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 inline void store(float* p, F32x16 x) { _mm512_storeu_ps(p, x); }
-#include "whole_part-inl.h"
 inline void store_first(float* p, F32x16 x, size_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
 
 inline F32x16 load_f16(const uint16_t* p) {

@@ -65,14 +65,12 @@ static_assert(vectors_of_words <= 4, "vectors that levels_of_words makes togethe
     x = exchange<1>(x);                                 // lane i gets lane i ^ distance: 1, 2, 4, 8
     x = exchange<8>(x);
 
-    // PARTS. load_part and splat_part fill one, store_part stores it; add, sub, mul, fma, min, max, round_nearest,
-    // from_nearest and round_code take them as they take vectors.
+    // PARTS. load_part and splat_part fill one; add, sub, mul, fma, round_nearest, from_nearest and round_code take them
+    // as they take vectors.
     Part part = load_part(p);
-    store_part(out, part);
     part = fma(part, splat_part(1.0f), add(part, part));
     part = mul(sub(part, part), from_nearest(part));
     part = round_code(round_nearest(part), part);
-    part = min(part, max(part, part));
     part_of(x, n) = part;                               // part n, below parts
     part = part_of(static_cast<const F32x16&>(x), n);
 
@@ -133,8 +131,7 @@ static_assert(vectors_of_words <= 4, "vectors that levels_of_words makes togethe
     transpose_16x16(p, n, out);
 }
 
-// Where picks_of_rows: pick_of_rows_in_parts<width>(rows, pick) for rows of sixteen lanes and of a part's, see
-// kernels/rows-inl.h.
+// Where picks_of_rows: pick_of_rows_in_parts(rows, pick), see kernels/rows-inl.h.
 // Where vectors_of_codes > 1: store_vectors<bits>(bytes, codes), see avx2-inl.h.
 // Where looks_up_in_one: splat_two_f16(p, first, second), the two float16 at p, each to all lanes.
 // Where vectors_of_words > 0: levels_of_words and words_in_column_order, see avx2-inl.h.

@@ -5,4 +5,3 @@ inline Part& part_of(F32x16& x, size_t) { return x; }
 inline Part part_of(const F32x16& x, size_t) { return x; }
 inline Part load_part(const float* p) { return load(p); }
 inline Part splat_part(float x) { return splat(x); }
-inline void store_part(float* p, Part x) { store(p, x); }
