@@ -80,8 +80,9 @@ def quantize_file(
         method: as quantize takes it.
         bits: as quantize takes them.
         param_dtype: as quantize takes it.
-        include: globs of tensor names to pack too; otherwise a table is a 2-D float tensor whose name says embedding
-            (table_names.says_embedding).
+        include: globs of tensor names to pack too; otherwise a table is a 2-D tensor of floats, or of FP8 or INT8 with
+            scales, whose name says embedding (table_names.says_embedding). A table of several tensors
+            (docs/checkpoints.md) goes by the name that they have together.
         exclude: globs of tensor names never to pack.
         max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit. All
             tables are packed before one that has a larger loss is refused, so that all of those are named.
@@ -105,12 +106,11 @@ def quantize_file(
         FileNotFoundError: there is no src.
         FormatError: src is damaged, or was changed, replaced or deleted while it was read.
         TypeError: a glob, or max_loss, is of another type.
-        ValueError: no tensor is a table; a glob or a name in variants matches nothing; dst is src or has the wrong
-            suffix; a value is NaN or infinite, or a parameter overflows; there is no such method, bits, rotation or
-            reader; a reader cannot read a table that is packed so (the message says what would do);
-            max_loss is not positive and finite; max_shard_size is no size;
-            max_shard_size or resume are given, and dst is a file; source, options or embpack are not those of the run
-            that is to be resumed.
+        ValueError: no tensor is a table; a table lacks a piece or a scale, or they do not fit; a glob or a name in
+            variants matches nothing; dst is src or has the wrong suffix; a value is NaN or infinite, or a parameter
+            overflows; there is no such method, bits, rotation or reader; a reader cannot read a table that is packed so
+            (the message says what would do); max_loss is not positive and finite; max_shard_size is no size, or it or
+            resume are given for a file; source, options or embpack are not those of the run that is to be resumed.
         LossLimitError: tables lose more than max_loss; a ValueError that has their names and losses.
         OSError: dst cannot be written.
     """
