@@ -11,6 +11,7 @@ from embpack.cli import show
 from embpack.estimate import estimate_seconds
 from embpack.formats import open_checkpoint
 from embpack.rules import Rules, decide_all
+from embpack.variant import Variant
 
 
 def make_source(folder, **tables):
@@ -21,34 +22,34 @@ def make_source(folder, **tables):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Each row takes a microsecond a column, and copies take none; lists the tables that are timed."""
+    """Each row takes a microsecond a column, and a table a second to learn from; lists the tables that are timed."""
     seen = []
 
-    def time_rows(table, count):
-        seen.append((table.decision.tensor.name, count))
-        return 1e-6 * count * table.decision.tensor.shape[1]
+    def time_table(decision):
+        seen.append(decision.tensor.name)
+        return estimate._Timing(1000, 1.0, 1e-6 * decision.tensor.shape[1])
 
-    monkeypatch.setattr(estimate, "_time_rows", time_rows)
+    monkeypatch.setattr(estimate, "_time_table", time_table)
     monkeypatch.setattr(estimate, "_time_copies", lambda tensors: 0.0)
     return seen
 
 
-def estimate_of(src):
+def estimate_of(src, method="optimal"):
     with open_checkpoint(src) as checkpoint:
-        return estimate_seconds(decide_all(checkpoint, Rules()))
+        return estimate_seconds(decide_all(checkpoint, Rules(variant=Variant(method))))
 
 
 def test_rows_of_one_width_are_timed_once_and_count_all(tmp_path, timed):
-    src = make_source(tmp_path, a=(5000, 16), b=(300, 16), c=(200, 64))
-    assert estimate_of(src) == pytest.approx(1e-6 * (5300 * 16 + 200 * 64))
-    assert {name for name, _ in timed} == {"a_emb.weight", "c_emb.weight"}
+    src = make_source(tmp_path, a=(5000, 16), b=(500, 16), c=(200, 64))
+    assert estimate_of(src) == pytest.approx(1e-6 * (5500 * 16 + 200 * 64) + 1 + 0.5 + 0.2)
+    assert set(timed) == {"a_emb.weight", "c_emb.weight"}
 
 
-def test_more_rows_are_packed_until_their_time_can_be_told(tmp_path, timed, monkeypatch):
-    src = make_source(tmp_path, a=(40_000, 32))
-    monkeypatch.setattr(estimate, "_SECONDS", 0.6)
-    assert estimate_of(src) == pytest.approx(1e-6 * 40_000 * 32)
-    assert [count for _, count in timed] == [8192, 16384, 32768]
+@pytest.mark.parametrize("method", ["asym", "trellis", "table", "kmeans-cls"])
+@pytest.mark.parametrize("rows", [16, 8192, 150_000])
+def test_any_method_and_size_has_an_estimate(tmp_path, method, rows):
+    src = make_source(tmp_path, a=(rows, 16))
+    assert 0 < estimate_of(src, method) < 600
 
 
 def test_rows_that_cannot_be_packed_have_no_estimate(embpack_command, tmp_path):

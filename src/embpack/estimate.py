@@ -2,25 +2,28 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
-from embpack.chunks import SPANS_OF_A_FILE, span_rows
+from embpack.chunks import chunk_rows, span_rows
 from embpack.convert import count_file_bytes
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.formats.base import as_bytes
-from embpack.packing import iter_packed
+from embpack.methods import Packer
 from embpack.rules import Decision
 from embpack.shard_writer import TableWriter
 
-# For how long each way to pack is timed, and all of them together, at least.
-_SECONDS, _MOST_SECONDS = 0.2, 2.0
+# For how long rows are packed at least, if there are so many, and from when on the first ones are enough.
+_SECONDS, _MOST_SECONDS = 0.2, 1.0
 # Of a tensor that is copied.
 _COPIED_BYTES = 1 << 26
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ def expect(
 
 
 def estimate_seconds(decisions: Sequence[Decision]) -> float | None:
-    """Estimate how long pack_checkpoint reads, packs and hashes; what a slow disk adds to that is not known.
+    """Estimate how long pack_checkpoint reads and packs; what a slow disk adds to that is not known.
 
-    Tables of one width that are packed in one way take as long, by row, as the first rows of the largest of them: these
-    are packed by as many threads as all rows will be.
+    Of tables of one width that are packed in one way, the first rows of the largest are packed, by as many threads as
+    all rows will be.
 
     Args:
         decisions: on all tensors of a checkpoint, which is open.
@@ -77,41 +80,70 @@ def estimate_seconds(decisions: Sequence[Decision]) -> float | None:
     seconds = 0.0
     try:
         for own in ways.values():
-            largest = max(own, key=lambda each: each.tensor.shape[0])
-            rows = sum(each.tensor.shape[0] for each in own)
-            seconds += rows * _time_row(largest, min(_SECONDS, _MOST_SECONDS / len(ways)))
+            timing = _time_table(max(own, key=lambda each: each.tensor.shape[0]))
+            seconds += sum(timing.estimate(each.tensor.shape[0]) for each in own)
     except ValueError:
         return None
     return seconds + _time_copies([each.tensor for each in decisions if each.variant is None])
 
 
-def _time_row(decision: Decision, seconds: float) -> float:
-    """Measure the seconds that a row of a table takes."""
+@dataclass(frozen=True)
+class _Timing:
+    """How long some rows of a table take.
+
+    Attributes:
+        rows: that were looked at.
+        fixed: seconds to learn from so many rows, or any larger number.
+        by_row: seconds that each row takes.
+    """
+
+    rows: int
+    fixed: float
+    by_row: float
+
+    def estimate(self, num_embeddings: int) -> float:
+        return self.fixed * min(1.0, num_embeddings / self.rows) + self.by_row * num_embeddings
+
+
+def _time_table(decision: Decision) -> _Timing:
+    """Fit a table to its first chunk, and pack some rows of that."""
     table, num_embeddings = TableWriter(decision), decision.tensor.shape[0]
-    step = span_rows(decision.tensor.shape[1])
-    rows = 0
-    while True:
-        rows = min(max(step, 2 * rows), SPANS_OF_A_FILE * step, num_embeddings)
-        taken = _time_rows(table, rows)
-        if taken >= seconds or rows in (SPANS_OF_A_FILE * step, num_embeddings):
-            return taken / rows
-
-
-def _time_rows(table: TableWriter, count: int) -> float:
-    """Measure the seconds that the first rows of a table take, without what takes as long for any number of rows."""
+    count = min(chunk_rows(decision.tensor.shape[1]), num_embeddings)
+    [rows] = (chunk.copy() for chunk in table.read(0, count))
+    start = min(count, num_embeddings - count)
+    reading, _ = _time(lambda: list(table.read(start, start + count)))
     passes = 0.0
 
     def read() -> Iterator[NDArray[Any]]:
         nonlocal passes
         started = time.perf_counter()
-        yield from table.read(0, count)
-        passes += time.perf_counter() - started
+        yield rows
+        passes += reading + time.perf_counter() - started
 
-    packer = table.method.fit(read, count, table.row_format, table.decision.place)
-    started, digest = time.perf_counter(), hashlib.sha256()
-    for packed, _ in iter_packed(packer, table.read(0, count)):
-        digest.update(packed.data)
-    return passes + time.perf_counter() - started
+    fitting, packer = _time(lambda: table.method.fit(read, count, table.row_format, decision.place))
+    return _Timing(count, max(0.0, fitting - passes), (passes + reading) / count + _time_row(packer, rows))
+
+
+def _time_row(packer: Packer, rows: NDArray[Any]) -> float:
+    """Measure the seconds in which a row is packed: those of the first rows, or the mean of those after them."""
+    step = span_rows(rows.shape[1])
+    packed = np.empty((min(step, len(rows)), packer.row_format.row_bytes), np.uint8)
+    seconds, done, is_first = 0.0, 0, True
+    for start in range(0, len(rows), step):
+        own = rows[start : start + step]
+        taken, _ = _time(lambda own=own, start=start: packer.pack(own, packed[: len(own)], start))
+        # The first call starts threads.
+        seconds, done = (taken, len(own)) if is_first or start == step else (seconds + taken, done + len(own))
+        is_first = False
+        if (start and seconds >= _SECONDS) or taken >= _MOST_SECONDS:
+            break
+    return seconds / done
+
+
+def _time(call: Callable[[], _Value]) -> tuple[float, _Value]:
+    started = time.perf_counter()
+    value = call()
+    return time.perf_counter() - started, value
 
 
 def _time_copies(tensors: Sequence[SourceTensor]) -> float:
