@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,7 +132,7 @@ def _time_row(packer: Packer, rows: NDArray[Any]) -> float:
     seconds, done, is_first = 0.0, 0, True
     for start in range(0, len(rows), step):
         own = rows[start : start + step]
-        taken, _ = _time(lambda own=own, start=start: packer.pack(own, packed[: len(own)], start))
+        taken, _ = _time(partial(packer.pack, own, packed[: len(own)], start))
         # The first call starts threads.
         seconds, done = (taken, len(own)) if is_first or start == step else (seconds + taken, done + len(own))
         is_first = False

@@ -118,10 +118,10 @@ class StoredTable:
             FormatError: a file was changed, or the arrays beside the rows are not what they should be.
         """
         mapped = access == "mapped"
-        packed, *beside = [
-            *(join_arrays([piece.parts[at] for piece in self.pieces], mapped=mapped) for at in range(self._num_by_row)),
-            *self.read_shared(mapped=mapped),
-        ]
+        by_row = (
+            join_arrays([piece.parts[at] for piece in self.pieces], mapped=mapped) for at in range(self._num_by_row)
+        )
+        packed, *beside = (*by_row, *self.read_shared(mapped=mapped))
         if not mapped:
             use_huge_pages(packed, *beside)
         entry = self.entry

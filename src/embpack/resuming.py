@@ -180,7 +180,9 @@ class Unfinished:
         for name in file.contents.tables:
             file.verify(name)
             known = record["pieces"][name]
-            sums = [Sums(*map(float, own[:2]), int(own[2]), float(own[3])) for own in known["sums"]]
+            sums = [
+                Sums(float(error), float(square), int(lost), float(own)) for error, square, lost, own in known["sums"]
+            ]
             done[name] = DonePiece(file.contents.tables[name], sums, float(known["seconds"]))
         file.verify_others()
         for piece in pieces:
