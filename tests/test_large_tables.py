@@ -38,6 +38,7 @@ def test_published_tables_are_packed_looked_up_and_unpacked(embpack_command, tmp
         parts = [part for part in published.parts if part.startswith(name.removesuffix(".weight") + ".")]
         assert own["weight_bytes"] == sum(published.tensors[part].values.nbytes for part in parts)
         assert (own["dtype"], own["num_pieces"]) == (published.dtype, published.pieces)
+        assert {"BF16": "bfloat16", "F32": "float32"}.get(own["stored_as"], own["stored_as"]) == published.stored_as
 
     code, _, err = embpack_command("dequantize", dst, plain)
     assert (code, err) == (0, "")
