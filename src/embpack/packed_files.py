@@ -118,16 +118,15 @@ class StoredTable:
             FormatError: a file was changed, or the arrays beside the rows are not what they should be.
         """
         mapped = access == "mapped"
-        by_row = (
-            join_arrays([piece.parts[at] for piece in self.pieces], mapped=mapped) for at in range(self._num_by_row)
-        )
-        packed, *beside = (*by_row, *self.read_shared(mapped=mapped))
+        by_row = range(self._num_by_row)
+        arrays = [join_arrays([piece.parts[at] for piece in self.pieces], mapped=mapped) for at in by_row]
+        arrays += self.read_shared(mapped=mapped)
         if not mapped:
-            use_huge_pages(packed, *beside)
+            use_huge_pages(*arrays)
         entry = self.entry
-        arrays = {spec.name: array for spec, array in zip(entry.beside, beside, strict=True)}
+        beside = {spec.name: array for spec, array in zip(entry.beside, arrays[1:], strict=True)}
         try:
-            return PackedTable(packed, entry.row_format, entry.dtype, entry.method, entry.loss, **arrays)
+            return PackedTable(arrays[0], entry.row_format, entry.dtype, entry.method, entry.loss, **beside)
         except ValueError as error:
             raise FormatError(f"{self.pieces[0].file.path}: table {self.name!r}: {error}") from None
 
