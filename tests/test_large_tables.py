@@ -312,7 +312,7 @@ def test_a_file_all_of_whose_tensors_are_parts_elsewhere_is_not_written(tmp_path
         weight_map[f"emb.shard_{i}.weight"] = f"part-{i}.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     embpack.quantize_file(folder, tmp_path / "packed")
-    assert [file.name for file in (tmp_path / "packed").glob("*.safetensors")] == ["part-0.safetensors"]
+    assert [file.name for file in (tmp_path / "packed").glob("*.safetensors")] == ["model.embpack.safetensors"]
     assert embpack.load(tmp_path / "packed")["emb.weight"].num_embeddings == 300
 
 
