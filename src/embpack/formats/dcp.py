@@ -98,7 +98,7 @@ def is_optimizer_state(name: str) -> bool:
 
 def _note(what: str, names: Sequence[str]) -> str:
     more = " ..." if len(names) > _MOST_NAMED else ""
-    return f"{what}: {len(names):,} ({', '.join(names[:_MOST_NAMED])}{more})"
+    return f"{what}: {len(names):,} ({', '.join(map(repr, names[:_MOST_NAMED]))}{more})"
 
 
 def _check_entries(path: Path, kept: dict[str, SavedTensor]) -> None:
