@@ -41,14 +41,14 @@ class Format:
 
     Attributes:
         module: of this package.
-        reader, writer: names of the functions, a Reader and a Writer; no writer for what is only read.
+        reader, writer: names of the functions, a Reader and a Writer; no writer where files are only read.
         package: what they need beside embpack's own dependencies, "PyTorch".
         extra: the extra of embpack that installs the package.
     """
 
     module: str
     reader: str
-    writer: str = ""
+    writer: str | None
     package: str = ""
     extra: str = ""
 
@@ -67,6 +67,7 @@ class Format:
         Raises:
             MissingExtraError: the package is not installed.
         """
+        assert self.writer is not None  # it is one of those that are written
         write: Writer = self._import(self.writer, f"writing {path.suffix} files")
         write(file, path, shard)
 
@@ -95,8 +96,8 @@ FORMATS = {
 """Formats by the suffix of a file's name, in lower case."""
 
 # What processes save together, which is known by the names of files.
-_DCP = Format("dcp", "open_dcp")
-_PIECES = Format("hf_distributed", "open_distributed")
+_DCP = Format("dcp", "open_dcp", None)
+_PIECES = Format("hf_distributed", "open_distributed", None)
 _READABLE = (
     f"what can be read: {', '.join(FORMATS)}, *{INDEX_SUFFIX}, a model's folder and one of torch.distributed.checkpoint"
 )
