@@ -30,6 +30,20 @@ TABLES = [
     "embeddings",
     "0.embedding.weight",
     "item_embedding_12.weight",
+    # Tables of language models, and as llama.cpp calls them; TorchRec's collections.
+    "layers.1.engram.embed.weight",
+    "model.language_model.layers.1.ple.ple_embedding.ngram_embedding.weight",
+    "model.ngram_embeddings.embedders.0.weight",
+    "model.language_model.embed_tokens_per_layer.weight",
+    "model.language_model.embed_vision.embedding.weight",
+    "token_embd.weight",
+    "per_layer_token_embd.weight",
+    "blk.1.engram_embd.weight",
+    "position_embd.weight",
+    "model.sparse.ec.embeddings.t_user.weight",
+    "ec.embeddings.large_table.weight",
+    "decoder.embed_tokens.3.weight",
+    "class_embedding.weight",
 ]
 OTHERS = [
     "embeddings.LayerNorm.weight",
@@ -48,6 +62,57 @@ OTHERS = [
     "weight",
     "0.weight",
     "",
+    # Scales, and what else lies beside codes.
+    "layers.1.engram.embed.scale",
+    "model.embed_tokens.weight_scale",
+    "model.embed_tokens.weight_scale_inv",
+    "model.embed_tokens.weight_zero_point",
+    "model.embed_tokens.weight_packed",
+    "ple.ple_embedding.ngram_embedding.weight_scale_2",
+    "model.embed_tokens.weight.absmax",
+    "ple.ple_embedding.ngram_embedding.trellis",
+    "ple.ple_embedding.ngram_heads_offsets",
+    # Layers of language models.
+    "model.ngram_embeddings.post_projs.0.weight",
+    "model.language_model.per_layer_model_projection.weight",
+    "model.language_model.layers.0.per_layer_projection.weight",
+    "model.language_model.layers.0.per_layer_input_gate.weight",
+    "model.embed_vision.embedding_projection.weight",
+    "layers.1.engram.wkv.weight",
+    "token_embd_norm.weight",
+    "blk.0.attn_q.weight",
+    "output.weight",
+    "model.rotary_emb.inv_freq",
+    "layers.0.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    # Layers of encoders, of pictures and of diffusion models.
+    "position_embeddings.proj.weight",
+    "fnet.embeddings.projection.weight",
+    "esm.embeddings.layer_norm.weight",
+    "layoutlm.embeddings.dense.weight",
+    "lilt.layout_embeddings.box_linear_embeddings.weight",
+    "vision_model.embeddings.patch_embedding.weight",
+    "vit.embeddings.patch_embeddings.projection.weight",
+    "visual.patch_embed.proj.weight",
+    "v.patch_embd.weight",
+    "wav2vec2.encoder.pos_conv_embed.conv.weight",
+    "model.diffusion_model.time_embed.0.weight",
+    "model.diffusion_model.time_embed.2.weight",
+    "model.diffusion_model.label_emb.0.0.weight",
+    "model.diffusion_model.input_blocks.1.0.emb_layers.1.weight",
+    "transformer.context_embedder.weight",
+    "transformer.x_embedder.weight",
+    "time_text_embed.timestep_embedder.linear_1.weight",
+    "add_embedding.linear_2.weight",
+    # What optimizers and collections keep of tables.
+    "state.ebc.embedding_bags.t_user.weight.t_user.momentum1",
+    "state.ebc.embedding_bags.user_emb.weight.exp_avg",
+    "optim.state.user_emb.weight",
+    "optimizer.state.embeddings.t_user.weight",
+    "ebc.embedding_bags.t_user.weight.t_user.momentum1",
+    "ec.embeddings.embeddings.weight.embeddings.momentum1",
+    "ebc.embedding_bags.t_user.weight_id",
+    "ebc.embedding_bags.t_user.bucket",
+    "user_emb.weight.exp_avg_sq",
 ]
 
 
@@ -154,6 +219,12 @@ def test_nothing_to_pack_names_what_include_would_pack():
     assert refuse(make_tensor("emb"), exclude=["e*"]) == "nothing to pack; its tensors are emb (excluded)"
     for tensor in (linear, few):
         assert decide(tensor, include=(tensor.name,)).variant is not None
+
+
+def test_an_include_that_packs_nothing_says_what_was_left_out():
+    left_out = ("entry 'emb' (sparse tensor; save its .to_dense())",)
+    said = refuse(make_tensor("bias", (3,)), left_out=left_out, include=["*"])
+    assert said == f"include '*' only matches bias (1-D, a table is 2-D); left out: {left_out[0]}"
 
 
 def test_the_longest_of_many_tensors_is_named_first():

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from numbers import Real
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from embpack.formats.safetensors import count_file_bytes as count_shard_bytes
 from embpack.gate import check_losses
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packed_folder import copy_and_list, list_own, name_packed
-from embpack.rules import Decision, Rules, decide_all
+from embpack.rules import Decision, Rules, decide_all, split_decisions
 from embpack.shard_writer import Progress, ShardWriter, TableReport, TableWriter
 from embpack.variant import Variant
 
@@ -75,8 +74,9 @@ def quantize_file(
         method: as quantize takes it.
         bits: as quantize takes them.
         param_dtype: as quantize takes it.
-        include: globs of tensor names to pack too; otherwise a table is a 2-D float tensor whose name says embedding
-            (table_names.says_embedding).
+        include: globs of tensor names to pack too; otherwise a table is a 2-D tensor of floats, or of FP8 or INT8 with
+            scales, whose name says embedding (table_names.says_embedding). A table of several tensors
+            (docs/checkpoints.md) goes by the name that they have together.
         exclude: globs of tensor names never to pack.
         max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit. All
             tables are packed before one that has a larger loss is refused, so that all of those are named.
@@ -93,10 +93,10 @@ def quantize_file(
         FileNotFoundError: there is no src.
         FormatError: src is damaged, or was changed, replaced or deleted while it was read.
         TypeError: a glob, or max_loss, is of another type.
-        ValueError: no tensor is a table; a glob or a name in variants matches nothing; dst is src or has the wrong
-            suffix; a value is NaN or infinite, or a parameter overflows; there is no such method, bits, rotation or
-            reader; a reader cannot read a table that is packed so (the message says what would do);
-            max_loss is not positive and finite.
+        ValueError: no tensor is a table; a table lacks a piece or a scale, or they do not fit; a glob or a name in
+            variants matches nothing; dst is src or has the wrong suffix; a value is NaN or infinite, or a parameter
+            overflows; there is no such method, bits, rotation or reader; a reader cannot read a table that is packed so
+            (the message says what would do); max_loss is not positive and finite.
         LossLimitError: tables lose more than max_loss; a ValueError that has their names and losses.
         OSError: dst cannot be written.
     """
@@ -158,10 +158,8 @@ def count_file_bytes(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> i
 
 
 def _make_writers(checkpoint: Checkpoint, decisions: Sequence[Decision], progress: Progress) -> list[ShardWriter]:
-    remaining = iter(decisions)
     writers = []
-    for shard in checkpoint.shards:
-        own = islice(remaining, len(shard.tensors))
+    for shard, own in zip(checkpoint.shards, split_decisions(checkpoint, decisions), strict=True):
         tensors = (TableWriter(each, progress) if each.variant else each.tensor for each in own)
         writers.append(ShardWriter(tuple(tensors), shard.metadata))
     return writers
@@ -172,6 +170,7 @@ def _make_shards(checkpoint: Checkpoint, writers: Sequence[ShardWriter], dst: Pa
     return [
         writer.out_shard(name_file(checkpoint, shard, dst, name_packed))
         for shard, writer in zip(checkpoint.shards, writers, strict=True)
+        if writer.tensors or not shard.tensors  # the table that has its parts may lie in another file
     ]
 
 

@@ -38,7 +38,12 @@ class UnpackedTable:
 
 
 def dequantize_file(
-    src: str | Path, dst: str | Path, *, force: bool = False, progress: Progress = lambda name, rows: None
+    src: str | Path,
+    dst: str | Path,
+    *,
+    force: bool = False,
+    dtype: str | None = None,
+    progress: Progress = lambda name, rows: None,
 ) -> tuple[UnpackedTable, ...]:
     """Write a packed checkpoint as a plain one that the original program can load, streaming.
 
@@ -48,16 +53,20 @@ def dequantize_file(
             which gets the model's small files, too.
         force: write to dst though there is something, for nothing in a plain checkpoint says that embpack wrote it. A
             file is replaced; of a folder what has the name of a new file, and other files stay.
+        dtype: of the tables, "float32", "float16" or "bfloat16"; None is what each was packed from, and "bfloat16" if
+            that was FP8 or INT8. A finite value that the type cannot hold becomes its largest.
         progress: called with a table's name and a number of rows as they are done.
 
     Raises:
         FileExistsError: there is something at dst, and no force.
         FileNotFoundError: there is no src.
         FormatError: src is damaged, altered, not packed, or was changed while it was read.
-        ValueError: dst is src, or its format cannot hold the tensors.
+        ValueError: dst is src, or its format cannot hold the tensors; there is no such dtype.
         OSError: dst cannot be written.
     """
     dst = Path(dst)
+    if dtype is not None:
+        check_dtype(dtype)
     with open_checkpoint(src) as checkpoint:
         check_place(checkpoint, dst, nothing, force=force)
         shards, unpacked = [], []
@@ -65,12 +74,14 @@ def dequantize_file(
             path = checkpoint.path.parent / shard.file_name
             contents = read_contents(path, shard)
             parts, others = split_shard(shard, contents.tables)
-            unpacked += [_unpacked_table(parts[name], entry) for name, entry in contents.tables.items()]
+            unpacked += [
+                _unpacked_table(parts[name], entry, dtype or entry.dtype) for name, entry in contents.tables.items()
+            ]
             copied = {tensor.name for tensor in others}
             tensors = tuple(
                 copy_tensor(tensor, partial(_check_other, path, tensor.name, contents))
                 if tensor.name in copied
-                else _unpack(path, parts[tensor.name], contents.tables[tensor.name], progress)
+                else _unpack(path, parts[tensor.name], contents.tables[tensor.name], dtype, progress)
                 for tensor in shard.tensors
                 if tensor.name in copied or tensor.name in contents.tables
             )
@@ -88,9 +99,12 @@ def _check_other(path: Path, name: str, contents: Contents, digest: "hashlib._Ha
         check_bytes(path, f"tensor {name!r}", digest, contents.others[name])
 
 
-def _unpack(path: Path, parts: Sequence[SourceTensor], entry: TableEntry, progress: Progress) -> OutTensor:
+def _unpack(
+    path: Path, parts: Sequence[SourceTensor], entry: TableEntry, dtype: str | None, progress: Progress
+) -> OutTensor:
     """Decode a table chunk by chunk; its checksum is compared at the end, before the output gets its name."""
     tensor, *beside = parts
+    dtype = dtype or entry.dtype
 
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
@@ -101,7 +115,7 @@ def _unpack(path: Path, parts: Sequence[SourceTensor], entry: TableEntry, progre
             digest.update(packed.data)
             own = None if clusters is None else clusters.read(done, done + len(packed))
             table = PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks)
-            yield table.dequantize(entry.dtype)
+            yield table.dequantize(dtype)
             done += len(packed)
             progress(tensor.name, len(packed))
         for piece in chain.from_iterable(part.pieces() for part in beside):
@@ -109,11 +123,17 @@ def _unpack(path: Path, parts: Sequence[SourceTensor], entry: TableEntry, progre
         check_bytes(path, f"table {tensor.name!r}", digest, entry.checksum)
 
     shape = (entry.num_embeddings, entry.embedding_dim)
-    return OutTensor(tensor.name, _SAFETENSORS_DTYPE[entry.dtype], shape, chunks)
+    return OutTensor(tensor.name, _SAFETENSORS_DTYPE[dtype], shape, chunks)
 
 
-def _unpacked_table(parts: Sequence[SourceTensor], entry: TableEntry) -> UnpackedTable:
+def _unpacked_table(parts: Sequence[SourceTensor], entry: TableEntry, dtype: str) -> UnpackedTable:
     values = entry.num_embeddings * entry.embedding_dim
     packed = sum(part.nbytes for part in parts)
-    plain = values * ROW_DTYPES[entry.dtype].itemsize
-    return UnpackedTable(parts[0].name, entry.num_embeddings, entry.embedding_dim, entry.dtype, packed, plain)
+    plain = values * ROW_DTYPES[dtype].itemsize
+    return UnpackedTable(parts[0].name, entry.num_embeddings, entry.embedding_dim, dtype, packed, plain)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError unless tables can be unpacked to a type."""
+    if dtype not in ROW_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; give one of {', '.join(ROW_DTYPES)}")

@@ -19,6 +19,7 @@ from embpack.rows import ROW_DTYPES
 from embpack.rules import Decision
 from embpack.shard_writer import TableReport
 from embpack.threads import get_num_threads
+from embpack.unpacking import UnpackedTable
 
 # Raised when a value changes its name or its meaning, or goes; new ones may come at any time.
 SCHEMA = 1
@@ -85,6 +86,8 @@ def _describe_decision(decision: Decision, planned: PlannedTable | None, report:
         "packed_bytes": decision.bytes_after,
         "loss": None if report is None else report.loss,
         "sample_loss": None if planned is None else planned.loss,
+        "stored_as": decision.tensor.stored_as or decision.tensor.dtype,
+        "num_pieces": decision.tensor.num_pieces,
         "reason": decision.reason,
         "plan_reason": None if planned is None else planned.reason,
         "plan_change": None if planned is None or report is None else ", ".join(planned.find_changes(report)) or None,
@@ -94,10 +97,13 @@ def _describe_decision(decision: Decision, planned: PlannedTable | None, report:
     }
 
 
-def describe_unpacked(src: Path, dst: Path, files: Sequence[PackedFile]) -> Record:
-    """Describe what dequantize did with packed files."""
+def describe_unpacked(src: Path, dst: Path, files: Sequence[PackedFile], unpacked: Sequence[UnpackedTable]) -> Record:
+    """Describe what dequantize made of packed files."""
+    written = {table.name: {"dtype": table.dtype, "weight_bytes": table.bytes_after} for table in unpacked}
     tables = [
-        _describe_entry(name, entry, packed.parts[name]) for packed in files for name, entry in packed.entries.items()
+        {**_describe_entry(name, entry, packed.parts[name]), **written[name]}
+        for packed in files
+        for name, entry in packed.entries.items()
     ]
     return {
         **_start("dequantize", src),

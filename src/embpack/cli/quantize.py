@@ -35,7 +35,7 @@ def quantize(
             metavar="SRC",
             show_default=False,
             help="A checkpoint: .safetensors, an index of sharded ones, a model's folder, .pt/.pth/.bin/.ckpt, .npy, "
-            ".npz or .parquet.",
+            ".npz or .parquet. Tables in pieces (X.shard_0.weight, ..) and in FP8 or INT8 with scales are read as one.",
         ),
     ],
     dst: Annotated[

@@ -3,13 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from embpack.convert import count_file_bytes
 from embpack.errors import naming
 from embpack.formats import Checkpoint, OutShard
 from embpack.formats.safetensors import bound_bytes
-from embpack.rules import Decision
+from embpack.rules import Decision, split_decisions
 from embpack.shard_writer import ShardWriter, TableWriter
 from embpack.sizes import parse_size
 
@@ -31,13 +30,11 @@ class Budget:
     @classmethod
     def make(cls, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> "Budget":
         """Find the bytes that do not depend on how tables are packed, given what was decided on all tensors."""
-        remaining = iter(decisions)
         shards = [
-            ShardWriter(
-                tuple(_write(each) if each.variant else each.tensor for each in islice(remaining, len(shard.tensors))),
-                shard.metadata,
-            ).out_shard("")
-            for shard in checkpoint.shards
+            ShardWriter(tuple(_write(each) if each.variant else each.tensor for each in own), shard.metadata).out_shard(
+                ""
+            )
+            for shard, own in zip(checkpoint.shards, split_decisions(checkpoint, decisions), strict=True)
         ]
         # Nobody packs a table, with all that describes it, into so many.
         most = 1_000_000 + 10 * sum(each.bytes_before for each in decisions)
