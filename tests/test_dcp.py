@@ -92,6 +92,13 @@ def test_types_and_shapes_are_those_that_were_saved(saved):
     assert found == {name: (TENSORS[name][0], tags[TENSORS[name][1]]) for name in found}
 
 
+def test_the_number_of_pieces_is_told(saved):
+    with open_checkpoint(saved / "dcp") as checkpoint:
+        found = {tensor.name.removeprefix("model."): tensor.num_pieces for tensor in checkpoint.tensors}
+    pieces = {name: 1 if TENSORS[name][2] is None else 4 for name in found}
+    assert found == {**pieces, "few_embedding.weight": 3}
+
+
 def test_each_process_may_have_metadata_of_its_own(saved):
     assert sorted(path.name for path in (saved / "apart").glob("*.metadata"))[0] == "__0.metadata"
     check_tensors(saved / "apart", "model.")
@@ -157,6 +164,7 @@ def test_torchrecs_tables_are_read_without_pytorch(saved, tmp_path):
 def test_torchrecs_tables_are_packed_and_looked_up(saved, tmp_path):
     shown = run_embpack("quantize", saved / "torchrec", "--dry-run")
     assert "left out: tensors of the optimizer: 5 (" in shown.stdout, shown.stderr
+    assert shown.stdout.count("float32, 4 pieces") == 3
     done = run_embpack("quantize", saved / "torchrec", tmp_path / "out.safetensors", "--json")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["left_out"]) == 1

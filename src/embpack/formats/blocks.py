@@ -36,7 +36,7 @@ def join_blocks(where: str, name: str, shape: tuple[int, ...], dtype: str, block
         name: of the tensor.
         shape: of the tensor.
         dtype: of all blocks.
-        blocks: in any order, of sizes that are_joinable.
+        blocks: in any order, of sizes that are_joinable; those without values do not count.
 
     Raises:
         FormatError: blocks lie over each other or outside the tensor, or leave a part of it out; or no tensor has such
@@ -45,6 +45,7 @@ def join_blocks(where: str, name: str, shape: tuple[int, ...], dtype: str, block
     # A shape with a 0 may have any other numbers, and NumPy makes no array of it.
     if math.prod(max(1, length) for length in shape) >= _MOST_VALUES:
         raise FormatError(f"{where}: tensor {name!r} has shape {list(shape)}, which is too large; copy it again")
+    blocks = [block for block in blocks if block.tensor.nbytes]
     if len(blocks) == 1 and blocks[0].tensor.shape == shape:
         return replace(blocks[0].tensor, name=name)
     # What is before the axis along which they are cut is rows of a table, and what follows is its columns.
