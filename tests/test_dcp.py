@@ -100,8 +100,11 @@ def test_the_number_of_pieces_is_told(saved):
 
 
 def test_each_process_may_have_metadata_of_its_own(saved):
-    assert sorted(path.name for path in (saved / "apart").glob("*.metadata"))[0] == "__0.metadata"
+    names = {path.name for path in (saved / "apart").iterdir()}
+    assert "__0.metadata" in names
     check_tensors(saved / "apart", "model.")
+    with open_checkpoint(saved / "apart") as checkpoint:
+        assert {source.path.name for source in checkpoint.sources} == names
 
 
 def test_many_files_of_a_process_are_read(saved):
@@ -127,6 +130,8 @@ def test_files_with_pieces_for_hugging_face_are_joined(saved):
     assert check_tensors(saved / "pieces", without=without) == (
         "tensor 'square.weight' (it is cut along two dimensions beside its first)",
     )
+    with open_checkpoint(saved / "pieces") as checkpoint:
+        assert {source.path for source in checkpoint.sources} == set((saved / "pieces").iterdir())
     piece = next((saved / "pieces").iterdir())
     with pytest.raises(ValueError, match=f"{piece}: one of several files with pieces of tensors; give their folder"):
         open_checkpoint(piece).__enter__()
@@ -544,6 +549,14 @@ def change_header(path, **metadata):
     header["__metadata__"] = {key: value for key, value in {**header["__metadata__"], **metadata}.items() if value}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def test_metadata_that_all_files_have_is_kept(tmp_path):
+    folder = write_two_pieces(tmp_path / "pieces")
+    change_header(folder / "shard-00002-model-00001-of-00001.safetensors", mine="2")
+    with open_checkpoint(folder) as checkpoint:
+        assert [shard.metadata for shard in checkpoint.shards] == [{"format": "pt"}]
+        assert checkpoint.left_out == ("metadata 'mine' (it is not the same in all files)",)
 
 
 @pytest.mark.parametrize(

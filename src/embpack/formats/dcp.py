@@ -43,18 +43,21 @@ def open_dcp(path: Path) -> Iterator[Checkpoint]:
     Raises:
         FormatError: it is damaged, files are missing, or its entries are compressed.
     """
-    states = []
-    for each in [path] if path.name == METADATA_NAME else list_metadata(path.parent):
-        with SourceFile(each) as source, source.unchanged("metadata"):
-            states.append(read_metadata(source))
-    kept, left_out = _choose(merge_states(path, states))
-    chunks = [(name, chunk) for name, tensor in kept.items() for chunk in tensor.chunks]
+    paths = [path] if path.name == METADATA_NAME else list_metadata(path.parent)
+    metadata = [SourceFile(each) for each in paths]
+    kept, left_out = _choose(merge_states(path, list(map(_read_metadata, metadata))))
     _check_entries(path, kept)
-    sources = _open_sources(path, (chunk.entry for _, chunk in chunks))
+    entries = [chunk.entry for tensor in kept.values() for chunk in tensor.chunks]
+    sources = _open_sources(path, entries)
     find = lru_cache(_MOST_PLACES)(_find_values)
     tensors = tuple(_make_tensor(path, name, tensor, sources, find) for name, tensor in kept.items())
-    num_bytes = sum(chunk.entry.num_bytes for _, chunk in chunks)
-    yield Checkpoint(path, (Shard("model.safetensors", num_bytes, tensors),), left_out=left_out)
+    shard = Shard("model.safetensors", sum(entry.num_bytes for entry in entries), tensors)
+    yield Checkpoint(path.parent, (shard,), left_out=left_out, sources=(*metadata, *sources.values()))
+
+
+def _read_metadata(source: SourceFile) -> SavedState:
+    with source, source.unchanged("metadata"):
+        return read_metadata(source)
 
 
 def _choose(state: SavedState) -> tuple[dict[str, SavedTensor], tuple[str, ...]]:

@@ -149,7 +149,7 @@ class _Reader:
 
     def _iter_entries(self, stored: dict[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]], Entry]]:
         for key, value in stored.items():
-            index, info = _find_fields(key, "MetadataIndex"), _find_fields(value, "_StorageInfo")
+            index, info = _find_fields(key, "MetadataIndex") or {}, _find_fields(value, "_StorageInfo") or {}
             match index, info:
                 case {"fqn": str(name)}, {"relative_path": str(place), "offset": int(offset), "length": int(length)}:
                     pass

@@ -16,7 +16,7 @@ from embpack.formats.safetensors import parse_object, read_shard
 from embpack.formats.source import SourceFile
 
 _KEY = "DCP_SHARDING_INFO"
-_OWN_KEYS = {_KEY, "DCP_VERSION", "format"}
+_OWN_KEYS = {_KEY, "DCP_VERSION"}
 
 
 @contextmanager
@@ -30,14 +30,17 @@ def open_distributed(path: Path) -> Iterator[Checkpoint]:
         FormatError: one of them is damaged, does not say where its pieces begin, or pieces do not fit together.
     """
     folder = path.parent
-    shards = [_read(each) for each in list_pieces(folder)]
+    sources = [SourceFile(each) for each in list_pieces(folder)]
+    shards = list(map(_read, sources))
     blocks: dict[str, list[Block]] = {}
     for shard in shards:
         places = _read_offsets(folder / shard.file_name, shard)
         for tensor in shard.tensors:
             blocks.setdefault(tensor.name, []).append(Block(places[tensor.name], tensor))
-    keys = dict.fromkeys(key for shard in shards for key in shard.metadata if key not in _OWN_KEYS)
-    left_out = [f"metadata {key!r}" for key in keys]
+    items = [shard.metadata.items() for shard in shards]
+    metadata = {key: value for key, value in items[0] if key not in _OWN_KEYS and all((key, value) in i for i in items)}
+    others = dict.fromkeys(key for own in items for key, _ in own if key not in {*_OWN_KEYS, *metadata})
+    left_out = [f"metadata {key!r} (it is not the same in all files)" for key in others]
     tensors = []
     for name, own in blocks.items():
         joined = _join(folder, name, own)
@@ -45,13 +48,13 @@ def open_distributed(path: Path) -> Iterator[Checkpoint]:
             left_out.append(f"tensor {name!r} (it is cut along two dimensions beside its first)")
         else:
             tensors.append(joined)
-    num_bytes = sum(shard.num_bytes for shard in shards)
-    yield Checkpoint(path, (Shard("model.safetensors", num_bytes, tuple(tensors)),), left_out=tuple(left_out))
+    whole = Shard("model.safetensors", sum(shard.num_bytes for shard in shards), tuple(tensors), metadata)
+    yield Checkpoint(folder, (whole,), left_out=tuple(left_out), sources=tuple(sources))
 
 
-def _read(path: Path) -> Shard:
-    with SourceFile(path) as source:
-        return read_shard(source, path.name)
+def _read(source: SourceFile) -> Shard:
+    with source:
+        return read_shard(source, source.path.name)
 
 
 def _read_offsets(path: Path, shard: Shard) -> dict[str, tuple[int, ...]]:

@@ -94,10 +94,10 @@ def _advise(folder: Path, suffixes: Container[str]) -> str:
 
 
 def with_folder(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Add to a checkpoint what else is in its model's folder; what processes have saved is no such folder."""
-    if is_metadata(checkpoint.path) or has_pieces(checkpoint.path):
-        beside = () if checkpoint.path.parent == folder else sorted(checkpoint.path.parent.parent.iterdir())
-        notes = (f"folder {path.name!r}" for path in beside if path.is_dir() and path != checkpoint.path.parent)
+    """Add to a checkpoint what else is in its model's folder; what processes have saved together is no such folder."""
+    if checkpoint.path.is_dir():
+        beside = () if checkpoint.path == folder else sorted(folder.iterdir())
+        notes = (f"folder {path.name!r}" for path in beside if path.is_dir() and path != checkpoint.path)
         return replace(checkpoint, left_out=(*checkpoint.left_out, *notes))
     place = checkpoint.path.parent.relative_to(folder)
     own = {(place / shard.file_name).as_posix() for shard in checkpoint.shards}
