@@ -29,6 +29,10 @@ class Named:
         return f"{self.module}.{self.name}"
 
 
+# Most objects have none, and there may be millions of them.
+_NO_ITEMS: dict[Any, Any] = {}
+
+
 @dataclass(eq=False, slots=True)
 class Made:
     """An object that running the pickle would make.
@@ -42,7 +46,7 @@ class Made:
 
     maker: object
     arguments: object = ()
-    items: dict[Any, Any] = field(default_factory=dict)
+    items: dict[Any, Any] = field(default_factory=lambda: _NO_ITEMS)
     state: object = None
 
     def __str__(self) -> str:
@@ -166,6 +170,8 @@ class _Machine:
 
     def set_items(self, flat: list[Any]) -> None:
         owner = self.stack[-1]
+        if isinstance(owner, Made) and owner.items is _NO_ITEMS:
+            owner.items = {}
         items = owner.items if isinstance(owner, Made) else owner
         items.update(zip(map(_as_key, flat[::2]), flat[1::2], strict=True))
 
