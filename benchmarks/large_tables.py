@@ -8,7 +8,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,15 +16,16 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks.harness import describe_machine
+from benchmarks.report import print_machine
 from benchmarks.streaming import MemoryUse, watch_packing
 from embpack import _native, quantize
 from embpack.chunks import chunk_rows
+from embpack.cli import show
 from embpack.formats.scaled import CODE_VALUES
 from embpack.methods import DEFAULT_METHOD
-from embpack.threads import set_num_threads
+from embpack.threads import get_num_threads, set_num_threads
 
 _STEM = "model.language_model.layers.1.ple.ple_embedding.ngram_embedding"
-_ROUNDS = 9
 
 
 @contextmanager
@@ -52,18 +53,20 @@ def write_pieces(num_pieces: int, piece_rows: int, embedding_dim: int) -> Iterat
         yield path
 
 
-def measure_reading(embedding_dim: int, blocks: int) -> float:
+def measure_reading(embedding_dim: int, blocks: int, rounds: int) -> float:
     """Time making values of codes by packing them, as a share of its time, on one thread: the median of some rounds."""
     rows = chunk_rows(embedding_dim)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 120, (rows, embedding_dim), np.uint8)
     scales = rng.random((rows, blocks), np.float32)
     values = np.empty((rows, embedding_dim), np.float32)
+    threads = get_num_threads()
     set_num_threads(1)
     shares = []
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         read = _time(lambda: _native.multiply_codes(codes, CODE_VALUES["F8_E4M3"], scales, values))
         shares.append(read / _time(lambda: quantize(values)))
+    set_num_threads(threads)
     return statistics.median(shares)
 
 
@@ -73,18 +76,21 @@ def _time(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.large_tables", description=__doc__)
     parser.add_argument("--gb", type=float, default=20.0, metavar="GB", help="of the table (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=160, metavar="D", help="values a row (default: %(default)s)")
     parser.add_argument("--pieces", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--method", default=DEFAULT_METHOD, help="that packs it (default: %(default)s)")
-    options = parser.parse_args()
-    print(describe_machine())
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="of timing (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    print_machine(describe_machine(("embpack", "numpy")), {})
     for blocks in (1, options.dim // 32):
-        share = measure_reading(options.dim, blocks)
-        print(f"codes made values, {blocks} scales a row: {share:.2%} of the time of packing them by {DEFAULT_METHOD}")
+        share = measure_reading(options.dim, blocks, options.rounds)
+        show.output.print(
+            f"values of codes, scales a row {blocks}: {share:.1%} of the time of packing them by {DEFAULT_METHOD}"
+        )
     piece_rows = max(1, int(options.gb * 2**30 / options.pieces / options.dim))
     shape = options.pieces * piece_rows, options.dim
     with write_pieces(options.pieces, piece_rows, options.dim) as source:
@@ -93,7 +99,7 @@ def main() -> None:
 
 
 def _print_use(use: MemoryUse, num_pieces: int) -> None:
-    print(
+    show.output.print(
         f"{use.table_bytes / 2**30:.2f} GB of FP8 in {num_pieces} pieces by {use.method}: {use.rows_per_second:,.0f} "
         f"rows/s, at most {use.peak_anonymous_bytes / 2**20:.0f} MB of memory"
     )

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import embpack
 from embpack.errors import FormatError
-from embpack.formats import SourceTensor, dcp_metadata, open_checkpoint
+from embpack.formats import SourceTensor, dcp_metadata, open_checkpoint, sharded
 from embpack.formats.blocks import Block, join_blocks
 from embpack.formats.dcp import is_optimizer_state
 
@@ -461,6 +461,52 @@ def test_a_file_that_changes_is_refused(tmp_path):
 
 def count_open():
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def write_two_tables(folder, kind):
+    rows = np.random.default_rng(0).standard_normal((9000, 16), np.float32)
+    chunks = {name: cut_rows(rows, 5000) for name in ("user_emb.weight", "item_emb.weight")}
+    if kind == "pieces":
+        return write_pieces(folder, chunks)
+    return write_dcp(folder, {name: (rows.shape, own) for name, own in chunks.items()})
+
+
+def pack_one_file(src, dst, monkeypatch):
+    """Pack, and end when the second file is to be written."""
+    write, written = sharded.write_safetensors, []
+
+    def stop(file, path, shard):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(file, path, shard)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sharded, "write_safetensors", stop)
+        embpack.quantize_file(src, dst, max_shard_size="100 kB")
+
+
+@pytest.mark.parametrize("kind", ["dcp", "pieces"])
+def test_a_folder_is_written_and_a_run_resumed(tmp_path, monkeypatch, kind):
+    src = write_two_tables(tmp_path / "src", kind)
+    embpack.quantize_file(src, tmp_path / "whole", max_shard_size="100 kB")
+    pack_one_file(src, tmp_path / "packed", monkeypatch)
+    embpack.quantize_file(src, tmp_path / "packed", max_shard_size="100 kB", resume=True)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert len(files) > 3
+    assert {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()} == files
+    assert set(embpack.load(tmp_path / "packed", verify=True)) == {"user_emb.weight", "item_emb.weight"}
+
+
+@pytest.mark.parametrize(
+    "name", ["dcp/.metadata", "dcp/__1_0.distcp", "pieces/shard-00002-model-00001-of-00001.safetensors"]
+)
+def test_no_run_is_resumed_whose_source_was_written_to(tmp_path, monkeypatch, name):
+    src = write_two_tables(tmp_path / Path(name).parts[0], Path(name).parts[0])
+    pack_one_file(src, tmp_path / "packed", monkeypatch)
+    os.utime(tmp_path / name, (1, 1))
+    with pytest.raises(ValueError, match=f"cannot be resumed, for source '{name}' was written to since"):
+        embpack.quantize_file(src, tmp_path / "packed", max_shard_size="100 kB", resume=True)
 
 
 def test_files_are_open_one_at_a_time(tmp_path):

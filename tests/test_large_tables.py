@@ -38,6 +38,7 @@ def test_published_tables_are_packed_looked_up_and_unpacked(embpack_command, tmp
         parts = [part for part in published.parts if part.startswith(name.removesuffix(".weight") + ".")]
         assert own["weight_bytes"] == sum(published.tensors[part].values.nbytes for part in parts)
         assert (own["dtype"], own["num_pieces"]) == (published.dtype, published.pieces)
+        assert {"BF16": "bfloat16", "F32": "float32"}.get(own["stored_as"], own["stored_as"]) == published.stored_as
 
     code, _, err = embpack_command("dequantize", dst, plain)
     assert (code, err) == (0, "")
@@ -311,7 +312,7 @@ def test_a_file_all_of_whose_tensors_are_parts_elsewhere_is_not_written(tmp_path
         weight_map[f"emb.shard_{i}.weight"] = f"part-{i}.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     embpack.quantize_file(folder, tmp_path / "packed")
-    assert [file.name for file in (tmp_path / "packed").glob("*.safetensors")] == ["part-0.safetensors"]
+    assert [file.name for file in (tmp_path / "packed").glob("*.safetensors")] == ["model.embpack.safetensors"]
     assert embpack.load(tmp_path / "packed")["emb.weight"].num_embeddings == 300
 
 

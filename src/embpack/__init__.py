@@ -6,9 +6,10 @@ from embpack.comparison.choice import Recommendation, recommend
 from embpack.comparison.tables import compare
 from embpack.convert import Report, quantize_file
 from embpack.errors import FormatError, LossLimitError, MissingExtraError
-from embpack.files import load, save
+from embpack.files import save
 from embpack.group import TableGroup
 from embpack.methods import METHODS, Method, parse_method
+from embpack.packed_files import load
 from embpack.packing import quantize
 from embpack.planning import Plan, PlannedTable, plan
 from embpack.readers import find_readers

@@ -202,10 +202,13 @@ def _match(name: str, globs: Iterable[str]) -> bool:
 def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
     """Decide on every tensor of a checkpoint that is to be packed, in file order.
 
+    Returns:
+        One decision for each table that is packed, whatever it is made of, and for each other tensor.
+
     Raises:
-        ValueError: the checkpoint is packed already; a glob of ``include`` or ``exclude``, or a name or glob in
-            ``variants``, matches nothing; what ``include`` or ``variants`` name is not packed; a reader cannot take
-            packed rows; or there is no table at all.
+        ValueError: the checkpoint is packed already; a table lacks a piece or a scale, or they do not fit; a glob of
+            ``include`` or ``exclude``, or a name or glob in ``variants``, matches nothing; what ``include`` or
+            ``variants`` name is not packed; a reader cannot take packed rows; or there is no table at all.
     """
     path = printable(checkpoint.path)
     if any(METADATA_KEY in shard.metadata for shard in checkpoint.shards):

@@ -7,7 +7,8 @@ import typer
 
 from embpack.cli import options, plans, show
 from embpack.cli.json_output import describe_quantized
-from embpack.convert import check_destination, check_max_loss, count_file_bytes, pack_checkpoint
+from embpack.convert import check_destination, check_max_loss, pack_checkpoint
+from embpack.estimate import expect
 from embpack.formats import open_checkpoint
 from embpack.methods import DEFAULT_METHOD
 from embpack.readers import READERS
@@ -16,7 +17,11 @@ from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
 from embpack.variant import Variant
 
+# How long packing takes is said before it begins if it is so long; a smaller checkpoint is not looked at for that.
+_LONG_SECONDS, _LONG_BYTES = 30, 1 << 28
+
 _check_max_bytes = options.checking(lambda text: parse_size(text, 1))
+_check_max_shard_size = options.checking(parse_size)
 
 
 def _check_max_loss(max_loss: float | None) -> float | None:
@@ -42,7 +47,8 @@ def quantize(
         Path | None,
         typer.Argument(
             metavar="DST",
-            help="A .safetensors file; a folder if SRC is a folder or an index. What embpack wrote there is replaced.",
+            help="A .safetensors file, or a folder, whose name has no suffix, as for a folder or an index as SRC. What "
+            "embpack wrote there is replaced.",
             show_default=False,
         ),
     ] = None,
@@ -178,6 +184,24 @@ def quantize(
             rich_help_panel=options.LIMITS,
         ),
     ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The largest file of a folder, '500 MB'; tables are cut into pieces if need be.",
+            show_default="5 GB; files of an index stay",
+            callback=_check_max_shard_size,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Use the whole files that an interrupted run into a folder left.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -201,7 +225,7 @@ def quantize(
     # The readers restrict what --auto chooses from: whether they take what is tried before it chooses is no matter.
     readers, variants = readable_by or [], ways.all() if auto else []
     limits = max_bytes, max_loss, access_counts
-    planning = plans.Planning(auto, plan_path, save_plan, *limits, variants, readers)
+    planning = plans.Planning(auto, plan_path, save_plan, *limits, variants, readers, max_shard_size)
     given = {"--method": method, "--bits": bits, "--param-dtype": param_dtype, "--rotate": rotate, "--set": chosen}
     planning.check(given)
     rules = Rules(
@@ -217,26 +241,38 @@ def quantize(
         set_num_threads(threads)
     with open_checkpoint(src) as checkpoint:
         if dst is not None and not dry_run:
-            check_destination(checkpoint, dst, force=force)
+            check_destination(checkpoint, dst, max_shard_size, resume=resume, force=force)
         decisions, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
         # A plan that is used says what was measured when it was made; what is packed now is in the decisions.
         shown = plan if plan_path is None else None
+        expected = expect(checkpoint, decisions, dst, max_shard_size, from_bytes=0 if dry_run else _LONG_BYTES)
         if dst is None or dry_run:
             planning.finish(plan, None)
             if as_json:
-                show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, None))
+                show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, expected))
             else:
-                sizes = sum(shard.num_bytes for shard in checkpoint.shards), count_file_bytes(checkpoint, decisions)
+                sizes = sum(shard.num_bytes for shard in checkpoint.shards), expected.file_bytes
                 show.print_decisions(str(src), decisions, checkpoint.left_out, shown, sizes)
+                show.print_expected(expected)
                 if planning.max_table_loss is not None:
                     show.output.print("--max-loss judges tables once they are packed, not in a dry run", style="dim")
             return
         if not as_json:
             show.print_decisions(str(src), decisions, checkpoint.left_out, shown)
+            show.print_expected(expected, _LONG_SECONDS)
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
         limit = planning.max_table_loss
-        with show.row_progress(totals, shown=not as_json) as progress:
-            report = pack_checkpoint(checkpoint, decisions, dst, max_loss=limit, force=force, progress=progress)
+        with show.row_progress(totals, shown=not as_json) as progress, show.noted_interruption():
+            report = pack_checkpoint(
+                checkpoint,
+                decisions,
+                dst,
+                max_loss=limit,
+                max_shard_size=max_shard_size,
+                resume=resume,
+                force=force,
+                progress=progress,
+            )
     planning.finish(plan, report)
     if as_json:
         show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, report))

@@ -103,6 +103,12 @@ class SourceFile:
         return self._seen.size
 
     @property
+    def modified_ns(self) -> int:
+        """When it was last modified, by then."""
+        assert self._seen is not None  # it was opened
+        return self._seen.modified_ns
+
+    @property
     def descriptor(self) -> int:
         """The open file's number, for libraries that take one; it belongs to the ``with`` block."""
         assert self._descriptor is not None  # it is open
@@ -150,15 +156,15 @@ class SourceFile:
                 self._map = map_file(self.descriptor, self.size)
             except OSError as error:
                 if was_refused(error):
-                    warnings.warn(
-                        f"{self.path}: cannot be mapped here ({error.strerror}), so it is read into memory",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
+                    self.warn_of_reading(f"cannot be mapped here ({error.strerror})")
                     return None
-                advice = "each mapped file keeps a descriptor; allow more (ulimit -n), or load with in_memory=True"
+                advice = "each mapped file keeps a descriptor; allow more (ulimit -n), or load with access='memory'"
                 raise OSError(error.errno, f"cannot be mapped: {error.strerror}; {advice}", str(self.path)) from None
         return self._map
+
+    def warn_of_reading(self, reason: str) -> None:
+        """Warn that it is read into memory, not mapped, and why."""
+        warnings.warn(f"{self.path}: {reason}, so it is read into memory", RuntimeWarning, stacklevel=3)
 
     def _read_some(self, offset: int, view: memoryview) -> int:
         try:
