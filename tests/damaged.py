@@ -351,6 +351,16 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         "objects, and pickles are never run; where their classes are installed, save the weights alone",
     ),
     "torch-legacy-pickle": ("a.pt", pickle.dumps({"a": print}), "a pickle, but not one of torch.save"),
+    "dcp-garbage": (
+        ".metadata",
+        b"x" * 100,
+        "not metadata of torch.distributed.checkpoint, or damaged: at position 0, opcode .* unknown; copy it again",
+    ),
+    "dcp-other": (
+        ".metadata",
+        pickle.dumps({"a": 1}),
+        "holds a dict, not metadata of torch.distributed.checkpoint; it is never run",
+    ),
     "npy-garbage": ("a.npy", b"x" * 100, "not an .npy file, or damaged: the magic string is not correct"),
     "npy-truncated": (
         "a.npy",

@@ -37,6 +37,9 @@ import embpack
 from embpack.errors import FormatError
 from embpack.files import PIECE_ROWS
 
+sys.path.insert(0, str(Path(__file__).parent))
+from dcp_folders import write_dcp, write_pieces
+
 BATCH = 500
 MEMORY = 6 << 30
 SECONDS = 600
@@ -49,12 +52,14 @@ class Original:
     """What is altered.
 
     Attributes:
-        path: a file, or a folder of shards.
+        path: a file, or a folder of files.
         tables: of a packed one the values of each table; None for a source.
+        becomes_folder: whether a folder is made of a source.
     """
 
     path: Path
     tables: dict[str, np.ndarray] | None = None
+    becomes_folder: bool = False
 
 
 def make_originals(folder: Path) -> list[Original]:
@@ -93,7 +98,11 @@ def _make_sources(folder: Path, state: dict[str, torch.Tensor]) -> list[Original
     shards = folder / "sharded"
     shards.mkdir()
     _write_shards(shards, state)
-    return [Original(path) for path in sorted(folder.iterdir())]
+    rows = {(0, 0): state["item_embedding.weight"][:10], (10, 0): state["item_embedding.weight"][10:]}
+    chunks = {"item_embedding.weight": {place: part.clone() for place, part in rows.items()}}
+    write_dcp(folder / "dcp", {name: ((ROWS, DIM), own) for name, own in chunks.items()})
+    write_pieces(folder / "pieces", chunks)
+    return [Original(path, becomes_folder=path == shards) for path in sorted(folder.iterdir())]
 
 
 def _write_gguf(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -233,7 +242,9 @@ def run_case(number: int, seed: int, originals: list[Original], folder: Path) ->
     if after == before:
         return "not altered"
     try:
-        return _read_source(path, folder) if original.tables is None else _read_packed(path, folder, original.tables)
+        if original.tables is not None:
+            return _read_packed(path, folder, original.tables)
+        return _read_source(path, folder / ("out" if original.becomes_folder else "out.safetensors"))
     except PROMISED as error:
         # A lookup knows no file, and says which row.
         if not any(place in str(error) for place in (str(folder), "tensor ", f"{original.path.stem}[", "row ")):
@@ -241,9 +252,9 @@ def run_case(number: int, seed: int, originals: list[Original], folder: Path) ->
         return "refused"
 
 
-def _read_source(path: Path, folder: Path) -> str:
+def _read_source(path: Path, packed: Path) -> str:
     """Pack it; what comes out must agree with its checksums."""
-    packed = folder / ("out" if path.is_dir() else "out.safetensors")
+    folder = packed.parent
     try:
         embpack.quantize_file(path, packed, include=["*"])
     finally:

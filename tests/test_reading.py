@@ -781,20 +781,24 @@ def test_damaged_shard(tmp_path):
 
 
 def test_a_folder_of_torch_distributed(tmp_path):
-    for name in (".metadata", "__0_0.distcp"):
-        (tmp_path / name).touch()
+    (tmp_path / "__0_0.distcp").touch()
     advice = (
-        "this is a checkpoint of torch.distributed.checkpoint; make one file of it: torch.distributed.checkpoint."
-        f"format_utils.dcp_to_torch_save({str(tmp_path)!r}, 'model.pt')"
+        "of a checkpoint of torch.distributed.checkpoint, but .metadata is missing, which says what is in such files"
     )
     with pytest.raises(
         FileNotFoundError,
-        match=re.escape(f"{tmp_path}: no *.safetensors.index.json and no *.safetensors in this folder; {advice}"),
+        match=re.escape(
+            f"{tmp_path}: no *.safetensors.index.json, no *.safetensors and no .metadata in this folder; {advice}"
+        ),
     ):
         open_checkpoint(tmp_path).__enter__()
-    for name in (".metadata", "__0_0.distcp"):
-        with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}: {advice}")):
-            open_checkpoint(tmp_path / name).__enter__()
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / '__0_0.distcp'}: {advice}")):
+        open_checkpoint(tmp_path / "__0_0.distcp").__enter__()
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(ValueError, match=re.escape(f"give their folder, {tmp_path}")):
+        open_checkpoint(tmp_path / "__0_0.distcp").__enter__()
+    with pytest.raises(FormatError, match=re.escape(f"{tmp_path / '.metadata'}: the file is empty, 0 bytes")):
+        open_checkpoint(tmp_path).__enter__()
 
 
 def test_an_index_of_files_of_pytorch(tmp_path):
@@ -810,7 +814,7 @@ def test_an_index_of_files_of_pytorch(tmp_path):
 
 
 def test_folder_without_index(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no \*.safetensors in this folder; it has no file to read"):
+    with pytest.raises(FileNotFoundError, match=r"no .metadata in this folder; it has no file to read"):
         open_checkpoint(tmp_path).__enter__()
     (tmp_path / "config.json").touch()
     with pytest.raises(FileNotFoundError, match=r"in this folder; it has no file to read"):

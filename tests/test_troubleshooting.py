@@ -60,6 +60,24 @@ def load_damaged(name: str, damage: Callable[[bytes], bytes]) -> None:
     embpack.load(name, verify=True)
 
 
+def pack_without_a_file() -> None:
+    torch = pytest.importorskip("torch")
+    from dcp_folders import write_dcp
+
+    weight = torch.from_numpy(make_weight())
+    chunks = {(0, 0): weight[:500].clone(), (500, 0): weight[500:].clone()}
+    write_dcp(Path("step-7"), {"user_embedding.weight": ((1000, 64), chunks)})
+    Path("step-7/__1_0.distcp").unlink()
+    embpack.quantize_file("step-7", "out.safetensors")
+
+
+def pack_a_piece() -> None:
+    name = "step-7/shard-00002-model-00001-of-00001.safetensors"
+    Path("step-7").mkdir()
+    Path(name).touch()
+    embpack.quantize_file(name, "out.safetensors")
+
+
 def load_plain() -> None:
     write_checkpoint()
     embpack.load(SRC)
@@ -121,6 +139,8 @@ MAKE: dict[str, Callable[[], object]] = {
     "Another type": lambda: embpack.quantize(make_weight().astype(np.float64)),
     "A budget that cannot be kept": plan_too_little,
     "Truncated": lambda: load_damaged("short.safetensors", lambda data: data[:-100]),
+    "A file that another process saved is missing": pack_without_a_file,
+    "A file with pieces of tensors": pack_a_piece,
     "Altered": lambda: load_damaged("flip.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
     "Not packed": load_plain,
     "The destination is the source": lambda: pack_file(dst=SRC),

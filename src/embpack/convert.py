@@ -73,8 +73,9 @@ def quantize_file(
 
     Args:
         src: .safetensors, also sharded by its index, a .pt, .pth, .bin or .ckpt state dict, .npy, .npz, Parquet with
-            fixed-size lists of floats, or .gguf; or a model's folder with a safetensors file, an index or
-            pytorch_model.bin.
+            fixed-size lists of floats, or .gguf; a model's folder with a safetensors file, an index or
+            pytorch_model.bin; or a folder that several processes saved, by torch.distributed.checkpoint or its
+            HuggingFaceStorageWriter.
         dst: a .safetensors file, or a folder, whose name has no suffix. For a folder or an index as src always a
             folder, which gets the model's configuration, tokenizer and other small files, too. What embpack wrote there
             is replaced; dst is there only once it is whole.

@@ -17,7 +17,7 @@ from typing import Any
 import embpack
 from embpack.errors import FormatError
 from embpack.files import format_checksum
-from embpack.formats import Checkpoint, OutShard, SourceTensor, open_checkpoint
+from embpack.formats import Checkpoint, OutShard, open_checkpoint
 from embpack.formats.atomic import check_space, sync
 from embpack.formats.source import SourceFile
 from embpack.methods.base import Sums
@@ -42,7 +42,7 @@ def describe_run(checkpoint: Checkpoint, decisions: Sequence[Decision], shards: 
         "embpack": embpack.__version__,
         "sources": {
             os.path.relpath(source.path, checkpoint.path.parent): _describe_source(source)
-            for source in _list_sources(checkpoint.tensors)
+            for source in _list_sources(checkpoint)
         },
         "tables": tables,
         "files": {shard.file_name: _checksum([[t.name, t.dtype, t.shape] for t in shard.tensors]) for shard in shards},
@@ -54,10 +54,10 @@ def _describe_table(decision: Decision) -> str:
     return f"{decision.variant.parsed_method.spec} in {decision.row_format}"
 
 
-def _list_sources(tensors: Sequence[SourceTensor]) -> list[SourceFile]:
+def _list_sources(checkpoint: Checkpoint) -> list[SourceFile]:
     """List the files that tensors are read from."""
-    found = (tensor.source for each in tensors for tensor in (each, *each.parts))
-    return list({source.path: source for source in found if source is not None}.values())
+    found = (tensor.source for each in checkpoint.tensors for tensor in (each, *each.parts))
+    return list({source.path: source for source in (*checkpoint.sources, *found) if source is not None}.values())
 
 
 def _describe_source(source: SourceFile) -> Record:

@@ -39,9 +39,8 @@ def quantize(
         typer.Argument(
             metavar="SRC",
             show_default=False,
-            help="A checkpoint: .safetensors, an index of sharded ones, a model's folder, .pt/.pth/.bin/.ckpt, .npy, "
-            ".npz, .parquet or .gguf. Tables in pieces (X.shard_0.weight, ..) and in FP8 or INT8 with scales are read "
-            "as one.",
+            help="A checkpoint: .safetensors, an index, a folder of a model or torch.distributed.checkpoint, "
+            ".pt/.pth/.bin/.ckpt, .npy, .npz, .parquet, .gguf. Tables in pieces, FP8 or INT8 with scales are read as one.",
         ),
     ],
     dst: Annotated[

@@ -13,6 +13,7 @@ from embpack.formats.atomic import new_file
 from embpack.formats.base import Checkpoint, OutFolder, OutShard, OutTensor, Shard, SourceTensor, find_repeated, is_utf8
 from embpack.formats.model_folder import find_checkpoint, with_folder
 from embpack.formats.new_folder import Keeper, ListOwn, nothing
+from embpack.formats.process_files import has_pieces, is_metadata
 from embpack.formats.sharded import INDEX_SUFFIX, explain_other, open_sharded, write_folder
 
 __all__ = [
@@ -99,6 +100,13 @@ FORMATS = {
 WRITTEN = tuple(suffix for suffix, file_format in FORMATS.items() if file_format.writer is not None)
 """Suffixes of files that can be written, too."""
 
+# What processes save together, which is known by the names of files.
+_DCP = Format("dcp", "open_dcp", None)
+_PIECES = Format("hf_distributed", "open_distributed", None)
+_READABLE = (
+    f"what can be read: {', '.join(FORMATS)}, *{INDEX_SUFFIX}, a model's folder and one of torch.distributed.checkpoint"
+)
+
 
 @contextmanager
 def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
@@ -106,7 +114,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
 
     Args:
         path: of a file whose suffix is one of FORMATS, of an index, "*.safetensors.index.json", or of a model's folder,
-            with one of those; the small files in it are the checkpoint's companions.
+            with one of those; the small files in it are the checkpoint's companions. Or of a folder that PyTorch's
+            processes have saved to, by torch.distributed.checkpoint or its HuggingFaceStorageWriter.
 
     Yields:
         The checkpoint; its tensors can be read until the block ends.
@@ -118,21 +127,32 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
         ValueError: no format has such a name, or the folder has more than one checkpoint.
     """
     path = Path(path)
-    readable = f"what can be read: {', '.join(FORMATS)}, *{INDEX_SUFFIX} and a model's folder"
     folder = path if path.is_dir() else None
     if folder is not None:
         path = find_checkpoint(folder, FORMATS)
     elif not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; {readable}")
-    file_format = FORMATS.get(path.suffix.lower())
-    is_index = path.name.lower().endswith(INDEX_SUFFIX)
-    if file_format is None and not is_index:
-        advice = explain_other(path) or f"the end of its name says no format that is known; {readable}"
-        raise ValueError(f"{path}: {advice}")
+        raise FileNotFoundError(f"{path}: no such file; {_READABLE}")
+    elif has_pieces(path):
+        raise ValueError(f"{path}: one of several files with pieces of tensors; give their folder, {path.parent}")
+    read = _choose_reader(path)
     if path.stat().st_size == 0:
         raise FormatError(f"{path}: the file is empty, 0 bytes; copy it again")
-    with open_sharded(path) if file_format is None else file_format.open(path) as checkpoint:
+    with read(path) as checkpoint:
         yield checkpoint if folder is None else with_folder(checkpoint, folder)
+
+
+def _choose_reader(path: Path) -> Reader:
+    if is_metadata(path):
+        return _DCP.open
+    if has_pieces(path):
+        return _PIECES.open
+    if path.name.lower().endswith(INDEX_SUFFIX):
+        return open_sharded
+    file_format = FORMATS.get(path.suffix.lower())
+    if file_format is None:
+        advice = explain_other(path) or f"the end of its name says no format that is known; {_READABLE}"
+        raise ValueError(f"{path}: {advice}")
+    return file_format.open
 
 
 def write_checkpoint(

@@ -179,12 +179,13 @@ class Checkpoint:
     """An open checkpoint.
 
     Attributes:
-        path: of the file, or of the index where it is in shards.
+        path: of the file, of the index where it is in shards, or of the folder that several processes saved.
         shards: its files; just one where it is not in shards.
         index_name: "model.safetensors.index.json" where it is in shards.
         left_out: notes on what is there but is no tensor that can be read, "column 'word' (string)".
         folder: of the model that it is of, where that was opened; the checkpoint may lie in a folder of it.
         companions: the model's small files, such as its configuration and its tokenizer, by their paths in the folder.
+        sources: files that its tensors are read from, where tensors are of several and do not say of which.
     """
 
     path: Path
@@ -193,6 +194,7 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()
     folder: Path | None = None
     companions: tuple[str, ...] = ()
+    sources: tuple[SourceFile, ...] = ()
 
     @property
     def is_folder(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from embpack.formats.base import Checkpoint
+from embpack.formats.process_files import METADATA_NAME, has_pieces, is_metadata, list_metadata
 from embpack.formats.sharded import INDEX_SUFFIX, explain_other
 
 # What is larger is no configuration and no tokenizer.
@@ -25,7 +26,8 @@ _MOST_NAMED = 8
 def find_checkpoint(folder: Path, suffixes: Container[str]) -> Path:
     """Find the checkpoint in a model's folder, or in a folder of that.
 
-    That is an index of safetensors files, a safetensors file, or pytorch_model.bin: the first of these that is there.
+    That is an index of safetensors files, a safetensors file or those of several processes, pytorch_model.bin, or the
+    metadata of torch.distributed.checkpoint: the first of these that is there.
 
     Args:
         folder: of a model.
@@ -45,6 +47,9 @@ def find_checkpoint(folder: Path, suffixes: Container[str]) -> Path:
     first = next((name for name in modules if name in candidates), None)
     if first is not None:
         return candidates[first]
+    # What TorchEasyRec saves has an "optimizer" beside it.
+    if "model" in candidates and all(map(is_metadata, candidates.values())):
+        return candidates["model"]
     if len(candidates) > 1:
         names = ", ".join(path.relative_to(folder).as_posix() for path in candidates.values())
         raise ValueError(f"{folder}: {len(candidates)} checkpoints in folders of this folder; choose one: {names}")
@@ -52,7 +57,8 @@ def find_checkpoint(folder: Path, suffixes: Container[str]) -> Path:
         [only] = candidates.values()
         return only
     raise FileNotFoundError(
-        f"{folder}: no *{INDEX_SUFFIX} and no *.safetensors in this folder; {_advise(folder, suffixes)}"
+        f"{folder}: no *{INDEX_SUFFIX}, no *.safetensors and no {METADATA_NAME} in this folder; "
+        f"{_advise(folder, suffixes)}"
     )
 
 
@@ -63,10 +69,12 @@ def _find_here(folder: Path) -> Path | None:
         usual = _find_usual(folder)
         if len(found) == 1 or usual in found:
             return usual if usual in found else found[0]
+        if found and all(map(has_pieces, found)):
+            return found[0]
         if found:
             names = ", ".join(file.name for file in found)
             raise ValueError(f"{folder}: {len(found)} {kind} in this folder; choose one: {names}")
-    return None
+    return next(iter(list_metadata(folder)), None)
 
 
 def _find_usual(folder: Path) -> Path | None:
@@ -86,7 +94,11 @@ def _advise(folder: Path, suffixes: Container[str]) -> str:
 
 
 def with_folder(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Add to a checkpoint what else is in its model's folder."""
+    """Add to a checkpoint what else is in its model's folder; what processes have saved together is no such folder."""
+    if checkpoint.path.is_dir():
+        beside = () if checkpoint.path == folder else sorted(folder.iterdir())
+        notes = (f"folder {path.name!r}" for path in beside if path.is_dir() and path != checkpoint.path)
+        return replace(checkpoint, left_out=(*checkpoint.left_out, *notes))
     place = checkpoint.path.parent.relative_to(folder)
     own = {(place / shard.file_name).as_posix() for shard in checkpoint.shards}
     own.add((place / checkpoint.path.name).as_posix())

@@ -29,7 +29,11 @@ class Named:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(eq=False)
+# Most objects have none, and there may be millions of them.
+_NO_ITEMS: dict[Any, Any] = {}
+
+
+@dataclass(eq=False, slots=True)
 class Made:
     """An object that running the pickle would make.
 
@@ -37,11 +41,13 @@ class Made:
         maker: what would be called, in general a Named.
         arguments: what it would be called with, in general a tuple.
         items: what would be set in the object by key.
+        state: what the object would be given at last, in general a dict of its attributes.
     """
 
     maker: object
     arguments: object = ()
-    items: dict[Any, Any] = field(default_factory=dict)
+    items: dict[Any, Any] = field(default_factory=lambda: _NO_ITEMS)
+    state: object = None
 
     def __str__(self) -> str:
         return f"{self.maker} object" if isinstance(self.maker, Named) else "object"
@@ -67,21 +73,22 @@ class Readable(Protocol):
         """Return bytes to the end of a line."""
 
 
-def read_pickle(file: Readable, outside: list[Outside] | None = None) -> Any:
+def read_pickle(file: Readable, outside: list[Outside] | None = None, most_steps: int = MOST_STEPS) -> Any:
     """Read one pickle of any protocol, and leave the file after it.
 
     Args:
         file: a single string may take all of it, so it is to refuse, with ValueError, what memory is not to hold.
         outside: gets all that the pickle refers to by a persistent id.
+        most_steps: that it may take.
 
     Raises:
-        PickleError: it is not one, is damaged, or takes more than MOST_STEPS steps.
+        PickleError: it is not one, is damaged, or takes more steps.
     """
     machine = _Machine([] if outside is None else outside)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], file))):
-            if count == MOST_STEPS:
-                raise PickleError(f"its pickle takes more than {MOST_STEPS:,} steps")
+            if count == most_steps:
+                raise PickleError(f"its pickle takes more than {most_steps:,} steps")
             _STEPS[opcode.name](machine, argument)
         return machine.stack.pop()
     except (ValueError, OverflowError) as error:
@@ -98,7 +105,9 @@ class _Machine:
         self.outside = outside
         self.stack: list[Any] = []
         self.below_marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+        # Picklers number values from 0 on, and there are many of them; a number that is out of turn may be any.
+        self.memo: list[Any] = []
+        self.out_of_turn: dict[int, Any] = {}
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -124,6 +133,20 @@ class _Machine:
         del self.stack[len(self.stack) - count :]
         return popped
 
+    def memoize(self) -> None:
+        self.put(len(self.memo) + len(self.out_of_turn))
+
+    def put(self, number: int) -> None:
+        if number == len(self.memo):
+            self.memo.append(self.stack[-1])
+        elif 0 <= number < len(self.memo):
+            self.memo[number] = self.stack[-1]
+        else:
+            self.out_of_turn[number] = self.stack[-1]
+
+    def get(self, number: int) -> None:
+        self.stack.append(self.memo[number] if 0 <= number < len(self.memo) else self.out_of_turn[number])
+
     def make(self, maker: Any, arguments: Any) -> None:
         self.stack.append(Made(maker, arguments))
 
@@ -136,19 +159,26 @@ class _Machine:
             raise TypeError
         self.stack.append(Named(module, name))
 
+    def build(self, state: Any) -> None:
+        owner = self.stack[-1]
+        if isinstance(owner, Made):
+            owner.state = state
+
     def extend(self, values: list[Any]) -> None:
         if isinstance(self.stack[-1], list):  # else a set or the like, of which only the class is told
             self.stack[-1].extend(values)
 
     def set_items(self, flat: list[Any]) -> None:
         owner = self.stack[-1]
+        if isinstance(owner, Made) and owner.items is _NO_ITEMS:
+            owner.items = {}
         items = owner.items if isinstance(owner, Made) else owner
         items.update(zip(map(_as_key, flat[::2]), flat[1::2], strict=True))
 
 
 def _as_key(key: Any) -> Any:
     # Others are never looked up, and the hash of a tuple of tuples may take for ever.
-    return key if isinstance(key, str | int | float) else Made(Named("builtins", type(key).__name__))
+    return key if isinstance(key, str | int | float | Made) else Made(Named("builtins", type(key).__name__))
 
 
 def _make_dict(machine: _Machine) -> None:
@@ -203,9 +233,9 @@ _STEPS: dict[str, Callable[[_Machine, Any], object]] = {
     "POP": lambda m, a: m.pop(),
     "POP_MARK": lambda m, a: m.pop_mark(),
     "DUP": lambda m, a: m.push(m.stack[-1]),
-    "MEMOIZE": lambda m, a: m.memo.update({len(m.memo): m.stack[-1]}),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda m, a: m.memo.update({a: m.stack[-1]})),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda m, a: m.push(m.memo[a])),
+    "MEMOIZE": lambda m, a: m.memoize(),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
     # Names, and objects made by them.
     "GLOBAL": lambda m, a: m.name(*a.split(" ", 1)),
     "STACK_GLOBAL": lambda m, a: m.name(*m.pop_many(2)),
@@ -214,7 +244,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], object]] = {
     "NEWOBJ_EX": lambda m, a: m.make(*m.pop_many(3)[:2]),
     "OBJ": lambda m, a: _make_of_mark(m),
     "INST": _make_instance,
-    "BUILD": lambda m, a: m.pop_many(1),
+    "BUILD": lambda m, a: m.build(*m.pop_many(1)),
     "PERSID": _Machine.refer,
     "BINPERSID": lambda m, a: m.refer(*m.pop_many(1)),
 }

@@ -10,6 +10,7 @@ from embpack.errors import FormatError
 from embpack.formats.atomic import sync
 from embpack.formats.base import Checkpoint, OutFolder, OutShard, Shard
 from embpack.formats.new_folder import Keeper, ListOwn, new_folder
+from embpack.formats.process_files import list_metadata
 from embpack.formats.safetensors import parse_object, read_shard, write_safetensors
 from embpack.formats.source import SourceFile
 
@@ -51,10 +52,12 @@ def explain_other(path: Path) -> str | None:
             f"{path.name} is the index of PyTorch's .bin files; pack these one by one, or load the model and save it "
             "as safetensors: model.save_pretrained(folder, safe_serialization=True)"
         )
-    if path.name == ".metadata" or path.suffix == ".distcp":
+    if path.suffix == ".distcp":
+        if list_metadata(path.parent):
+            return f"one of the files of a checkpoint of torch.distributed.checkpoint; give their folder, {path.parent}"
         return (
-            "this is a checkpoint of torch.distributed.checkpoint; make one file of it: "
-            f"torch.distributed.checkpoint.format_utils.dcp_to_torch_save({str(path.parent)!r}, 'model.pt')"
+            "of a checkpoint of torch.distributed.checkpoint, but .metadata is missing, which says what is in such "
+            "files; copy it too, or save again"
         )
     return None
 

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -138,7 +139,11 @@ class SourceFile:
 
     def reader(self) -> BinaryIO:
         """Return a file object with a position of its own, which reads through the descriptor while that is open."""
-        return io.BufferedReader(_Reader(self), _READER_BYTES)
+        return self.part(0, self.size).reader()
+
+    def part(self, offset: int, num_bytes: int, name: str = "") -> "SourcePart":
+        """Return some of its bytes, which are there; name: what errors call them, after the file."""
+        return SourcePart(self, f"{self.path}: {name}" if name else str(self.path), offset, num_bytes)
 
     def map(self) -> mmap.mmap | None:
         """Map the open file, once; None, and a warning, where that is not allowed.
@@ -220,11 +225,36 @@ class SourceFile:
         return f"{self.path}: was {change} while {during}; run again when nobody writes to it"
 
 
-class _Reader(io.RawIOBase):
-    """The bytes of a source as they come, for libraries that take a file object."""
+@dataclass(frozen=True)
+class SourcePart:
+    """Bytes of a source that are read as if they were a file, and no others.
 
-    def __init__(self, source: SourceFile) -> None:
-        self._source = source
+    Attributes:
+        source: the file, open while they are read.
+        path: what errors call them.
+        offset: of the first in the file.
+        size: how many they are.
+    """
+
+    source: SourceFile
+    path: str
+    offset: int
+    size: int
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Return bytes from an offset on, as many as there are up to num_bytes."""
+        return self.source.read(self.offset + offset, min(num_bytes, self.size - offset))
+
+    def reader(self) -> BinaryIO:
+        """Return a file object with a position of its own, which reads while the source is open."""
+        return io.BufferedReader(_Reader(self), _READER_BYTES)
+
+
+class _Reader(io.RawIOBase):
+    """The bytes of a part as they come, for libraries that take a file object."""
+
+    def __init__(self, part: SourcePart) -> None:
+        self._part = part
         self._position = 0
 
     def readable(self) -> bool:
@@ -234,9 +264,9 @@ class _Reader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}[whence]
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._part.size}[whence]
         if start + offset < 0:
-            raise OSError(errno.EINVAL, "seeking before the beginning", str(self._source.path))
+            raise OSError(errno.EINVAL, "seeking before the beginning", self._part.path)
         self._position = start + offset
         return self._position
 
@@ -245,9 +275,10 @@ class _Reader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        left = max(0, self._source.size - self._position)
-        count = self._source._read_some(self._position, view[:left]) if left and len(view) else 0
-        if left and len(view) and not count:
-            self._source.check()
+        left, source = max(0, self._part.size - self._position), self._part.source
+        wanted = bool(left and len(view))
+        count = source._read_some(self._part.offset + self._position, view[:left]) if wanted else 0
+        if wanted and not count:
+            source.check()
         self._position += count
         return count

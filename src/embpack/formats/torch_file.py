@@ -16,7 +16,7 @@ from typing import Any
 from embpack.errors import FormatError
 from embpack.formats.base import find_repeated
 from embpack.formats.pickled import Named, Outside, PickleError, read_pickle
-from embpack.formats.source import SourceFile
+from embpack.formats.source import SourceFile, SourcePart
 
 ITEM_BYTES = {
     **dict.fromkeys(("bool", "int8", "uint8", "qint8", "quint8", "quint4x2", "quint2x4"), 1),
@@ -58,7 +58,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MAGIC = 0x1950A86A20F9469CFC6C
 _COUNT_BYTES = 8
 # All pickles of a file: they take a few hundred bytes a tensor.
-_MOST_PICKLE_BYTES = 1 << 26
+MOST_PICKLE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -83,21 +83,21 @@ class SavedFile:
     """What a file holds.
 
     Attributes:
-        path: of the file.
+        path: what errors call it.
         value: as read_pickle gives it.
         byte_order: of all values, "<" or ">".
         find_storage: returns the storage that an Outside of the value means, None if it is none; raises FormatError
             where the file does not have all of it.
     """
 
-    path: Path
+    path: Path | str
     value: Any
     byte_order: str
     find_storage: Callable[[Outside], Storage | None]
 
 
-def read_saved(source: SourceFile) -> SavedFile:
-    """Read what an open file of torch.save holds, but for the values of its tensors.
+def read_saved(source: SourceFile | SourcePart) -> SavedFile:
+    """Read what an open file of torch.save holds, or a part of a file, but for the values of its tensors.
 
     Raises:
         FormatError: it is not one, is damaged, or was compressed by another program.
@@ -124,7 +124,7 @@ def _parse_id(outside: Outside) -> tuple[str, str, int] | None:
 class _Archive:
     """A zip file of torch.save: its members lie in one folder, data.pkl and each storage's bytes."""
 
-    def __init__(self, source: SourceFile) -> None:
+    def __init__(self, source: SourceFile | SourcePart) -> None:
         self._source = source
         try:
             with zipfile.ZipFile(source.reader()) as archive:
@@ -195,8 +195,8 @@ class _Archive:
 
     def _read(self, name: str) -> bytes:
         size = self._members[name].file_size
-        if size > _MOST_PICKLE_BYTES:
-            raise self._refuse(f"{name} in it has {size} bytes, and at most {_MOST_PICKLE_BYTES} are read; {ADVICE}")
+        if size > MOST_PICKLE_BYTES:
+            raise self._refuse(f"{name} in it has {size} bytes, and at most {MOST_PICKLE_BYTES} are read; {ADVICE}")
         raw = self._source.read(self._find(name), size)
         if self._has_checksums and zlib.crc32(raw) != self._members[name].CRC:
             raise self._refuse(
@@ -220,22 +220,22 @@ class _Archive:
 class _Start:
     """The beginning of a file, of which pickles may be so much and no more."""
 
-    def __init__(self, source: SourceFile) -> None:
+    def __init__(self, source: SourceFile | SourcePart) -> None:
         self._file = source.reader()
 
     def tell(self) -> int:
         return self._file.tell()
 
     def read(self, size: int) -> bytes:
-        if self.tell() + size > _MOST_PICKLE_BYTES:
-            raise ValueError(f"its pickles take more than {_MOST_PICKLE_BYTES} bytes")
+        if self.tell() + size > MOST_PICKLE_BYTES:
+            raise ValueError(f"its pickles take more than {MOST_PICKLE_BYTES} bytes")
         return self._file.read(size)
 
     def readline(self) -> bytes:
-        return self._file.readline(max(0, _MOST_PICKLE_BYTES - self.tell()))
+        return self._file.readline(max(0, MOST_PICKLE_BYTES - self.tell()))
 
 
-def _read_stream(source: SourceFile) -> SavedFile:
+def _read_stream(source: SourceFile | SourcePart) -> SavedFile:
     """Read a file of before PyTorch 1.6, which torch.save still writes if asked to: five pickles, then all values."""
     file = _Start(source)
     outside: list[Outside] = []
@@ -261,7 +261,9 @@ def _read_stream(source: SourceFile) -> SavedFile:
     return SavedFile(source.path, value, "<", lambda wanted: _look_up(storages, wanted))
 
 
-def _iter_storages(source: SourceFile, start: int, wanted: list[tuple[str, str, int]]) -> Iterator[tuple[str, Storage]]:
+def _iter_storages(
+    source: SourceFile | SourcePart, start: int, wanted: list[tuple[str, str, int]]
+) -> Iterator[tuple[str, Storage]]:
     """Yield storages by key, as they lie one after another, each after the number of its values."""
     for key, dtype, nbytes in wanted:
         count = int.from_bytes(source.read(start, _COUNT_BYTES), "little")

@@ -38,7 +38,9 @@ NAMES = {
 }
 """PyTorch's name of the type that has each safetensors name."""
 
-_TAGS = {name: tag for tag, name in NAMES.items()}
+TAGS = {name: tag for tag, name in NAMES.items()}
+"""Safetensors name of PyTorch's type."""
+
 _PLAIN_CLASSES = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 # A parameter with attributes is wrapped twice.
 _MOST_WRAPPERS = 4
@@ -136,7 +138,7 @@ def _make_view(
             pass
         case _:
             return "tensor of values that are not known"
-    tag = _TAGS.get(dtype or storage.dtype)
+    tag = TAGS.get(dtype or storage.dtype)
     if tag is None or len(shape) != len(strides):
         return f"tensor of {dtype or storage.dtype}"
     item_bytes = ARRAY_DTYPES[tag].itemsize
