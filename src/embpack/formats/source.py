@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from embpack import _native
 from embpack.errors import FormatError
 from embpack.formats.mapped import map_file, was_refused
 
@@ -50,6 +51,7 @@ class SourceFile:
         self._blocks = 0
         self._seen: _State | None = None
         self._map: mmap.mmap | None = None
+        self._for_rows: _native.DiskFile | None = None
 
     def __enter__(self) -> "SourceFile":
         """Open it, unless it is open.
@@ -154,6 +156,20 @@ class SourceFile:
                 advice = "each mapped file keeps a descriptor; allow more (ulimit -n), or load with in_memory=True"
                 raise OSError(error.errno, f"cannot be mapped: {error.strerror}; {advice}", str(self.path)) from None
         return self._map
+
+    def open_for_rows(self) -> _native.DiskFile:
+        """Return the open file, once, as what reads a few rows here and there; it stays open as long as that lives.
+
+        Raises:
+            OSError: too many files are open.
+        """
+        if self._for_rows is None:
+            try:
+                self._for_rows = _native.DiskFile(self.descriptor)
+            except OSError as error:
+                advice = "each file whose rows stay on the disk keeps a descriptor; allow more (ulimit -n)"
+                raise OSError(error.errno, f"{error.strerror}; {advice}", str(self.path)) from None
+        return self._for_rows
 
     def _read_some(self, offset: int, view: memoryview) -> int:
         try:

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 from embpack.readers import explain_unread
 from embpack.rotation import matrix
 from embpack.rows import LARGEST
-from embpack.table import PackedTable, output_dtype
+from embpack.lookups import output_dtype
+from embpack.table import PackedTable
 
 # The first operator set with BitwiseAnd, and with a ScatterElements that finds the largest.
 OPSET = 18
