@@ -15,8 +15,9 @@ from torch import nn
 
 import embpack
 from embpack.cli import show
-from embpack.files import make_metadata, open_packed
+from embpack.files import make_metadata
 from embpack.formats import OutTensor
+from embpack.packed_files import open_packed
 from embpack.torch import load_checkpoint
 
 DIM, SMALL_ROWS = 64, 16
@@ -50,8 +51,8 @@ def write_sparse_checkpoint(path: Path, rows: int) -> None:
         save_model(Recommender(SMALL_ROWS), str(source))
         embpack.quantize_file(source, small)
         content = small.read_bytes()
-        with open_packed(small) as [packed_file]:
-            metadata = packed_file.contents
+        with open_packed(small) as packed:
+            [metadata] = (file.contents for file in packed.files)
     end = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     header: dict[str, Any] = json.loads(content[LENGTH_BYTES:end])
     header[TABLE]["shape"][0] = rows
@@ -68,11 +69,11 @@ def write_sparse_checkpoint(path: Path, rows: int) -> None:
     ]
     entries = {TABLE: replace(metadata.tables[TABLE], num_embeddings=rows)}
     header["__metadata__"] |= make_metadata(entries, metadata.others or {}, tensors)
-    packed = json.dumps(header).encode()
-    packed += b" " * (-len(packed) % LENGTH_BYTES)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
     with path.open("wb") as file:
-        file.write(len(packed).to_bytes(LENGTH_BYTES, "little") + packed)
-        file.truncate(LENGTH_BYTES + len(packed) + size)
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        file.truncate(LENGTH_BYTES + len(text) + size)
 
 
 def count_resident_bytes() -> int:

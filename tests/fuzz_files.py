@@ -108,7 +108,7 @@ def _make_packed(folder: Path, state: dict[str, torch.Tensor]) -> list[Original]
 
 
 def _remember(path: Path) -> Original:
-    return Original(path, {name: table.dequantize() for name, table in embpack.load(path, in_memory=True).items()})
+    return Original(path, {name: table.dequantize() for name, table in embpack.load(path, access="memory").items()})
 
 
 def alter(raw: bytes, rng: np.random.Generator) -> bytes:

@@ -568,7 +568,7 @@ def test_the_folder_of_the_source_is_not_overwritten(tmp_path, write, linked):
     assert content_of(folder) == before
 
 
-@pytest.mark.parametrize("name", ["packed", "packed.pt", "packed.npz", "packed.safetensors.bak", "packed.json"])
+@pytest.mark.parametrize("name", ["packed.v2", "packed.pt", "packed.npz", "packed.safetensors.bak", "packed.json"])
 def test_a_packed_file_ends_in_safetensors(tmp_path, name):
     src = write_npy(tmp_path, Arrays({"vectors": make_weight()}))
     with pytest.raises(ValueError, match=f"{name}: a packed checkpoint ends in .safetensors"):

@@ -32,8 +32,8 @@ from safetensors import safe_open
 
 import embpack
 from embpack import FormatError
-from embpack.files import open_packed
 from embpack.layouts import BITS, PARAM_BYTES
+from embpack.packed_files import open_packed
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -186,7 +186,7 @@ def test_loaded_tables_outlive_their_file(saved, then):
         assert loaded[name].dequantize().tobytes() == rows.tobytes()
 
 
-@pytest.mark.parametrize("options", [{}, {"verify": True}, {"in_memory": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"verify": True}, {"access": "memory"}], ids=str)
 def test_a_file_that_is_replaced_while_it_is_loaded_is_one_of_both(tmp_path, options):
     path = tmp_path / "tables.safetensors"
     tables = [{"a": make_table(300, 16, seed=1), "b": make_table(seed=2)}, {"a": make_table(200, 32, seed=3)}]
@@ -211,7 +211,7 @@ def test_a_file_that_is_replaced_while_it_is_loaded_is_one_of_both(tmp_path, opt
 
 
 def test_a_table_in_memory_is_not_mapped(saved):
-    table = embpack.load(saved, in_memory=True)["user"]
+    table = embpack.load(saved, access="memory")["user"]
     os.truncate(saved, 0)
     assert table.packed.tobytes() == make_table().packed.tobytes()
 
@@ -340,7 +340,7 @@ DAMAGED_METADATA = {
     "null": (lambda value: "null", "'embpack' metadata is damaged"),
     "no version": (lambda value: {"tables": value["tables"]}, "'embpack' metadata is damaged.*version"),
     "no tables": (lambda value: {"version": 1}, "'embpack' metadata is damaged.*tables"),
-    "version 3": (lambda value: {**value, "version": 3}, "format version 3, .* reads versions 1 to 2; update embpack"),
+    "version 4": (lambda value: {**value, "version": 4}, "format version 4, .* reads versions 1 to 3; update embpack"),
     "version 1 with what is new": (
         lambda value: {**value, "version": 1},
         r"version 1 has \['tables', 'version'\], found \['checksum'",
@@ -357,7 +357,7 @@ DAMAGED_METADATA = {
     "a checksum is a number": (lambda value: {**value, "others": {"a": 1}}, "others must be checksums by name"),
     "checksum is a number": (lambda value: {**value, "checksum": 1}, "its header was altered.* promises 1;"),
     "version 99": (lambda value: {**value, "version": 99}, "format version 99, .* update embpack"),
-    "version 3 with other tables": (lambda value: {"version": 3, "tables": []}, "version 3, .* update embpack"),
+    "version 4 with other tables": (lambda value: {"version": 4, "tables": []}, "version 4, .* update embpack"),
     "version is text": (lambda value: {**value, "version": "1"}, "damaged \\(version is '1'\\)"),
     "version is true": (lambda value: {**value, "version": True}, "damaged \\(version is True\\)"),
     "version is null": (lambda value: {**value, "version": None}, "damaged \\(version is None\\)"),
@@ -571,8 +571,8 @@ def test_altered_bytes_of_another_tensor_are_found_where_it_is_read(checkpoint):
     alter_other(checkpoint)
     assert set(embpack.load(checkpoint, verify=True)) == {"a_emb", "b_emb", "r_emb", "k_emb"}
     message = f"{checkpoint}: tensor 'linear' was altered: its bytes are sha256:.*; copy it again"
-    with open_packed(checkpoint) as [file], pytest.raises(FormatError, match=message):
-        file.verify_all()
+    with open_packed(checkpoint) as packed, pytest.raises(FormatError, match=message):
+        packed.verify()
     for suffix in (".safetensors", ".pt", ".npz"):
         with pytest.raises(FormatError, match=message):
             embpack.dequantize_file(checkpoint, checkpoint.with_name(f"plain{suffix}"))
@@ -584,8 +584,8 @@ def test_a_file_that_another_program_wrote_again_is_read(checkpoint):
     before = {name: table.packed.tobytes() for name, table in embpack.load(checkpoint).items()}
     metadata = {"of": "another", **read_raw(checkpoint).metadata}
     safetensors.numpy.save_file(safetensors.numpy.load_file(checkpoint), checkpoint, metadata)
-    with open_packed(checkpoint) as [file]:
-        file.verify_all()
+    with open_packed(checkpoint) as packed:
+        packed.verify()
     assert {name: table.packed.tobytes() for name, table in embpack.load(checkpoint).items()} == before
 
 
@@ -596,14 +596,14 @@ def test_a_file_of_version_1_is_verified_with_what_it_has(checkpoint):
 
     change_header(checkpoint, change)
     alter_other(checkpoint)
-    with open_packed(checkpoint) as [file]:
-        file.verify_all()
+    with open_packed(checkpoint) as packed:
+        packed.verify()
     embpack.dequantize_file(checkpoint, checkpoint.with_name("plain.safetensors"))
     content = bytearray(checkpoint.read_bytes())
     content[content.index(read_raw(checkpoint).tensors["r_emb"].payload)] ^= 1
     checkpoint.write_bytes(content)
-    with open_packed(checkpoint) as [file], pytest.raises(FormatError, match="table 'r_emb' was altered"):
-        file.verify_all()
+    with open_packed(checkpoint) as packed, pytest.raises(FormatError, match="table 'r_emb' was altered"):
+        packed.verify()
 
 
 # Damage of every kind: a file is either read or refused.

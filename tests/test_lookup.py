@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import pickle
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import embpack
 from embpack import reference
 from embpack.formats.mapped import is_mapped
 from embpack.layouts import RowFormat
+from embpack.packed_files import Access
 from embpack.rows import narrow, widen
 
 METHODS = {"uniform": "asym", "codebook": "kmeans-lloyd", "clustered": "kmeans-cls:K=3"}
@@ -260,14 +262,15 @@ def test_rows_past_four_gibibytes(isa, tmp_path):
 
 
 @pytest.mark.parametrize("layout", METHODS)
-@pytest.mark.parametrize("in_memory", [False, True])
-def test_loaded_tables_look_up_alike(rng, tmp_path, layout, in_memory):
+@pytest.mark.parametrize("access", get_args(Access))
+def test_loaded_tables_look_up_alike(rng, tmp_path, layout, access):
     table = make_table(rng, 20, layout)
     embpack.save(tmp_path / "t.safetensors", {"t": table})
-    loaded = embpack.load(tmp_path / "t.safetensors", in_memory=in_memory)["t"]
+    loaded = embpack.load(tmp_path / "t.safetensors", access=access)["t"]
     np.testing.assert_array_equal(loaded.dequantize(), table.dequantize())
-    assert is_mapped(loaded.packed) is not in_memory
-    assert loaded.packed.flags.writeable is in_memory
+    if access != "disk":
+        assert is_mapped(loaded.packed) is (access == "mapped")
+        assert loaded.packed.flags.writeable is (access == "memory")
 
 
 def test_a_table_that_was_used_can_be_pickled(rng):

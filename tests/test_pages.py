@@ -113,7 +113,7 @@ def load_pickle():
 def load_in_memory(folder):
     path = folder / "tables.safetensors"
     embpack.save(path, {"a": PackedTable(make_small_rows().numpy(), FORMAT)})
-    return embpack.load(path, in_memory=True)["a"]
+    return embpack.load(path, access="memory")["a"]
 
 
 def copy_mapped(folder):

@@ -4,18 +4,21 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from numbers import Real
 from pathlib import Path
 
-from embpack.destination import check_place, name_file, name_index
+from embpack.cutting import DEFAULT_SIZE, cut_files, keep_files
+from embpack.destination import check_place, name_cut, name_file, name_index
+from embpack.errors import naming
 from embpack.formats import Checkpoint, OutFolder, OutShard, open_checkpoint, write_checkpoint
 from embpack.formats.safetensors import count_file_bytes as count_shard_bytes
 from embpack.gate import check_losses
 from embpack.methods import DEFAULT_METHOD, Method
+from embpack.methods.base import join_losses
 from embpack.packed_folder import copy_and_list, list_own, name_packed
 from embpack.rules import Decision, Rules, decide_all
-from embpack.shard_writer import Progress, ShardWriter, TableReport, TableWriter
+from embpack.shard_writer import Progress, ShardWriter, TableReport
+from embpack.sizes import parse_size
 from embpack.variant import Variant
 
 
@@ -43,9 +46,7 @@ class Report:
     @property
     def loss(self) -> float:
         """Normalized l2 loss over the values of all tables together."""
-        square = math.fsum(table.square_norm for table in self.tables)
-        error = math.fsum(table.loss**2 * table.square_norm for table in self.tables)
-        return math.sqrt(error / square) if square else 0.0
+        return join_losses((table.loss, table.square_norm) for table in self.tables)
 
 
 def quantize_file(
@@ -61,6 +62,7 @@ def quantize_file(
     rotate: str | None = None,
     variants: Mapping[str, Variant] | None = None,
     readable_by: Sequence[str] = (),
+    max_shard_size: int | str | None = None,
     force: bool = False,
     progress: Progress = lambda name, rows: None,
 ) -> Report:
@@ -69,9 +71,9 @@ def quantize_file(
     Args:
         src: .safetensors, also sharded by its index, a .pt, .pth, .bin or .ckpt state dict, .npy, .npz, or Parquet with
             fixed-size lists of floats; or a model's folder with a safetensors file, an index or pytorch_model.bin.
-        dst: a .safetensors file; for a folder or an index as src a folder, which gets the model's configuration,
-            tokenizer and other small files, too. What embpack wrote there is replaced; dst is there only once it is
-            whole.
+        dst: a .safetensors file, or a folder, whose name has no suffix. For a folder or an index as src always a
+            folder, which gets the model's configuration, tokenizer and other small files, too. What embpack wrote there
+            is replaced; dst is there only once it is whole.
         method: as quantize takes it.
         bits: as quantize takes them.
         param_dtype: as quantize takes it.
@@ -84,6 +86,10 @@ def quantize_file(
         variants: by name or glob, how tables are packed that have a variant of their own, as embpack.plan(...).variants
             or {"user_*": Variant("trellis", 3.5)}; of several that match, the last counts.
         readable_by: names in embpack.readers.READERS, all of which are to read the packed rows as they are.
+        max_shard_size: the largest file of a folder, in bytes or "500 MB". Tensors fill files in their order; a table
+            that no file holds is cut into pieces, which embpack.load joins. None is 5 GB, but files of an index stay
+            as they are, unless a table is made of several of them. What cannot be cut, other tensors and 4,096 rows of
+            a table, may be larger.
         force: write to dst though embpack did not write what is there. A file is replaced; of a folder what has the
             name of a new file, and other files stay.
         progress: called with a table's name and a number of rows as they are done.
@@ -96,14 +102,22 @@ def quantize_file(
         ValueError: no tensor is a table; a glob or a name in variants matches nothing; dst is src or has the wrong
             suffix; a value is NaN or infinite, or a parameter overflows; there is no such method, bits, rotation or
             reader; a reader cannot read a table that is packed so (the message says what would do);
-            max_loss is not positive and finite.
+            max_loss is not positive and finite; max_shard_size is no size, or dst a file.
         LossLimitError: tables lose more than max_loss; a ValueError that has their names and losses.
         OSError: dst cannot be written.
     """
     rules = Rules(include, exclude, Variant(method, bits, param_dtype, rotate), variants or {}, readable_by)
     with open_checkpoint(src) as checkpoint:
         decisions = decide_all(checkpoint, rules)
-        return pack_checkpoint(checkpoint, decisions, dst, max_loss=max_loss, force=force, progress=progress)
+        return pack_checkpoint(
+            checkpoint,
+            decisions,
+            dst,
+            max_loss=max_loss,
+            max_shard_size=max_shard_size,
+            force=force,
+            progress=progress,
+        )
 
 
 def pack_checkpoint(
@@ -112,6 +126,7 @@ def pack_checkpoint(
     dst: str | Path,
     *,
     max_loss: float | None = None,
+    max_shard_size: int | str | None = None,
     force: bool = False,
     progress: Progress = lambda name, rows: None,
 ) -> Report:
@@ -119,67 +134,101 @@ def pack_checkpoint(
     dst, started = Path(dst), time.perf_counter()
     if max_loss is not None:
         check_max_loss(max_loss)
-    check_destination(checkpoint, dst, force=force)
-    writers = _make_writers(checkpoint, decisions, progress)
-    shards = _make_shards(checkpoint, writers, dst)
-
-    def reports() -> tuple[TableReport, ...]:
-        return tuple(table.report for writer in writers for table in writer.tables if table.report is not None)
+    check_destination(checkpoint, dst, max_shard_size, force=force)
+    output = _Output.make(checkpoint, decisions, dst, max_shard_size, progress)
 
     def check() -> None:
-        check_losses(checkpoint.path, reports(), math.inf if max_loss is None else max_loss)
+        check_losses(checkpoint.path, output.reports(), math.inf if max_loss is None else max_loss)
 
-    folder = _make_folder(checkpoint, shards) if checkpoint.is_folder else None
-    write_checkpoint(dst, shards, folder, check=check, list_own=list_own, force=force)
+    write_checkpoint(dst, output.shards, output.folder, check=check, list_own=list_own, force=force)
     return Report(
-        tables=reports(),
+        tables=output.reports(),
         passed_through=tuple(each.tensor.name for each in decisions if each.variant is None),
         left_out=checkpoint.left_out,
         copied_files=checkpoint.companions,
         file_bytes_before=sum(shard.num_bytes for shard in checkpoint.shards),
-        file_bytes_after=_bytes_on_disk(dst if checkpoint.is_folder else dst.parent, shards),
+        file_bytes_after=_bytes_on_disk(dst.parent if output.folder is None else dst, output.shards),
         seconds=time.perf_counter() - started,
     )
 
 
-def count_file_bytes(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> int:
+def count_file_bytes(
+    checkpoint: Checkpoint,
+    decisions: Sequence[Decision],
+    dst: Path | None = None,
+    max_shard_size: int | str | None = None,
+) -> int:
     """Count the bytes of all files with tensors that pack_checkpoint would write, to the byte, without packing.
 
     Args:
         checkpoint: which is open.
         decisions: on all of its tensors, in order, as rules.decide_all makes them.
+        dst: where they would be written; None for a file, or a folder if the checkpoint is one or there is a
+            max_shard_size.
+        max_shard_size: as quantize_file takes it.
 
     Raises:
         ValueError: pack_checkpoint could not write them.
     """
-    writers = _make_writers(checkpoint, decisions, lambda name, rows: None)
-    shards = _make_shards(checkpoint, writers, checkpoint.path)
+    if dst is None:
+        dst = Path("packed" if max_shard_size is not None else "packed.safetensors")
+    shards = _Output.make(checkpoint, decisions, dst, max_shard_size).shards
     return sum(count_shard_bytes(checkpoint.path, shard) for shard in shards)
 
 
-def _make_writers(checkpoint: Checkpoint, decisions: Sequence[Decision], progress: Progress) -> list[ShardWriter]:
-    remaining = iter(decisions)
-    writers = []
-    for shard in checkpoint.shards:
-        own = islice(remaining, len(shard.tensors))
-        tensors = (TableWriter(each, progress) if each.variant else each.tensor for each in own)
-        writers.append(ShardWriter(tuple(tensors), shard.metadata))
-    return writers
+@dataclass(frozen=True)
+class _Output:
+    """What packing a checkpoint writes.
+
+    Attributes:
+        writers: of the files with tensors.
+        shards: these files.
+        folder: what else the folder has; None if it is a file.
+    """
+
+    writers: list[ShardWriter]
+    shards: list[OutShard]
+    folder: OutFolder | None
+
+    @classmethod
+    def make(
+        cls,
+        checkpoint: Checkpoint,
+        decisions: Sequence[Decision],
+        dst: Path,
+        max_shard_size: int | str | None,
+        progress: Progress = lambda name, rows: None,
+    ) -> "_Output":
+        """Choose the files, of a folder as the source has them unless they are to be cut anew."""
+        as_folder = makes_folder(checkpoint, dst)
+        is_kept = not as_folder or (max_shard_size is None and checkpoint.index_name is not None)
+        writers = keep_files(checkpoint, decisions, progress) if is_kept else None
+        if writers is not None:
+            names = [name_file(checkpoint, shard, dst, name_packed) for shard in checkpoint.shards]
+            index_name = name_index(checkpoint, name_packed)
+        else:
+            writers = cut_files(checkpoint, decisions, _read_size(max_shard_size), progress)
+            names, index_name = name_cut(checkpoint, len(writers), name_packed)
+        shards = [writer.out_shard(name) for writer, name in zip(writers, names, strict=True)]
+        if not as_folder:
+            return cls(writers, shards, None)
+        written = [*names, index_name] if index_name else names
+        return cls(writers, shards, OutFolder(index_name, copy_and_list(checkpoint, written)))
+
+    def reports(self) -> tuple[TableReport, ...]:
+        """What packing the tables that are written came to, in order."""
+        tables = {id(piece.table): piece.table for writer in self.writers for piece in writer.pieces}
+        return tuple(table.report for table in tables.values() if table.report is not None)
 
 
-def _make_shards(checkpoint: Checkpoint, writers: Sequence[ShardWriter], dst: Path) -> list[OutShard]:
-    """Make the files to write, of a sharded checkpoint as many as it has."""
-    return [
-        writer.out_shard(name_file(checkpoint, shard, dst, name_packed))
-        for shard, writer in zip(checkpoint.shards, writers, strict=True)
-    ]
+def makes_folder(checkpoint: Checkpoint, dst: Path) -> bool:
+    """Whether a folder is written, not a file."""
+    return checkpoint.is_folder or not dst.suffix
 
 
-def _make_folder(checkpoint: Checkpoint, shards: Sequence[OutShard]) -> OutFolder:
-    """Make what a packed folder has beside its files with tensors."""
-    index_name = name_index(checkpoint, name_packed)
-    written = [shard.file_name for shard in shards] + ([index_name] if index_name else [])
-    return OutFolder(index_name, copy_and_list(checkpoint, written))
+def _read_size(max_shard_size: int | str | None) -> int:
+    with naming("max_shard_size"):
+        return DEFAULT_SIZE if max_shard_size is None else parse_size(max_shard_size)
 
 
 def check_max_loss(max_loss: float) -> None:
@@ -190,18 +239,24 @@ def check_max_loss(max_loss: float) -> None:
         raise ValueError(f"max_loss is {max_loss}; give a positive, finite number")
 
 
-def check_destination(checkpoint: Checkpoint, dst: Path, *, force: bool = False) -> None:
+def check_destination(
+    checkpoint: Checkpoint, dst: Path, max_shard_size: int | str | None = None, *, force: bool = False
+) -> None:
     """Raise what pack_checkpoint would of its destination, for those who have much to do before.
 
     Raises:
         FileExistsError: it has something that embpack did not write and there is no force, or is to be a folder and is
             a file.
         OSError: nothing can be written there.
-        ValueError: it is the source, or has the wrong suffix.
+        ValueError: it is the source, or has the wrong suffix; or max_shard_size is no size, or of no folder.
     """
-    if not checkpoint.is_folder and dst.suffix != ".safetensors":
-        raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors")
-    check_place(checkpoint, dst, list_own, force=force)
+    as_folder = makes_folder(checkpoint, dst)
+    if not as_folder and dst.suffix != ".safetensors":
+        raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors, or is a folder, whose name has no suffix")
+    if not as_folder and max_shard_size is not None:
+        raise ValueError(f"{dst}: max_shard_size is of the files of a folder; leave {dst.suffix} out")
+    _read_size(max_shard_size)
+    check_place(checkpoint, dst, list_own, as_folder=as_folder, force=force)
 
 
 def _bytes_on_disk(folder: Path, shards: Sequence[OutShard]) -> int:

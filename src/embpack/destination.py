@@ -8,15 +8,15 @@ from embpack.formats.atomic import check_new, refuse_other
 from embpack.formats.new_folder import ListOwn, refuse_others
 
 
-def check_place(checkpoint: Checkpoint, dst: Path, list_own: ListOwn, *, force: bool) -> None:
-    """Raise what writing what becomes of a checkpoint would of the place, before anything is read."""
+def check_place(checkpoint: Checkpoint, dst: Path, list_own: ListOwn, *, as_folder: bool, force: bool) -> None:
+    """Raise what writing what becomes of a checkpoint, a folder or a file, would of the place, before it is read."""
     if checkpoint.is_folder and dst.suffix.lower() in {*FORMATS, ".json"}:
         what = f"{checkpoint.path} is sharded" if checkpoint.folder is None else f"{checkpoint.folder} is a folder"
         raise ValueError(f"{dst}: {what}, so the destination is a folder; leave {dst.suffix} out")
     sources = [checkpoint.path, checkpoint.folder, checkpoint.path.parent if checkpoint.is_folder else None]
     if dst.exists() and any(source is not None and source.samefile(dst) for source in sources):
         raise ValueError(f"{dst}: the destination is the source; choose another name")
-    if checkpoint.is_folder and dst.exists():
+    if as_folder and dst.exists():
         refuse_others(dst.absolute(), list_own, force=force)
     else:
         refuse_other(dst, lambda existing: force or existing.name in list_own(existing))
@@ -35,3 +35,17 @@ def name_file(checkpoint: Checkpoint, shard: Shard, dst: Path, rename: Callable[
 def name_index(checkpoint: Checkpoint, rename: Callable[[str], str]) -> str | None:
     """Name the index that a folder gets, by its path in that; None if it gets none."""
     return checkpoint.index_name and (checkpoint.place / rename(checkpoint.index_name)).as_posix()
+
+
+def name_cut(checkpoint: Checkpoint, count: int, rename: Callable[[str], str]) -> tuple[list[str], str | None]:
+    """Name so many files that a checkpoint is cut into, and their index, by their paths in the folder.
+
+    One file keeps the name that it has in a folder without an index, and has none.
+    """
+    usual = "model.safetensors"
+    if count == 1:
+        name = checkpoint.path.name if checkpoint.is_folder and checkpoint.index_name is None else usual
+        return [(checkpoint.place / rename(name)).as_posix()], None
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    paths = [(checkpoint.place / name).as_posix() for name in names]
+    return paths, (checkpoint.place / rename(f"{usual}.index.json")).as_posix()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from embpack import _native
 from embpack.errors import FormatError
-from embpack.formats.stored import StoredArray
+from embpack.formats import SourceTensor
 from embpack.layouts import RowFormat
 from embpack.lookups import Table, find_outside
 from embpack.table import PackedTable
@@ -25,14 +25,18 @@ class DiskRows:
     """An array with an entry for each row of a table, in pieces of files that stay open as long as it lives.
 
     Args:
-        pieces: where it lies, in the order of its rows; files are open.
+        tensors: its pieces in the order of their rows, of one type and, but for axis 0, one shape; as they lie in
+            safetensors files.
 
     Raises:
+        FormatError: a file was changed since it was opened.
         OSError: too many files are open.
     """
 
-    def __init__(self, pieces: Sequence[StoredArray]) -> None:
-        self._pieces = tuple(pieces)
+    def __init__(self, tensors: Sequence[SourceTensor]) -> None:
+        pieces = [tensor.stored for tensor in tensors if tensor.stored is not None]
+        assert len(pieces) == len(tensors)  # as in all safetensors files
+        self._pieces = pieces
         self.dtype = pieces[0].dtype
         self.row_shape = pieces[0].shape[1:]
         self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
@@ -40,14 +44,20 @@ class DiskRows:
         parts = [(piece.source.open_for_rows(), piece.offset, piece.shape[0]) for piece in pieces]
         self.native = _native.DiskRows(parts, self.row_bytes)
 
+    def make_room(self, num_rows: int) -> NDArray[Any]:
+        """Make an array for some rows."""
+        return np.empty((num_rows, *self.row_shape), self.dtype)
+
     def explain_fault(self, piece: int, offset: int, code: int) -> Exception:
         """Make an error of what the core could not read."""
         path = self._pieces[piece].source.path
         if code:
-            return OSError(code, f"{os.strerror(code)}, at byte {offset} and the {self.row_bytes} from there on", str(path))
+            return OSError(
+                code, f"{os.strerror(code)}, at byte {offset} and the {self.row_bytes} from there on", str(path)
+            )
         return FormatError(
-            f"{path}: ends before byte {offset + self.row_bytes}, where a row lies that is looked up; it was cut after it "
-            "was loaded, copy it again"
+            f"{path}: ends before byte {offset + self.row_bytes}, where a row lies that is looked up; it was cut since "
+            "it was loaded, copy it again"
         )
 
 
@@ -64,15 +74,17 @@ def read_arrays(reads: Sequence[tuple[DiskRows, NDArray[np.int64]]]) -> list[NDA
         FormatError: a file was cut; names it and the offset.
         OSError: rows cannot be read; names file and offset.
     """
-    raw = [np.empty((len(rows), array.row_bytes), np.uint8) for array, rows in reads]
-    fault = _native.read_rows([(array.native, rows, out) for (array, rows), out in zip(reads, raw, strict=True)])
+    found = [array.make_room(len(rows)) for array, rows in reads]
+    fault = _native.read_rows(
+        [
+            (array.native, rows, out.view(np.uint8).reshape(len(rows), array.row_bytes))
+            for (array, rows), out in zip(reads, found, strict=True)
+        ]
+    )
     if fault is not None:
         number, *place = fault
         raise reads[number][0].explain_fault(*place)
-    return [
-        out.view(array.dtype).reshape(len(rows), *array.row_shape)
-        for (array, rows), out in zip(reads, raw, strict=True)
-    ]
+    return found
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,37 +100,35 @@ class DiskTable(Table):
     layer are needed each time, and cannot be pickled or saved: load the file mapped for that.
 
     Attributes:
-        packed_rows: where the rows are: uint8 [num_embeddings, row_bytes].
+        packed: where the rows are: uint8 [num_embeddings, row_bytes].
         row_format, dtype, method, loss: as of a PackedTable.
-        cluster_rows: where the array with an entry for each row lies, in the layout that has one; None in others.
+        clusters: where the array with an entry for each row lies, in the layout that has one; None in others.
         codebooks: the array that all rows share, in memory; None in layouts that have none.
     """
 
-    packed_rows: DiskRows
+    packed: DiskRows
     row_format: RowFormat
     dtype: str = "float32"
     method: str = ""
     loss: float | None = None
-    cluster_rows: DiskRows | None = None
+    clusters: DiskRows | None = None
     codebooks: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
-        # A table of one row is all that a table is, but for the number of rows.
-        clusters = None if self.cluster_rows is None else np.zeros(1, self.cluster_rows.dtype)
-        packed = np.zeros((1, self.packed_rows.row_bytes), np.uint8)
+        # What its rows and what lies beside them must be, but for their number, is what they must be of one row.
+        packed = self.packed.make_room(1)
+        clusters = None if self.clusters is None else self.clusters.make_room(1)
         PackedTable(packed, self.row_format, self.dtype, clusters=clusters, codebooks=self.codebooks)
-        if self.cluster_rows is not None and self.cluster_rows.num_rows != self.num_embeddings:
-            raise ValueError(f"clusters are of {self.cluster_rows.num_rows} rows; there are {self.num_embeddings}")
 
     @property
     def num_embeddings(self) -> int:
         """Number of rows."""
-        return self.packed_rows.num_rows
+        return self.packed.num_rows
 
     @property
     def arrays(self) -> list[DiskRows]:
         """The arrays with an entry for each row, the packed rows first."""
-        return [array for array in (self.packed_rows, self.cluster_rows) if array is not None]
+        return [array for array in (self.packed, self.clusters) if array is not None]
 
     @property
     def nbytes(self) -> int:
@@ -152,8 +162,8 @@ class DiskTable(Table):
         return replace(self, row_format=replace(self.row_format, rotation=None))
 
     def _cluster_of(self, row: int) -> int:
-        assert self.cluster_rows is not None
-        [clusters] = read_arrays([(self.cluster_rows, np.array([row]))])
+        assert self.clusters is not None
+        [clusters] = read_arrays([(self.clusters, np.array([row]))])
         return int(clusters[0])
 
     def __copy__(self) -> "DiskTable":
@@ -258,7 +268,9 @@ class DiskGroup:
             for number, table in enumerate(tables)
             if isinstance(table, DiskTable) and number in used
         }
-        self._row_bytes = np.array([table.row_bytes if number in self._features else 0 for number, table in enumerate(tables)])
+        self._row_bytes = np.array(
+            [table.row_bytes if number in self._features else 0 for number, table in enumerate(tables)]
+        )
 
     def pool(
         self,
@@ -267,6 +279,7 @@ class DiskGroup:
         per_sample_weights: NDArray[np.float32] | None,
         out: NDArray[Any],
     ) -> tuple[int, int]:
+        """Do what _native.TableGroup.pool does."""
         if not are_offsets(offsets, len(indices)):
             return 0, _native.bad_offsets
         batch, features = len(out), len(self._table_of)

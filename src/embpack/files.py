@@ -1,9 +1,9 @@
-"""embpack's files: safetensors with one JSON value of metadata (docs/format.md)."""
+"""embpack's files: safetensors with one JSON value of metadata (docs/format.md); read by packed_files.py."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.errors import FormatError
-from embpack.formats import INDEX_SUFFIX, OutShard, OutTensor, Shard, SourceTensor, open_checkpoint, write_checkpoint
+from embpack.formats import OutShard, OutTensor, Shard, SourceTensor, open_checkpoint, write_checkpoint
 from embpack.formats.base import as_bytes, is_utf8
 from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
 from embpack.layouts import ROTATIONS, ArraySpec, RowFormat
-from embpack.pages import use_huge_pages
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 
 METADATA_KEY = "embpack"
-FORMAT_VERSION = 2
+# Of the format: what is written where no table is in pieces, and where one is.
+FORMAT_VERSION, PIECES_VERSION = 2, 3
+PIECE_ROWS = 4096
+"""Rows of pieces, but for the last one, are a multiple of it: their bytes are whole pages, whatever a row has."""
+PIECE_ALIGNMENT = 4096
+"""Bytes of a page, at which the first tensor of a file with a piece begins."""
+
+# No loss and no square_norm of a piece comes to more, so that both can be multiplied and summed.
+_MOST = 1e100
 # What is hashed at a time, so that Ctrl-C is heard in between.
 _PIECE_BYTES = 1 << 24
+
+
+_OPTIONAL = ("rotation", "piece")
+
+
+@dataclass(frozen=True)
+class PieceEntry:
+    """What a file's metadata says of a table of which it has some rows, as a table of its own.
+
+    Attributes:
+        table: the name of the whole.
+        first_row: of the whole, where the piece begins.
+        num_embeddings: rows of the whole.
+        square_norm: sum of the squares of the piece's values, by which its loss counts; None where the loss is unknown.
+    """
+
+    table: str
+    first_row: int
+    num_embeddings: int
+    square_norm: float | None
 
 
 @dataclass(frozen=True)
@@ -32,12 +59,13 @@ class TableEntry:
     """What a file's metadata says of one table.
 
     Attributes:
-        layout, bits, param_dtype, embedding_dim, rotation: the RowFormat; a rotation of None is left out of a file.
+        layout, bits, param_dtype, embedding_dim, rotation: the RowFormat.
         num_embeddings: rows.
         dtype: what the weights were: "float32", "float16" or "bfloat16".
         method: name and parameters of the method.
         loss: normalized l2 loss, measured when packed; None where unknown.
         checksum: "sha256:" and the hexadecimal digest of the packed bytes followed by those beside the rows.
+        piece: what it is a piece of; None if it is whole. A rotation and a piece of None are left out of a file.
     """
 
     layout: str
@@ -50,6 +78,7 @@ class TableEntry:
     loss: float | None
     checksum: str
     rotation: str | None = None
+    piece: PieceEntry | None = None
 
     @property
     def row_format(self) -> RowFormat:
@@ -63,7 +92,15 @@ class TableEntry:
 
     @classmethod
     def make(
-        cls, row_format: RowFormat, *, num_embeddings: int, dtype: str, method: str, loss: float | None, checksum: str
+        cls,
+        row_format: RowFormat,
+        *,
+        num_embeddings: int,
+        dtype: str,
+        method: str,
+        loss: float | None,
+        checksum: str,
+        piece: PieceEntry | None = None,
     ) -> "TableEntry":
         """Make the entry of a table whose rows have a format."""
         return cls(
@@ -77,11 +114,12 @@ class TableEntry:
             loss=loss,
             checksum=checksum,
             rotation=row_format.rotation,
+            piece=piece,
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return what a file has of it; readers from before rotation read entries without one."""
-        return {name: value for name, value in asdict(self).items() if name != "rotation" or value is not None}
+        """Return what a file has of it; readers from before rotation and pieces read entries without them."""
+        return {name: value for name, value in asdict(self).items() if name not in _OPTIONAL or value is not None}
 
 
 @dataclass(frozen=True)
@@ -100,15 +138,16 @@ class Contents:
 
 
 # By version of the format: the keys of the metadata's value.
-_KEYS = {1: {"version", "tables"}, 2: {"version", "tables", "others", "checksum"}}
+_KEYS = {1: {"version", "tables"}, **{version: {"version", "tables", "others", "checksum"} for version in (2, 3)}}
 
 
 def make_metadata(
     tables: Mapping[str, TableEntry], others: Mapping[str, str], tensors: Iterable[OutTensor]
 ) -> dict[str, str]:
     """Make a file's metadata from the entries of its tables, the checksums of its other tensors, and all tensors."""
+    has_pieces = any(entry.piece is not None for entry in tables.values())
     value = {
-        "version": FORMAT_VERSION,
+        "version": PIECES_VERSION if has_pieces else FORMAT_VERSION,
         "tables": {name: entry.as_json() for name, entry in tables.items()},
         "others": dict(others),
     }
@@ -145,11 +184,26 @@ def _is_loss(value: Any) -> bool:
     return value is None or (type(value) in (int, float) and 0 <= value < 1e300)
 
 
+def _is_piece(value: Any) -> bool:
+    """An object with what a piece has, which is of no other numbers than pieces can have."""
+    return (
+        isinstance(value, dict)
+        and set(value) == {field.name for field in fields(PieceEntry)}
+        and _is_text(value["table"])
+        and type(value["first_row"]) is int
+        and value["first_row"] >= 0
+        and value["first_row"] % PIECE_ROWS == 0
+        and _is_count(value["num_embeddings"])
+        and (value["square_norm"] is None or (_is_loss(value["square_norm"]) and value["square_norm"] < _MOST))
+    )
+
+
 _ENTRY_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("layout", "param_dtype", "dtype", "method", "checksum", "rotation"), _is_text),
     **dict.fromkeys(("num_embeddings", "embedding_dim"), _is_count),
     "bits": _is_bits,
     "loss": _is_loss,
+    "piece": _is_piece,
 }
 
 
@@ -175,7 +229,7 @@ def read_contents(path: Path, shard: Shard) -> Contents:
         raise FormatError(f"{damaged} (version is {version!r})")
     if version not in _KEYS:
         raise FormatError(
-            f"{path}: format version {version}, but this embpack reads versions 1 to {FORMAT_VERSION}; update embpack"
+            f"{path}: format version {version}, but this embpack reads versions 1 to {PIECES_VERSION}; update embpack"
         )
     if set(value) != _KEYS[version]:
         raise FormatError(f"{damaged} (version {version} has {sorted(_KEYS[version])}, found {sorted(value)})")
@@ -183,6 +237,8 @@ def read_contents(path: Path, shard: Shard) -> Contents:
         raise FormatError(f"{damaged} (tables are {type(tables).__name__})")
     tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
     entries = {name: _read_entry(f"{path}: table {name!r}", raw, name, tensors) for name, raw in tables.items()}
+    if version < PIECES_VERSION and any(entry.piece is not None for entry in entries.values()):
+        raise FormatError(f"{damaged} (version {version} has no tables in pieces)")
     if version > 1:
         _check_header(path, shard, value, entries)
     return Contents(version, entries, value.get("others"))
@@ -206,7 +262,7 @@ def _check_header(path: Path, shard: Shard, value: dict[str, Any], entries: Mapp
 
 
 def _read_entry(where: str, raw: Any, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> TableEntry:
-    if not isinstance(raw, dict) or {*raw, "rotation"} != {field.name for field in fields(TableEntry)}:
+    if not isinstance(raw, dict) or {*raw, *_OPTIONAL} != {field.name for field in fields(TableEntry)}:
         raise FormatError(f"{where}: its metadata does not have the fields that a table has")
     for key, value in raw.items():
         if not _ENTRY_CHECKS[key](value):
@@ -215,7 +271,8 @@ def _read_entry(where: str, raw: Any, name: str, tensors: Mapping[str, tuple[str
         raise FormatError(
             f"{where} has rotation {raw['rotation']!r}, but this embpack knows {', '.join(ROTATIONS)}; update embpack"
         )
-    entry = TableEntry(**raw)
+    entry = TableEntry(**{**raw, "piece": PieceEntry(**raw["piece"]) if "piece" in raw else None})
+    _check_piece(where, name, entry)
     try:
         row_bytes = entry.row_format.row_bytes
     except (TypeError, ValueError) as error:
@@ -233,6 +290,29 @@ def _read_entry(where: str, raw: Any, name: str, tensors: Mapping[str, tuple[str
     return entry
 
 
+def _check_piece(where: str, name: str, entry: TableEntry) -> None:
+    """Check a piece by itself; what it is together with others is checked where they are joined."""
+    piece = entry.piece
+    if piece is None:
+        return
+    prefix, _, number = name.rpartition(".")
+    if prefix != piece.table or re.fullmatch(r"piece_(0|[1-9][0-9]{0,17})", number) is None:
+        raise FormatError(f"{where}: its metadata says that it is a piece of {piece.table!r}, which its name does not")
+    if (entry.loss is None) is not (piece.square_norm is None) or (entry.loss or 0) >= _MOST:
+        raise FormatError(f"{where}: its metadata says loss is {entry.loss!r} and square_norm {piece.square_norm!r}")
+    end_row = piece.first_row + entry.num_embeddings
+    if end_row > piece.num_embeddings or (end_row < piece.num_embeddings and end_row % PIECE_ROWS):
+        raise FormatError(
+            f"{where}: its metadata says that it has {entry.num_embeddings} rows from row {piece.first_row} of "
+            f"{piece.num_embeddings} on, which no piece has"
+        )
+
+
+def name_piece(table: str, number: int) -> str:
+    """Name the tensor of a piece of a table's packed rows."""
+    return f"{table}.piece_{number}"
+
+
 def _check_beside(where: str, spec: ArraySpec, found: tuple[str, tuple[int, ...]] | None) -> None:
     """Check type and shape of a tensor beside the rows."""
     if found is None or not spec.admits(NUMPY_DTYPES.get(found[0]), found[1]) or 0 in found[1]:
@@ -240,63 +320,8 @@ def _check_beside(where: str, spec: ArraySpec, found: tuple[str, tuple[int, ...]
         raise FormatError(f"{where}: its {spec.name} must be {dtypes} {spec.describe_shape()}, the file has {found}")
 
 
-@dataclass(frozen=True)
-class PackedFile:
-    """One file of ours, checked, which can be read until the block of open_packed ends.
-
-    Attributes:
-        contents: what it says of itself.
-        parts: the tensors of each table, its packed rows first.
-        others: its other tensors, by name.
-    """
-
-    path: Path
-    contents: Contents
-    parts: dict[str, list[SourceTensor]]
-    others: dict[str, SourceTensor]
-
-    @property
-    def entries(self) -> dict[str, TableEntry]:
-        """What it says of its tables."""
-        return self.contents.tables
-
-    def table(self, name: str, *, mapped: bool = True) -> PackedTable:
-        """Return a table whose bytes stay in the file if mapped, and are read into memory otherwise.
-
-        Raises:
-            FormatError: the file was changed, or the arrays beside the rows are not what they should be.
-        """
-        entry = self.entries[name]
-        packed, *arrays = (tensor.whole(mapped=mapped) for tensor in self.parts[name])
-        if not mapped:
-            use_huge_pages(packed, *arrays)
-        beside = {spec.name: array for spec, array in zip(entry.beside, arrays, strict=True)}
-        try:
-            return PackedTable(packed, entry.row_format, entry.dtype, entry.method, entry.loss, **beside)
-        except ValueError as error:
-            raise FormatError(f"{self.path}: table {name!r}: {error}") from None
-
-    def verify(self, name: str) -> None:
-        """Read a table through and compare its checksum.
-
-        Raises:
-            FormatError: the bytes are not those that were written.
-        """
-        check_bytes(self.path, f"table {name!r}", _digest_tensors(self.parts[name]), self.entries[name].checksum)
-
-    def verify_all(self) -> None:
-        """Read everything through and compare all checksums that there are.
-
-        Raises:
-            FormatError: the bytes are not those that were written.
-        """
-        for name in self.entries:
-            self.verify(name)
-        for name, promised in (self.contents.others or {}).items():
-            check_bytes(self.path, f"tensor {name!r}", _digest_tensors([self.others[name]]), promised)
-
-
-def _digest_tensors(tensors: Iterable[SourceTensor]) -> "hashlib._Hash":
+def digest_tensors(tensors: Iterable[SourceTensor]) -> "hashlib._Hash":
+    """Read tensors through and digest their bytes."""
     return _digest(piece for tensor in tensors for piece in tensor.pieces(by_name=False))
 
 
@@ -322,29 +347,6 @@ def check_bytes(path: Path, what: str, digest: "hashlib._Hash", promised: str) -
         )
 
 
-@contextmanager
-def open_packed(path: str | Path) -> Iterator[list[PackedFile]]:
-    """Open a file of ours, or each shard of a folder of them.
-
-    A file that is replaced or deleted from then on is read as it was; shards, opened one at a time, must stay.
-
-    Raises:
-        FileNotFoundError: there is nothing at path.
-        FormatError: it is damaged, truncated, not ours, or of a future version.
-    """
-    path = Path(path)
-    if path.is_file() and not path.name.endswith((".safetensors", INDEX_SUFFIX)):
-        raise FormatError(f"{path}: a file of packed tables ends in .safetensors; pack this one: embpack quantize")
-    with open_checkpoint(path) as checkpoint:
-        yield [_check_shard(checkpoint.path.parent / shard.file_name, shard) for shard in checkpoint.shards]
-
-
-def _check_shard(path: Path, shard: Shard) -> PackedFile:
-    contents = read_contents(path, shard)
-    parts, others = split_shard(shard, contents.tables)
-    return PackedFile(path, contents, parts, {tensor.name: tensor for tensor in others})
-
-
 def split_shard(
     shard: Shard, entries: Mapping[str, TableEntry]
 ) -> tuple[dict[str, list[SourceTensor]], list[SourceTensor]]:
@@ -364,41 +366,6 @@ def is_packed(path: Path) -> bool:
             return all(METADATA_KEY in shard.metadata for shard in checkpoint.shards)
     except (ValueError, OSError):
         return False
-
-
-def load(path: str | Path, *, verify: bool = False, in_memory: bool = False) -> dict[str, PackedTable]:
-    """Open the tables of a file without reading them: rows are read when they are looked up.
-
-    Args:
-        path: a file written by save or quantize_file; for a sharded one its folder or index.
-        verify: read the tables through once and compare their checksums. That of the header is always compared; other
-            tensors are not read, embpack inspect --verify and dequantize do that.
-        in_memory: read everything now, into memory of this process. Rows are then looked up as fast the first time as
-            later, and the file is no longer needed. But processes that serve the same file no longer share its memory,
-            and all of it has to fit (docs/kernels.md has figures).
-
-    Returns:
-        Name to table. The tables' bytes are read-only and mapped, unless in_memory; they live as long as the tables
-        do, also when the file is replaced, as save does it, or deleted. But never write into a file that is mapped:
-        that changes the tables, and if it is made shorter, the process ends (SIGBUS) when it looks up a row that is
-        gone; a check before each lookup could not prevent it. Replace such files, or load them with in_memory. Where
-        the file system allows no maps, tables are read into memory, with a RuntimeWarning. Before Python 3.13 a mapped
-        file keeps a descriptor open.
-
-    Raises:
-        FileNotFoundError: there is nothing at path.
-        FormatError: the file is damaged, truncated, not ours or of a future version, says of its bytes what was not
-            written, or was changed while it was read; with verify, a table's bytes were altered.
-        OSError: the file cannot be read, or too many files are open.
-    """
-    tables = {}
-    with open_packed(path) as files:
-        for file in files:
-            for name in file.entries:
-                if verify:
-                    file.verify(name)
-                tables[name] = file.table(name, mapped=not in_memory)
-    return tables
 
 
 def save(

@@ -62,13 +62,16 @@ def matrix(embedding_dim: int) -> NDArray[np.float32]:
     return rotate(np.eye(embedding_dim, dtype=np.float32))
 
 
-def rotate_chunks(chunks: Iterable[NDArray[Any]], rotation: str | None, name: str) -> Iterator[NDArray[Any]]:
+def rotate_chunks(
+    chunks: Iterable[NDArray[Any]], rotation: str | None, name: str, start: int = 0
+) -> Iterator[NDArray[Any]]:
     """Yield the chunks of a table as they are to be packed: rotated, or as they are if rotation is None.
 
     Args:
         chunks: float32, float16 or (bfloat16 as) uint16 [n, embedding_dim].
         rotation: a name in layouts.ROTATIONS, or None.
         name: of the table, for messages.
+        start: number of the first row in the table, for messages.
 
     Raises:
         ValueError: a value is NaN or infinite, or becomes infinite.
@@ -76,7 +79,6 @@ def rotate_chunks(chunks: Iterable[NDArray[Any]], rotation: str | None, name: st
     if rotation is None:
         yield from chunks
         return
-    start = 0
     for rows in chunks:
         rotated = rotate(rows)
         wrong = np.flatnonzero(~np.isfinite(rotated).all(axis=1))

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
-from embpack.files import TableEntry, format_checksum, make_metadata
+from embpack.files import PIECE_ALIGNMENT, PieceEntry, TableEntry, format_checksum, make_metadata, name_piece
 from embpack.formats import OutShard, OutTensor, SourceTensor
 from embpack.formats.base import as_bytes
 from embpack.formats.dtypes import name_dtype
-from embpack.layouts import RowFormat
-from embpack.methods import Method, measure_loss
-from embpack.methods.base import Sums, find_warning
+from embpack.layouts import ArraySpec, RowFormat
+from embpack.methods import Method, Packer, measure_loss
+from embpack.methods.base import Sums, condense, find_warning
 from embpack.packing import iter_packed
 from embpack.rotation import rotate_chunks
 from embpack.rules import Decision
@@ -29,6 +29,7 @@ Progress = Callable[[str, int], None]
 
 # As long as any.
 _NO_CHECKSUM = format_checksum(hashlib.sha256())
+_LONGEST = -1.2345678901234567e-300
 
 
 @dataclass(frozen=True)
@@ -63,100 +64,185 @@ class TableReport:
 
 @dataclass
 class TableWriter:
-    """Packs one table while it is being written, and keeps what is known of it only then.
+    """Packs one table, whole or in pieces, each while it is being written.
 
     Attributes:
         decision: to pack it.
         progress: is told of packed rows, several times a second.
-        beside: the arrays beside its rows, by name; there once it is fitted, before any row is written.
-        entry, report: there once its rows are written.
+        pieces: that are to be written, in the order of their rows.
+        packer: made when the first rows are packed, and dropped with the last ones.
     """
 
     decision: Decision
     progress: Progress
-    beside: dict[str, NDArray[Any]] = field(default_factory=dict)
-    entry: TableEntry | None = None
-    report: TableReport | None = None
+    pieces: list["PieceWriter"] = field(default_factory=list)
+    packer: Packer | None = None
 
-    def out_tensors(self) -> list[OutTensor]:
-        """Make the tensors that the output has of the table."""
-        tensor, row_format = self.decision.tensor, self._row_format
-        out = [OutTensor(tensor.name, "U8", (tensor.shape[0], row_format.row_bytes), self._pack)]
-        for spec in self.decision.beside:
-            dtype = name_dtype(spec.dtype)
-            assert dtype is not None
-            out.append(OutTensor(tensor.name + spec.suffix, dtype, spec.known_shape, partial(self._read, spec.name)))
-        return out
+    def whole(self) -> "PieceWriter":
+        """Have it written in one piece."""
+        self.pieces = [PieceWriter(self, 0, self.decision.tensor.shape[0])]
+        return self.pieces[0]
 
-    @property
-    def longest_entry(self) -> TableEntry:
-        """An entry at least as long as the table's, with floats of as many digits as they can have."""
-        return self._make_entry(self._method.longest_spec, -1.2345678901234567e-300, _NO_CHECKSUM)
+    def cut(self, rows: int) -> "list[PieceWriter]":
+        """Have it written in pieces of so many rows, but for the last; a multiple of PIECE_ROWS."""
+        num_embeddings = self.decision.tensor.shape[0]
+        self.pieces = [
+            PieceWriter(self, first_row, min(rows, num_embeddings - first_row), number)
+            for number, first_row in enumerate(range(0, num_embeddings, rows))
+        ]
+        return self.pieces
 
     @property
-    def _method(self) -> Method:
+    def method(self) -> Method:
+        """What packs it."""
         assert self.decision.variant is not None  # it is packed
         return self.decision.variant.parsed_method
 
     @property
-    def _row_format(self) -> RowFormat:
+    def row_format(self) -> RowFormat:
+        """Of its packed rows."""
         assert self.decision.row_format is not None  # it is packed
         return self.decision.row_format
 
-    def _pack(self) -> Iterator[NDArray[np.uint8]]:
-        started = time.perf_counter()
-        tensor, row_format, place = self.decision.tensor, self._row_format, self.decision.place
-        read = partial(_read_rows, tensor, row_format, place)
-        packer = self._method.fit(read, tensor.shape[0], row_format, place)
-        self.beside |= packer.beside()
-        digest, sums = hashlib.sha256(), list[Sums]()
-        for packed, own in iter_packed(packer, read(), on_rows=partial(self.progress, tensor.name)):
-            digest.update(packed.data)
-            sums += own
-            yield packed
-        for array in self.beside.values():
-            digest.update(as_bytes(array))
-        loss = measure_loss(sums)
-        self.entry = self._make_entry(packer.spec, loss, format_checksum(digest))
-        square_norm = math.fsum(span.square for span in sums)
-        self.report = self._make_report(
-            self.entry, loss, square_norm, time.perf_counter() - started, find_warning(sums)
-        )
-
-    def _read(self, name: str) -> Iterator[NDArray[Any]]:
-        yield self.beside[name]
-
-    def _make_entry(self, method: str, loss: float, checksum: str) -> TableEntry:
-        return TableEntry.make(
-            self._row_format,
-            num_embeddings=self.decision.tensor.shape[0],
-            dtype=self.decision.dtype,
-            method=method,
-            loss=loss,
-            checksum=checksum,
-        )
-
-    def _make_report(
-        self, entry: TableEntry, loss: float, square_norm: float, seconds: float, warning: str | None
-    ) -> TableReport:
+    @property
+    def report(self) -> TableReport | None:
+        """What packing it came to; None before all of it is written."""
+        done = [piece.done for piece in self.pieces if piece.done is not None]
+        if len(done) < len(self.pieces):
+            return None
+        decision, entry = self.decision, done[0].entry
+        sums = [span for piece in done for span in piece.sums]
         return TableReport(
-            name=self.decision.tensor.name,
-            num_embeddings=entry.num_embeddings,
+            name=decision.tensor.name,
+            num_embeddings=decision.tensor.shape[0],
             embedding_dim=entry.embedding_dim,
             dtype=entry.dtype,
             method=entry.method,
-            bytes_before=self.decision.bytes_before,
-            bytes_after=self.decision.bytes_after,
-            loss=loss,
-            square_norm=square_norm,
-            seconds=seconds,
-            warning=warning,
+            bytes_before=decision.bytes_before,
+            bytes_after=sum(piece.nbytes for piece in self.pieces),
+            loss=measure_loss(sums),
+            square_norm=math.fsum(span.square for span in sums),
+            seconds=math.fsum(piece.seconds for piece in done),
+            warning=find_warning(sums),
         )
 
+    def fit(self) -> Packer:
+        """Return the packer, for which the whole table may have to be read."""
+        if self.packer is None:
+            rows, place = self.decision.tensor.shape[0], self.decision.place
+            self.packer = self.method.fit(partial(self.read, 0, rows), rows, self.row_format, place)
+        return self.packer
 
-def _read_rows(tensor: SourceTensor, row_format: RowFormat, place: str) -> Iterator[NDArray[Any]]:
-    """Read a table in chunks, as they are to be packed."""
-    return rotate_chunks(tensor.chunks(chunk_rows(row_format.embedding_dim)), row_format.rotation, place)
+    def read(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
+        """Read rows [start, stop) in chunks, as they are to be packed."""
+        chunks = self.decision.tensor.chunks(chunk_rows(self.row_format.embedding_dim), start, stop)
+        return rotate_chunks(chunks, self.row_format.rotation, self.decision.place, start)
+
+
+@dataclass(frozen=True)
+class DonePiece:
+    """What packing a table, or a piece of one, came to.
+
+    Attributes:
+        entry: what its file says of it.
+        sums: few, which come to what those of all its spans come to.
+        seconds: spent reading, packing and writing it.
+    """
+
+    entry: TableEntry
+    sums: Sequence[Sums]
+    seconds: float
+
+
+@dataclass
+class PieceWriter:
+    """Rows of a table that are packed into one file, and what is known of them only then.
+
+    Attributes:
+        table: which has them.
+        first_row: of the table.
+        num_rows: how many.
+        number: of the piece; None if it is the whole table.
+        beside: the arrays beside the rows, by name; there once the rows are packed.
+        done: there once the rows are packed.
+    """
+
+    table: TableWriter
+    first_row: int
+    num_rows: int
+    number: int | None = None
+    beside: dict[str, NDArray[Any]] = field(default_factory=dict)
+    done: DonePiece | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the tensor with its packed rows."""
+        name = self.table.decision.tensor.name
+        return name if self.number is None else name_piece(name, self.number)
+
+    @property
+    def specs(self) -> tuple[ArraySpec, ...]:
+        """What lies beside its rows."""
+        row_format = self.table.row_format
+        num_codebooks = self.table.method.num_codebooks(self.table.decision.tensor.shape[0], row_format)
+        return row_format.form.beside(self.num_rows, num_codebooks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.num_rows * self.table.row_format.row_bytes + sum(spec.nbytes for spec in self.specs)
+
+    def out_tensors(self) -> list[OutTensor]:
+        """Make the tensors that the output has of it."""
+        out = [OutTensor(self.name, "U8", (self.num_rows, self.table.row_format.row_bytes), self._pack)]
+        for spec in self.specs:
+            dtype = name_dtype(spec.dtype)
+            assert dtype is not None
+            out.append(OutTensor(self.name + spec.suffix, dtype, spec.known_shape, partial(self._read, spec.name)))
+        return out
+
+    @property
+    def longest_entry(self) -> TableEntry:
+        """An entry at least as long as its own, with floats of as many digits as they can have."""
+        return self._make_entry(self.table.method.longest_spec, _LONGEST, _LONGEST, _NO_CHECKSUM)
+
+    def _pack(self) -> Iterator[NDArray[np.uint8]]:
+        started = time.perf_counter()
+        packer, stop = self.table.fit(), self.first_row + self.num_rows
+        by_row = self.table.row_format.form.by_row(self.num_rows)
+        for name, array in packer.beside().items():
+            is_by_row = by_row is not None and by_row.name == name
+            self.beside[name] = array[self.first_row : stop] if is_by_row else array
+        digest, sums = hashlib.sha256(), list[Sums]()
+        on_rows = partial(self.table.progress, self.table.decision.tensor.name)
+        for packed, own in iter_packed(packer, self.table.read(self.first_row, stop), self.first_row, on_rows):
+            digest.update(packed.data)
+            sums = condense([*sums, *own])
+            yield packed
+        for array in self.beside.values():
+            digest.update(as_bytes(array))
+        square_norm = math.fsum(span.square for span in sums)
+        entry = self._make_entry(packer.spec, measure_loss(sums), square_norm, format_checksum(digest))
+        self.done = DonePiece(entry, sums, time.perf_counter() - started)
+        if all(piece.done for piece in self.table.pieces):
+            self.table.packer = None
+
+    def _read(self, name: str) -> Iterator[NDArray[Any]]:
+        yield self.beside.pop(name)
+
+    def _make_entry(self, method: str, loss: float, square_norm: float, checksum: str) -> TableEntry:
+        tensor, piece = self.table.decision.tensor, None
+        if self.number is not None:
+            piece = PieceEntry(tensor.name, self.first_row, tensor.shape[0], square_norm)
+        return TableEntry.make(
+            self.table.row_format,
+            num_embeddings=self.num_rows,
+            dtype=self.table.decision.dtype,
+            method=method,
+            loss=loss,
+            checksum=checksum,
+            piece=piece,
+        )
 
 
 @dataclass(frozen=True)
@@ -164,11 +250,11 @@ class ShardWriter:
     """Writes one shard.
 
     Attributes:
-        tensors: what it has, in order: tables to pack, and tensors to copy.
+        tensors: what it has, in order: tables to pack, or pieces of them, and tensors to copy.
         source_metadata: of the shard that is read.
     """
 
-    tensors: tuple[TableWriter | SourceTensor, ...]
+    tensors: tuple[PieceWriter | SourceTensor, ...]
     source_metadata: dict[str, str]
 
     def out_shard(self, file_name: str) -> OutShard:
@@ -176,29 +262,33 @@ class ShardWriter:
         out: list[OutTensor] = []
         others: dict[str, str] = {}
         for tensor in self.tensors:
-            if isinstance(tensor, TableWriter):
+            if isinstance(tensor, PieceWriter):
                 out += tensor.out_tensors()
             else:
                 others[tensor.name] = _NO_CHECKSUM
                 out.append(copy_tensor(tensor, partial(_keep_checksum, others, tensor.name)))
         _check_names(out)
-        longest = self._make_metadata([table.longest_entry for table in self.tables], others, out)
-        return OutShard(file_name, tuple(out), lambda: self._metadata(others, out), len(json.dumps(longest)))
+        longest = self._make_metadata({piece.name: piece.longest_entry for piece in self.pieces}, others, out)
+        has_pieces = any(piece.number is not None for piece in self.pieces)
+        return OutShard(
+            file_name,
+            tuple(out),
+            lambda: self._make_metadata(
+                {piece.name: piece.done.entry for piece in self.pieces if piece.done}, others, out
+            ),
+            len(json.dumps(longest)),
+            PIECE_ALIGNMENT if has_pieces else 8,
+        )
 
     @property
-    def tables(self) -> list[TableWriter]:
-        """The tables, in order."""
-        return [tensor for tensor in self.tensors if isinstance(tensor, TableWriter)]
-
-    def _metadata(self, others: Mapping[str, str], out: Sequence[OutTensor]) -> dict[str, str]:
-        return self._make_metadata([table.entry for table in self.tables if table.entry is not None], others, out)
+    def pieces(self) -> list[PieceWriter]:
+        """The tables that it has, whole or some rows of them, in order."""
+        return [tensor for tensor in self.tensors if isinstance(tensor, PieceWriter)]
 
     def _make_metadata(
-        self, entries: Sequence[TableEntry], others: Mapping[str, str], out: Sequence[OutTensor]
+        self, entries: Mapping[str, TableEntry], others: Mapping[str, str], out: Sequence[OutTensor]
     ) -> dict[str, str]:
-        names = [table.decision.tensor.name for table in self.tables]
-        tables = dict(zip(names, entries, strict=True))
-        return {**self.source_metadata, **make_metadata(tables, others, out)}
+        return {**self.source_metadata, **make_metadata(entries, others, out)}
 
 
 def _keep_checksum(others: dict[str, str], name: str, digest: "hashlib._Hash") -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from embpack.errors import FormatError
-from embpack.files import open_packed
+from embpack.packed_files import open_packed
 from embpack.table import PackedTable
 
 MODULES_NAME, TOKENIZER_NAME = "modules.json", "tokenizer.json"
@@ -97,14 +97,15 @@ def read_encoder(path: Path) -> Encoder:
     Raises:
         FormatError: it is damaged, or of another model.
     """
-    with open_packed(path) as [file]:
-        names = [name for name in file.entries if name in (TABLE_NAME, MODEL2VEC_TABLE_NAME)]
+    with open_packed(path) as packed:
+        names = [name for name in packed.tables if name in (TABLE_NAME, MODEL2VEC_TABLE_NAME)]
         if len(names) != 1:
             raise FormatError(
-                f"{path}: the packed tables are {', '.join(file.entries)}; a static encoder has one, {TABLE_NAME} or "
+                f"{path}: the packed tables are {', '.join(packed.tables)}; a static encoder has one, {TABLE_NAME} or "
                 f"{MODEL2VEC_TABLE_NAME}"
             )
         weights, mapping = (
-            file.others[name].whole(mapped=False) if name in file.others else None for name in ("weights", "mapping")
+            packed.others[name].whole(mapped=False) if name in packed.others else None
+            for name in ("weights", "mapping")
         )
-        return Encoder(file.table(names[0]), weights, mapping)
+        return Encoder(packed.tables[names[0]].open(), weights, mapping)

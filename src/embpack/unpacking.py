@@ -12,11 +12,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
-from embpack.destination import check_place, name_file, name_index
-from embpack.files import METADATA_KEY, Contents, TableEntry, check_bytes, read_contents, split_shard
-from embpack.formats import OutFolder, OutShard, OutTensor, SourceTensor, open_checkpoint, write_checkpoint
+from embpack.cutting import DEFAULT_SIZE
+from embpack.destination import check_place, name_cut, name_file, name_index
+from embpack.files import METADATA_KEY, check_bytes
+from embpack.formats import Checkpoint, OutFolder, OutShard, OutTensor, Shard, open_checkpoint, write_checkpoint
 from embpack.formats.base import as_bytes
 from embpack.formats.new_folder import nothing
+from embpack.packed_files import PackedCheckpoint, PackedFile, StoredTable, check_packed
 from embpack.packed_folder import copy_companions, name_plain
 from embpack.rows import ROW_DTYPES
 from embpack.shard_writer import Progress, copy_tensor
@@ -45,7 +47,7 @@ def dequantize_file(
     Args:
         src: what quantize_file or save wrote; a file, or a folder.
         dst: .safetensors, .pt, .pth, .bin, .ckpt, .npy, .npz or .parquet, by its suffix; for a folder as src a folder,
-            which gets the model's small files, too.
+            which gets the model's small files, too. Tables in pieces are whole there.
         force: write to dst though there is something, for nothing in a plain checkpoint says that embpack wrote it. A
             file is replaced; of a folder what has the name of a new file, and other files stay.
         progress: called with a table's name and a number of rows as they are done.
@@ -59,61 +61,94 @@ def dequantize_file(
     """
     dst = Path(dst)
     with open_checkpoint(src) as checkpoint:
-        check_place(checkpoint, dst, nothing, force=force)
-        shards, unpacked = [], []
-        for shard in checkpoint.shards:
-            path = checkpoint.path.parent / shard.file_name
-            contents = read_contents(path, shard)
-            parts, others = split_shard(shard, contents.tables)
-            unpacked += [_unpacked_table(parts[name], entry) for name, entry in contents.tables.items()]
-            copied = {tensor.name for tensor in others}
-            tensors = tuple(
-                copy_tensor(tensor, partial(_check_other, path, tensor.name, contents))
-                if tensor.name in copied
-                else _unpack(path, parts[tensor.name], contents.tables[tensor.name], progress)
-                for tensor in shard.tensors
-                if tensor.name in copied or tensor.name in contents.tables
+        check_place(checkpoint, dst, nothing, as_folder=checkpoint.is_folder, force=force)
+        packed = check_packed(checkpoint)
+        files = [
+            _OutFile(
+                name_file(checkpoint, shard, dst, name_plain),
+                tuple(_list_tensors(packed, file, shard, progress)),
+                {key: value for key, value in shard.metadata.items() if key != METADATA_KEY},
             )
-            plain = {key: value for key, value in shard.metadata.items() if key != METADATA_KEY}
-            name = name_file(checkpoint, shard, dst, name_plain)
-            shards.append(OutShard(name, tensors, partial(dict, plain), len(json.dumps(plain))))
-        folder = OutFolder(name_index(checkpoint, name_plain), copy_companions(checkpoint))
-        write_checkpoint(dst, shards, folder if checkpoint.is_folder else None, force=force)
-    return tuple(unpacked)
+            for shard, file in zip(checkpoint.shards, packed.files, strict=True)
+        ]
+        index_name = name_index(checkpoint, name_plain)
+        if checkpoint.is_folder and any(len(table.pieces) > 1 for table in packed.tables.values()):
+            files, index_name = _fill_files(checkpoint, files)
+        folder = OutFolder(index_name, copy_companions(checkpoint)) if checkpoint.is_folder else None
+        write_checkpoint(dst, [file.out_shard() for file in files], folder, force=force)
+    return tuple(map(_unpacked_table, packed.tables.values()))
 
 
-def _check_other(path: Path, name: str, contents: Contents, digest: "hashlib._Hash") -> None:
+@dataclass(frozen=True)
+class _OutFile:
+    """A file to write."""
+
+    name: str
+    tensors: tuple[OutTensor, ...]
+    metadata: dict[str, str]
+
+    def out_shard(self) -> OutShard:
+        return OutShard(self.name, self.tensors, lambda: self.metadata, len(json.dumps(self.metadata)))
+
+
+def _list_tensors(packed: PackedCheckpoint, file: PackedFile, shard: Shard, progress: Progress) -> Iterator[OutTensor]:
+    """List what becomes of a packed file's tensors, in their order; a table in pieces where its first one is."""
+    tables = {table.pieces[0].name: table for table in packed.tables.values()}
+    for tensor in shard.tensors:
+        if tensor.name in file.others:
+            yield copy_tensor(tensor, partial(_check_other, file, tensor.name))
+        elif tensor.name in file.parts and tensor.name in tables:
+            yield _unpack(tables[tensor.name], progress)
+
+
+def _fill_files(checkpoint: Checkpoint, files: Sequence[_OutFile]) -> tuple[list[_OutFile], str | None]:
+    """Fill files with tensors, which are whole now, until one would have more than DEFAULT_SIZE bytes; and their index.
+
+    A larger tensor makes a larger file.
+    """
+    filled, size = list[list[OutTensor]](), 0
+    for tensor in (tensor for file in files for tensor in file.tensors):
+        if not filled or size + tensor.nbytes > DEFAULT_SIZE:
+            filled.append([])
+            size = 0
+        filled[-1].append(tensor)
+        size += tensor.nbytes
+    names, index_name = name_cut(checkpoint, len(filled), name_plain)
+    metadata = {key: value for file in reversed(files) for key, value in file.metadata.items()}
+    return [_OutFile(name, tuple(own), metadata) for name, own in zip(names, filled, strict=True)], index_name
+
+
+def _check_other(file: PackedFile, name: str, digest: "hashlib._Hash") -> None:
     """Compare the checksum of a tensor that is no table's, which version 1 has not."""
-    if contents.others is not None:
-        check_bytes(path, f"tensor {name!r}", digest, contents.others[name])
+    if file.contents.others is not None:
+        check_bytes(file.path, f"tensor {name!r}", digest, file.contents.others[name])
 
 
-def _unpack(path: Path, parts: Sequence[SourceTensor], entry: TableEntry, progress: Progress) -> OutTensor:
-    """Decode a table chunk by chunk; its checksum is compared at the end, before the output gets its name."""
-    tensor, *beside = parts
+def _unpack(table: StoredTable, progress: Progress) -> OutTensor:
+    """Decode a table chunk by chunk; checksums are compared at the end, before the output gets its name."""
+    entry = table.entry
 
     def chunks() -> Iterator[NDArray[Any]]:
-        digest = hashlib.sha256()
-        named = {spec.name: part for spec, part in zip(entry.beside, beside, strict=True)}
-        clusters, codebooks = named.get("clusters"), named["codebooks"].read() if "codebooks" in named else None
-        done = 0
-        for packed in tensor.chunks(chunk_rows(entry.embedding_dim)):
-            digest.update(packed.data)
-            own = None if clusters is None else clusters.read(done, done + len(packed))
-            table = PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks)
-            yield table.dequantize(entry.dtype)
-            done += len(packed)
-            progress(tensor.name, len(packed))
-        for piece in chain.from_iterable(part.pieces() for part in beside):
-            digest.update(as_bytes(piece))
-        check_bytes(path, f"table {tensor.name!r}", digest, entry.checksum)
+        [codebooks] = table.read_shared() or [None]
+        for piece in table.pieces:
+            digest, done = hashlib.sha256(), 0
+            tensor, *beside = piece.parts
+            named = {spec.name: part for spec, part in zip(piece.entry.beside, beside, strict=True)}
+            clusters = named.get("clusters")
+            for packed in tensor.chunks(chunk_rows(entry.embedding_dim)):
+                digest.update(packed.data)
+                own = None if clusters is None else clusters.read(done, done + len(packed))
+                yield PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks).dequantize(entry.dtype)
+                done += len(packed)
+                progress(table.name, len(packed))
+            for part in chain.from_iterable(part.pieces() for part in beside):
+                digest.update(as_bytes(part))
+            check_bytes(piece.file.path, f"table {piece.name!r}", digest, piece.entry.checksum)
 
-    shape = (entry.num_embeddings, entry.embedding_dim)
-    return OutTensor(tensor.name, _SAFETENSORS_DTYPE[entry.dtype], shape, chunks)
+    return OutTensor(table.name, _SAFETENSORS_DTYPE[entry.dtype], (entry.num_embeddings, entry.embedding_dim), chunks)
 
 
-def _unpacked_table(parts: Sequence[SourceTensor], entry: TableEntry) -> UnpackedTable:
-    values = entry.num_embeddings * entry.embedding_dim
-    packed = sum(part.nbytes for part in parts)
-    plain = values * ROW_DTYPES[entry.dtype].itemsize
-    return UnpackedTable(parts[0].name, entry.num_embeddings, entry.embedding_dim, entry.dtype, packed, plain)
+def _unpacked_table(table: StoredTable) -> UnpackedTable:
+    entry = table.entry
+    plain = entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize
+    return UnpackedTable(table.name, entry.num_embeddings, entry.embedding_dim, entry.dtype, table.nbytes, plain)

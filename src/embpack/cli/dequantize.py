@@ -7,7 +7,7 @@ import typer
 
 from embpack.cli import show
 from embpack.cli.json_output import describe_unpacked
-from embpack.files import open_packed
+from embpack.packed_files import open_packed
 from embpack.unpacking import dequantize_file
 
 
@@ -36,12 +36,12 @@ def dequantize(
     [dim]embpack dequantize model-4bit.safetensors model-restored.safetensors[/]
     """
     show.go_on_unread()
-    with open_packed(src) as files:
-        totals = {name: entry.num_embeddings for packed in files for name, entry in packed.entries.items()}
+    with open_packed(src) as packed:
+        totals = {name: table.entry.num_embeddings for name, table in packed.tables.items()}
     with show.row_progress(totals, shown=not as_json) as progress:
         tables = dequantize_file(src, dst, force=force, progress=progress)
     if as_json:
-        show.print_json(describe_unpacked(src, dst, files))
+        show.print_json(describe_unpacked(src, dst, packed))
         return
     columns = ["table", "type", "rows", "dim", "before", "after"]
     shown = show.start_table(

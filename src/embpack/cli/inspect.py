@@ -7,7 +7,7 @@ import typer
 
 from embpack.cli import show
 from embpack.cli.json_output import describe_packed
-from embpack.files import PackedFile, open_packed
+from embpack.packed_files import PackedCheckpoint, open_packed
 from embpack.rows import ROW_DTYPES
 
 
@@ -27,68 +27,63 @@ def inspect(
 
     [dim]embpack inspect model-4bit.safetensors --verify[/]
     """
-    with open_packed(file) as files:
+    with open_packed(file) as packed:
         if verify:
-            for packed in files:
-                packed.verify_all()
+            packed.verify()
     if as_json:
-        checked, unchecked = _count_checked(files, verified=verify)
-        show.print_json(describe_packed(file, files, checked, unchecked, verified=verify))
+        checked, unchecked = _count_checked(packed, verified=verify)
+        show.print_json(describe_packed(file, packed, checked, unchecked, verified=verify))
     else:
-        _print(str(file), files, verified=verify)
+        _print(str(file), packed, verified=verify)
 
 
-def _others(files: list[PackedFile]) -> list[str]:
-    return [name for packed in files for name in packed.others]
-
-
-def _print(path: str, files: list[PackedFile], *, verified: bool) -> None:
+def _print(path: str, packed: PackedCheckpoint, *, verified: bool) -> None:
     columns = ["table", "layout", "bits", "params", "method", "rows", "dim", "bytes", "ratio", "of", "l2 loss"]
     drop = ("params", "dim", "of", "rows", "method")
-    table = show.start_table(path, columns, text_columns=2, things="tables", left=("params", "method"), drop=drop)
-    for packed in files:
-        for name, entry in packed.entries.items():
-            nbytes = sum(tensor.nbytes for tensor in packed.parts[name])
-            original = entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize
-            table.add_row(
-                name,
-                f"{entry.layout}, {entry.rotation}" if entry.rotation else entry.layout,
-                str(entry.bits),
-                entry.param_dtype,
-                entry.method or "unknown",
-                f"{entry.num_embeddings:,}",
-                str(entry.embedding_dim),
-                show.size(nbytes),
-                show.share(nbytes, original),
-                entry.dtype,
-                show.loss_text(entry.loss),
-            )
-    show.output.print(table)
-    others = _others(files)
-    if others:
-        show.output.print(f"{show.count(len(others), 'other tensor')}, not packed", style="dim")
+    shown = show.start_table(path, columns, text_columns=2, things="tables", left=("params", "method"), drop=drop)
+    for name, table in packed.tables.items():
+        entry = table.entry
+        original = entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize
+        shown.add_row(
+            name,
+            f"{entry.layout}, {entry.rotation}" if entry.rotation else entry.layout,
+            str(entry.bits),
+            entry.param_dtype,
+            entry.method or "unknown",
+            f"{entry.num_embeddings:,}",
+            str(entry.embedding_dim),
+            show.size(table.nbytes),
+            show.share(table.nbytes, original),
+            entry.dtype,
+            show.loss_text(entry.loss),
+        )
+    show.output.print(shown)
+    for name, table in packed.tables.items():
+        if len(table.pieces) > 1:
+            show.output.print(f"{name}: in {len(table.pieces):,} pieces", style="dim")
+    if packed.others:
+        show.output.print(f"{show.count(len(packed.others), 'other tensor')}, not packed", style="dim")
     if verified:
-        show.output.print(_say_checked(files), style="green")
+        show.output.print(_say_checked(packed), style="green")
 
 
-def _count_checked(files: list[PackedFile], *, verified: bool) -> tuple[dict[str, int], dict[str, int]]:
+def _count_checked(packed: PackedCheckpoint, *, verified: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Count what was compared with its checksum, headers at each opening, and what was not."""
-    newer = [packed for packed in files if packed.contents.others is not None]
-    tables, others = sum(len(packed.entries) for packed in files), len(_others(files))
+    newer = [file for file in packed.files if file.contents.others is not None]
     checked = {
-        "tables": tables if verified else 0,
-        "other_tensors": len(_others(newer)) if verified else 0,
+        "tables": len(packed.tables) if verified else 0,
+        "other_tensors": sum(len(file.others) for file in newer) if verified else 0,
         "headers": len(newer),
     }
-    everything = {"tables": tables, "other_tensors": others, "headers": len(files)}
+    everything = {"tables": len(packed.tables), "other_tensors": len(packed.others), "headers": len(packed.files)}
     return checked, {what: number - checked[what] for what, number in everything.items()}
 
 
-def _say_checked(files: list[PackedFile]) -> str:
+def _say_checked(packed: PackedCheckpoint) -> str:
     """Say what was verified, and what a file of version 1 has no checksums of."""
-    checked, unchecked = _count_checked(files, verified=True)
-    said = f"checksums of {_list_counted(checked, len(files))} agree"
-    without = _list_counted(unchecked, len(files))
+    checked, unchecked = _count_checked(packed, verified=True)
+    said = f"checksums of {_list_counted(checked, len(packed.files))} agree"
+    without = _list_counted(unchecked, len(packed.files))
     return f"{said}; version 1 has none for {without}" if without else said
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from embpack import _native
 from embpack.comparison.array import QUANTILES, Comparison, Skipped
 from embpack.comparison.checkpoint import FileComparison
-from embpack.convert import Report, count_file_bytes
-from embpack.files import PackedFile, TableEntry
+from embpack.convert import Report
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.layouts import RowFormat
 from embpack.methods import parse_method
+from embpack.packed_files import PackedCheckpoint, StoredTable, TablePiece
 from embpack.planning import Plan, PlannedTable
 from embpack.readers import find_readers
 from embpack.rows import ROW_DTYPES
@@ -32,9 +32,9 @@ def describe_quantized(
     checkpoint: Checkpoint,
     decisions: Sequence[Decision],
     plan: Plan | None,
-    report: Report | None,
+    outcome: Report | int,
 ) -> Record:
-    """Describe what quantize did, or with no report what it would do.
+    """Describe what quantize did, or what it would do.
 
     Args:
         src: what was read.
@@ -42,8 +42,9 @@ def describe_quantized(
         checkpoint: src, open.
         decisions: on all its tensors.
         plan: what chose among the ways to pack the tables; None if nothing did.
-        report: what packing came to.
+        outcome: what packing came to; of a dry run the bytes of files that would be written.
     """
+    report = outcome if isinstance(outcome, Report) else None
     planned = {} if plan is None else {table.name: table for table in plan.tables}
     reports = {} if report is None else {table.name: table for table in report.tables}
     tables = [
@@ -62,9 +63,7 @@ def describe_quantized(
         "totals": {
             **_sum(tables),
             "source_bytes": sum(shard.num_bytes for shard in checkpoint.shards),
-            "destination_bytes": (
-                count_file_bytes(checkpoint, decisions) if report is None else report.file_bytes_after
-            ),
+            "destination_bytes": outcome.file_bytes_after if isinstance(outcome, Report) else outcome,
             "loss": None if report is None else report.loss,
             "sample_loss": None if plan is None else plan.loss,
             "seconds": None if report is None else report.seconds,
@@ -94,61 +93,71 @@ def _describe_decision(decision: Decision, planned: PlannedTable | None, report:
     }
 
 
-def describe_unpacked(src: Path, dst: Path, files: Sequence[PackedFile]) -> Record:
-    """Describe what dequantize did with packed files."""
-    tables = [
-        _describe_entry(name, entry, packed.parts[name]) for packed in files for name, entry in packed.entries.items()
-    ]
+def describe_unpacked(src: Path, dst: Path, packed: PackedCheckpoint) -> Record:
+    """Describe what dequantize did with a packed checkpoint."""
+    tables = list(map(_describe_stored, packed.tables.values()))
     return {
         **_start("dequantize", src),
         "destination": str(dst),
         "tables": tables,
-        "other_tensors": _describe_others(files),
+        "other_tensors": list(map(_describe_tensor, packed.others.values())),
         "totals": _sum(tables),
     }
 
 
 def describe_packed(
-    src: Path, files: Sequence[PackedFile], checked: Mapping[str, int], unchecked: Mapping[str, int], *, verified: bool
+    src: Path, packed: PackedCheckpoint, checked: Mapping[str, int], unchecked: Mapping[str, int], *, verified: bool
 ) -> Record:
-    """Describe what inspect found in packed files."""
-    tables = [
-        {
-            **_describe_entry(name, entry, packed.parts[name]),
-            "row_bytes": entry.row_format.row_bytes,
-            "checksum": entry.checksum,
-            "file": packed.path.name,
-        }
-        for packed in files
-        for name, entry in packed.entries.items()
-    ]
+    """Describe what inspect found in a packed checkpoint."""
+    tables = []
+    for table in packed.tables.values():
+        first, *others = table.pieces
+        own = (
+            {"checksum": None, "file": None}
+            if others
+            else {"checksum": table.entry.checksum, "file": first.file.path.name}
+        )
+        tables.append(
+            {
+                **_describe_stored(table),
+                "row_bytes": table.entry.row_format.row_bytes,
+                **own,
+                "pieces": list(map(_describe_piece, table.pieces)) if others else [],
+            }
+        )
     return {
         **_start("inspect", src),
         "verified": verified,
         "checked": dict(checked),
         "unchecked": dict(unchecked),
         "tables": tables,
-        "other_tensors": _describe_others(files),
-        "totals": {**_sum(tables), "source_bytes": sum(packed.path.stat().st_size for packed in files)},
+        "other_tensors": list(map(_describe_tensor, packed.others.values())),
+        "totals": {**_sum(tables), "source_bytes": sum(file.path.stat().st_size for file in packed.files)},
     }
 
 
-def _describe_entry(name: str, entry: TableEntry, parts: Sequence[SourceTensor]) -> Record:
+def _describe_stored(table: StoredTable) -> Record:
+    entry = table.entry
     return {
-        "name": name,
+        "name": table.name,
         "num_embeddings": entry.num_embeddings,
         "embedding_dim": entry.embedding_dim,
         "dtype": entry.dtype,
         "method": entry.method,
         **_describe_rows(entry.row_format),
         "weight_bytes": entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize,
-        "packed_bytes": sum(part.nbytes for part in parts),
+        "packed_bytes": table.nbytes,
         "loss": entry.loss,
     }
 
 
-def _describe_others(files: Sequence[PackedFile]) -> list[Record]:
-    return [_describe_tensor(tensor) for packed in files for tensor in packed.others.values()]
+def _describe_piece(piece: TablePiece) -> Record:
+    return {
+        "file": piece.file.path.name,
+        "first_row": piece.first_row,
+        "num_embeddings": piece.entry.num_embeddings,
+        "checksum": piece.entry.checksum,
+    }
 
 
 def describe_comparison(report: FileComparison) -> Record:

@@ -17,6 +17,7 @@ from embpack.threads import set_num_threads
 from embpack.variant import Variant
 
 _check_max_bytes = options.checking(lambda text: parse_size(text, 1))
+_check_max_shard_size = options.checking(parse_size)
 
 
 def _check_max_loss(max_loss: float | None) -> float | None:
@@ -42,7 +43,8 @@ def quantize(
         Path | None,
         typer.Argument(
             metavar="DST",
-            help="A .safetensors file; a folder if SRC is a folder or an index. What embpack wrote there is replaced.",
+            help="A .safetensors file; or a folder, whose name has no suffix: always if SRC is a folder or an index. "
+            "What embpack wrote there is replaced.",
             show_default=False,
         ),
     ] = None,
@@ -178,6 +180,16 @@ def quantize(
             rich_help_panel=options.LIMITS,
         ),
     ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The largest file of a folder as DST: '500 MB'. A table that fits in none is cut into pieces.",
+            show_default="5 GB; the files of an index stay as they are",
+            callback=_check_max_shard_size,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -217,16 +229,17 @@ def quantize(
         set_num_threads(threads)
     with open_checkpoint(src) as checkpoint:
         if dst is not None and not dry_run:
-            check_destination(checkpoint, dst, force=force)
+            check_destination(checkpoint, dst, max_shard_size, force=force)
         decisions, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
         # A plan that is used says what was measured when it was made; what is packed now is in the decisions.
         shown = plan if plan_path is None else None
         if dst is None or dry_run:
+            after = count_file_bytes(checkpoint, decisions, dst, max_shard_size)
             planning.finish(plan, None)
             if as_json:
-                show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, None))
+                show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, after))
             else:
-                sizes = sum(shard.num_bytes for shard in checkpoint.shards), count_file_bytes(checkpoint, decisions)
+                sizes = sum(shard.num_bytes for shard in checkpoint.shards), after
                 show.print_decisions(str(src), decisions, checkpoint.left_out, shown, sizes)
                 if planning.max_table_loss is not None:
                     show.output.print("--max-loss judges tables once they are packed, not in a dry run", style="dim")
@@ -236,7 +249,15 @@ def quantize(
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
         limit = planning.max_table_loss
         with show.row_progress(totals, shown=not as_json) as progress:
-            report = pack_checkpoint(checkpoint, decisions, dst, max_loss=limit, force=force, progress=progress)
+            report = pack_checkpoint(
+                checkpoint,
+                decisions,
+                dst,
+                max_loss=limit,
+                max_shard_size=max_shard_size,
+                force=force,
+                progress=progress,
+            )
     planning.finish(plan, report)
     if as_json:
         show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, report))

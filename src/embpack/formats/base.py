@@ -85,7 +85,7 @@ class SourceTensor:
         if not self.nbytes:
             return self.read()
         length = self.shape[0] if self.shape else 1
-        with self._unchanged(by_name=False):
+        with self.unchanged(by_name=False):
             view = self.stored.view() if mapped and self.stored is not None else None
             if view is None:
                 [view] = self.iter_rows(0, length, length)
@@ -124,10 +124,11 @@ class SourceTensor:
     def _iter_unchanged(
         self, read: Callable[[], Iterator[NDArray[Any]]], *, by_name: bool = True
     ) -> Iterator[NDArray[Any]]:
-        with self._unchanged(by_name=by_name):
+        with self.unchanged(by_name=by_name):
             yield from read()
 
-    def _unchanged(self, *, by_name: bool) -> AbstractContextManager[None]:
+    def unchanged(self, *, by_name: bool) -> AbstractContextManager[None]:
+        """Do what SourceFile.unchanged does, if there is one."""
         if self.source is None:
             return nullcontext()
         return self.source.unchanged(f"tensor {self.name!r}", by_name=by_name)
@@ -282,12 +283,14 @@ class OutShard:
         metadata: called after all chunks have been written; goes into a safetensors header, other formats
             have no place for it.
         metadata_room: bytes of json.dumps(metadata()) at most.
+        alignment: of a safetensors file, what the place of the first tensor is a multiple of.
     """
 
     file_name: str
     tensors: tuple[OutTensor, ...]
     metadata: Callable[[], dict[str, str]] = dict
     metadata_room: int = 0
+    alignment: int = 8
 
 
 @dataclass(frozen=True)

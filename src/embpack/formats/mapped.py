@@ -1,9 +1,12 @@
 """Files mapped into memory: what packed tables are looked up from."""
 
+import ctypes
 import errno
 import mmap
+import os
 import sys
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,9 @@ from numpy.typing import NDArray
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
 # Since 3.13 a map can do without a descriptor of its own.
 _UNTRACKED: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+# Python does not name it: what is mapped takes the place of what is at its address.
+_FIXED = 0x10
+_READ_AND_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 # What systems say of files that cannot be mapped (some of networks and containers), and where a limit is reached.
 _REFUSED = {errno.ENODEV, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.ENOMEM}
 # An array from this size on is read at a time, around what is looked up, no more than that. Smaller ones are in memory
@@ -35,12 +41,60 @@ def map_file(descriptor: int, size: int) -> mmap.mmap:
     """
     try:
         private = mmap.MAP_PRIVATE | _NORESERVE
-        return PrivateMap(descriptor, size, flags=private, prot=mmap.PROT_READ | mmap.PROT_WRITE, **_UNTRACKED)
+        return PrivateMap(descriptor, size, flags=private, prot=_READ_AND_WRITE, **_UNTRACKED)
     except OSError as error:
         if not was_refused(error):
             raise
     # Pages that cannot be written to do not count towards `ulimit -d`, and some file systems map no others.
     return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, **_UNTRACKED)
+
+
+def reserve(size: int) -> mmap.mmap:
+    """Take a range of addresses, on which map_over lays parts of files; it takes no memory before it is written to.
+
+    As map_file returns one, it is never to be closed by hand, and is a PrivateMap where that can be.
+
+    Raises:
+        OSError: there is none, as map_file says.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+    try:
+        return PrivateMap(-1, size, flags=flags, prot=_READ_AND_WRITE)
+    except OSError as error:
+        if not was_refused(error):
+            raise
+    return mmap.mmap(-1, size, flags=flags, prot=mmap.PROT_READ)
+
+
+def map_over(reserved: mmap.mmap, position: int, descriptor: int, offset: int, size: int) -> None:
+    """Lay a part of an open file on a part of what reserve has taken, for as long as that is there.
+
+    Args:
+        reserved: the range of addresses.
+        position: in it, where a page begins.
+        descriptor: of the file.
+        offset: in the file, where a page begins.
+        size: bytes; the rest of the last page is overwritten, too.
+
+    Raises:
+        OSError: the file cannot be mapped, as map_file says; the part is of no use then.
+    """
+    address = np.frombuffer(reserved, np.uint8).ctypes.data + position
+    protection = _READ_AND_WRITE if isinstance(reserved, PrivateMap) else mmap.PROT_READ
+    private = mmap.MAP_PRIVATE | _NORESERVE | _FIXED
+    if _find_mmap()(address, size, protection, private, descriptor, offset) != address:
+        code = ctypes.get_errno()
+        # The system may have cleared the place: another thread is not to find it free.
+        _find_mmap()(address, size, protection, private | mmap.MAP_ANONYMOUS, -1, 0)
+        raise OSError(code, os.strerror(code))
+
+
+@cache
+def _find_mmap() -> Any:
+    call = ctypes.CDLL(None, use_errno=True).mmap
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    call.restype = ctypes.c_void_p
+    return call
 
 
 def was_refused(error: OSError) -> bool:

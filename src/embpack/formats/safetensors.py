@@ -27,7 +27,6 @@ from embpack.formats.stored import StoredArray
 _LENGTH_BYTES = 8
 # The library opens no file with a longer one.
 _MAX_HEADER_BYTES = 100_000_000
-_ALIGNMENT = 8
 # NumPy has no more.
 _MOST_DIMENSIONS = 64
 _METADATA_KEY = "__metadata__"
@@ -184,8 +183,8 @@ def count_file_bytes(path: Path, shard: OutShard) -> int:
 def write_safetensors(file: BinaryIO, path: Path, shard: OutShard) -> None:
     """Write a safetensors file whose metadata is known only at its end.
 
-    A header is reserved first, the tensors follow in the order given and without holes, from a multiple of 8
-    bytes on, then the header is filled in.
+    A header is reserved first, the tensors follow in the order given and without holes, from a multiple of
+    shard.alignment bytes on, then the header is filled in.
 
     Args:
         file: open for writing, seekable, at its start.
@@ -222,7 +221,7 @@ def _reserve(path: Path, shard: OutShard) -> int:
     entries = _place_tensors(path, shard)
     # An empty dict stands for the metadata: its key and comma are counted, and its own two bytes are room to spare.
     needed = len(_encode({_METADATA_KEY: {}, **entries})) + shard.metadata_room
-    reserved = needed + -(_LENGTH_BYTES + needed) % _ALIGNMENT
+    reserved = needed + -(_LENGTH_BYTES + needed) % shard.alignment
     if reserved > _MAX_HEADER_BYTES:
         raise ValueError(
             f"{path}: {len(entries)} tensors take a header of {reserved} bytes, but a safetensors file has at most "
@@ -243,7 +242,7 @@ def bound_bytes(shard: OutShard, most: int) -> int:
         for tensor in shard.tensors
     }
     header = len(_encode({_METADATA_KEY: {}, **entries})) + shard.metadata_room
-    return _LENGTH_BYTES + header + _ALIGNMENT + sum(tensor.nbytes for tensor in shard.tensors)
+    return _LENGTH_BYTES + header + shard.alignment + sum(tensor.nbytes for tensor in shard.tensors)
 
 
 def _make_header(path: Path, shard: OutShard, reserved: int) -> bytes:

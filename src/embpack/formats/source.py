@@ -147,29 +147,31 @@ class SourceFile:
                 self._map = map_file(self.descriptor, self.size)
             except OSError as error:
                 if was_refused(error):
-                    warnings.warn(
-                        f"{self.path}: cannot be mapped here ({error.strerror}), so it is read into memory",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
+                    self.warn_of_reading(f"cannot be mapped here ({error.strerror})")
                     return None
-                advice = "each mapped file keeps a descriptor; allow more (ulimit -n), or load with in_memory=True"
+                advice = "each mapped file keeps a descriptor; allow more (ulimit -n), or load with access='memory'"
                 raise OSError(error.errno, f"cannot be mapped: {error.strerror}; {advice}", str(self.path)) from None
         return self._map
 
     def open_for_rows(self) -> _native.DiskFile:
-        """Return the open file, once, as what reads a few rows here and there; it stays open as long as that lives.
+        """Return it as what reads a few rows here and there, the same each time, and is open as long as that lives.
 
         Raises:
+            FormatError: it was opened before and is another file by now, or was changed.
             OSError: too many files are open.
         """
         if self._for_rows is None:
             try:
-                self._for_rows = _native.DiskFile(self.descriptor)
+                with self:
+                    self._for_rows = _native.DiskFile(self.descriptor)
             except OSError as error:
                 advice = "each file whose rows stay on the disk keeps a descriptor; allow more (ulimit -n)"
                 raise OSError(error.errno, f"{error.strerror}; {advice}", str(self.path)) from None
         return self._for_rows
+
+    def warn_of_reading(self, reason: str) -> None:
+        """Warn that it is read into memory, not mapped, and why."""
+        warnings.warn(f"{self.path}: {reason}, so it is read into memory", RuntimeWarning, stacklevel=3)
 
     def _read_some(self, offset: int, view: memoryview) -> int:
         try:

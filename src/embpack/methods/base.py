@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ OnRows = Callable[[int], object]
 _NOT_FINITE = 1
 # The share of a table's squares from which on it matters what became of rows.
 _MATTERS = 1e-6
+# Spans that are kept by themselves.
+_MOST_SPANS = 256
 
 
 class Sums(NamedTuple):
@@ -123,6 +126,35 @@ def measure_loss(sums: Iterable[Sums]) -> float:
     spans = list(sums)
     square_error, square = math.fsum(span.error for span in spans), math.fsum(span.square for span in spans)
     return math.sqrt(square_error / square) if square else 0.0
+
+
+def condense(sums: Iterable[Sums]) -> list[Sums]:
+    """Make few sums of those of many spans, which come to the same to the last bit, however they are summed up."""
+    spans = list(sums)
+    if len(spans) < _MOST_SPANS:
+        return spans
+    error, square, lost_square = (
+        _split(getattr(span, name) for span in spans) for name in ("error", "square", "lost_square")
+    )
+    parts = zip_longest(error, square, lost_square, fillvalue=0.0)
+    lost_rows = [sum(span.lost_rows for span in spans), *[0] * len(spans)]
+    return [Sums(own[0], own[1], rows, own[2]) for own, rows in zip(parts, lost_rows, strict=False)]
+
+
+def _split(values: Iterable[float]) -> list[float]:
+    """Write the exact sum of numbers as a sum of few; at least one."""
+    left = list(values)
+    parts = [math.fsum(left)]
+    while parts[-1] and (rest := math.fsum([*left, *(-part for part in parts)])):
+        parts.append(rest)
+    return parts
+
+
+def join_losses(parts: Iterable[tuple[float, float]]) -> float:
+    """Normalized l2 loss of rows in parts, given of each part its loss and the sum of the squares of its values."""
+    known = list(parts)
+    square = math.fsum(own for _, own in known)
+    return math.sqrt(math.fsum(loss * loss * own for loss, own in known) / square) if square else 0.0
 
 
 def find_warning(sums: Iterable[Sums]) -> str | None:

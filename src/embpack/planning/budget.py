@@ -10,7 +10,7 @@ from embpack.errors import naming
 from embpack.formats import Checkpoint, OutShard
 from embpack.formats.safetensors import bound_bytes
 from embpack.rules import Decision
-from embpack.shard_writer import ShardWriter, TableWriter
+from embpack.shard_writer import PieceWriter, ShardWriter, TableWriter
 from embpack.sizes import parse_size
 
 
@@ -54,8 +54,8 @@ class Budget:
         return bound_bytes(alone, self.most) - bound_bytes(OutShard("", ()), self.most)
 
 
-def _write(decision: Decision) -> TableWriter:
-    return TableWriter(decision, lambda name, rows: None)
+def _write(decision: Decision) -> PieceWriter:
+    return TableWriter(decision, lambda name, rows: None).whole()
 
 
 def check_file_bytes(checkpoint: Checkpoint, decisions: Sequence[Decision], max_bytes: int | str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from embpack.errors import kind_of
 from embpack.formats import SourceTensor
 from embpack.formats.torch import DTYPES
+from embpack.packed_files import Access, check_access
 from embpack.table import PackedTable
 from embpack.torch.convert import (
     PACKED,
@@ -32,7 +33,11 @@ from embpack.torch.tied import Tied, check_layer, check_tied, group_names
 
 
 def load_checkpoint(
-    model: nn.Module, path: str | Path, *, tied: Literal["refuse", "share", "untie"] = "refuse"
+    model: nn.Module,
+    path: str | Path,
+    *,
+    tied: Literal["refuse", "share", "untie"] = "refuse",
+    access: Access = "mapped",
 ) -> nn.Module:
     """Load a checkpoint with packed tables into a model, which needs no memory for float tables at any time.
 
@@ -44,12 +49,13 @@ def load_checkpoint(
             save_pretrained and safetensors' save_model write it; for a sharded one its folder or index.
         tied: what to do if a module that is no embedding, such as a language model's output layer, has a weight that
             the file has packed only: "refuse" raises; "share" makes that layer, an nn.Linear, a PackedLinear over the
-            same mapped rows; "untie" gives it the table's rows as floats.
+            same rows; "untie" gives it the table's rows as floats.
+        access: where packed rows are when they are looked up, as embpack.load takes it.
 
     Returns:
-        The model. Tables are mapped: opening does not depend on their size, and rows are read when they are looked up.
-        What is written to them, as by another load_state_dict, stays in this process and does not reach the file. All
-        other tensors are in memory, of the types that the file has; a packed module returns values of the type that its
+        The model. Opening mapped tables does not depend on their size, and rows are read when they are looked up. What
+        is written to them, as by another load_state_dict, stays in this process and does not reach the file. All other
+        tensors are in memory, of the types that the file has; a packed module returns values of the type that its
         weights had, or of the first floats in the file of a state dict, which does not say it.
 
     Raises:
@@ -58,12 +64,13 @@ def load_checkpoint(
         TypeError: model is no module.
         ValueError: model and file do not have the same tensors; names them. No module is packed then, but tensors of
             others may be those of the file. Or a weight is tied, a module does what a packed one cannot (max_norm,
-            sparse, scale_grad_by_freq, hooks), the module that it is in does not let it be replaced, or the model is
-            itself an embedding.
+            sparse, scale_grad_by_freq, hooks), the module that it is in does not let it be replaced, the model is
+            itself an embedding, or there is no such access.
     """
     check_tied(tied)
+    check_access(access)
     _check_model(model)
-    with open_tables(path) as (tables, others):
+    with open_tables(path, access) as (tables, others):
         floats = {name: _read(path, tensor) for name, tensor in others.items()}
     groups, places = group_names(model), _find_places(model)
     chosen = _choose_tables(places, groups, tables, floats)

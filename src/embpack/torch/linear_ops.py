@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from embpack.layouts import RowFormat
-from embpack.rotation import rotate, rotate_back
 from embpack.lookups import OUTPUT_DTYPES
+from embpack.rotation import rotate, rotate_back
 from embpack.table import PackedTable
 from embpack.torch.ops import DTYPE_NAMES, SHARED, TABLE, as_table, check_devices, library, refuse_forward_mode
 

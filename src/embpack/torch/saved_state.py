@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from embpack.errors import FormatError
-from embpack.files import METADATA_KEY, open_packed
+from embpack.files import METADATA_KEY
 from embpack.formats import INDEX_SUFFIX, SourceTensor, open_checkpoint
 from embpack.formats.torch import DTYPES
+from embpack.packed_files import Access, open_packed
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
 from embpack.torch.ops import table_of_arrays
@@ -20,11 +21,15 @@ Found = tuple[dict[str, PackedTable], dict[str, SourceTensor]]
 
 
 @contextmanager
-def open_tables(path: str | Path) -> Iterator[Found]:
+def open_tables(path: str | Path, access: Access) -> Iterator[Found]:
     """Open a file of embpack quantize, or one that a packed model was saved in, each maybe in shards.
 
+    Args:
+        path: of it.
+        access: to the rows, as embpack.load takes it.
+
     Yields:
-        Tables, mapped, by the name of the float weight in a model, and all other tensors by name, which can be read
+        Tables by the name of the float weight in a model, and all other tensors by name, which can be read
         until the block ends.
 
     Raises:
@@ -34,11 +39,10 @@ def open_tables(path: str | Path) -> Iterator[Found]:
     path = Path(path)
     if _is_state(path):
         with open_checkpoint(path) as checkpoint:
-            yield _split_state(path, {tensor.name: tensor for shard in checkpoint.shards for tensor in shard.tensors})
+            yield _split_state(path, {tensor.name: tensor for tensor in checkpoint.tensors}, access)
         return
-    with open_packed(path) as files:
-        tables = {name: file.table(name) for file in files for name in file.entries}
-        yield tables, {name: tensor for file in files for name, tensor in file.others.items()}
+    with open_packed(path) as packed:
+        yield {name: table.open(access) for name, table in packed.tables.items()}, packed.others
 
 
 def _is_state(path: Path) -> bool:
@@ -51,7 +55,7 @@ def _is_state(path: Path) -> bool:
     return not is_ours and any(name.endswith(f".{FORMAT}") for name in names)
 
 
-def _split_state(path: Path, tensors: Mapping[str, SourceTensor]) -> Found:
+def _split_state(path: Path, tensors: Mapping[str, SourceTensor], access: Access) -> Found:
     """Tell the buffers of packed modules from other tensors.
 
     Modules that share rows have them in the file once; what the others say of them is left out.
@@ -61,7 +65,7 @@ def _split_state(path: Path, tensors: Mapping[str, SourceTensor]) -> Found:
     others = {name: tensor for name, tensor in tensors.items() if name not in buffers}
     dtype = _find_dtype(others)
     with_rows = [owner for owner in owners if f"{owner}.packed" in tensors]
-    return {f"{owner}.weight": _make_table(path, tensors, owner, dtype) for owner in with_rows}, others
+    return {f"{owner}.weight": _make_table(path, tensors, owner, dtype, access) for owner in with_rows}, others
 
 
 def _find_dtype(tensors: Mapping[str, SourceTensor]) -> str:
@@ -70,13 +74,15 @@ def _find_dtype(tensors: Mapping[str, SourceTensor]) -> str:
     return next((name for name in names if name in ROW_DTYPES), "float32")
 
 
-def _make_table(path: Path, tensors: Mapping[str, SourceTensor], owner: str, dtype: str) -> PackedTable:
+def _make_table(path: Path, tensors: Mapping[str, SourceTensor], owner: str, dtype: str, access: Access) -> PackedTable:
     def read(name: str, *, mapped: bool = False) -> Any:
         tensor = tensors.get(f"{owner}.{name}")
         return None if tensor is None else tensor.whole(mapped=mapped)
 
     text = read_format(torch.from_numpy(read(FORMAT)))
     try:
-        return table_of_arrays(text, read("packed", mapped=True), read("clusters"), read("codebooks"), dtype=dtype)
+        return table_of_arrays(
+            text, read("packed", mapped=access == "mapped"), read("clusters"), read("codebooks"), dtype=dtype
+        )
     except ValueError as error:
         raise FormatError(f"{path}: {owner}: {error}") from None
