@@ -7,6 +7,7 @@
 
 #include "bindings.h"
 #include "rotation.h"
+#include "scaled.h"
 #include "trellis.h"
 
 namespace embpack {
@@ -19,6 +20,7 @@ using ErrorWeights = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::dev
 using Starts = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using RowClusters = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using CodesArray = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using CodebookValues = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // A method's search, by the name that src/embpack/methods gives it.
@@ -193,6 +195,17 @@ void rotate_in_place(const FloatOut& rows, bool back) {
     rotate(values, rows.shape(0), rows.shape(1), back);
 }
 
+void multiply(const CodesArray& codes, const Floats& values, const CodebookValues& scales, const FloatOut& out) {
+    require(values.shape(0) == 256, "there must be a value for each of 256 codes");
+    require(scales.shape(0) == codes.shape(0), "scales must have a row for each row of codes");
+    require(scales.shape(1) > 0 && codes.shape(1) % scales.shape(1) == 0, "scales must be for as many columns each");
+    require(out.shape(0) == codes.shape(0) && out.shape(1) == codes.shape(1), "out must have the shape of the codes");
+    float* to = out.data();
+    const ScaledCodes scaled{codes.data(), values.data(), scales.data(), codes.shape(0), codes.shape(1), scales.shape(1)};
+    const WithoutPython without;
+    multiply_codes(scaled, to);
+}
+
 std::vector<std::string> list_searches() {
     std::vector<std::string> names;
     for (const Named<SearchFn>& known : searches) names.emplace_back(known.name);
@@ -273,6 +286,11 @@ void bind_quantize(nb::module_& m) {
     m.def("rotate", &rotate_in_place, nb::arg("rows").noconvert(), nb::kw_only(), nb::arg("back"),
           nb::sig("def rotate(rows: numpy.typing.NDArray[numpy.float32], *, back: bool) -> None"),
           "Rotate rows in place, or back.");
+    m.def("multiply_codes", &multiply, nb::arg("codes"), nb::arg("values"), nb::arg("scales"), nb::arg("out").noconvert(),
+          nb::sig("def multiply_codes(codes: numpy.typing.NDArray[numpy.uint8], "
+                  "values: numpy.typing.NDArray[numpy.float32], scales: numpy.typing.NDArray[numpy.float32], "
+                  "out: numpy.typing.NDArray[numpy.float32]) -> None"),
+          "Fill in values[codes] * scales, each scale for as many columns as the others.");
     m.def("searches", &list_searches, "Names of the searches that have a kernel.");
 }
 

@@ -53,7 +53,7 @@ def make_file(*results, name="model.safetensors", **values):
 
 
 def make_table_comparison(results, name="emb", rows=100):
-    return TableComparison(name, rows, 64, "float32", rows, 1.0, tuple(results), ())
+    return TableComparison(name, rows, 64, "float32", rows, 1.0, tuple(results), (), 4 * 64 * rows)
 
 
 def compare_file(src: Path, variants=None, most_rows=None, include=(), exclude=()) -> FileComparison:
@@ -82,7 +82,11 @@ def make_comparison(num_tables: int, num_results: int | None = None, **values: A
         name = f"model.embedding_bags.user_history_feature_{i:03d}_last_30_days.weight"
         rows = int(10 ** rng.uniform(2, 7))
         results = tuple(_disturb(result, name, rows, rng) for result in measure()[-(num_results or 0) :])
-        tables.append(TableComparison(name, rows, 64, "float32", min(rows, 20_000), rng.uniform(1, 1e4), results, ()))
+        tables.append(
+            TableComparison(
+                name, rows, 64, "float32", min(rows, 20_000), rng.uniform(1, 1e4), results, (), 4 * 64 * rows
+            )
+        )
     return FileComparison(Path("model.safetensors"), tuple(tables), (), (), 2, **values)
 
 

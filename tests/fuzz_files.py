@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 
 import embpack
 from embpack.errors import FormatError
+from embpack.files import PIECE_ROWS
 
 BATCH = 500
 MEMORY = 6 << 30
@@ -104,7 +105,19 @@ def _make_packed(folder: Path, state: dict[str, torch.Tensor]) -> list[Original]
     source.unlink()
     sharded = folder / "packed"
     embpack.quantize_file(folder / "sharded", sharded, include=["*_embedding.*"])
-    return [*originals, _remember(sharded)]
+    return [*originals, _remember(sharded), *_make_pieces(folder)]
+
+
+def _make_pieces(folder: Path) -> list[Original]:
+    """Write tables in pieces, of a layout with nothing beside the rows and of one with all that there can be."""
+    weights, originals = np.random.default_rng(1).standard_normal((2 * PIECE_ROWS + 9, DIM), np.float32), []
+    np.save(folder / "source.npy", weights)
+    for method in ("asym", "kmeans-cls:K=3"):
+        path = folder / f"pieces{len(originals)}"
+        embpack.quantize_file(folder / "source.npy", path, method=method, max_shard_size=1)
+        originals.append(_remember(path))
+    (folder / "source.npy").unlink()
+    return originals
 
 
 def _remember(path: Path) -> Original:

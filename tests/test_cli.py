@@ -231,7 +231,7 @@ def test_a_dry_run_writes_nothing(embpack_command, tmp_path, monkeypatch, model,
     assert (code, err) == (0, "")
     row = r"^item_emb\.weight +40 x 16 +float16 +optimal +4 +1,280 +480 +name says embedding$"  # 8 + 4 bytes a row
     assert re.search(row, out, re.MULTILINE)
-    assert "A table is a 2-D tensor of float32, float16 or bfloat16 with at least 16 rows" in flat(out)
+    assert "with scales, with at least 16 rows, that gets smaller" in flat(out)
     assert "--include" in out
     assert names_in(tmp_path) == {model.name}
 

@@ -17,7 +17,7 @@ from embpack.methods import DEFAULT_METHOD, Method
 from embpack.methods.base import join_losses
 from embpack.packed_folder import copy_and_list, list_own, name_packed
 from embpack.rules import Decision, Rules, decide_all
-from embpack.shard_writer import Progress, ShardWriter, TableReport
+from embpack.shard_writer import Progress, ShardWriter, TableReport, no_progress
 from embpack.sizes import parse_size
 from embpack.variant import Variant
 
@@ -64,7 +64,7 @@ def quantize_file(
     readable_by: Sequence[str] = (),
     max_shard_size: int | str | None = None,
     force: bool = False,
-    progress: Progress = lambda name, rows: None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Pack the embedding tables of a checkpoint, streaming: memory is bounded whatever the size.
 
@@ -128,7 +128,7 @@ def pack_checkpoint(
     max_loss: float | None = None,
     max_shard_size: int | str | None = None,
     force: bool = False,
-    progress: Progress = lambda name, rows: None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Do what quantize_file does, for an open checkpoint and what was decided on its tensors (rules.decide_all)."""
     dst, started = Path(dst), time.perf_counter()
@@ -197,7 +197,7 @@ class _Output:
         decisions: Sequence[Decision],
         dst: Path,
         max_shard_size: int | str | None,
-        progress: Progress = lambda name, rows: None,
+        progress: Progress = no_progress,
     ) -> "_Output":
         """Choose the files, of a folder as the source has them unless they are to be cut anew."""
         as_folder = makes_folder(checkpoint, dst)
@@ -207,7 +207,7 @@ class _Output:
             names = [name_file(checkpoint, shard, dst, name_packed) for shard in checkpoint.shards]
             index_name = name_index(checkpoint, name_packed)
         else:
-            writers = cut_files(checkpoint, decisions, _read_size(max_shard_size), progress)
+            writers = cut_files(checkpoint, decisions, read_file_size(max_shard_size), progress)
             names, index_name = name_cut(checkpoint, len(writers), name_packed)
         shards = [writer.out_shard(name) for writer, name in zip(writers, names, strict=True)]
         if not as_folder:
@@ -226,7 +226,12 @@ def makes_folder(checkpoint: Checkpoint, dst: Path) -> bool:
     return checkpoint.is_folder or not dst.suffix
 
 
-def _read_size(max_shard_size: int | str | None) -> int:
+def read_file_size(max_shard_size: int | str | None) -> int:
+    """Read how large files are to be at most; None is DEFAULT_SIZE.
+
+    Raises:
+        ValueError: it is no size.
+    """
     with naming("max_shard_size"):
         return DEFAULT_SIZE if max_shard_size is None else parse_size(max_shard_size)
 
@@ -255,7 +260,7 @@ def check_destination(
         raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors, or is a folder, whose name has no suffix")
     if not as_folder and max_shard_size is not None:
         raise ValueError(f"{dst}: max_shard_size is of the files of a folder; leave {dst.suffix} out")
-    _read_size(max_shard_size)
+    read_file_size(max_shard_size)
     check_place(checkpoint, dst, list_own, as_folder=as_folder, force=force)
 
 

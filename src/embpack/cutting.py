@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from embpack.files import PIECE_ROWS
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.formats.safetensors import bound_bytes
-from embpack.rules import Decision
-from embpack.shard_writer import PieceWriter, Progress, ShardWriter, TableWriter
+from embpack.rules import Decision, split_decisions
+from embpack.shard_writer import PieceWriter, Progress, ShardWriter, TableWriter, no_progress
 
 DEFAULT_SIZE = 5_000_000_000
 """Bytes of a file at most, where files are cut anew and nobody says a size; as Hugging Face's tools have it."""
@@ -15,71 +15,77 @@ DEFAULT_SIZE = 5_000_000_000
 _MOST_BYTES = 10**15
 
 
-def keep_files(checkpoint: Checkpoint, decisions: Sequence[Decision], progress: Progress) -> list[ShardWriter] | None:
+def keep_files(
+    checkpoint: Checkpoint, decisions: Sequence[Decision], progress: Progress = no_progress
+) -> list[ShardWriter] | None:
     """Have each file of a checkpoint become one; None if a table is made of tensors in several files."""
-    if len(checkpoint.shards) == 1:
-        [shard] = checkpoint.shards
-        return [ShardWriter(tuple(_whole(each, progress) for each in decisions), shard.metadata)]
     file_of = {tensor.name: at for at, shard in enumerate(checkpoint.shards) for tensor in shard.tensors}
-    files: list[list[Decision]] = [[] for _ in checkpoint.shards]
-    for decision in decisions:
-        own = {file_of[tensor.name] for tensor in decision.tensor.parts or (decision.tensor,)}
-        if len(own) > 1:
-            return None
-        files[own.pop()].append(decision)
+    if any(len({file_of[part.name] for part in each.tensor.parts}) > 1 for each in decisions if each.variant):
+        return None
     return [
-        ShardWriter(tuple(_whole(each, progress) for each in file), shard.metadata)
-        for shard, file in zip(checkpoint.shards, files, strict=True)
+        ShardWriter(tuple(_whole(each, progress) for each in own), shard.metadata)
+        for shard, own in zip(checkpoint.shards, split_decisions(checkpoint, decisions), strict=True)
     ]
 
 
 def cut_files(
-    checkpoint: Checkpoint, decisions: Sequence[Decision], max_bytes: int, progress: Progress
+    checkpoint: Checkpoint, decisions: Sequence[Decision], max_bytes: int, progress: Progress = no_progress
 ) -> list[ShardWriter]:
     """Fill files with tensors, in order, until one would have more than so many bytes.
 
     A table that no file would hold is cut into pieces, one at the beginning of each of several files. What cannot be
     cut, a tensor that is no table or PIECE_ROWS rows of one, makes a file as large as it is.
     """
-    # Of equal keys the first one counts.
-    metadata = {key: value for shard in reversed(checkpoint.shards) for key, value in shard.metadata.items()}
-    empty = _count_bytes([], metadata)
+    metadata = join_metadata(checkpoint)
+    empty = count_bytes([], metadata)
     files, file, size = list[list[PieceWriter | SourceTensor]](), list[PieceWriter | SourceTensor](), empty
     for decision in decisions:
         whole = _whole(decision, progress)
-        added = _count_added(whole)
+        added = count_added(whole)
         if file and size + added > max_bytes:
             files.append(file)
             file, size = [], empty
-        pieces = _cut(whole, max_bytes - empty) if empty + added > max_bytes else [whole]
-        for piece in pieces[:-1]:
-            files.append([piece])
-        file.append(pieces[-1])
-        size += _count_added(pieces[-1])
+        *full, last = cut(whole, max_bytes - empty)
+        files += [[piece] for piece in full]
+        file.append(last)
+        size += count_added(last)
     return [ShardWriter(tuple(each), metadata) for each in [*files, file] if each]
 
 
-def _cut(tensor: PieceWriter | SourceTensor, room: int) -> "Sequence[PieceWriter | SourceTensor]":
-    """Cut a table that does not fit into files with so much room, if that can be."""
-    if isinstance(tensor, SourceTensor):
+def join_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """Make the metadata of files that are cut anew; of equal keys the first one counts."""
+    return {key: value for shard in reversed(checkpoint.shards) for key, value in shard.metadata.items()}
+
+
+def cut(tensor: PieceWriter | SourceTensor, room: int) -> Sequence[PieceWriter | SourceTensor]:
+    """Cut a whole table that does not fit into files with so much room, if that can be."""
+    if isinstance(tensor, SourceTensor) or count_added(tensor) <= room:
         return [tensor]
     table, num_rows = tensor.table, tensor.num_rows
     # Numbers in its description are of as many digits as they can have.
     piece = PieceWriter(table, num_rows, num_rows, num_rows)
     row_bytes = piece.nbytes - PieceWriter(table, 0, num_rows - 1).nbytes
-    fitting = (room - (_count_added(piece) - num_rows * row_bytes)) // row_bytes
+    fitting = (room - (count_added(piece) - num_rows * row_bytes)) // row_bytes
     rows = max(1, fitting // PIECE_ROWS) * PIECE_ROWS
     return table.cut(rows) if rows < num_rows else [tensor]
 
 
-def _count_added(tensor: PieceWriter | SourceTensor) -> int:
-    """Count what a tensor adds to a file, with all that describes it; never too few bytes."""
-    separators = 8  # commas and spaces, in the header and in the metadata
-    return _count_bytes([tensor], {}) - _count_bytes([], {}) + separators
+def count_added(tensor: PieceWriter | SourceTensor, most: int = _MOST_BYTES) -> int:
+    """Count what a tensor adds to a file, with all that describes it; never too few bytes.
+
+    Args:
+        tensor: which is there whole, or in a piece.
+        most: no file has more bytes.
+    """
+    separator = 2  # a comma and a space, in the metadata
+    return count_bytes([tensor], {}, most) - count_bytes([], {}, most) + separator
 
 
-def _count_bytes(tensors: Sequence[PieceWriter | SourceTensor], metadata: dict[str, str]) -> int:
-    return bound_bytes(ShardWriter(tuple(tensors), metadata).out_shard(""), _MOST_BYTES)
+def count_bytes(
+    tensors: Sequence[PieceWriter | SourceTensor], metadata: dict[str, str], most: int = _MOST_BYTES
+) -> int:
+    """Count the bytes of a file, which has no more than most; never too few."""
+    return bound_bytes(ShardWriter(tuple(tensors), metadata).out_shard(""), most)
 
 
 def _whole(decision: Decision, progress: Progress) -> PieceWriter | SourceTensor:

@@ -23,6 +23,20 @@ from embpack.rows import narrow
 Row = NDArray[np.float32]
 
 
+def multiply_codes(
+    codes: NDArray[np.uint8], values: NDArray[np.float32], scales: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Values of codes of a byte, FP8 or INT8, and their scales: each product is rounded to float32 once.
+
+    Args:
+        codes: uint8 [n, d], the bits of the codes.
+        values: float32 [256], what each stands for.
+        scales: float32 [n, blocks], each for d / blocks columns.
+    """
+    with np.errstate(all="ignore"):
+        return values[codes] * np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
+
+
 class CodebookSearch(Protocol):
     """A method: chooses the codebook of a row."""
 

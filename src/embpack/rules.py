@@ -1,8 +1,9 @@
 """Which tensors of a checkpoint are embedding tables.
 
-A tensor is packed if it is a 2-D table of float32, float16 or bfloat16 and its name says embedding, or the file
-format says that it holds vectors, or the user names it; and, unless the user names it, if it has at least MIN_ROWS rows
-and packing makes them smaller.
+A tensor is packed if it is a 2-D table of float32, float16 or bfloat16, or of FP8 or INT8 with scales, and its name
+says embedding, or the file format says that it holds vectors, or the user names it; and, unless the user names it, if
+it has at least MIN_ROWS rows and packing makes them smaller. Tables that lie in several tensors (embpack.composites) go
+by the name that they have together.
 """
 
 import glob
@@ -13,8 +14,9 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
+from embpack.composites import Unit, list_units
 from embpack.files import METADATA_KEY
-from embpack.formats import Checkpoint, SourceTensor
+from embpack.formats import Checkpoint, Shard, SourceTensor
 from embpack.formats.dtypes import count_bytes
 from embpack.layouts import ArraySpec, RowFormat
 from embpack.readers import check_reader
@@ -25,6 +27,8 @@ from embpack.variant import Variant
 
 # The types that can be packed, by their safetensors names.
 PACKABLE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Other quantizers keep codes in these: numbers they are not.
+_CODES_OF_OTHERS = ("U8", "I16", "I32", "U32", "F4")
 
 # Each row of a small table (token types, say) is in a large part of all inputs: an error there costs the most, and
 # packing it saves the least.
@@ -39,6 +43,7 @@ class Decision:
         variant: how it is packed; None if it is passed through as it is.
         reason: for the user to read.
         path: of the file that has it, if it is known.
+        shard: which of the checkpoint's it is in, by number; the first of its parts is.
         is_chosen: whether the variant is its own, as Rules.variants say.
     """
 
@@ -47,6 +52,7 @@ class Decision:
     reason: str
     path: Path | None = None
     is_chosen: bool = False
+    shard: int = 0
 
     @property
     def place(self) -> str:
@@ -70,12 +76,14 @@ class Decision:
 
     @property
     def dtype(self) -> str:
-        """What a table's weights are: "float32", "float16" or "bfloat16"."""
-        return PACKABLE_DTYPES[self.tensor.dtype]
+        """What a table's weights are unpacked to: "float32", "float16" or "bfloat16"."""
+        return self.tensor.weight_dtype or PACKABLE_DTYPES[self.tensor.dtype]
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the tensor."""
+        """Bytes of the tensor, or of all its parts."""
+        if self.tensor.parts:
+            return sum(part.nbytes for part in self.tensor.parts)
         return count_bytes(self.tensor.dtype, self.tensor.shape)
 
     @property
@@ -119,12 +127,12 @@ class Rules:
         for reader in self.readable_by:
             check_reader(reader)
 
-    def decide(self, tensor: SourceTensor, path: Path | None = None) -> Decision:
+    def decide(self, tensor: SourceTensor, path: Path | None = None, fault: str | None = None) -> Decision:
         """Decide on one tensor, which is in the file at path.
 
         Raises:
-            ValueError: it is a table, but its variant has no rows of this embedding_dim, or none that are readable_by
-                all that are to read them.
+            ValueError: it is a table, but there is a fault, as a Unit has it; or its variant has no rows of this
+                embedding_dim, or none that are readable_by all that are to read them.
         """
         reason = self.why_no_table(tensor)
         if reason is not None:
@@ -133,6 +141,8 @@ class Rules:
         variant = self.variants.get(tensor.name, self.variant)
         decision = Decision(tensor, variant, "included", path, tensor.name in self.variants)
         try:
+            if fault is not None:
+                raise ValueError(fault)
             growth = explain_growth(decision.bytes_before, variant, *tensor.shape)
             if growth is None or included:
                 refuse_unread(variant, tensor.shape[1], self.readable_by)
@@ -152,6 +162,8 @@ class Rules:
             return f"{len(tensor.shape)}-D, a table is 2-D"
         if 0 in tensor.shape:
             return "empty"
+        if tensor.dtype in _CODES_OF_OTHERS and says_embedding(tensor.name):
+            return f"{tensor.dtype}: codes of an encoding that is not read"
         if tensor.dtype not in PACKABLE_DTYPES:
             return f"{tensor.dtype}, not float32, float16 or bfloat16"
         if tensor.is_vectors or _match(tensor.name, self.include):
@@ -198,22 +210,56 @@ def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
     path = printable(checkpoint.path)
     if any(METADATA_KEY in shard.metadata for shard in checkpoint.shards):
         raise ValueError(f"{path}: is packed already; unpack it first with: embpack dequantize")
-    _check_globs(path, rules, checkpoint)
+    units = list_units(checkpoint.tensors)
+    tables = list(dict.fromkeys(units))
+    _check_globs(path, rules, checkpoint, tables)
     rules = replace(rules, variants=name_variants(path, rules, checkpoint))
-    folder, single = checkpoint.path.parent, checkpoint.index_name is None
-    decisions = [
-        rules.decide(tensor, checkpoint.path if single else folder / shard.file_name)
-        for shard in checkpoint.shards
-        for tensor in shard.tensors
+    places = [
+        (number, _find_path(checkpoint, shard)) for number, shard in enumerate(checkpoint.shards) for _ in shard.tensors
     ]
+    first = dict(zip(reversed(units), reversed(places), strict=True))
+    decided = {
+        unit: replace(rules.decide(unit.tensor, first[unit][1], unit.fault), shard=first[unit][0]) for unit in tables
+    }
+    whole = list(decided.values())
     for pattern in rules.include:
-        matched = [each for each in decisions if fnmatchcase(each.tensor.name, pattern)]
+        matched = [each for each in whole if fnmatchcase(each.tensor.name, pattern)]
         if not any(each.variant for each in matched):
             advice = "; convert to float32 what is a table" if any(map(_is_other_float, matched)) else ""
-            raise ValueError(f"{path}: include {pattern!r} only matches {_list_reasons(matched)}{advice}")
-    if not any(each.variant for each in decisions):
-        raise ValueError(f"{path}: nothing to pack; {_explain_none(rules, decisions, checkpoint.left_out)}")
-    return decisions
+            said = "; ".join([f"{_list_reasons(matched)}{advice}", *_say_left_out(checkpoint.left_out)])
+            raise ValueError(f"{path}: include {pattern!r} only matches {said}")
+    if not any(each.variant for each in whole):
+        raise ValueError(f"{path}: nothing to pack; {_explain_none(rules, whole, checkpoint.left_out)}")
+    return _list_decisions(decided, units, checkpoint.tensors, places)
+
+
+def _find_path(checkpoint: Checkpoint, shard: Shard) -> Path:
+    return checkpoint.path if checkpoint.index_name is None else checkpoint.path.parent / shard.file_name
+
+
+def _list_decisions(
+    decided: Mapping[Unit, Decision],
+    units: Sequence[Unit],
+    tensors: Sequence[SourceTensor],
+    places: Sequence[tuple[int, Path]],
+) -> list[Decision]:
+    """List what is packed where its first part is, and of what is not each part where it is."""
+    decisions: dict[int, Decision] = {}
+    for unit, tensor, (shard, path) in zip(units, tensors, places, strict=True):
+        decision = decided[unit]
+        if decision.variant is None:
+            decisions[id(tensor)] = replace(decision, tensor=tensor, path=path, shard=shard)
+        else:
+            decisions.setdefault(id(unit), decision)
+    return list(decisions.values())
+
+
+def split_decisions(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> list[list[Decision]]:
+    """Return what was decided on each file of a checkpoint: tables that go there, and tensors that are copied."""
+    of_shards: list[list[Decision]] = [[] for _ in checkpoint.shards]
+    for decision in decisions:
+        of_shards[decision.shard].append(decision)
+    return of_shards
 
 
 def _explain_none(rules: Rules, decisions: Sequence[Decision], left_out: Sequence[str]) -> str:
@@ -243,9 +289,9 @@ def _is_other_float(decision: Decision) -> bool:
     return dtype.startswith("F") and dtype not in PACKABLE_DTYPES and len(decision.tensor.shape) == 2
 
 
-def _check_globs(path: str, rules: Rules, checkpoint: Checkpoint) -> None:
+def _check_globs(path: str, rules: Rules, checkpoint: Checkpoint, units: Sequence[Unit]) -> None:
     """Raise ValueError if a glob matches no tensor: somebody has mistyped it, or means what cannot be read."""
-    names = [tensor.name for tensor in checkpoint.tensors]
+    names = [unit.tensor.name for unit in units]
     for option in ("include", "exclude"):
         for pattern in getattr(rules, option):
             if not any(fnmatchcase(name, pattern) for name in names):
@@ -263,7 +309,7 @@ def name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, 
     Raises:
         ValueError: a name or glob matches no tensor, or none that can be packed.
     """
-    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+    tensors = {unit.tensor.name: unit.tensor for unit in list_units(checkpoint.tensors)}
     variants: dict[str, Variant] = {}
     for pattern, variant in rules.variants.items():
         matched = [pattern] if pattern in tensors else [name for name in tensors if fnmatchcase(name, pattern)]
@@ -281,7 +327,12 @@ def name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, 
 
 def _advise(wrong: str, checkpoint: Checkpoint) -> str:
     """Say what is most like a name or glob that matches nothing, and what is there but cannot be read."""
-    names = [tensor.name for tensor in checkpoint.tensors]
+    units = list_units(checkpoint.tensors)
+    for unit in units:
+        part = next((part.name for part in unit.tensor.parts if fnmatchcase(part.name, wrong)), None)
+        if part is not None:
+            return f"{part!r} is a part of {unit.tensor.name!r}; name that"
+    names = list(dict.fromkeys(unit.tensor.name for unit in units))
     wide = f"*{wrong.strip('*')}*"
     matched = sum(fnmatchcase(name, wide) for name in names)
     said = f"a glob matches whole names: {wide!r} matches {matched:,}" if matched else suggest(wrong, names)

@@ -27,6 +27,11 @@ from embpack.rules import Decision
 # Told of rows as they are done: the table's name and how many more.
 Progress = Callable[[str, int], None]
 
+
+def no_progress(name: str, rows: int) -> None:
+    """Tell nobody."""
+
+
 # As long as any.
 _NO_CHECKSUM = format_checksum(hashlib.sha256())
 _LONGEST = -1.2345678901234567e-300
@@ -74,7 +79,7 @@ class TableWriter:
     """
 
     decision: Decision
-    progress: Progress
+    progress: Progress = no_progress
     pieces: list["PieceWriter"] = field(default_factory=list)
     packer: Packer | None = None
 

@@ -40,7 +40,12 @@ class UnpackedTable:
 
 
 def dequantize_file(
-    src: str | Path, dst: str | Path, *, force: bool = False, progress: Progress = lambda name, rows: None
+    src: str | Path,
+    dst: str | Path,
+    *,
+    force: bool = False,
+    dtype: str | None = None,
+    progress: Progress = lambda name, rows: None,
 ) -> tuple[UnpackedTable, ...]:
     """Write a packed checkpoint as a plain one that the original program can load, streaming.
 
@@ -50,23 +55,27 @@ def dequantize_file(
             which gets the model's small files, too. Tables in pieces are whole there.
         force: write to dst though there is something, for nothing in a plain checkpoint says that embpack wrote it. A
             file is replaced; of a folder what has the name of a new file, and other files stay.
+        dtype: of the tables, "float32", "float16" or "bfloat16"; None is what each was packed from, and "bfloat16" if
+            that was FP8 or INT8. A finite value that the type cannot hold becomes its largest.
         progress: called with a table's name and a number of rows as they are done.
 
     Raises:
         FileExistsError: there is something at dst, and no force.
         FileNotFoundError: there is no src.
         FormatError: src is damaged, altered, not packed, or was changed while it was read.
-        ValueError: dst is src, or its format cannot hold the tensors.
+        ValueError: dst is src, or its format cannot hold the tensors; there is no such dtype.
         OSError: dst cannot be written.
     """
     dst = Path(dst)
+    if dtype is not None:
+        check_dtype(dtype)
     with open_checkpoint(src) as checkpoint:
         check_place(checkpoint, dst, nothing, as_folder=checkpoint.is_folder, force=force)
         packed = check_packed(checkpoint)
         files = [
             _OutFile(
                 name_file(checkpoint, shard, dst, name_plain),
-                tuple(_list_tensors(packed, file, shard, progress)),
+                tuple(_list_tensors(packed, file, shard, dtype, progress)),
                 {key: value for key, value in shard.metadata.items() if key != METADATA_KEY},
             )
             for shard, file in zip(checkpoint.shards, packed.files, strict=True)
@@ -76,7 +85,7 @@ def dequantize_file(
             files, index_name = _fill_files(checkpoint, files)
         folder = OutFolder(index_name, copy_companions(checkpoint)) if checkpoint.is_folder else None
         write_checkpoint(dst, [file.out_shard() for file in files], folder, force=force)
-    return tuple(map(_unpacked_table, packed.tables.values()))
+    return tuple(_unpacked_table(table, dtype or table.entry.dtype) for table in packed.tables.values())
 
 
 @dataclass(frozen=True)
@@ -91,14 +100,17 @@ class _OutFile:
         return OutShard(self.name, self.tensors, lambda: self.metadata, len(json.dumps(self.metadata)))
 
 
-def _list_tensors(packed: PackedCheckpoint, file: PackedFile, shard: Shard, progress: Progress) -> Iterator[OutTensor]:
+def _list_tensors(
+    packed: PackedCheckpoint, file: PackedFile, shard: Shard, dtype: str | None, progress: Progress
+) -> Iterator[OutTensor]:
     """List what becomes of a packed file's tensors, in their order; a table in pieces where its first one is."""
     tables = {table.pieces[0].name: table for table in packed.tables.values()}
     for tensor in shard.tensors:
         if tensor.name in file.others:
             yield copy_tensor(tensor, partial(_check_other, file, tensor.name))
         elif tensor.name in file.parts and tensor.name in tables:
-            yield _unpack(tables[tensor.name], progress)
+            table = tables[tensor.name]
+            yield _unpack(table, dtype or table.entry.dtype, progress)
 
 
 def _fill_files(checkpoint: Checkpoint, files: Sequence[_OutFile]) -> tuple[list[_OutFile], str | None]:
@@ -124,7 +136,7 @@ def _check_other(file: PackedFile, name: str, digest: "hashlib._Hash") -> None:
         check_bytes(file.path, f"tensor {name!r}", digest, file.contents.others[name])
 
 
-def _unpack(table: StoredTable, progress: Progress) -> OutTensor:
+def _unpack(table: StoredTable, dtype: str, progress: Progress) -> OutTensor:
     """Decode a table chunk by chunk; checksums are compared at the end, before the output gets its name."""
     entry = table.entry
 
@@ -138,17 +150,22 @@ def _unpack(table: StoredTable, progress: Progress) -> OutTensor:
             for packed in tensor.chunks(chunk_rows(entry.embedding_dim)):
                 digest.update(packed.data)
                 own = None if clusters is None else clusters.read(done, done + len(packed))
-                yield PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks).dequantize(entry.dtype)
+                yield PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks).dequantize(dtype)
                 done += len(packed)
                 progress(table.name, len(packed))
             for part in chain.from_iterable(part.pieces() for part in beside):
                 digest.update(as_bytes(part))
             check_bytes(piece.file.path, f"table {piece.name!r}", digest, piece.entry.checksum)
 
-    return OutTensor(table.name, _SAFETENSORS_DTYPE[entry.dtype], (entry.num_embeddings, entry.embedding_dim), chunks)
+    return OutTensor(table.name, _SAFETENSORS_DTYPE[dtype], (entry.num_embeddings, entry.embedding_dim), chunks)
 
 
-def _unpacked_table(table: StoredTable) -> UnpackedTable:
-    entry = table.entry
-    plain = entry.num_embeddings * entry.embedding_dim * ROW_DTYPES[entry.dtype].itemsize
-    return UnpackedTable(table.name, entry.num_embeddings, entry.embedding_dim, entry.dtype, table.nbytes, plain)
+def _unpacked_table(table: StoredTable, dtype: str) -> UnpackedTable:
+    rows, dim = table.entry.num_embeddings, table.entry.embedding_dim
+    return UnpackedTable(table.name, rows, dim, dtype, table.nbytes, rows * dim * ROW_DTYPES[dtype].itemsize)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError unless tables can be unpacked to a type."""
+    if dtype not in ROW_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; give one of {', '.join(ROW_DTYPES)}")

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from embpack.cli import show
+from embpack.cli import options, show
 from embpack.cli.json_output import describe_unpacked
 from embpack.packed_files import open_packed
-from embpack.unpacking import dequantize_file
+from embpack.unpacking import check_dtype, dequantize_file
 
 
 def dequantize(
@@ -25,6 +25,16 @@ def dequantize(
             ".parquet; for a folder as SRC a folder, with the model's small files, too.",
         ),
     ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Type of the tables: float32, float16 or bfloat16.",
+            show_default="what they were packed from; bfloat16 for FP8 and INT8",
+            callback=options.checking(check_dtype),
+            autocompletion=options.complete_dtype,
+        ),
+    ] = None,
     force: Annotated[
         bool,
         typer.Option("--force", help="Write to DST though there is something; a folder keeps files of other names."),
@@ -39,9 +49,9 @@ def dequantize(
     with open_packed(src) as packed:
         totals = {name: table.entry.num_embeddings for name, table in packed.tables.items()}
     with show.row_progress(totals, shown=not as_json) as progress:
-        tables = dequantize_file(src, dst, force=force, progress=progress)
+        tables = dequantize_file(src, dst, force=force, dtype=dtype, progress=progress)
     if as_json:
-        show.print_json(describe_unpacked(src, dst, packed))
+        show.print_json(describe_unpacked(src, dst, packed, tables))
         return
     columns = ["table", "type", "rows", "dim", "before", "after"]
     shown = show.start_table(

@@ -19,6 +19,7 @@ from embpack.rows import ROW_DTYPES
 from embpack.rules import Decision
 from embpack.shard_writer import TableReport
 from embpack.threads import get_num_threads
+from embpack.unpacking import UnpackedTable
 
 # Raised when a value changes its name or its meaning, or goes; new ones may come at any time.
 SCHEMA = 1
@@ -84,6 +85,8 @@ def _describe_decision(decision: Decision, planned: PlannedTable | None, report:
         "packed_bytes": decision.bytes_after,
         "loss": None if report is None else report.loss,
         "sample_loss": None if planned is None else planned.loss,
+        "stored_as": decision.tensor.stored_as or decision.tensor.dtype,
+        "num_pieces": decision.tensor.num_pieces,
         "reason": decision.reason,
         "plan_reason": None if planned is None else planned.reason,
         "plan_change": None if planned is None or report is None else ", ".join(planned.find_changes(report)) or None,
@@ -93,9 +96,10 @@ def _describe_decision(decision: Decision, planned: PlannedTable | None, report:
     }
 
 
-def describe_unpacked(src: Path, dst: Path, packed: PackedCheckpoint) -> Record:
-    """Describe what dequantize did with a packed checkpoint."""
-    tables = list(map(_describe_stored, packed.tables.values()))
+def describe_unpacked(src: Path, dst: Path, packed: PackedCheckpoint, unpacked: Sequence[UnpackedTable]) -> Record:
+    """Describe what dequantize made of a packed checkpoint."""
+    written = {table.name: {"dtype": table.dtype, "weight_bytes": table.bytes_after} for table in unpacked}
+    tables = [{**_describe_stored(table), **written[name]} for name, table in packed.tables.items()]
     return {
         **_start("dequantize", src),
         "destination": str(dst),

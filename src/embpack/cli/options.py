@@ -11,6 +11,7 @@ from embpack.comparison.choice import PREFERENCES
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
 from embpack.readers import READER_TITLES, check_reader
+from embpack.rows import ROW_DTYPES
 from embpack.selection import select_variants
 from embpack.variant import Variant, parse_bits, parse_variant
 
@@ -117,6 +118,7 @@ def _completing(choices: Mapping[str, str]) -> Callable[[str], Completions]:
 complete_methods = _completing({name: method.summary for name, method in METHODS.items()})
 complete_bits = _completing(dict.fromkeys(("2", "4", "8"), ""))
 complete_param_dtype = _completing(dict.fromkeys(PARAM_BYTES, ""))
+complete_dtype = _completing(dict.fromkeys(ROW_DTYPES, ""))
 complete_rotations = _completing(dict.fromkeys(("none", *ROTATIONS), ""))
 complete_readers = _completing(READER_TITLES)
 complete_preference = _completing(dict.fromkeys(PREFERENCES, ""))

@@ -37,6 +37,7 @@ class Planning:
         max_bytes, max_loss, access_counts: as --help says.
         variants: what --auto chooses from.
         readers: who is to read the rows.
+        max_shard_size: of the files of a folder.
     """
 
     auto: bool
@@ -47,6 +48,7 @@ class Planning:
     access_counts: Path | None
     variants: Sequence[Variant]
     readers: Sequence[str]
+    max_shard_size: str | None
 
     def check(self, ways: Mapping[str, object]) -> None:
         """Refuse options that do not go together, or would have no effect; ways: those that say how to pack."""
@@ -87,7 +89,7 @@ class Planning:
             with naming(str(self.used)):
                 decisions = decide_by_plan(checkpoint, rules, plan)
             if self.max_bytes is not None:
-                check_file_bytes(checkpoint, decisions, self.max_bytes)
+                check_file_bytes(checkpoint, decisions, self.max_bytes, dst, self.max_shard_size)
             return decisions, plan
         decisions = decide_all(checkpoint, rules)
         if not self.auto:
@@ -104,7 +106,8 @@ class Planning:
         if self.access_counts is not None:
             counts = _read_counts(self.access_counts, [each.tensor.name for each in decided])
         if dst is not None:
-            check_space(dst, count_least_bytes(checkpoint, decisions, self.variants, self.readers))
+            least = count_least_bytes(checkpoint, decisions, self.variants, self.readers, self.max_shard_size)
+            check_space(dst, least)
         work = sum(count_work(each, self.variants, self.readers) for each in decided)
         # One bar: tables are measured in turns, and are done all at once.
         what = f"measuring {show.count(len(decided), 'table')}"
@@ -118,6 +121,7 @@ class Planning:
                 variants=self.variants,
                 readable_by=self.readers,
                 access_counts=counts,
+                max_shard_size=self.max_shard_size,
                 progress=lambda name, rows: advance(what, rows),
             )
 

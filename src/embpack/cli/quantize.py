@@ -213,7 +213,7 @@ def quantize(
     # The readers restrict what --auto chooses from: whether they take what is tried before it chooses is no matter.
     readers, variants = readable_by or [], ways.all() if auto else []
     limits = max_bytes, max_loss, access_counts
-    planning = plans.Planning(auto, plan_path, save_plan, *limits, variants, readers)
+    planning = plans.Planning(auto, plan_path, save_plan, *limits, variants, readers, max_shard_size)
     given = {"--method": method, "--bits": bits, "--param-dtype": param_dtype, "--rotate": rotate, "--set": chosen}
     planning.check(given)
     rules = Rules(

@@ -201,7 +201,7 @@ def print_decisions(
         if decision.variant:
             variant, before, after = decision.variant, decision.bytes_before, decision.bytes_after
             cells = (variant.name, str(variant.bits), f"{before:,}", f"{after:,}") if sizes else ()
-            table.add_row(decision.tensor.name, _shape(decision), decision.dtype, *cells, decision.reason)
+            table.add_row(decision.tensor.name, _shape(decision), _describe_type(decision), *cells, decision.reason)
     output.print(table)
     for reason, names in _group_copied(decisions).items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -209,9 +209,9 @@ def print_decisions(
     for note in left_out:
         output.print(f"left out: {note}", style="yellow")
     output.print(
-        f"A table is a 2-D tensor of float32, float16 or bfloat16 with at least {MIN_ROWS} rows that gets smaller; its "
-        "name says embedding (word_embeddings.weight, wte.weight, user_emb.weight, embed_tokens.weight), or the format "
-        "says that it holds vectors. Change that with --include and --exclude.",
+        f"A table is a 2-D tensor of float32, float16, bfloat16, or FP8 or INT8 with scales, with at least {MIN_ROWS} "
+        "rows, that gets smaller; its name says embedding (word_embeddings.weight, wte.weight, user_emb.weight, "
+        "embed_tokens.weight), or the format says that it holds vectors. Change that with --include and --exclude.",
         style="dim",
     )
     if plan is not None:
@@ -229,6 +229,12 @@ def _group_copied(decisions: Sequence[Decision]) -> dict[str, list[str]]:
         if decision.variant is None:
             groups.setdefault(decision.reason, []).append(decision.tensor.name)
     return groups
+
+
+def _describe_type(decision: Decision) -> str:
+    """Say what a table's values are stored as, and in how many pieces if it lies in pieces."""
+    tensor, stored_as = decision.tensor, decision.tensor.stored_as or decision.dtype
+    return stored_as if tensor.num_pieces == 1 else f"{stored_as}, {count(tensor.num_pieces, 'piece')}"
 
 
 def _shape(decision: Decision) -> str:

@@ -98,6 +98,7 @@ class Sample:
         rows: float32 or float16 [n, embedding_dim].
         numbers: int64 [n], theirs in the table.
         num_embeddings: rows of the table.
+        weight_bytes: of the table that is not packed.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Sample:
     rows: NDArray[Any]
     numbers: NDArray[np.int64]
     num_embeddings: int
+    weight_bytes: int
 
     @classmethod
     def make(
@@ -116,8 +118,11 @@ class Sample:
         numbers: NDArray[np.int64],
         num_embeddings: int,
         place: str | None = None,
+        weight_bytes: int | None = None,
     ) -> "Sample":
         """Make a sample of rows as as_rows or a file has them, bfloat16 as its bits in uint16.
+
+        No place is the name, and no weight_bytes are those that the dtype takes.
 
         Raises:
             ValueError: a value is NaN or infinite; row, by its number in the table, and column are named.
@@ -126,7 +131,9 @@ class Sample:
         wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if len(wrong):
             raise explain_not_finite(widen(values[wrong[0]]), place or printable(name), int(numbers[wrong[0]]))
-        return cls(name, place or printable(name), dtype, values, numbers, num_embeddings)
+        if weight_bytes is None:
+            weight_bytes = num_embeddings * rows.shape[1] * ROW_DTYPES[dtype].itemsize
+        return cls(name, place or printable(name), dtype, values, numbers, num_embeddings, weight_bytes)
 
 
 def compare_rows(
@@ -202,7 +209,6 @@ def _describe(sample: Sample, table: PackedTable, variant: Variant, seconds: flo
     worst = int(of_rows[losses[of_rows].argmax()]) if of_rows.size else 0
     shown = np.quantile(losses[of_rows], QUANTILES) if of_rows.size else np.zeros(len(QUANTILES))
     shared = 0 if table.codebooks is None else table.codebooks.nbytes
-    before = sample.num_embeddings * rows.shape[1] * ROW_DTYPES[sample.dtype].itemsize
     bytes_per_row = (table.nbytes - shared) / len(rows) + shared / sample.num_embeddings
     return Comparison(
         table=sample.name,
@@ -214,7 +220,7 @@ def _describe(sample: Sample, table: PackedTable, variant: Variant, seconds: flo
         loss=table.loss,
         bytes_per_row=bytes_per_row,
         share_of_float32=bytes_per_row / (4 * rows.shape[1]),
-        is_smaller=explain_growth(before, variant, sample.num_embeddings, rows.shape[1]) is None,
+        is_smaller=explain_growth(sample.weight_bytes, variant, sample.num_embeddings, rows.shape[1]) is None,
         worst_row=int(sample.numbers[worst]),
         worst_row_loss=float(losses[worst]) if of_rows.size else 0.0,
         row_losses=tuple(map(float, shown)),

@@ -21,7 +21,7 @@ from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.layouts import LAYOUTS, RowFormat
 from embpack.methods import parse_method
 from embpack.readers import READERS
-from embpack.rows import ROW_DTYPES, spread_rows
+from embpack.rows import spread_rows
 from embpack.rules import Decision
 from embpack.text import quote
 from embpack.variant import Variant
@@ -35,6 +35,7 @@ class TableComparison:
         rows_measured: those of the sample, packed as a table of their own, or all.
         square_norm: sum of the squares of their values.
         results: one for each way in which the table could be packed.
+        weight_bytes: of the table that is not packed.
     """
 
     name: str
@@ -45,6 +46,7 @@ class TableComparison:
     square_norm: float
     results: tuple[Comparison, ...]
     skipped: tuple[Skipped, ...]
+    weight_bytes: int
 
     def describe_sample(self) -> str:
         """Say what was measured."""
@@ -155,7 +157,8 @@ def read_sample(decision: Decision, most_rows: int | None) -> Sample:
     tensor = decision.tensor
     numbers = spread_rows(tensor.shape[0], count_rows(decision, most_rows))
     rows = _read_rows(tensor, numbers)
-    return Sample.make(tensor.name, rows, decision.dtype, numbers, tensor.shape[0], decision.place)
+    of_table = tensor.shape[0], decision.place, decision.bytes_before
+    return Sample.make(tensor.name, rows, decision.dtype, numbers, *of_table)
 
 
 def compare_sample(
@@ -182,6 +185,7 @@ def compare_sample(
         square_norm=float(np.einsum("ij,ij->", rows, rows, dtype=np.float64)),
         results=tuple(results),
         skipped=tuple(skipped),
+        weight_bytes=sample.weight_bytes,
     )
 
 
@@ -213,7 +217,7 @@ def _sum(tables: Sequence[TableComparison], results: Sequence[Comparison]) -> To
     rows = [table.num_embeddings for table in tables]
     packed = sum(result.bytes_per_row * n for result, n in zip(results, rows, strict=True))
     values = [table.num_embeddings * table.embedding_dim for table in tables]
-    before = sum(n * ROW_DTYPES[table.dtype].itemsize for n, table in zip(values, tables, strict=True))
+    before = sum(table.weight_bytes for table in tables)
     worst = max(results, key=lambda result: result.worst_row_loss)
     layouts = dict.fromkeys(result.layout for result in results)
     return Total(

@@ -41,6 +41,8 @@ class SourceTensor:
         parts: tensors of the checkpoint that it is made of, such as pieces of a table and scales of its values; none
             if it is one of the checkpoint's own.
         weight_dtype: what its values are to be unpacked to, "bfloat16", if that is not what they are read as.
+        stored_as: how its parts hold its values, "F8_E4M3 x BF16", if not as they are read.
+        num_pieces: in how many pieces it lies.
     """
 
     name: str
@@ -52,6 +54,8 @@ class SourceTensor:
     stored: StoredArray | None = None
     parts: tuple["SourceTensor", ...] = ()
     weight_dtype: str | None = None
+    stored_as: str | None = None
+    num_pieces: int = 1
 
     @property
     def nbytes(self) -> int:

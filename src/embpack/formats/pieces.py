@@ -70,7 +70,7 @@ def join_pieces(where: str, name: str, shape: tuple[int, int], dtype: str, piece
             )
     bands = _find_bands(f"{where}: table {name!r}", shape, [piece for piece in pieces if piece.tensor.nbytes])
     read = partial(_iter_rows, bands, shape[1], dtype)
-    return SourceTensor(name, shape, dtype, read, None)
+    return SourceTensor(name, shape, dtype, read, None, num_pieces=len(pieces))
 
 
 def _find_bands(where: str, shape: tuple[int, int], pieces: Sequence[Piece]) -> tuple[_Band, ...]:

@@ -113,16 +113,20 @@ def plan_checkpoint(
     variants: Sequence[Variant] = VARIANTS,
     readable_by: Sequence[str] = (),
     access_counts: Mapping[str, float] | None = None,
+    max_shard_size: int | str | None = None,
     progress: Progress = lambda name, rows: None,
 ) -> Plan:
-    """Do what plan does, for an open checkpoint and what was decided on its tensors; is_chosen ones have one way."""
+    """Do what plan does, for an open checkpoint and what was decided on its tensors; is_chosen ones have one way.
+
+    With max_shard_size, as quantize_file takes it, headers of more files count.
+    """
     _check(max_bytes, max_loss, variants)
     decided = [each for each in decisions if each.variant]
     counts = access_counts or {}
     check_counts(counts, [each.tensor.name for each in decided])
     work = {each.tensor.name: count_work(each, variants, readable_by) for each in decided}
     with _metered(progress, work) as tell:
-        budget, tables = _list_candidates(checkpoint, decisions, variants, readable_by, counts, tell)
+        budget, tables = _list_candidates(checkpoint, decisions, variants, readable_by, counts, max_shard_size, tell)
         room = None if max_bytes is None else _find_room(max_bytes, checkpoint, budget.fixed, tables)
         for table in tables:
             table.start()
@@ -144,13 +148,16 @@ def count_least_bytes(
     decisions: Sequence[Decision],
     variants: Sequence[Variant] = VARIANTS,
     readable_by: Sequence[str] = (),
+    max_shard_size: int | str | None = None,
 ) -> int:
     """Count the bytes of the smallest packed file that plan_checkpoint can plan, given what that takes.
 
     Raises:
         ValueError: there is no way to pack a table.
     """
-    budget, tables = _list_candidates(checkpoint, decisions, variants, readable_by, {}, lambda name, rows: None)
+    budget, tables = _list_candidates(
+        checkpoint, decisions, variants, readable_by, {}, max_shard_size, lambda name, rows: None
+    )
     return budget.fixed + sum(table.least_file_bytes for table in tables)
 
 
@@ -160,10 +167,11 @@ def _list_candidates(
     variants: Sequence[Variant],
     readable_by: Sequence[str],
     counts: Mapping[str, float],
+    max_shard_size: int | str | None,
     progress: Progress,
 ) -> tuple[Budget, list[Candidates]]:
     """List the ways to pack each table, before any row is read."""
-    budget, tables = Budget.make(checkpoint, decisions), []
+    budget, tables = Budget.make(checkpoint, decisions, max_shard_size), []
     for each in decisions:
         if each.variant:
             weight = counts[each.tensor.name] / each.tensor.shape[0] if counts else 1.0

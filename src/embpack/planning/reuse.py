@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from glob import escape
 
+from embpack.composites import list_units
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.planning.plans import Plan
 from embpack.rules import Decision, Rules, decide_all, list_names
@@ -23,7 +24,7 @@ def decide_by_plan(checkpoint: Checkpoint, rules: Rules, plan: Plan) -> list[Dec
         ValueError: a table of the plan is not there, or has longer or shorter rows; a table is not in the plan; or as
             decide_all.
     """
-    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+    tensors = {unit.tensor.name: unit.tensor for unit in list_units(checkpoint.tensors)}
     _refuse_others(plan, tensors)
     # What was a table only because its user named it is named by the plan.
     unsaid = [table.name for table in plan.tables if rules.why_no_table(tensors[table.name]) not in (None, "excluded")]
