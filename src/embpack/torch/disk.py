@@ -1,5 +1,6 @@
 """Modules whose rows stay on the disk: how they look rows up, and what they refuse."""
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -60,7 +61,8 @@ def look_up(table: DiskTable, operator: Any, row_format: str, indices: Tensor, *
 
 def _as_tensor(array: Any) -> Tensor:
     """View what lies beside rows as operators take it: uint8 [entries, bytes of one]."""
-    return torch.from_numpy(np.array(array).reshape(len(array), -1).view(np.uint8))
+    writable = array if array.flags.writeable else array.copy()  # as PyTorch's tensors are
+    return torch.from_numpy(writable.reshape(len(array), math.prod(array.shape[1:])).view(np.uint8))
 
 
 def refuse_state(state: Mapping[str, Any], prefix: str, names: Collection[str]) -> None:
