@@ -262,11 +262,12 @@ class DiskGroup:
 
     def __init__(self, tables: Sequence[Table], table_of: Sequence[int], modes: Sequence[str]) -> None:
         self._tables, self._table_of, self._modes = tables, list(table_of), list(modes)
-        used = set(table_of)
+        self._on_disk = {number: table for number, table in enumerate(tables) if isinstance(table, DiskTable)}
+        # Of each table on the disk that is looked up.
         self._features = {
             number: [feature for feature, table in enumerate(table_of) if table == number]
-            for number, table in enumerate(tables)
-            if isinstance(table, DiskTable) and number in used
+            for number in self._on_disk
+            if number in table_of
         }
         self._row_bytes = np.array(
             [table.row_bytes if number in self._features else 0 for number, table in enumerate(tables)]
@@ -318,7 +319,7 @@ class DiskGroup:
             ends = np.cumsum([len(indices[feature]) for feature in of_table])
             for feature, values in zip(of_table, np.split(renumbered, ends[:-1]), strict=True):
                 numbers[feature] = values
-            wanted.append((self._tables[number], rows))
+            wanted.append((self._on_disk[number], rows))
         for number, view in zip(self._features, read_views(wanted), strict=True):
             views[number] = view
         return numbers

@@ -127,19 +127,18 @@ class StoredTable:
         """
         entry = self.entry
         by_row = [[piece.parts[at] for piece in self.pieces] for at in range(self._num_by_row)]
-        make: Any = PackedTable
-        rows: Any
+        make: Any = DiskTable if access == "disk" else PackedTable
+        parts: list[Any]
         if access == "disk":
-            make = DiskTable
-            rows, *beside = [*map(DiskRows, by_row), *self.read_shared()]
+            parts = [*map(DiskRows, by_row), *self.read_shared()]
         else:
             mapped = access == "mapped"
-            rows, *beside = [*(join_arrays(each, mapped=mapped) for each in by_row), *self.read_shared(mapped=mapped)]
+            parts = [*(join_arrays(each, mapped=mapped) for each in by_row), *self.read_shared(mapped=mapped)]
             if not mapped:
-                use_huge_pages(rows, *beside)
-        arrays = {spec.name: array for spec, array in zip(entry.beside, beside, strict=True)}
+                use_huge_pages(*parts)
+        beside = {spec.name: part for spec, part in zip(entry.beside, parts[1:], strict=True)}
         try:
-            table: Table = make(rows, entry.row_format, entry.dtype, entry.method, entry.loss, **arrays)
+            table: Table = make(parts[0], entry.row_format, entry.dtype, entry.method, entry.loss, **beside)
         except ValueError as error:
             raise FormatError(f"{self.pieces[0].file.path}: table {self.name!r}: {error}") from None
         return table

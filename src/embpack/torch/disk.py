@@ -15,7 +15,7 @@ from embpack.lookups import find_outside
 from embpack.torch.ops import check_devices
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # which has no types
 def look_up(table: DiskTable, operator: Any, row_format: str, indices: Tensor, *lookup: Any, **options: Any) -> Tensor:
     """Call an operator with the rows that are asked for, each once, and what is asked of them.
 

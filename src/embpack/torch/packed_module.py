@@ -129,7 +129,7 @@ class PackedModule(CastModule, GuardedModule):
         return cls.like(module, quantize(module.weight.detach(), method, **options))
 
     @classmethod
-    def like(cls, module: Any, table: PackedTable) -> Self:
+    def like(cls, module: Any, table: Table) -> Self:
         """Make a module of a table, with the options of a float module."""
         return cls._make(table, **{name: getattr(module, name) for name in cls.options})
 
@@ -155,7 +155,7 @@ class PackedModule(CastModule, GuardedModule):
         self.on_disk = table
         for name in (*_ROWS, FORMAT):
             setattr(self, name, None)
-        self.register_state_dict_pre_hook(refuse_to_save)
+        self.register_state_dict_pre_hook(refuse_to_save)  # type: ignore[no-untyped-call]
 
     def share_rows(self, other: "PackedModule") -> None:
         """Have the tensors of another module's rows, which are the same as this one's, in place of its own.
@@ -233,7 +233,8 @@ class PackedModule(CastModule, GuardedModule):
     def _call(self, operator: Any, *arguments: Any, **options: Any) -> Tensor:
         """Call an operator with the table's tensors and what is asked of it."""
         if self.on_disk is not None:
-            return look_up(self.on_disk, operator, self._row_format_text, *arguments, **options)
+            looked_up: Tensor = look_up(self.on_disk, operator, self._row_format_text, *arguments, **options)
+            return looked_up
         buffers = buffers_of(self)
         clusters, codebooks = buffers["clusters"], buffers["codebooks"]
         if clusters is not None or codebooks is not None:
