@@ -33,8 +33,9 @@ constexpr uint64_t most_span_bytes = uint64_t{1} << 14;
 // Spans that wait for being prefetched, at most: 24 bytes each.
 constexpr size_t most_prefetches = size_t{1} << 20;
 
-// Spans that are looked for in the cache of pages by a thread in one go.
-constexpr size_t spans_at_a_time = 64;
+// Spans that are looked for in the cache of pages by a thread in one go, and how many of the first are not there before
+// it stops looking.
+constexpr size_t spans_at_a_time = 64, few_misses = 4;
 
 // What looking for one there takes, in values that are looked up from memory meanwhile.
 constexpr size_t values_of_a_span = 512;
@@ -127,18 +128,24 @@ class Readers {
 public:
     // Adds to what a caller waits for.
     void add(Wanted& wanted, const std::vector<Span>& spans) {
-        const std::lock_guard lock(mutex_);
-        if (spans.empty() || wanted.fault) return;
-        if (wanted.waiting.empty()) callers_.push_back(&wanted);
-        wanted.waiting.insert(wanted.waiting.end(), spans.begin(), spans.end());
+        {
+            const std::lock_guard lock(mutex_);
+            if (spans.empty() || wanted.fault) return;
+            if (wanted.waiting.empty()) callers_.push_back(&wanted);
+            wanted.waiting.insert(wanted.waiting.end(), spans.begin(), spans.end());
+            start_for(spans.size());
+        }
         wake(spans.size());
     }
 
     void add(std::vector<Prefetch>& prefetches) {
-        const std::lock_guard lock(mutex_);
-        for (Prefetch& prefetch : prefetches) {
-            if (prefetches_.size() == most_prefetches) prefetches_.pop_front();
-            prefetches_.push_back(std::move(prefetch));
+        {
+            const std::lock_guard lock(mutex_);
+            for (Prefetch& prefetch : prefetches) {
+                if (prefetches_.size() == most_prefetches) prefetches_.pop_front();
+                prefetches_.push_back(std::move(prefetch));
+            }
+            start_for(prefetches.size());
         }
         wake(prefetches.size());
     }
@@ -180,17 +187,21 @@ public:
     }
 
 private:
-    // Wakes or starts threads for so many more spans, with the lock.
-    void wake(size_t count) {
+    // Starts threads for so many more spans, with the lock, if those that are idle do not do.
+    void start_for(size_t count) {
         if (is_dismissed_) return;   // who waits reads, too
-        const size_t idle = threads_.size() - num_busy_;
         try {
             threads_.reserve(most_readers);
-            for (size_t i = idle; i < count && threads_.size() < most_readers; i++)
+            for (size_t i = threads_.size() - num_busy_; i < count && threads_.size() < most_readers; i++)
                 threads_.push_back(start_thread(&Readers::live, this));
         } catch (const std::exception&) {   // no memory, or no more threads are allowed: those that there are will do
         }
-        for (size_t i = 0; i < std::min(count, idle); i++) changed_.notify_one();
+    }
+
+    // Wakes threads for so many more spans, without the lock, for which they would wait.
+    void wake(size_t count) {
+        if (count >= most_readers / 2) return changed_.notify_all();
+        for (size_t i = 0; i < count; i++) changed_.notify_one();
     }
 
     static void* live(void* self) {
@@ -283,9 +294,11 @@ std::optional<DiskFault> read_rows(std::span<const DiskRead> reads) {
             Scratch scratch;
             std::vector<Span> missed;
             const size_t first = i * spans_at_a_time, end = std::min(spans.size(), first + spans_at_a_time);
-            for (size_t k = first; k < end; k++)
-                if (is_cold || !read_span(spans[k], scratch, RWF_NOWAIT)) missed.push_back(spans[k]);
-            if (missed.size() > (end - first) / 2) is_cold = true;
+            for (size_t k = first; k < end; k++) {
+                if (!is_cold && read_span(spans[k], scratch, RWF_NOWAIT)) continue;
+                missed.push_back(spans[k]);
+                if (missed.size() >= few_misses + (k - first) / 2) is_cold = true;
+            }
             own.add(wanted, missed);
         });
         own.finish(wanted);
