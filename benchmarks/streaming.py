@@ -79,22 +79,23 @@ def measure_streaming(method: str, gigabytes: float, embedding_dim: int = 64) ->
     """
     num_embeddings = max(1, int(gigabytes * 2**30) // (4 * embedding_dim))
     with table_file(num_embeddings, embedding_dim) as source:
-        target = source.with_name("packed.safetensors")
-        command = [sys.executable, "-c", _WORKER, str(source), str(target), method]
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        peaks = _watch(worker)
-        output, complaint = worker.communicate()
+        return watch_packing(source, method, (num_embeddings, embedding_dim), num_embeddings * embedding_dim * 4)
+
+
+def watch_packing(source: Path, method: str, shape: tuple[int, int], table_bytes: int) -> MemoryUse:
+    """Quantize a file of one table with embpack.quantize_file and watch its memory.
+
+    Raises:
+        RuntimeError: quantize_file failed; with what it wrote to stderr.
+    """
+    command = [sys.executable, "-c", _WORKER, str(source), str(source.with_name("packed.safetensors")), method]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peaks = _watch(worker)
+    output, complaint = worker.communicate()
     if worker.returncode:
         raise RuntimeError(f"embpack.quantize_file failed: {complaint.strip()}")
-    return MemoryUse(
-        method,
-        embedding_dim,
-        num_embeddings * embedding_dim * 4,
-        num_embeddings / float(output),
-        peaks["RssAnon"],
-        peaks["RssFile"],
-        peaks["VmHWM"],
-    )
+    rate = shape[0] / float(output)
+    return MemoryUse(method, shape[1], table_bytes, rate, peaks["RssAnon"], peaks["RssFile"], peaks["VmHWM"])
 
 
 def _watch(worker: subprocess.Popen[str]) -> dict[str, int]:

@@ -69,6 +69,15 @@ def _make_sources(folder: Path, state: dict[str, torch.Tensor]) -> list[Original
     save_file(state, folder / "a.safetensors", metadata={"format": "pt"})
     half = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
     save_file(half, folder / "half.safetensors")
+    codes = state["item_embedding.weight"].to(torch.float8_e4m3fn)
+    pieces = {f"item_embedding.shard_{i}.weight": codes[9 * i : 9 * i + 9].contiguous() for i in range(3)}
+    scales = {
+        f"item_embedding.shard_{i}.weight_scale": torch.full((len(pieces[name]), 1), 0.5)
+        for i, name in enumerate(pieces)
+    }
+    save_file({**pieces, **scales, "bias": state["bias"]}, folder / "pieces.safetensors")
+    blocks = {"item_embedding.weight": codes, "item_embedding.scale": torch.full((ROWS, 2), 126, dtype=torch.uint8)}
+    save_file(blocks, folder / "blocks.safetensors")
     torch.save(state, folder / "a.pt")
     torch.save({"state_dict": state, "epoch": 3}, folder / "wrapped.pth", pickle_protocol=4)
     torch.save(state, folder / "legacy.bin", _use_new_zipfile_serialization=False)

@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,12 +37,14 @@ class Kind:
         run: writes a destination.
         suffix: of the destination; a folder has none.
         before: makes what is there before, if anything is.
+        resume: goes on where a run that was killed was; None if nothing does.
     """
 
     name: str
     run: Callable[[Path], object]
     suffix: str = ""
     before: Callable[[Path], object] = lambda path: None
+    resume: Callable[[Path], object] | None = None
 
 
 def write_sources(folder: Path) -> None:
@@ -71,12 +74,18 @@ def list_kinds(folder: Path) -> list[Kind]:
     def quantize_shards(path: Path) -> object:
         return embpack.quantize_file(shards, path, method="greedy")
 
+    def quantize_pieces(path: Path, *, resume: bool = False) -> object:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there may be nothing to resume
+            return embpack.quantize_file(source, path, method="trellis", max_shard_size="150 kB", resume=resume)
+
     def write_text(path: Path) -> object:
         return path.write_bytes(b"as it was before")
 
     return [
         Kind("quantize", quantize, ".safetensors", write_text),
         Kind("quantize shards", quantize_shards),
+        Kind("quantize pieces", quantize_pieces, resume=partial(quantize_pieces, resume=True)),
         Kind("quantize shards again", quantize_shards, before=partial(shutil.copytree, folder / "packed")),
         Kind("dequantize", lambda path: embpack.dequantize_file(packed, path, force=True), ".safetensors", write_text),
         Kind("save", lambda path: embpack.save(path, embpack.load(packed), force=True), ".safetensors", write_text),
@@ -121,16 +130,20 @@ def kill(kind: Kind, folder: Path, runs: int, rng: np.random.Generator) -> Count
     path = folder / f"out{kind.suffix}"
     seconds = _run(lambda: kind.run(path))
     whole, outcomes = read_tree(path), Counter[str]()
+    is_over = True
     for _ in range(runs):
-        _remove(path)
-        kind.before(path)
+        if is_over:
+            _remove(path)
+            kind.before(path)
         before = read_tree(path)
-        process = _start(lambda: kind.run(path))
+        work = kind.run if is_over or kind.resume is None else kind.resume
+        process = _start(partial(work, path))
         time.sleep(seconds * rng.uniform(0, 1.1))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         found = read_tree(path)
         outcomes["whole" if found == whole else "as before" if found == before else "TORN"] += 1
+        is_over = kind.resume is None or found == whole
     outcomes["temporaries"] = len([each for each in folder.iterdir() if each != path])
     _run(lambda: kind.run(path))
     assert read_tree(path) == whole

@@ -131,6 +131,30 @@ def make_qwen_by_rows(dtype: str, scale_dtype: str, *, is_flat: bool = False) ->
     return Published({**_HASHES, **parts, **OTHERS}, tables, "bfloat16", stored_as, _NUM_PIECES, set(parts))
 
 
+def make_qwen_by_pieces() -> Published:
+    """A scale for each piece."""
+    numbers = np.arange(_ROWS)[:, None] // _PIECE_ROWS
+    scales = (0.0006 * (1 + numbers)).astype(np.float32)
+    codes = _quantize(_draw(_ROWS, 160), scales, "F8_E4M3")
+    stem = f"{_NGRAM}ngram_embedding"
+    parts = _cut(stem, "F8_E4M3", codes)
+    parts |= {f"{stem}.shard_{i}.scale": Stored("F32", scales[i * _PIECE_ROWS]) for i in range(_NUM_PIECES)}
+    tables = {f"{stem}.weight": codes.astype(np.float32) * scales}
+    return Published({**parts, **OTHERS}, tables, "bfloat16", "F8_E4M3 x F32", _NUM_PIECES, set(parts))
+
+
+def make_qwen_by_rows_of_all(dtype: str = "I8") -> Published:
+    """A scale for each row, in one tensor for all pieces."""
+    whole = make_qwen_by_rows(dtype, "F32")
+    stem = f"{_NGRAM}ngram_embedding"
+    names = [f"{stem}.shard_{i}.weight_scale" for i in range(_NUM_PIECES)]
+    scales = np.concatenate([whole.tensors[name].values for name in names])
+    tensors = {name: each for name, each in whole.tensors.items() if name not in names}
+    tensors[f"{stem}.weight_scale"] = Stored("F32", scales)
+    parts = whole.parts - set(names) | {f"{stem}.weight_scale"}
+    return Published(tensors, whole.tables, whole.dtype, whole.stored_as, _NUM_PIECES, parts)
+
+
 def make_deepseek(own: str = "scale", prefix: str = "", scale_dtype: str = "F8_E8M0") -> Published:
     """A scale for each 32 values, a power of two."""
     tensors, tables, parts = dict(OTHERS), {}, set[str]()
@@ -195,6 +219,8 @@ MODELS = {
     "Qwen3.8, FP8 with one scale, 2-D": lambda: make_qwen_fp8("weight_scale_inv", (1, 1)),
     "Qwen3.8, FP8 by rows": lambda: make_qwen_by_rows("F8_E4M3", "F32"),
     "Qwen3.8, FP8 by rows, BF16": lambda: make_qwen_by_rows("F8_E4M3", "BF16", is_flat=True),
+    "Qwen3.8, FP8 by pieces": make_qwen_by_pieces,
+    "Qwen3.8, INT8 by rows of all": make_qwen_by_rows_of_all,
     "Qwen3.8, E5M2 by rows": lambda: make_qwen_by_rows("F8_E5M2", "F16"),
     "Qwen3.8, INT8 by rows": lambda: make_qwen_by_rows("I8", "BF16"),
     "DeepSeek-V4.1": make_deepseek,

@@ -13,7 +13,7 @@ from conftest import plain
 from rich.cells import cell_len
 
 import embpack
-from benchmarks import disk, opening, peers, planning, small_tables
+from benchmarks import disk, large_tables, opening, peers, planning, small_tables
 from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
 from benchmarks.cores import Busyness, CpuLoss
 from benchmarks.harness import AnswersDifferError, Contestant, Spread, Standing, Timing, Workload, measure_spread, race
@@ -64,6 +64,16 @@ def test_quick_run_writes_its_figures(tmp_path):
             assert other["rows_per_second"] > 0 and 0 <= ours["loss"] <= other["loss"] * 1.0001
         method, embedding_dim = race_found["settings"]["method"], race_found["settings"]["embedding_dim"]
         assert (ours["loss"] == 0) == (method == "kmeans" and embedding_dim <= 16)
+
+
+def test_large_tables_are_packed_in_pieces(monkeypatch, capsys):
+    monkeypatch.setattr(large_tables, "chunk_rows", lambda dim: 1000)
+    large_tables.main(["--gb", "0.002", "--pieces", "3", "--rounds", "1", "--method", "asym"])
+    out = capsys.readouterr().out
+    assert out.count("% of the time of packing them by optimal") == 2
+    assert re.search(
+        r"^0\.00 GB of FP8 in 3 pieces by asym: [\d,]+ rows/s, at most \d+ MB of memory$", out, re.MULTILINE
+    )
 
 
 def test_every_case_of_lookup_runs(tmp_path):

@@ -10,17 +10,21 @@ from golden.make import (
     INDICES,
     MANIFEST,
     PACKED,
+    PIECES,
+    PIECES_MANIFEST,
     POOLED,
     digest_files,
     digest_of_saved,
+    digest_pieces,
     list_files,
     pack,
+    pack_pieces,
     pool,
 )
 from safetensors.torch import load_file
 
 import embpack
-from embpack.files import FORMAT_VERSION
+from embpack.files import FORMAT_VERSION, PIECES_VERSION
 from embpack.layouts import LAYOUTS
 from embpack.packed_folder import name_plain
 
@@ -100,3 +104,11 @@ def test_golden_weights_pack_to_the_same_bytes(isa, tmp_path, name):
         assert list_said(file) == list_said(kept_file)
         if read_version(kept_file) == FORMAT_VERSION:
             assert file.read_bytes() == kept_file.read_bytes()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_golden_pieces_read_as_they_did_and_are_written_to_the_same_bytes(tmp_path, layout):
+    expected = json.loads(PIECES_MANIFEST.read_text())[layout]
+    versions = [read_version(path) for path in list_files(PIECES / layout)]
+    assert versions == [PIECES_VERSION, PIECES_VERSION, FORMAT_VERSION]
+    assert digest_pieces(PIECES / layout) == digest_pieces(pack_pieces(tmp_path, layout)) == expected

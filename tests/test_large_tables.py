@@ -38,6 +38,7 @@ def test_published_tables_are_packed_looked_up_and_unpacked(embpack_command, tmp
         parts = [part for part in published.parts if part.startswith(name.removesuffix(".weight") + ".")]
         assert own["weight_bytes"] == sum(published.tensors[part].values.nbytes for part in parts)
         assert (own["dtype"], own["num_pieces"]) == (published.dtype, published.pieces)
+        assert {"BF16": "bfloat16", "F32": "float32"}.get(own["stored_as"], own["stored_as"]) == published.stored_as
 
     code, _, err = embpack_command("dequantize", dst, plain)
     assert (code, err) == (0, "")
@@ -128,6 +129,10 @@ FAULTS = {
         {"a.embed.weight": _ones(96, 64, dtype="I8"), "a.embed.SCB": _ones(96)},
         "it is I8 with no scale: there must be one of a.embed.weight_scale, a.embed.scale, a.embed.weight_scale_inv, "
         "and there is 'a.embed.SCB' (F32, [96])",
+    ),
+    "a layer's scale": (
+        {"a.embed.weight": CODES, "a.scale": SCALE, "a.embed.bias": SCALE},
+        "with no scale: .* there is 'a.embed.bias' (F32, [1])",
     ),
     "several": (
         {"a.embed.weight": CODES, "a.embed.weight_scale": SCALE, "a.embed.scale": SCALE},
@@ -250,7 +255,13 @@ def test_globs_go_by_the_name_of_the_table(embpack_command, tmp_path):
     assert code == 1 and "name those that are tables with --include: lookup.weight (name does not" in err
     code, _, err = embpack_command("quantize", src, dst, "--include", "lookup.shard_0.weight")
     assert code == 1
-    assert "matches no tensor; 'lookup.shard_0.weight' is a part of 'lookup.weight'; name that" in err
+    assert "include 'lookup.shard_0.weight' only matches parts of 'lookup.weight'; name that" in err
+    code, _, err = embpack_command("quantize", src, dst, "--set", "lookup.weight_scale=asym")
+    assert code == 1
+    assert "'lookup.weight_scale', which is but a part of 'lookup.weight'; name that" in err
+    # What is copied anyway may be excluded by any name.
+    code, _, err = embpack_command("quantize", src, dst, "--include", "lookup.*", "--exclude", "*_scale_inv")
+    assert (code, err) == (0, "")
     code, _, _ = embpack_command("quantize", src, dst, "--include", "look*", "--set", "lookup.weight=asym:bits=8")
     assert code == 0
     table = embpack.load(dst)["lookup.weight"]

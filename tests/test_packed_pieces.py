@@ -289,6 +289,19 @@ def test_a_dry_run_says_the_bytes_that_are_then_written(embpack_command, source,
     assert planned == sum(path.stat().st_size for path in files_of(tmp_path / "packed"))
 
 
+@pytest.mark.parametrize("size", ["60 kB", "200 kB", "2 MB", None])
+def test_a_plan_counts_what_is_then_written_and_no_less(embpack_command, source, tmp_path, size):
+    options = ["--auto", "--max-bytes", "18 %", "--method", "optimal,trellis", "--bits", "2,4"]
+    options += ["--save-plan", tmp_path / "plan.json", *(["--max-shard-size", size] if size else [])]
+    code, _, err = embpack_command("quantize", source, tmp_path / "packed", *options)
+    assert (code, err) == (0, "")
+    written = sum(path.stat().st_size for path in files_of(tmp_path / "packed"))
+    planned = embpack.Plan.load(tmp_path / "plan.json").file_bytes
+    assert written <= planned <= source.stat().st_size * 18 // 100
+    # Each piece is counted as if its file were filled up by a whole page.
+    assert planned - written < 4096 * len(files_of(tmp_path / "packed")) + 2000
+
+
 def test_inspect_shows_one_table(embpack_command, packed):
     folder, file = packed["trellis"]
     code, out, _ = embpack_command("inspect", folder, "--verify")

@@ -1,5 +1,6 @@
 """What methods become once they know a table: ranges of rows by themselves, and what is said of a table beforehand."""
 
+import math
 import pickle
 
 import numpy as np
@@ -10,6 +11,7 @@ import embpack
 from embpack.convert import pack_checkpoint
 from embpack.formats import Checkpoint, Shard, SourceTensor, open_checkpoint
 from embpack.methods import METHODS, measure_loss
+from embpack.methods.base import Sums, condense
 from embpack.packing import iter_packed
 from embpack.rules import Rules, decide_all
 from embpack.variant import Variant
@@ -104,3 +106,17 @@ def test_how_often_a_file_is_read(tmp_path, weight, method, times):
     assert len(reads) == times
     packed = embpack.load(tmp_path / "packed.safetensors", verify=True)["user_emb.weight"]
     assert packed.packed.tobytes() == embpack.quantize(weight, method).packed.tobytes()
+
+
+def test_sums_of_many_spans_are_condensed_to_the_same(rng):
+    """Whatever the order and the sizes: math.fsum of few is math.fsum of all."""
+    values = rng.lognormal(0, 30, (5000, 3))
+    spans = [Sums(a, b, int(n), c) for (a, b, c), n in zip(values, rng.integers(0, 9, 5000), strict=True)]
+    few = []
+    for start in range(0, len(spans), 16):
+        few = condense([*few, *spans[start : start + 16]])
+    assert len(few) < 300 and len(condense(spans)) < 40
+    for name in Sums._fields:
+        assert math.fsum(getattr(span, name) for span in few) == math.fsum(getattr(span, name) for span in spans)
+    assert measure_loss(few) == measure_loss(spans)
+    assert len(condense([Sums(0.0, 0.0)] * 1000)) == 1

@@ -911,8 +911,8 @@ def test_torch_state_dict_in_a_checkpoint(tmp_path, key):
     assert notes(tmp_path / "a.pt") == (
         "entry 'epoch' (int)",
         "entry 'optimizer' (dict)",
-        "entry 'best_acc1' (tensor of shape [])",
-        "entry 'pos_emb' (tensor of shape [20, 4])",
+        f"entry 'best_acc1' (tensor of shape []; outside {key!r}, which is read: save it by itself)",
+        f"entry 'pos_emb' (tensor of shape [20, 4]; outside {key!r}, which is read: save it by itself)",
     )
 
 
@@ -926,7 +926,7 @@ def test_torch_dict_of_tensors_under_a_name_that_is_not_known(tmp_path):
         names(tmp_path / "a.pt")
     torch.save({"teacher": {"a": torch.zeros(2)}, "b": torch.zeros(3)}, tmp_path / "a.pt")
     assert names(tmp_path / "a.pt") == ["b"]
-    assert notes(tmp_path / "a.pt") == ("entry 'teacher' (dict with tensors)",)
+    assert notes(tmp_path / "a.pt") == ("entry 'teacher' (dict with tensors; save it by itself)",)
 
 
 class AttributeDict(dict):
@@ -1065,7 +1065,7 @@ def test_torch_leaves_out_what_is_no_plain_tensor(tmp_path):
     assert names(tmp_path / "a.pt") == ["a"]
     assert notes(tmp_path / "a.pt") == (
         "entry 'epoch' (int)",
-        "entry 'nested' (dict with tensors)",
+        "entry 'nested' (dict with tensors; save it by itself)",
         "entry 'sparse' (sparse or nested tensor; save its .to_dense())",
         "entry 'csr' (sparse or nested tensor; save its .to_dense())",
         "entry 'quantized' (quantized tensor; save its .dequantize())",

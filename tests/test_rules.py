@@ -221,6 +221,12 @@ def test_nothing_to_pack_names_what_include_would_pack():
         assert decide(tensor, include=(tensor.name,)).variant is not None
 
 
+def test_an_include_that_packs_nothing_says_what_was_left_out():
+    left_out = ("entry 'emb' (sparse tensor; save its .to_dense())",)
+    said = refuse(make_tensor("bias", (3,)), left_out=left_out, include=["*"])
+    assert said == f"include '*' only matches bias (1-D, a table is 2-D); left out: {left_out[0]}"
+
+
 def test_the_longest_of_many_tensors_is_named_first():
     tensors = [make_tensor(f"layer.{i}.weight", (64, 64)) for i in range(20)]
     assert "--include: lookup.weight (" in refuse(*tensors, make_tensor("lookup.weight", (3000, 64)))

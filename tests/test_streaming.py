@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from checkpoints import run_python, write_sparse_table
+from checkpoints import run_python, write_raw, write_sparse_table
 
 import embpack
 
@@ -183,6 +183,28 @@ def check_limited(*args):
 @pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
 def test_a_file_larger_than_the_limit_of_memory_is_packed(table, tmp_path, limit):
     check_limited(limit, 120_000_000, "quantize_file", table, tmp_path / "packed.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A table of 80 MB in FP8, 320 as it is packed, in sixty files."""
+    folder, rows, dim = tmp_path_factory.mktemp("pieces"), 8192, 160
+    weight_map = {}
+    for i in range(60):
+        size = rows * dim
+        header = {f"emb.shard_{i}.weight": {"dtype": "F8_E4M3", "shape": [rows, dim], "data_offsets": [0, size]}}
+        scale = {"dtype": "F32", "shape": [rows, 1], "data_offsets": [size, size + 4 * rows]}
+        header[f"emb.shard_{i}.weight_scale"] = scale
+        write_raw(folder / f"m-{i}.safetensors", header, size=size + 4 * rows)
+        weight_map |= dict.fromkeys(header, f"m-{i}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize(("limit", "more"), [("RLIMIT_DATA", 120_000_000), ("RLIMIT_NOFILE", 50)])
+def test_pieces_in_many_files_are_packed_in_bounded_memory(pieces, tmp_path, limit, more):
+    check_limited(limit, more, "quantize_file", pieces, tmp_path / "packed")
+    assert len(embpack.load(tmp_path / "packed")["emb.weight"]) == 60 * 8192
 
 
 def test_mapped_tables_do_not_count_as_data(packed):

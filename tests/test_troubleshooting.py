@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import Arrays, write_safetensors
+from large_tables import Stored, write_tensors
 
 import embpack
 
@@ -90,9 +91,29 @@ def load_into_another() -> None:
     load_checkpoint(model, "out.safetensors")
 
 
+def pack_pieces(numbers: list[int], **options: object) -> None:
+    piece = Stored("F32", make_weight())
+    write_tensors(Path(SRC), {f"ngram_embedding.shard_{number}.weight": piece for number in numbers})
+    embpack.quantize_file(SRC, "out.safetensors", **options)
+
+
+def pack_codes(**scales: np.ndarray) -> None:
+    codes = np.arange(64000, dtype=np.uint32).reshape(1000, 64) % 127
+    codes[17, 3] = 0x7F
+    tensors = {"user_embedding.weight": Stored("F8_E4M3", codes.astype(np.uint8))}
+    tensors |= {f"user_embedding.{name}": Stored("F32", scale) for name, scale in scales.items()}
+    write_tensors(Path(SRC), tensors)
+    embpack.quantize_file(SRC, "out.safetensors")
+
+
 MAKE: dict[str, Callable[[], object]] = {
     "Nothing to pack": lambda: pack_file("user.weight"),
     "A glob that matches nothing": lambda: pack_file(include=["usr_*"]),
+    "A tensor that is a part of a table": lambda: pack_pieces([0, 1], exclude=["ngram_embedding.shard_0.weight"]),
+    "A piece is missing": lambda: pack_pieces([0, 1, 3]),
+    "FP8 or INT8 without a scale": pack_codes,
+    "A scale that does not fit": lambda: pack_codes(weight_scale_inv=np.ones((8, 1), np.float32)),
+    "A NaN among codes": lambda: pack_codes(scale=np.ones(1, np.float32)),
     "A table loses more than the limit": lambda: pack_file(max_loss=0.05),
     "NaN or infinity in a table": lambda: pack_altered(17, 3, np.nan),
     "Too large for float16": lambda: pack_altered(17, 3, 1e9),

@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import itemgetter
 
 from embpack.formats import SourceTensor
 from embpack.formats.dtypes import PACKED_DTYPES
 from embpack.formats.pieces import Piece, join_pieces
 from embpack.formats.scaled import CODE_VALUES, fit_scales, multiply
+from embpack.text import printable
 
 _PIECE = re.compile(r"(.+)\.shard_([0-9]{1,9})\.weight", re.DOTALL)
 _SCALE_NAMES = ("weight_scale", "scale", "weight_scale_inv")
@@ -40,64 +42,66 @@ class _UnreadableError(Exception):
 def list_units(tensors: Sequence[SourceTensor]) -> list[Unit]:
     """Find for each tensor of a checkpoint, in order, what it belongs to: all parts of a table have the same unit."""
     units: dict[int, Unit] = {}
-    for unit in _Finder(tensors).find():
+    for table in _find_tables(tensors):
+        unit = table.make_unit()
         units |= dict.fromkeys(map(id, unit.tensor.parts), unit)
     return [units.get(id(tensor)) or Unit(tensor) for tensor in tensors]
 
 
-class _Finder:
-    """Looks up by their names what belongs to a table."""
+@dataclass(frozen=True)
+class _Table:
+    """What seems to be a table, by the names and types of tensors.
 
-    def __init__(self, tensors: Sequence[SourceTensor]) -> None:
-        self._tensors = {tensor.name: tensor for tensor in tensors}
-        # By what names have before their last dot.
-        self._beside: dict[str, list[SourceTensor]] = {}
-        self._pieces: dict[str, list[tuple[int, SourceTensor]]] = {}
-        for tensor in tensors:
-            self._beside.setdefault(_stem(tensor.name), []).append(tensor)
-            found = _PIECE.fullmatch(tensor.name)
-            if found and len(tensor.shape) == 2 and tensor.dtype not in PACKED_DTYPES:
-                self._pieces.setdefault(found[1], []).append((int(found[2]), tensor))
+    Attributes:
+        stem: its name without ".weight".
+        pieces: by rising numbers; one that is whole is its own only piece.
+        numbers: of the pieces; None if it is whole.
+        scales: that there are, under each name that they may have: one tensor for the table, or one for each piece.
+        beside: the other tensors whose names begin as those of its parts, up to the last dot.
+        has_namesake: whether it is in pieces, and there is a tensor of its name, too.
+    """
 
-    def find(self) -> Iterator[Unit]:
-        """Find the tables of codes, and those in pieces; those in pieces come last, for their scales are theirs."""
-        in_pieces = {tensor.name for numbered in self._pieces.values() for _, tensor in numbered}
-        for name, tensor in self._tensors.items():
-            if tensor.dtype in CODE_VALUES and len(tensor.shape) == 2 and name not in in_pieces:
-                yield self._make(name, name.removesuffix(".weight"), [(0, tensor)])
-        for stem, numbered in self._pieces.items():
-            yield self._make(f"{stem}.weight", stem, sorted(numbered, key=lambda each: each[0]))
+    stem: str
+    pieces: Sequence[SourceTensor]
+    numbers: Sequence[int] | None
+    scales: Sequence[Sequence[SourceTensor]]
+    beside: Sequence[SourceTensor]
+    has_namesake: bool
 
-    def _make(self, name: str, stem: str, numbered: Sequence[tuple[int, SourceTensor]]) -> Unit:
-        """Make a table of its pieces, in the order of their numbers; of one that is whole, it is the only piece."""
-        pieces = [piece for _, piece in numbered]
-        dtype = pieces[0].dtype
-        scales = self._list_scales(stem, pieces) if dtype in CODE_VALUES else []
-        parts = (*pieces, *chain.from_iterable(scales))
-        shape = sum(piece.shape[0] for piece in pieces), pieces[0].shape[1]
+    @property
+    def name(self) -> str:
+        return self.pieces[0].name if self.numbers is None else f"{self.stem}.weight"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(piece.shape[0] for piece in self.pieces), self.pieces[0].shape[1]
+
+    @property
+    def dtype(self) -> str:
+        return self.pieces[0].dtype
+
+    def make_unit(self) -> Unit:
+        """Make what is decided on; whether it can be read counts only if it is to be packed."""
+        has_codes, fault = self.dtype in CODE_VALUES, None
         try:
-            table = pieces[0]
-            if table.name != name:
-                self._check_pieces(name, stem, numbered)
-                table = join_pieces(stem, name, shape, dtype, _place(pieces))
-            if dtype in CODE_VALUES:
-                table = self._multiply(table, stem, pieces, scales)
-        except _UnreadableError as fault:
-            read_as = "F32" if dtype in CODE_VALUES else dtype
-            nothing = SourceTensor(name, shape, read_as, lambda start, stop, n: iter(()), None, parts=parts)
-            return Unit(replace(nothing, num_pieces=len(pieces)), str(fault))
-        return Unit(replace(table, parts=parts))
+            tensor = self.pieces[0] if self.numbers is None else self._join(self.numbers)
+            tensor = self._multiply(tensor) if has_codes else tensor
+        except _UnreadableError as error:
+            fault, read_as = str(error), "F32" if has_codes else self.dtype
+            tensor = SourceTensor(self.name, self.shape, read_as, lambda start, stop, n: iter(()), None)
+        parts = (*self.pieces, *chain.from_iterable(self.scales))
+        return Unit(replace(tensor, parts=parts, num_pieces=max(tensor.num_pieces, len(self.pieces))), fault)
 
-    def _check_pieces(self, name: str, stem: str, numbered: Sequence[tuple[int, SourceTensor]]) -> None:
-        """Refuse pieces that do not make a table."""
-        first, last = numbered[0][1], numbered[-1][1]
-        if name in self._tensors:
+    def _join(self, numbers: Sequence[int]) -> SourceTensor:
+        """Make one tensor of pieces, each of which must be there once."""
+        first, last = self.pieces[0], self.pieces[-1]
+        if self.has_namesake:
             raise _UnreadableError(f"there is a tensor of that name, and {first.name!r}, which would be a piece of it")
-        for expected, (number, piece) in enumerate(numbered):
+        for expected, (number, piece) in enumerate(zip(numbers, self.pieces, strict=True)):
             if number > expected:
-                missing = f"{stem}.shard_{expected}.weight"
+                missing = f"{self.stem}.shard_{expected}.weight"
                 raise _UnreadableError(
-                    f"its piece {missing!r} is missing; {len(numbered)} are there, the last is {last.name!r}"
+                    f"its piece {missing!r} is missing; {len(numbers)} are there, the last is {last.name!r}"
                 )
             if number < expected:
                 raise _UnreadableError(f"its piece {number} is there twice, once as {piece.name!r}")
@@ -108,55 +112,77 @@ class _Finder:
                 raise _UnreadableError(
                     f"only its last piece may have fewer rows: {_describe(first)}, but {_describe(piece)}"
                 )
+        return join_pieces(self.stem, self.name, self.shape, self.dtype, _place(self.pieces))
 
-    def _list_scales(self, stem: str, pieces: Sequence[SourceTensor]) -> list[list[SourceTensor]]:
-        """List the scales that there are, under each name: one tensor for the table, or one for each piece."""
-        found = [[self._tensors[f"{stem}.{own}"]] for own in _SCALE_NAMES if f"{stem}.{own}" in self._tensors]
-        if _stem(pieces[0].name) != stem:
-            for own in _SCALE_NAMES:
-                names = [f"{_stem(piece.name)}.{own}" for piece in pieces]
-                found.append([self._tensors[name] for name in names if name in self._tensors])
-        return [scales for scales in found if scales]
-
-    def _multiply(
-        self,
-        codes: SourceTensor,
-        stem: str,
-        pieces: Sequence[SourceTensor],
-        candidates: Sequence[Sequence[SourceTensor]],
-    ) -> SourceTensor:
-        """Make a table of values of its codes, and of what are its scales if that can be told."""
-        stems = dict.fromkeys([stem, *(_stem(piece.name) for piece in pieces)])
-        known = {piece.name for piece in pieces}
-        beside = [each for own in stems for each in self._beside.get(own, ()) if each.name not in known]
-        if len(candidates) != 1:
-            found = [scale[0] for scale in candidates] or beside
-            described = ", ".join(map(_describe, found[:4])) or "nothing"
-            what = "more than one scale" if candidates else "no scale"
-            wanted = f"one of {', '.join(f'{stem}.{own}' for own in _SCALE_NAMES)}"
-            raise _UnreadableError(f"it is {codes.dtype} with {what}: there must be {wanted}, and there is {described}")
-        [scales] = candidates
-        known = {scale.name for scale in scales}
-        more = [each for each in beside if each.name not in known and _MORE.fullmatch(each.name.rpartition(".")[2])]
-        if more:
-            raise _UnreadableError(
-                f"its values are more than code x scale, for there is {_describe(more[0])}; that is not read"
-            )
-        is_whole = _stem(scales[0].name) == stem
-        if not is_whole and len(scales) < len(pieces):
-            there = {_stem(scale.name) for scale in scales}
-            without = next(piece for piece in pieces if _stem(piece.name) not in there)
-            raise _UnreadableError(
-                f"its piece {without.name!r} is {codes.dtype} without a scale, others have {_describe(scales[0])}"
-            )
-        fitted = [_fit(scale, part) for scale, part in zip(scales, [codes] if is_whole else pieces, strict=True)]
+    def _multiply(self, codes: SourceTensor) -> SourceTensor:
+        """Make a table of the values of codes."""
+        scales = self._choose_scales()
+        is_whole = _stem(scales[0].name) == self.stem
+        fitted = [_fit(scale, part) for scale, part in zip(scales, [codes] if is_whole else self.pieces, strict=True)]
         blocks = fitted[0].shape[1]
-        differing = next((scale for scale, own in zip(scales, fitted, strict=True) if own.shape[1] != blocks), None)
-        if differing is not None:
-            raise _UnreadableError(f"its pieces differ: {_describe(scales[0])}, but {_describe(differing)}")
-        rows = fitted[0] if is_whole else join_pieces(stem, stem, (codes.shape[0], blocks), "F32", _place(fitted))
+        other = next((scale for scale, own in zip(scales, fitted, strict=True) if own.shape[1] != blocks), None)
+        if other is not None:
+            raise _UnreadableError(f"its pieces differ: {_describe(scales[0])}, but {_describe(other)}")
+        shape = self.shape[0], blocks
+        joined = fitted[0] if is_whole else join_pieces(self.stem, scales[0].name, shape, "F32", _place(fitted))
         stored_as = f"{codes.dtype} x {'F8_E8M0' if scales[0].dtype == 'U8' else scales[0].dtype}"
-        return replace(multiply(codes, rows), weight_dtype="bfloat16", stored_as=stored_as)
+        return replace(multiply(codes, joined), weight_dtype="bfloat16", stored_as=stored_as)
+
+    def _choose_scales(self) -> Sequence[SourceTensor]:
+        """Return the scales of codes, one for the table or one for each piece, if it can be told which they are."""
+        if len(self.scales) != 1:
+            found = [each[0] for each in self.scales] or self.beside
+            described = ", ".join(map(_describe, found[:4])) or "nothing"
+            what = "more than one scale" if self.scales else "no scale"
+            wanted = ", ".join(f"{printable(self.stem)}.{own}" for own in _SCALE_NAMES)
+            raise _UnreadableError(
+                f"it is {self.dtype} with {what}: there must be one of {wanted}, and there is {described}"
+            )
+        [scales] = self.scales
+        more = next((each for each in self.beside if _MORE.fullmatch(each.name.rpartition(".")[2])), None)
+        if more is not None:
+            raise _UnreadableError(
+                f"its values are more than code x scale, for there is {_describe(more)}, which is not read"
+            )
+        stems = {_stem(scale.name) for scale in scales}
+        without = next((piece for piece in self.pieces if _stem(piece.name) not in stems), None)
+        if stems != {self.stem} and without is not None:
+            raise _UnreadableError(
+                f"its piece {without.name!r} is {self.dtype} without a scale, and there is {_describe(scales[0])}"
+            )
+        return scales
+
+
+def _find_tables(tensors: Sequence[SourceTensor]) -> Iterator[_Table]:
+    """Find tables of codes, and then those in pieces: what is part of such a one is no table of its own."""
+    by_name, by_stem = {tensor.name: tensor for tensor in tensors}, dict[str, list[SourceTensor]]()
+    whole, in_pieces = list[SourceTensor](), dict[str, list[tuple[int, SourceTensor]]]()
+    for tensor in tensors:
+        by_stem.setdefault(_stem(tensor.name), []).append(tensor)
+        found = _PIECE.fullmatch(tensor.name)
+        if len(tensor.shape) != 2 or tensor.dtype in PACKED_DTYPES:
+            continue
+        if found:
+            in_pieces.setdefault(found[1], []).append((int(found[2]), tensor))
+        elif tensor.dtype in CODE_VALUES:
+            whole.append(tensor)
+
+    def make(stem: str, pieces: Sequence[SourceTensor], numbers: Sequence[int] | None) -> _Table:
+        # Under each name there may be one scale for all, and one for each piece.
+        stems = [[stem]] if numbers is None else [[stem], [_stem(piece.name) for piece in pieces]]
+        named = [[f"{each}.{own}" for each in group] for group in stems for own in _SCALE_NAMES]
+        scales = [[by_name[name] for name in names if name in by_name] for names in named]
+        scales = [each for each in scales if each] if pieces[0].dtype in CODE_VALUES else []
+        known = {part.name for part in (*pieces, *chain.from_iterable(scales))}
+        near = chain.from_iterable(by_stem.get(each, ()) for each in dict.fromkeys(chain.from_iterable(stems)))
+        beside = [each for each in near if each.name not in known]
+        return _Table(stem, pieces, numbers, scales, beside, numbers is not None and f"{stem}.weight" in by_name)
+
+    for tensor in whole:
+        yield make(tensor.name.removesuffix(".weight"), [tensor], None)
+    for stem, numbered in in_pieces.items():
+        numbered.sort(key=itemgetter(0))
+        yield make(stem, [piece for _, piece in numbered], [number for number, _ in numbered])
 
 
 def _fit(scale: SourceTensor, codes: SourceTensor) -> SourceTensor:

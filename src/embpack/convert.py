@@ -11,11 +11,13 @@ from embpack.cutting import DEFAULT_SIZE, cut_files, keep_files
 from embpack.destination import check_place, name_cut, name_file, name_index
 from embpack.errors import naming
 from embpack.formats import Checkpoint, OutFolder, OutShard, open_checkpoint, write_checkpoint
+from embpack.formats.atomic import check_space
 from embpack.formats.safetensors import count_file_bytes as count_shard_bytes
 from embpack.gate import check_losses
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.methods.base import join_losses
 from embpack.packed_folder import copy_and_list, list_own, name_packed
+from embpack.resuming import Unfinished, describe_run
 from embpack.rules import Decision, Rules, decide_all
 from embpack.shard_writer import Progress, ShardWriter, TableReport, no_progress
 from embpack.sizes import parse_size
@@ -63,6 +65,7 @@ def quantize_file(
     variants: Mapping[str, Variant] | None = None,
     readable_by: Sequence[str] = (),
     max_shard_size: int | str | None = None,
+    resume: bool = False,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Report:
@@ -77,8 +80,9 @@ def quantize_file(
         method: as quantize takes it.
         bits: as quantize takes them.
         param_dtype: as quantize takes it.
-        include: globs of tensor names to pack too; otherwise a table is a 2-D float tensor whose name says embedding
-            (table_names.says_embedding).
+        include: globs of tensor names to pack too; otherwise a table is a 2-D tensor of floats, or of FP8 or INT8 with
+            scales, whose name says embedding (table_names.says_embedding). A table of several tensors
+            (docs/checkpoints.md) goes by the name that they have together.
         exclude: globs of tensor names never to pack.
         max_loss: the largest normalized l2 loss that a table may have, positive and finite; None is no limit. All
             tables are packed before one that has a larger loss is refused, so that all of those are named.
@@ -90,6 +94,9 @@ def quantize_file(
             that no file holds is cut into pieces, which embpack.load joins. None is 5 GB, but files of an index stay
             as they are, unless a table is made of several of them. What cannot be cut, other tensors and 4,096 rows of
             a table, may be larger.
+        resume: go on where an earlier run into the folder dst was interrupted: its whole files, which are kept beside
+            dst, are read through and used. The bytes are those of a run that nobody interrupted. Without it such files
+            are removed, with a UserWarning; with it there is one if there are none.
         force: write to dst though embpack did not write what is there. A file is replaced; of a folder what has the
             name of a new file, and other files stay.
         progress: called with a table's name and a number of rows as they are done.
@@ -99,10 +106,11 @@ def quantize_file(
         FileNotFoundError: there is no src.
         FormatError: src is damaged, or was changed, replaced or deleted while it was read.
         TypeError: a glob, or max_loss, is of another type.
-        ValueError: no tensor is a table; a glob or a name in variants matches nothing; dst is src or has the wrong
-            suffix; a value is NaN or infinite, or a parameter overflows; there is no such method, bits, rotation or
-            reader; a reader cannot read a table that is packed so (the message says what would do);
-            max_loss is not positive and finite; max_shard_size is no size, or dst a file.
+        ValueError: no tensor is a table; a table lacks a piece or a scale, or they do not fit; a glob or a name in
+            variants matches nothing; dst is src or has the wrong suffix; a value is NaN or infinite, or a parameter
+            overflows; there is no such method, bits, rotation or reader; a reader cannot read a table that is packed so
+            (the message says what would do); max_loss is not positive and finite; max_shard_size is no size, or it or
+            resume are given for a file; source, options or embpack are not those of the run that is to be resumed.
         LossLimitError: tables lose more than max_loss; a ValueError that has their names and losses.
         OSError: dst cannot be written.
     """
@@ -115,6 +123,7 @@ def quantize_file(
             dst,
             max_loss=max_loss,
             max_shard_size=max_shard_size,
+            resume=resume,
             force=force,
             progress=progress,
         )
@@ -127,6 +136,7 @@ def pack_checkpoint(
     *,
     max_loss: float | None = None,
     max_shard_size: int | str | None = None,
+    resume: bool = False,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Report:
@@ -134,13 +144,20 @@ def pack_checkpoint(
     dst, started = Path(dst), time.perf_counter()
     if max_loss is not None:
         check_max_loss(max_loss)
-    check_destination(checkpoint, dst, max_shard_size, force=force)
+    check_destination(checkpoint, dst, max_shard_size, resume=resume, force=force)
     output = _Output.make(checkpoint, decisions, dst, max_shard_size, progress)
+    sizes = {shard.file_name: count_shard_bytes(dst, shard) for shard in output.shards}
 
     def check() -> None:
         check_losses(checkpoint.path, output.reports(), math.inf if max_loss is None else max_loss)
 
-    write_checkpoint(dst, output.shards, output.folder, check=check, list_own=list_own, force=force)
+    keeper = None
+    if output.folder is None:
+        check_space(dst, sum(sizes.values()))
+    else:
+        run = describe_run(checkpoint, decisions, output.shards)
+        keeper = Unfinished(dst, run, output.writers, sizes, resume)
+    write_checkpoint(dst, output.shards, output.folder, check=check, list_own=list_own, force=force, keeper=keeper)
     return Report(
         tables=output.reports(),
         passed_through=tuple(each.tensor.name for each in decisions if each.variant is None),
@@ -245,7 +262,12 @@ def check_max_loss(max_loss: float) -> None:
 
 
 def check_destination(
-    checkpoint: Checkpoint, dst: Path, max_shard_size: int | str | None = None, *, force: bool = False
+    checkpoint: Checkpoint,
+    dst: Path,
+    max_shard_size: int | str | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
 ) -> None:
     """Raise what pack_checkpoint would of its destination, for those who have much to do before.
 
@@ -253,13 +275,16 @@ def check_destination(
         FileExistsError: it has something that embpack did not write and there is no force, or is to be a folder and is
             a file.
         OSError: nothing can be written there.
-        ValueError: it is the source, or has the wrong suffix; or max_shard_size is no size, or of no folder.
+        ValueError: it is the source, or has the wrong suffix; or max_shard_size is no size, or it or resume are for
+            no folder.
     """
     as_folder = makes_folder(checkpoint, dst)
     if not as_folder and dst.suffix != ".safetensors":
         raise ValueError(f"{dst}: a packed checkpoint ends in .safetensors, or is a folder, whose name has no suffix")
     if not as_folder and max_shard_size is not None:
         raise ValueError(f"{dst}: max_shard_size is of the files of a folder; leave {dst.suffix} out")
+    if not as_folder and resume:
+        raise ValueError(f"{dst}: one file cannot be resumed, only a folder of files; leave {dst.suffix} out")
     read_file_size(max_shard_size)
     check_place(checkpoint, dst, list_own, as_folder=as_folder, force=force)
 

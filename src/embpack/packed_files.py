@@ -216,7 +216,7 @@ def open_packed(path: str | Path) -> Iterator[PackedCheckpoint]:
 
 def check_packed(checkpoint: Checkpoint) -> PackedCheckpoint:
     """Do what open_packed does with a checkpoint that is open."""
-    files = tuple(_check_shard(checkpoint.path.parent / shard.file_name, shard) for shard in checkpoint.shards)
+    files = tuple(check_file(checkpoint.path.parent / shard.file_name, shard) for shard in checkpoint.shards)
     pieces: dict[str, list[TablePiece]] = {}
     for file in files:
         for name, entry in file.contents.tables.items():
@@ -225,7 +225,12 @@ def check_packed(checkpoint: Checkpoint) -> PackedCheckpoint:
     return PackedCheckpoint(files, {name: _join(checkpoint.path, name, own, files) for name, own in pieces.items()})
 
 
-def _check_shard(path: Path, shard: Shard) -> PackedFile:
+def check_file(path: Path, shard: Shard) -> PackedFile:
+    """Check a file of a checkpoint by itself.
+
+    Raises:
+        FormatError: as read_contents.
+    """
     contents = read_contents(path, shard)
     parts, others = split_shard(shard, contents.tables)
     return PackedFile(path, contents, parts, {tensor.name: tensor for tensor in others})

@@ -202,10 +202,13 @@ def _match(name: str, globs: Iterable[str]) -> bool:
 def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
     """Decide on every tensor of a checkpoint that is to be packed, in file order.
 
+    Returns:
+        One decision for each table that is packed, whatever it is made of, and for each other tensor.
+
     Raises:
-        ValueError: the checkpoint is packed already; a glob of ``include`` or ``exclude``, or a name or glob in
-            ``variants``, matches nothing; what ``include`` or ``variants`` name is not packed; a reader cannot take
-            packed rows; or there is no table at all.
+        ValueError: the checkpoint is packed already; a table lacks a piece or a scale, or they do not fit; a glob of
+            ``include`` or ``exclude``, or a name or glob in ``variants``, matches nothing; what ``include`` or
+            ``variants`` name is not packed; a reader cannot take packed rows; or there is no table at all.
     """
     path = printable(checkpoint.path)
     if any(METADATA_KEY in shard.metadata for shard in checkpoint.shards):
@@ -291,11 +294,22 @@ def _is_other_float(decision: Decision) -> bool:
 
 def _check_globs(path: str, rules: Rules, checkpoint: Checkpoint, units: Sequence[Unit]) -> None:
     """Raise ValueError if a glob matches no tensor: somebody has mistyped it, or means what cannot be read."""
-    names = [unit.tensor.name for unit in units]
     for option in ("include", "exclude"):
         for pattern in getattr(rules, option):
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if any(fnmatchcase(unit.tensor.name, pattern) for unit in units):
+                continue
+            whole = _find_whole(pattern, units)
+            if whole is None:
                 raise ValueError(f"{path}: {option} {pattern!r} matches no tensor; {_advise(pattern, checkpoint)}")
+            # The scales of a layer may be excluded, for they are copied anyway.
+            if option == "include" or rules.why_no_table(whole) is None:
+                raise ValueError(f"{path}: {option} {pattern!r} only matches parts of {whole.name!r}; name that")
+
+
+def _find_whole(pattern: str, units: Iterable[Unit]) -> SourceTensor | None:
+    """Find a tensor that has parts which a glob matches."""
+    parts = ((unit.tensor, part) for unit in units for part in unit.tensor.parts)
+    return next((whole for whole, part in parts if fnmatchcase(part.name, pattern)), None)
 
 
 def name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, Variant]:
@@ -309,11 +323,15 @@ def name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, 
     Raises:
         ValueError: a name or glob matches no tensor, or none that can be packed.
     """
-    tensors = {unit.tensor.name: unit.tensor for unit in list_units(checkpoint.tensors)}
+    units = list_units(checkpoint.tensors)
+    tensors = {unit.tensor.name: unit.tensor for unit in units}
     variants: dict[str, Variant] = {}
     for pattern, variant in rules.variants.items():
         matched = [pattern] if pattern in tensors else [name for name in tensors if fnmatchcase(name, pattern)]
         where = f"{path}: variants (--set) name {pattern!r}"
+        whole = None if matched else _find_whole(pattern, units)
+        if whole is not None:
+            raise ValueError(f"{where}, which is but a part of {whole.name!r}; name that")
         if not matched:
             raise ValueError(f"{where}, but there is no such tensor; {_advise(pattern, checkpoint)}")
         reasons = {name: rules.why_no_table(tensors[name]) for name in matched}
@@ -327,12 +345,7 @@ def name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, 
 
 def _advise(wrong: str, checkpoint: Checkpoint) -> str:
     """Say what is most like a name or glob that matches nothing, and what is there but cannot be read."""
-    units = list_units(checkpoint.tensors)
-    for unit in units:
-        part = next((part.name for part in unit.tensor.parts if fnmatchcase(part.name, wrong)), None)
-        if part is not None:
-            return f"{part!r} is a part of {unit.tensor.name!r}; name that"
-    names = list(dict.fromkeys(unit.tensor.name for unit in units))
+    names = list(dict.fromkeys(unit.tensor.name for unit in list_units(checkpoint.tensors)))
     wide = f"*{wrong.strip('*')}*"
     matched = sum(fnmatchcase(name, wide) for name in names)
     said = f"a glob matches whole names: {wide!r} matches {matched:,}" if matched else suggest(wrong, names)

@@ -141,7 +141,8 @@ def _unpack(table: StoredTable, dtype: str, progress: Progress) -> OutTensor:
     entry = table.entry
 
     def chunks() -> Iterator[NDArray[Any]]:
-        [codebooks] = table.read_shared() or [None]
+        shared = table.read_shared()
+        codebooks = shared[0] if shared else None
         for piece in table.pieces:
             digest, done = hashlib.sha256(), 0
             tensor, *beside = piece.parts

@@ -11,7 +11,8 @@ format; leave the old ones, for users have files like them. Of each case there a
   quantize_file write of it. A version that is no longer written is held by its files alone; for a new
   one, the command adds digests to all cases.
 
-BY_HAND are files as another program may write them, of a case's bytes.
+BY_HAND are files as another program may write them, of a case's bytes. pieces/LAYOUT is a folder with a table in
+pieces, in version 3, and pieces.json has digests of its files and values.
 """
 
 import hashlib
@@ -28,11 +29,13 @@ import torch
 from safetensors.torch import save_file
 
 import embpack
-from embpack.files import FORMAT_VERSION
+from embpack.files import FORMAT_VERSION, PIECE_ROWS
+from embpack.layouts import LAYOUTS
 from embpack.packed_folder import MANIFEST_NAME, name_plain
 
 FOLDER = Path(__file__).parent
 PACKED, EXPECTED, MANIFEST = FOLDER / "packed", FOLDER / "expected", FOLDER / "manifest.json"
+PIECES, PIECES_MANIFEST = FOLDER / "pieces", FOLDER / "pieces.json"
 
 DIMS, DTYPES, ROTATIONS = (64, 5, 130, 16, 40), ("float32", "bfloat16", "float16"), (None, "hadamard")
 ROWS = 20
@@ -242,6 +245,24 @@ def write_by_hand(name: str, version: int, like: dict[str, Any]) -> dict[str, An
     return {"file": f"{name}.safetensors", "tables": {table: {**entry, "spec": "", "loss": None}}}
 
 
+def pack_pieces(folder: Path, layout: str) -> Path:
+    """Write a table of two pieces around three points into a folder, pack it there in a layout, and return where."""
+    methods = {"uniform": "greedy", "codebook": "kmeans", "clustered": "kmeans-cls:K=3", "trellis": "trellis"}
+    rng = np.random.default_rng(0)
+    centres, rows = 2 * rng.standard_normal((3, 4)), PIECE_ROWS + 9
+    weights = centres[np.arange(rows) % 3] + 0.1 * rng.standard_normal((rows, 4))
+    save_file({"embedding.weight": torch.from_numpy(weights).float()}, folder / "model.safetensors")
+    src, dst = folder / "model.safetensors", folder / layout
+    embpack.quantize_file(src, dst, method=methods[layout], bits=2, include=["*"], max_shard_size=1)
+    return dst
+
+
+def digest_pieces(path: Path) -> dict[str, str]:
+    """Digests of a folder's files, and of the values that are read from it."""
+    [table] = embpack.load(path, verify=True).values()
+    return {"files": digest_files(path), "values": hashlib.sha256(table.dequantize()).hexdigest()}
+
+
 def main() -> None:
     PACKED.mkdir(exist_ok=True)
     EXPECTED.mkdir(exist_ok=True)
@@ -259,6 +280,13 @@ def main() -> None:
             manifest[name] = write_by_hand(name, version, manifest[BY_HAND_OF])
             shutil.copy(EXPECTED / f"{BY_HAND_OF}.safetensors", EXPECTED / f"{name}.safetensors")
     MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")
+    pieces = json.loads(PIECES_MANIFEST.read_text()) if PIECES_MANIFEST.exists() else {}
+    for layout in LAYOUTS:
+        if layout not in pieces:
+            with tempfile.TemporaryDirectory() as name:
+                shutil.copytree(pack_pieces(Path(name), layout), PIECES / layout)
+            pieces[layout] = digest_pieces(PIECES / layout)
+    PIECES_MANIFEST.write_text(json.dumps(pieces, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def _options(
 
 def _print_failure(error: Exception) -> None:
     if not isinstance(error, LossLimitError):
-        show.print_error(show.explain(error))
+        show.print_error("; ".join([show.explain(error), *getattr(error, "__notes__", ())]))
         return
     message, *tables = str(error).split("\n")
     show.print_error(message)

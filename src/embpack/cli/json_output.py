@@ -9,6 +9,7 @@ from embpack import _native
 from embpack.comparison.array import QUANTILES, Comparison, Skipped
 from embpack.comparison.checkpoint import FileComparison
 from embpack.convert import Report
+from embpack.estimate import Expectation
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.layouts import RowFormat
 from embpack.methods import parse_method
@@ -33,7 +34,7 @@ def describe_quantized(
     checkpoint: Checkpoint,
     decisions: Sequence[Decision],
     plan: Plan | None,
-    outcome: Report | int,
+    outcome: Report | Expectation,
 ) -> Record:
     """Describe what quantize did, or what it would do.
 
@@ -43,7 +44,7 @@ def describe_quantized(
         checkpoint: src, open.
         decisions: on all its tensors.
         plan: what chose among the ways to pack the tables; None if nothing did.
-        outcome: what packing came to; of a dry run the bytes of files that would be written.
+        outcome: what packing came to, or of a dry run what it would come to.
     """
     report = outcome if isinstance(outcome, Report) else None
     planned = {} if plan is None else {table.name: table for table in plan.tables}
@@ -64,10 +65,11 @@ def describe_quantized(
         "totals": {
             **_sum(tables),
             "source_bytes": sum(shard.num_bytes for shard in checkpoint.shards),
-            "destination_bytes": outcome.file_bytes_after if isinstance(outcome, Report) else outcome,
+            "destination_bytes": outcome.file_bytes_after if isinstance(outcome, Report) else outcome.file_bytes,
             "loss": None if report is None else report.loss,
             "sample_loss": None if plan is None else plan.loss,
             "seconds": None if report is None else report.seconds,
+            "estimated_seconds": outcome.seconds if isinstance(outcome, Expectation) else None,
         },
     }
 

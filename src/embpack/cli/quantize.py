@@ -7,7 +7,8 @@ import typer
 
 from embpack.cli import options, plans, show
 from embpack.cli.json_output import describe_quantized
-from embpack.convert import check_destination, check_max_loss, count_file_bytes, pack_checkpoint
+from embpack.convert import check_destination, check_max_loss, pack_checkpoint
+from embpack.estimate import expect
 from embpack.formats import open_checkpoint
 from embpack.methods import DEFAULT_METHOD
 from embpack.readers import READERS
@@ -15,6 +16,9 @@ from embpack.rules import Rules
 from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
 from embpack.variant import Variant
+
+# Of a checkpoint that may take half a minute: how long is said before it is packed.
+_LONG_BYTES = 1 << 28
 
 _check_max_bytes = options.checking(lambda text: parse_size(text, 1))
 _check_max_shard_size = options.checking(parse_size)
@@ -36,15 +40,15 @@ def quantize(
             metavar="SRC",
             show_default=False,
             help="A checkpoint: .safetensors, an index of sharded ones, a model's folder, .pt/.pth/.bin/.ckpt, .npy, "
-            ".npz or .parquet.",
+            ".npz or .parquet. Tables in pieces (X.shard_0.weight, ..) and in FP8 or INT8 with scales are read as one.",
         ),
     ],
     dst: Annotated[
         Path | None,
         typer.Argument(
             metavar="DST",
-            help="A .safetensors file; or a folder, whose name has no suffix: always if SRC is a folder or an index. "
-            "What embpack wrote there is replaced.",
+            help="A .safetensors file, or a folder, whose name has no suffix, as for a folder or an index as SRC. What "
+            "embpack wrote there is replaced.",
             show_default=False,
         ),
     ] = None,
@@ -184,12 +188,20 @@ def quantize(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="The largest file of a folder as DST: '500 MB'. A table that fits in none is cut into pieces.",
-            show_default="5 GB; the files of an index stay as they are",
+            help="The largest file of a folder, '500 MB'; tables are cut into pieces if need be.",
+            show_default="5 GB; files of an index stay",
             callback=_check_max_shard_size,
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Use the whole files that an interrupted run into a folder left.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -229,32 +241,35 @@ def quantize(
         set_num_threads(threads)
     with open_checkpoint(src) as checkpoint:
         if dst is not None and not dry_run:
-            check_destination(checkpoint, dst, max_shard_size, force=force)
+            check_destination(checkpoint, dst, max_shard_size, resume=resume, force=force)
         decisions, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
         # A plan that is used says what was measured when it was made; what is packed now is in the decisions.
         shown = plan if plan_path is None else None
+        expected = expect(checkpoint, decisions, dst, max_shard_size, from_bytes=0 if dry_run else _LONG_BYTES)
         if dst is None or dry_run:
-            after = count_file_bytes(checkpoint, decisions, dst, max_shard_size)
             planning.finish(plan, None)
             if as_json:
-                show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, after))
+                show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, expected))
             else:
-                sizes = sum(shard.num_bytes for shard in checkpoint.shards), after
+                sizes = sum(shard.num_bytes for shard in checkpoint.shards), expected.file_bytes
                 show.print_decisions(str(src), decisions, checkpoint.left_out, shown, sizes)
+                show.print_expected(expected)
                 if planning.max_table_loss is not None:
                     show.output.print("--max-loss judges tables once they are packed, not in a dry run", style="dim")
             return
         if not as_json:
             show.print_decisions(str(src), decisions, checkpoint.left_out, shown)
+            show.print_expected(expected)
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
         limit = planning.max_table_loss
-        with show.row_progress(totals, shown=not as_json) as progress:
+        with show.row_progress(totals, shown=not as_json) as progress, show.noted_interruption():
             report = pack_checkpoint(
                 checkpoint,
                 decisions,
                 dst,
                 max_loss=limit,
                 max_shard_size=max_shard_size,
+                resume=resume,
                 force=force,
                 progress=progress,
             )

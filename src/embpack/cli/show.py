@@ -16,11 +16,13 @@ from rich.text import Text
 from embpack.cli.progress import RowBars
 from embpack.cli.progress import rate as rate  # callers say show.rate
 from embpack.convert import Report
+from embpack.estimate import Expectation
 from embpack.planning import Plan
 from embpack.rules import MIN_ROWS, Decision
 from embpack.shard_writer import Progress as OnRows
 from embpack.tables import find_terminal_width, fit_table
 from embpack.text import printable
+from embpack.threads import get_num_threads
 
 
 class Printer(Console):
@@ -182,6 +184,17 @@ def row_progress(totals: dict[str, int], *, shown: bool) -> Iterator[OnRows]:
         yield bars.advance
 
 
+@contextmanager
+def noted_interruption() -> Iterator[None]:
+    """Print on stderr what is to be known when Ctrl-C ends the command."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        for note in getattr(interruption, "__notes__", ()):
+            errors.print(note, soft_wrap=True)
+        raise
+
+
 def print_decisions(
     path: str,
     decisions: Sequence[Decision],
@@ -220,6 +233,28 @@ def print_decisions(
     if file_sizes is not None:
         before, after = file_sizes
         output.print(f"file: {before:,} -> {after:,} bytes ({share(after, before)}); nothing was written", style="bold")
+
+
+def print_expected(expected: Expectation) -> None:
+    """Print how long packing will take, and what it takes on the disk."""
+    if expected.seconds is not None:
+        threads = count(get_num_threads(), "thread")
+        output.print(
+            f"packing takes about {duration(expected.seconds)} with {threads}, and {size(expected.file_bytes)} of disk",
+            style="dim",
+        )
+
+
+def duration(seconds: float) -> str:
+    """Say how long something takes, in two units at most: "1 s", "3 min", "2 h 10 min", "4 days 5 h"."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} days {hours % 24} h"
 
 
 def _group_copied(decisions: Sequence[Decision]) -> dict[str, list[str]]:

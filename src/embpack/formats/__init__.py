@@ -12,7 +12,7 @@ from embpack.errors import FormatError, MissingExtraError
 from embpack.formats.atomic import new_file
 from embpack.formats.base import Checkpoint, OutFolder, OutShard, OutTensor, Shard, SourceTensor, find_repeated, is_utf8
 from embpack.formats.model_folder import find_checkpoint, with_folder
-from embpack.formats.new_folder import ListOwn, nothing
+from embpack.formats.new_folder import Keeper, ListOwn, nothing
 from embpack.formats.sharded import INDEX_SUFFIX, explain_other, open_sharded, write_folder
 
 __all__ = [
@@ -137,6 +137,7 @@ def write_checkpoint(
     check: Callable[[], None] = lambda: None,
     list_own: ListOwn = nothing,
     force: bool = False,
+    keeper: Keeper | None = None,
 ) -> None:
     """Write a checkpoint of plain tensors: whole or not at all.
 
@@ -148,6 +149,7 @@ def write_checkpoint(
         check: called when everything is written but has no name yet; what it raises leaves all as it was.
         list_own: lists what of an existing folder may be replaced, or the name of an existing file if that may be.
         force: replace a file whatever it is, and of a folder what has the name of a new file.
+        keeper: of a folder's whole files, should writing it be interrupted.
 
     Raises:
         FileExistsError: there is something that may not be replaced.
@@ -167,7 +169,7 @@ def write_checkpoint(
     if repeated is not None:
         raise ValueError(f"{path}: there is more than one tensor named {repeated!r}; rename all but one")
     if folder is not None:
-        write_folder(path, shards, folder, check=check, list_own=list_own, force=force)
+        write_folder(path, shards, folder, check=check, list_own=list_own, force=force, keeper=keeper)
         return
     file_format = FORMATS.get(path.suffix.lower())
     if file_format is None:

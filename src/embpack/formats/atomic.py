@@ -92,9 +92,10 @@ def check_new(path: Path) -> None:
             pass
 
 
-def check_space(path: Path, num_bytes: int) -> None:
-    """Raise OSError unless so many bytes are free where a file or folder is to be written."""
-    folder = next(place for place in path.absolute().parents if place.is_dir())
+def check_space(path: Path, num_bytes: int, folder: Path | None = None) -> None:
+    """Raise OSError unless so many bytes are free in a folder, the one where a file or folder is to be written."""
+    if folder is None:
+        folder = next(place for place in path.absolute().parents if place.is_dir())
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(
@@ -156,12 +157,14 @@ def keep_owner_and_mode(descriptor: int, replaced: os.stat_result) -> None:
 
 
 @contextmanager
-def explained_space(path: Path, temporary: Path) -> Iterator[None]:
-    """Say how far it came if space ran out."""
+def explained_space(
+    path: Path, temporary: Path, say_kept: Callable[[], str] = lambda: "nothing was kept"
+) -> Iterator[None]:
+    """Say how far it came if space ran out, and what of it was kept."""
     try:
         yield
     except OSError as error:
-        explained = _explain_space(error, path, temporary)
+        explained = _explain_space(error, path, temporary, say_kept())
         if explained is None:
             raise
         raise explained from error
@@ -179,7 +182,7 @@ def explained_place(path: Path, folder: Path) -> Iterator[None]:
         raise reword(error, f"cannot write {path}: {reason.format(folder=folder)}") from error
 
 
-def _explain_space(error: OSError, path: Path, temporary: Path) -> OSError | None:
+def _explain_space(error: OSError, path: Path, temporary: Path, kept: str) -> OSError | None:
     """Say how much was written when space ran out; None for any other error."""
     if error.errno not in _NO_SPACE:
         return None
@@ -189,7 +192,7 @@ def _explain_space(error: OSError, path: Path, temporary: Path) -> OSError | Non
     return reword(
         error,
         f"cannot write {path}: {_NO_SPACE[error.errno]}, after {written} bytes and with {free} bytes free in "
-        f"{temporary.parent}; nothing was kept, make space or choose another folder",
+        f"{temporary.parent}; {kept}, make space or choose another folder",
     )
 
 

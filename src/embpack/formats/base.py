@@ -359,4 +359,7 @@ def refuse_dtypes(path: Path, shard: OutShard, allowed: Container[str], ways_out
     """Raise ValueError where a tensor's type has no place in a format; allowed: what has one."""
     for tensor in shard.tensors:
         if tensor.dtype not in allowed:
-            raise ValueError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which it cannot hold; {ways_out}")
+            more = ", or unpack tables with --dtype float32" if tensor.dtype == "BF16" else ""
+            raise ValueError(
+                f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which it cannot hold; {ways_out}{more}"
+            )

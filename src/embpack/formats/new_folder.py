@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 from embpack.formats.atomic import (
     explained_place,
@@ -17,7 +18,7 @@ from embpack.formats.atomic import (
     reword,
     sync,
 )
-from embpack.formats.temporary import is_temporary, temporary_folder
+from embpack.formats.temporary import is_temporary, temporary_folder, unfinished_folder
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -27,6 +28,25 @@ _MOST_NAMED = 5
 
 ListOwn = Callable[[Path], Collection[str]]
 """Lists the files of a folder that may be replaced and removed, by their paths in it; of a file its own name."""
+
+
+class Keeper(Protocol):
+    """Keeps the whole files of a folder that is being written, should writing it be interrupted."""
+
+    def start(self, work: Path) -> None:
+        """Take the folder to write into, which may have files of an earlier run in "new"; remove all that is no use."""
+
+    def reuse(self, number: int, path: Path) -> bool:
+        """Whether a file, by its number and path, is there and whole."""
+
+    def keep(self, number: int, path: Path) -> None:
+        """Write down that a file is whole, and on the disk."""
+
+    def is_kept(self, error: BaseException) -> bool:
+        """Whether files stay after an exception."""
+
+    def say_kept(self) -> str:
+        """Say what stays, and what to do with it, for the message of an error."""
 
 
 def nothing(path: Path) -> tuple[str, ...]:
@@ -46,7 +66,12 @@ def iter_files(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def new_folder(
-    path: str | os.PathLike[str], last: str, list_own: ListOwn = nothing, *, force: bool = False
+    path: str | os.PathLike[str],
+    last: str,
+    list_own: ListOwn = nothing,
+    *,
+    force: bool = False,
+    keeper: Keeper | None = None,
 ) -> Iterator[Path]:
     """Write a folder that appears under its name only when all that is in it is complete and on disk.
 
@@ -61,10 +86,12 @@ def new_folder(
             nobody reads them.
         list_own: lists the files of an existing folder that are to be replaced.
         force: write there though it has other files. Those that have the name of a new one are replaced.
+        keeper: of files that are whole, if writing the folder is interrupted; None if all is to be done at once.
 
     Yields:
         The folder to write into, in ".embpack-*.tmp" beside path, or in it if it stays where it is. An exception
         removes it, and leaves an existing folder as it was. After a kill it stays until the next run into that folder.
+        With a keeper it is in ".NAME.embpack-unfinished", and there may be files in it that this keeper has left.
 
     Raises:
         FileExistsError: path is a file, a folder with other files and no force, or being written by another process.
@@ -77,10 +104,15 @@ def new_folder(
     place = target if has_others or _must_stay(target) else target.parent
     with ExitStack() as stack:
         with explained_place(path, place), _explained_other(path):
-            temporary = stack.enter_context(temporary_folder(place, target))
-        with explained_space(path, temporary):
+            if keeper is None:
+                temporary = stack.enter_context(temporary_folder(place, target))
+            else:
+                temporary = stack.enter_context(unfinished_folder(place, target, keeper.is_kept))
+        with explained_space(path, temporary, *() if keeper is None else (keeper.say_kept,)):
+            if keeper is not None:
+                keeper.start(temporary)
             new = temporary / "new"
-            new.mkdir()
+            new.mkdir(exist_ok=keeper is not None)
             yield new
             for written in [*new.rglob("*"), new]:
                 sync(written)

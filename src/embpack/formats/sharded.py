@@ -7,8 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from embpack.errors import FormatError
+from embpack.formats.atomic import sync
 from embpack.formats.base import Checkpoint, OutFolder, OutShard, Shard
-from embpack.formats.new_folder import ListOwn, new_folder
+from embpack.formats.new_folder import Keeper, ListOwn, new_folder
 from embpack.formats.safetensors import parse_object, read_shard, write_safetensors
 from embpack.formats.source import SourceFile
 
@@ -107,6 +108,7 @@ def write_folder(
     check: Callable[[], None],
     list_own: ListOwn,
     force: bool,
+    keeper: Keeper | None = None,
 ) -> None:
     """Write a folder of safetensors files, with their index if it has one, and what lies beside them.
 
@@ -117,16 +119,24 @@ def write_folder(
         check: called when everything is written but has no name yet.
         list_own: as new_folder takes it.
         force: as new_folder takes it.
+        keeper: as new_folder takes it; files are numbered as in shards.
 
     Raises:
         FileExistsError: the folder has other files.
         ValueError: as write_safetensors.
     """
     last = shards[0].file_name if folder.index_name is None else folder.index_name
-    with new_folder(path, last, list_own, force=force) as new:
-        for shard in shards:
-            with _create(new / shard.file_name) as file:
+    with new_folder(path, last, list_own, force=force, keeper=keeper) as new:
+        for number, shard in enumerate(shards):
+            made = new / shard.file_name
+            if keeper is not None and keeper.reuse(number, made):
+                continue
+            with _create(made) as file:
                 write_safetensors(file, path / shard.file_name, shard)
+            if keeper is not None:
+                sync(made)
+                sync(made.parent)
+                keeper.keep(number, made)
         if folder.index_name is not None:
             (new / folder.index_name).write_text(_make_index(shards, folder.index_name))
         for name, write in folder.beside.items():

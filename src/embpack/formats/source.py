@@ -104,6 +104,12 @@ class SourceFile:
         return self._seen.size
 
     @property
+    def modified_ns(self) -> int:
+        """When it was last modified, by then."""
+        assert self._seen is not None  # it was opened
+        return self._seen.modified_ns
+
+    @property
     def descriptor(self) -> int:
         """The open file's number, for libraries that take one; it belongs to the ``with`` block."""
         assert self._descriptor is not None  # it is open

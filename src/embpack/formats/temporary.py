@@ -1,4 +1,7 @@
-"""Files and folders that are being written: their owner holds a lock, and what others left behind is removed."""
+"""Files and folders that are being written: their owner holds a lock, and what others left behind is removed.
+
+A folder whose writing can be resumed has a name of its own, and stays until the next run into the same destination.
+"""
 
 import fcntl
 import hashlib
@@ -16,6 +19,7 @@ from pathlib import Path
 
 # ".embpack-MACHINE-KEY.tmp". The first embpack wrote ".embpack-XXXXXXXX.tmp", and held no lock.
 _NAME = re.compile(r"\.embpack-(?:([0-9a-f]{8})-[0-9a-f]{16}|[a-z0-9_]{8})\.tmp")
+_UNFINISHED = ".embpack-unfinished"
 # In place of the machine, where there is no lock.
 _NOT_LOCKED = "00000000"
 # For how long nothing must have been written where a lock cannot tell whether the owner is alive.
@@ -24,7 +28,7 @@ _IDLE_SECONDS = 24 * 3600
 
 def is_temporary(name: str) -> bool:
     """Whether a file or folder of such a name is one that embpack writes."""
-    return _NAME.fullmatch(name) is not None
+    return _NAME.fullmatch(name) is not None or (name.startswith(".") and name.endswith(_UNFINISHED))
 
 
 @contextmanager
@@ -72,6 +76,62 @@ def temporary_folder(folder: Path, destination: Path | None = None, mode: int = 
 
 
 @contextmanager
+def unfinished_folder(
+    folder: Path, destination: Path, is_kept: Callable[[BaseException], bool], mode: int = 0o777
+) -> Iterator[Path]:
+    """Make a folder to write into that stays after a kill, or take the one that stayed; remove_stale leaves it alone.
+
+    Args:
+        folder: where to make it.
+        destination: what is to become of it: one process at a time has a folder for a destination.
+        is_kept: of an exception, whether it stays after that, too.
+        mode: of the folder, before the umask.
+
+    Yields:
+        Its path, ".DESTINATION.embpack-unfinished", under which it is removed at the end if it is still there.
+
+    Raises:
+        FileExistsError: another process has one for this destination, or something else has its name.
+    """
+    remove_stale(folder)
+    path = folder / f".{destination.name}{_UNFINISHED}"
+    descriptor = _open_locked(path, mode)
+    keep = False
+    try:
+        yield path
+    except BaseException as error:
+        keep = is_kept(error)
+        raise
+    finally:
+        if not keep and _is_at(path, descriptor):
+            _remove(path)
+        os.close(descriptor)
+
+
+def _open_locked(path: Path, mode: int) -> int:
+    """Make a folder unless it is there, and hold a lock on it, where the file system has locks."""
+    while True:
+        with suppress(FileExistsError):
+            path.mkdir(mode)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except (NotADirectoryError, FileNotFoundError) as error:
+            if isinstance(error, FileNotFoundError):
+                continue  # another process has just removed it
+            raise FileExistsError(error.errno, error.strerror, str(path)) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise FileExistsError(error.errno, error.strerror, str(path)) from error
+        except OSError:
+            pass
+        if _is_at(path, descriptor):
+            return descriptor
+        os.close(descriptor)
+
+
+@contextmanager
 def _locked(folder: Path, key: str, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
     """Make a temporary and hold a lock on it, which ends with this process however that ends."""
     remove_stale(folder)
@@ -111,7 +171,7 @@ def remove_stale(folder: Path) -> None:
     """Remove temporaries of processes that are gone, as far as that can be told and is allowed."""
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if is_temporary(entry.name)]
+            names = [entry.name for entry in entries if _NAME.fullmatch(entry.name)]
     except OSError:  # who writes there hears of it
         return
     for name in names:

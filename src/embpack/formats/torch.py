@@ -49,7 +49,7 @@ def open_torch(path: Path) -> Iterator[Checkpoint]:
         state, left_out = _choose_state(path, saved.value)
         views: dict[str, View] = {}
         for name, value in state.items():
-            view = view_tensor(saved, name, value) if is_tensor(value) else _describe(value)
+            view = view_tensor(saved, name, value) if is_tensor(value) else _describe_inside(value)
             if isinstance(view, str):
                 left_out.append(f"entry {_name_entry(name)} ({view})")
             elif not isinstance(name, str):
@@ -73,7 +73,7 @@ def _choose_state(path: Path, value: object) -> tuple[dict[Any, Any], list[str]]
     if not wrappers and _has_tensors(items):
         return items, []
     if len(wrappers) == 1:
-        beside = [f"entry {_name_entry(key)} ({_describe(item)})" for key, item in items.items() if key != wrappers[0]]
+        beside = [_note_beside(key, item, wrappers[0]) for key, item in items.items() if key != wrappers[0]]
         return _find_items(items[wrappers[0]]) or {}, beside
     chosen = wrappers or with_tensors
     if chosen:
@@ -84,6 +84,12 @@ def _choose_state(path: Path, value: object) -> tuple[dict[Any, Any], list[str]]
         )
     held = ", ".join(f"{_name_entry(key)} ({_describe(item)})" for key, item in list(items.items())[:8]) or "nothing"
     raise FormatError(f"{path}: holds a dict with no tensors, but {held}; {_advise(items.values())}")
+
+
+def _note_beside(key: object, item: object, wrapper: str) -> str:
+    """Note what is beside the dict of tensors; of what may be looked for, why it is not read."""
+    why = f"; outside {wrapper!r}, which is read: save it by itself" if is_tensor(item) or _has_tensors(item) else ""
+    return f"entry {_name_entry(key)} ({_describe(item)}{why})"
 
 
 def _find_items(value: object) -> dict[Any, Any] | None:
@@ -119,6 +125,11 @@ def _describe(value: object) -> str:
     if isinstance(value, Made):
         return str(value)
     return "storage" if isinstance(value, Outside) else type(value).__name__
+
+
+def _describe_inside(value: object) -> str:
+    """Describe what is no tensor among tensors."""
+    return f"{_describe(value)}; save it by itself" if _has_tensors(value) else _describe(value)
 
 
 def _advise(values: Iterable[object]) -> str:

@@ -214,9 +214,10 @@ class KMeansCls(Method):
         clusters = RowClusters.train(sample, num_codebooks)
         numbers = clusters.assign(sample)
         levels = fit_codebooks(sample, numbers, num_codebooks, row_format.bits)
+        of_row = numbers.astype(cluster_dtype(num_codebooks))
         if len(sample) < num_embeddings:
-            numbers = np.concatenate([clusters.assign(widen(rows)) for rows in chunks()])
-        return ClusterPacker(self, row_format, name, numbers.astype(cluster_dtype(num_codebooks)), levels)
+            of_row = np.concatenate([clusters.assign(widen(rows)).astype(of_row.dtype) for rows in chunks()])
+        return ClusterPacker(self, row_format, name, of_row, levels)
 
 
 @dataclass(frozen=True, eq=False)

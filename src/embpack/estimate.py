@@ -1,0 +1,161 @@
+"""How long packing a checkpoint will take: a few rows are packed, and their time is multiplied."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embpack.chunks import chunk_rows, span_rows
+from embpack.convert import count_file_bytes
+from embpack.formats import Checkpoint, SourceTensor
+from embpack.formats.base import as_bytes
+from embpack.methods import Packer
+from embpack.rules import Decision
+from embpack.shard_writer import TableWriter
+
+# For how long rows are packed at least, if there are so many, and from when on the first ones are enough.
+_SECONDS, _MOST_SECONDS = 0.2, 1.0
+# Of a tensor that is copied.
+_COPIED_BYTES = 1 << 26
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What packing a checkpoint will come to.
+
+    Attributes:
+        file_bytes: of the files with tensors, to the byte.
+        seconds: as estimate_seconds returns them.
+    """
+
+    file_bytes: int
+    seconds: float | None
+
+
+def expect(
+    checkpoint: Checkpoint,
+    decisions: Sequence[Decision],
+    dst: Path | None,
+    max_shard_size: int | str | None,
+    *,
+    from_bytes: int = 0,
+) -> Expectation:
+    """Say what packing a checkpoint will come to; from so many bytes of source on also how long it takes.
+
+    Args:
+        checkpoint: which is open.
+        decisions: on all of its tensors.
+        dst: as count_file_bytes takes it.
+        max_shard_size: as quantize_file takes it.
+        from_bytes: bytes of tensors.
+    """
+    is_timed = sum(each.tensor.nbytes for each in decisions) >= from_bytes
+    file_bytes = count_file_bytes(checkpoint, decisions, dst, max_shard_size)
+    return Expectation(file_bytes, estimate_seconds(decisions) if is_timed else None)
+
+
+def estimate_seconds(decisions: Sequence[Decision]) -> float | None:
+    """Estimate how long pack_checkpoint reads and packs; what a slow disk adds to that is not known.
+
+    Of tables of one width that are packed in one way, the first rows of the largest are packed, by as many threads as
+    all rows will be.
+
+    Args:
+        decisions: on all tensors of a checkpoint, which is open.
+
+    Returns:
+        Seconds; None if rows that are looked at cannot be packed.
+    """
+    ways: dict[tuple[object, ...], list[Decision]] = {}
+    for each in decisions:
+        if each.variant:
+            ways.setdefault((each.variant, each.tensor.shape[1], each.tensor.stored_as, each.dtype), []).append(each)
+    seconds = 0.0
+    try:
+        for own in ways.values():
+            timing = _time_table(max(own, key=lambda each: each.tensor.shape[0]))
+            seconds += sum(timing.estimate(each.tensor.shape[0]) for each in own)
+    except ValueError:
+        return None
+    return seconds + _time_copies([each.tensor for each in decisions if each.variant is None])
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """How long some rows of a table take.
+
+    Attributes:
+        rows: that were looked at.
+        fixed: seconds to learn from so many rows, or any larger number.
+        by_row: seconds that each row takes.
+    """
+
+    rows: int
+    fixed: float
+    by_row: float
+
+    def estimate(self, num_embeddings: int) -> float:
+        return self.fixed * min(1.0, num_embeddings / self.rows) + self.by_row * num_embeddings
+
+
+def _time_table(decision: Decision) -> _Timing:
+    """Fit a table to its first chunk, and pack some rows of that."""
+    table, num_embeddings = TableWriter(decision), decision.tensor.shape[0]
+    count = min(chunk_rows(decision.tensor.shape[1]), num_embeddings)
+    [rows] = (chunk.copy() for chunk in table.read(0, count))
+    start = min(count, num_embeddings - count)
+    reading, _ = _time(lambda: list(table.read(start, start + count)))
+    passes = 0.0
+
+    def read() -> Iterator[NDArray[Any]]:
+        nonlocal passes
+        started = time.perf_counter()
+        yield rows
+        passes += reading + time.perf_counter() - started
+
+    fitting, packer = _time(lambda: table.method.fit(read, count, table.row_format, decision.place))
+    return _Timing(count, max(0.0, fitting - passes), (passes + reading) / count + _time_row(packer, rows))
+
+
+def _time_row(packer: Packer, rows: NDArray[Any]) -> float:
+    """Measure the seconds in which a row is packed: those of the first rows, or the mean of those after them."""
+    step = span_rows(rows.shape[1])
+    packed = np.empty((min(step, len(rows)), packer.row_format.row_bytes), np.uint8)
+    seconds, done, is_first = 0.0, 0, True
+    for start in range(0, len(rows), step):
+        own = rows[start : start + step]
+        taken, _ = _time(partial(packer.pack, own, packed[: len(own)], start))
+        # The first call starts threads.
+        seconds, done = (taken, len(own)) if is_first or start == step else (seconds + taken, done + len(own))
+        is_first = False
+        if (start and seconds >= _SECONDS) or taken >= _MOST_SECONDS:
+            break
+    return seconds / done
+
+
+def _time(call: Callable[[], _Value]) -> tuple[float, _Value]:
+    started = time.perf_counter()
+    value = call()
+    return time.perf_counter() - started, value
+
+
+def _time_copies(tensors: Sequence[SourceTensor]) -> float:
+    """Estimate the seconds in which tensors are read and hashed."""
+    total = sum(tensor.nbytes for tensor in tensors)
+    if not total:
+        return 0.0
+    started, digest, done = time.perf_counter(), hashlib.sha256(), 0
+    for piece in max(tensors, key=lambda tensor: tensor.nbytes).pieces():
+        digest.update(as_bytes(piece))
+        done += piece.nbytes
+        if done >= _COPIED_BYTES:
+            break
+    return total * (time.perf_counter() - started) / done

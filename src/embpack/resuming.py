@@ -1,0 +1,254 @@
+"""Runs that were interrupted: what of their files is whole stays beside the destination, for the next run to go on.
+
+".NAME.embpack-unfinished" has these files in "new", and unfinished.json, which says what they were made of, and what
+is known of each and not in it. The checksums of a file are its own: it is read through before it is used.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import embpack
+from embpack.errors import FormatError
+from embpack.files import format_checksum
+from embpack.formats import Checkpoint, OutShard, SourceTensor, open_checkpoint
+from embpack.formats.atomic import check_space, sync
+from embpack.formats.source import SourceFile
+from embpack.methods.base import Sums
+from embpack.packed_files import PackedFile, check_file
+from embpack.rules import Decision, list_names
+from embpack.shard_writer import DonePiece, PieceWriter, ShardWriter
+
+RECORD_NAME = "unfinished.json"
+_RECORD_VERSION = 1
+_MOST_RECORD_BYTES = 1 << 30
+# Of a source's beginning and of its end, where formats have what they say of themselves.
+_HEADER_BYTES = 1 << 20
+_LENGTH_BYTES = 8
+
+Record = dict[str, Any]
+
+
+def describe_run(checkpoint: Checkpoint, decisions: Sequence[Decision], shards: Sequence[OutShard]) -> Record:
+    """Describe all that a run's bytes come from: the source, how tables are packed, what is in which file, embpack."""
+    tables = {each.tensor.name: _describe_table(each) for each in decisions if each.variant}
+    return {
+        "embpack": embpack.__version__,
+        "sources": {
+            os.path.relpath(source.path, checkpoint.path.parent): _describe_source(source)
+            for source in _list_sources(checkpoint.tensors)
+        },
+        "tables": tables,
+        "files": {shard.file_name: _checksum([[t.name, t.dtype, t.shape] for t in shard.tensors]) for shard in shards},
+    }
+
+
+def _describe_table(decision: Decision) -> str:
+    assert decision.variant is not None  # it is packed
+    return f"{decision.variant.parsed_method.spec} in {decision.row_format}"
+
+
+def _list_sources(tensors: Sequence[SourceTensor]) -> list[SourceFile]:
+    """List the files that tensors are read from."""
+    found = (tensor.source for each in tensors for tensor in (each, *each.parts))
+    return list({source.path: source for source in found if source is not None}.values())
+
+
+def _describe_source(source: SourceFile) -> Record:
+    with source.unchanged("its header"):
+        ends = source.read(0, _HEADER_BYTES), source.read(max(0, source.size - _HEADER_BYTES), _HEADER_BYTES)
+        header = format_checksum(hashlib.sha256(b"".join(ends)))
+        return {"bytes": source.size, "modified_ns": source.modified_ns, "header": header}
+
+
+def _checksum(value: Any) -> str:
+    return format_checksum(hashlib.sha256(json.dumps(value).encode()))
+
+
+def find_differences(before: Record, now: Record) -> list[str]:
+    """Say in what two runs differ, of which the later one is to go on where the earlier one was."""
+    found = []
+    if before["embpack"] != now["embpack"]:
+        found.append(f"embpack was {before['embpack']} and is {now['embpack']}")
+    for name in _union(before["sources"], now["sources"]):
+        was, own = before["sources"].get(name), now["sources"].get(name)
+        if was is None or own is None:
+            found.append(f"source {name!r} is {'new' if was is None else 'gone'}")
+        elif was["bytes"] != own["bytes"]:
+            found.append(f"source {name!r} had {was['bytes']} bytes and has {own['bytes']}")
+        elif was != own:
+            found.append(f"source {name!r} was written to since")
+    for name in _union(before["tables"], now["tables"]):
+        was, own = (run["tables"].get(name, "copied as it is") for run in (before, now))
+        if was != own:
+            found.append(f"table {name!r} was {was} and is to be {own}")
+    if not found and before["files"] != now["files"]:
+        found.append("the files get other tensors: max_shard_size (--max-shard-size) is another")
+    return found
+
+
+def _union(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    return list({**first, **second})
+
+
+@dataclass
+class Unfinished:
+    """The files of a run that are whole: the Keeper of a packed folder.
+
+    Attributes:
+        dst: the folder that they are for.
+        run: what they come from, as describe_run says it.
+        writers: of the files.
+        sizes: of the files, by name, in bytes.
+        resume: whether to go on where an earlier run was.
+        files: of those that are whole: what their checksums are and what is known of their tables.
+    """
+
+    dst: Path
+    run: Record
+    writers: Sequence[ShardWriter]
+    sizes: Mapping[str, int]
+    resume: bool
+    files: dict[str, Record] = field(default_factory=dict)
+    _record: Path | None = None
+
+    def start(self, work: Path) -> None:
+        """Take what an earlier run left, if it is to be used.
+
+        Raises:
+            OSError: there is no space for what is left to do.
+            ValueError: it was another run; says in what it differs.
+        """
+        record = work / RECORD_NAME
+        before = self._read(record)
+        if self.resume and before is not None:
+            differences = find_differences(before["run"], self.run)
+            if differences:
+                raise ValueError(
+                    f"{self.dst}: cannot be resumed, for {list_names(differences)}; give what was given before, or "
+                    "leave out --resume (in Python resume=True) to begin anew"
+                )
+            self.files = before["files"]
+        elif self.resume:
+            warnings.warn(f"{self.dst}: there is nothing to resume, so packing begins", stacklevel=2)
+        elif before is not None and before["files"]:
+            done = f"{len(before['files'])} of {len(before['run']['files'])} files"
+            warnings.warn(
+                f"{self.dst}: an earlier run was interrupted with {done} done, which are removed; --resume (in Python "
+                "resume=True) goes on with them",
+                stacklevel=2,
+            )
+        self._record = record
+        if not self.files:
+            record.unlink(missing_ok=True)
+        kept = {work / "new" / name for name in self.files}
+        for path in [path for path in work.rglob("*") if not path.is_dir() and path != record and path not in kept]:
+            path.unlink()
+        check_space(self.dst, sum(size for name, size in self.sizes.items() if name not in self.files), work)
+
+    def reuse(self, number: int, path: Path) -> bool:
+        """Whether a file is there and whole; what is known of its tables is known again then."""
+        name, writer = self._name(number), self.writers[number]
+        if name not in self.files:
+            return False
+        try:
+            with open_checkpoint(path) as checkpoint:
+                [shard] = checkpoint.shards
+                file = check_file(path, shard)
+                self._restore(self.files[name], path, file, writer.pieces)
+        except (ValueError, OSError, LookupError, TypeError):
+            del self.files[name]
+            path.unlink(missing_ok=True)
+            return False
+        for piece in writer.pieces:
+            piece.table.progress(piece.table.decision.tensor.name, piece.num_rows)
+        return True
+
+    def _name(self, number: int) -> str:
+        return list(self.sizes)[number]
+
+    def _restore(self, record: Record, path: Path, file: PackedFile, pieces: Sequence[PieceWriter]) -> None:
+        """Read a file through, and take what was known of its tables."""
+        if record["header"] != _checksum_header(path):
+            raise FormatError(f"{path}: is not what was written")
+        done = {}
+        for name in file.contents.tables:
+            file.verify(name)
+            known = record["pieces"][name]
+            sums = [
+                Sums(float(error), float(square), int(lost), float(own)) for error, square, lost, own in known["sums"]
+            ]
+            done[name] = DonePiece(file.contents.tables[name], sums, float(known["seconds"]))
+        file.verify_others()
+        for piece in pieces:
+            piece.done = done[piece.name]
+
+    def keep(self, number: int, path: Path) -> None:
+        """Write down that a file is whole."""
+        known = {
+            piece.name: {"sums": piece.done.sums, "seconds": piece.done.seconds}
+            for piece in self.writers[number].pieces
+            if piece.done is not None
+        }
+        self.files[self._name(number)] = {"header": _checksum_header(path), "pieces": known}
+        assert self._record is not None  # it was started
+        new = self._record.with_suffix(".new")
+        new.write_text(json.dumps({"version": _RECORD_VERSION, "run": self.run, "files": self.files}))
+        sync(new)
+        new.replace(self._record)
+        sync(self._record.parent)
+
+    def is_kept(self, error: BaseException) -> bool:
+        """Whether files stay: what was there before is never removed by mistake, nor is what is whole."""
+        if self._record is None:
+            return True
+        is_kept = bool(self.files) and isinstance(error, KeyboardInterrupt | OSError | MemoryError)
+        if is_kept and not isinstance(error, OSError):
+            error.add_note(f"{self.dst}: {self.say_kept()}")
+        return is_kept
+
+    def say_kept(self) -> str:
+        """Say how many files are whole, and what to do."""
+        if not self.files:
+            return "nothing was kept"
+        return f"{len(self.files)} of {len(self.sizes)} files are done, and --resume (in Python resume=True) goes on"
+
+    def _read(self, path: Path) -> Record | None:
+        """Read what an earlier run wrote down; None if there was none.
+
+        Raises:
+            ValueError: it is damaged, and is to be used.
+        """
+        try:
+            with path.open("rb") as file:
+                value = json.loads(file.read(_MOST_RECORD_BYTES))
+            if value["version"] == _RECORD_VERSION and _is_run(value["run"]) and isinstance(value["files"], dict):
+                return {"run": value["run"], "files": value["files"]}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+            pass
+        if self.resume:
+            raise ValueError(f"{path}: is damaged, so nothing can be resumed; leave out --resume to begin anew")
+        return None
+
+
+def _is_run(value: Any) -> bool:
+    """Whether what a file says of a run is as describe_run makes it."""
+    return (
+        set(value) == {"embpack", "sources", "tables", "files"}
+        and all(isinstance(value[key], dict) for key in ("sources", "tables", "files"))
+        and all(isinstance(own, dict) and "bytes" in own for own in value["sources"].values())
+    )
+
+
+def _checksum_header(path: Path) -> str:
+    """Checksum a safetensors file's header, which has the checksums of all else."""
+    with path.open("rb") as file:
+        length = file.read(_LENGTH_BYTES)
+        return format_checksum(hashlib.sha256(length + file.read(int.from_bytes(length, "little"))))
