@@ -13,7 +13,7 @@ from conftest import plain
 from rich.cells import cell_len
 
 import embpack
-from benchmarks import disk, large_tables, opening, peers, planning, small_tables
+from benchmarks import disk, large_tables, opening, peers, pieces, planning, small_tables
 from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
 from benchmarks.cores import Busyness, CpuLoss
 from benchmarks.harness import AnswersDifferError, Contestant, Spread, Standing, Timing, Workload, measure_spread, race
@@ -328,3 +328,10 @@ def test_planning_says_what_few_rows_give_up(capsys, monkeypatch):
     assert lines[0] == "3 tables, 2,320 rows, 50,880 values" and len(lines) == 3
     [given_up] = re.findall(r"can be in these bytes \(([+-][\d.]+) %?", lines[2].replace("%", " %"))
     assert abs(float(given_up)) < 1
+
+
+def test_the_benchmark_of_pieces_runs(capsys, restore_threads):
+    pieces.main(["--pieces", "2", "--rounds", "1"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.partition(":")[0] for line in lines] == ["gather", "bags of 20"]
+    assert all(re.search(r"2 pieces by one, 8,192 x 16, 98,304 bytes: \d+\.\d\d ", line) for line in lines)

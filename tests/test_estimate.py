@@ -79,7 +79,8 @@ def test_a_dry_run_says_how_long_and_how_much(embpack_command, tmp_path):
 
 def test_a_long_run_says_so_before_it_begins(embpack_command, tmp_path, monkeypatch):
     src = make_source(tmp_path, a=(5000, 16))
-    for from_bytes, is_said in ((1, True), (1 << 28, False)):
+    for seconds, from_bytes, is_said in ((0, 1, True), (30, 1, False), (0, 1 << 28, False)):
+        monkeypatch.setattr("embpack.cli.quantize._LONG_SECONDS", seconds)
         monkeypatch.setattr("embpack.cli.quantize._LONG_BYTES", from_bytes)
         code, out, _ = embpack_command("quantize", src, tmp_path / "packed")
         assert code == 0 and ("packing takes about" in out) is is_said

@@ -221,6 +221,22 @@ def test_without_resume_a_run_begins_anew_and_says_what_is_lost(whole, tmp_path,
     assert read_tree(tmp_path / "packed") == expected and len(written) == count
 
 
+def test_nothing_of_an_earlier_run_gets_into_the_folder(whole, tmp_path, monkeypatch):
+    src, _, expected = whole
+    for resume in (False, True):
+        interrupt(monkeypatch, src, tmp_path / "packed")
+        new = tmp_path / UNFINISHED / "new"
+        (new / "of_another" / "folder").mkdir(parents=True)
+        (new / "of_another" / "file").write_text("old")
+        (new / "link").symlink_to(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            embpack.quantize_file(src, tmp_path / "packed", resume=resume, **OPTIONS)
+        names = {path.relative_to(tmp_path / "packed").as_posix() for path in (tmp_path / "packed").rglob("*")}
+        assert read_tree(tmp_path / "packed") == expected and names == set(expected)
+        shutil.rmtree(tmp_path / "packed")
+
+
 def test_with_nothing_to_resume_a_run_says_so_and_begins(whole, tmp_path):
     with pytest.warns(UserWarning, match="packed: there is nothing to resume, so packing begins"):
         embpack.quantize_file(whole[0], tmp_path / "packed", resume=True, **OPTIONS)

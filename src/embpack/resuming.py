@@ -9,6 +9,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,13 @@ class Unfinished:
         self._record = record
         if not self.files:
             record.unlink(missing_ok=True)
-        kept = {work / "new" / name for name in self.files}
-        for path in [path for path in work.rglob("*") if not path.is_dir() and path != record and path not in kept]:
-            path.unlink()
+        kept = {record, *(work / "new" / name for name in self.files)}
+        for path in sorted(work.rglob("*"), reverse=True):  # what is in a folder before that
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):  # it is not empty
+                    path.rmdir()
+            elif path not in kept:
+                path.unlink()
         check_space(self.dst, sum(size for name, size in self.sizes.items() if name not in self.files), work)
 
     def reuse(self, number: int, path: Path) -> bool:

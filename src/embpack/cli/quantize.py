@@ -17,8 +17,8 @@ from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
 from embpack.variant import Variant
 
-# Of a checkpoint that may take half a minute: how long is said before it is packed.
-_LONG_BYTES = 1 << 28
+# How long packing takes is said before it begins if it is so long; a smaller checkpoint is not looked at for that.
+_LONG_SECONDS, _LONG_BYTES = 30, 1 << 28
 
 _check_max_bytes = options.checking(lambda text: parse_size(text, 1))
 _check_max_shard_size = options.checking(parse_size)
@@ -259,7 +259,7 @@ def quantize(
             return
         if not as_json:
             show.print_decisions(str(src), decisions, checkpoint.left_out, shown)
-            show.print_expected(expected)
+            show.print_expected(expected, _LONG_SECONDS)
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
         limit = planning.max_table_loss
         with show.row_progress(totals, shown=not as_json) as progress, show.noted_interruption():

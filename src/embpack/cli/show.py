@@ -235,9 +235,9 @@ def print_decisions(
         output.print(f"file: {before:,} -> {after:,} bytes ({share(after, before)}); nothing was written", style="bold")
 
 
-def print_expected(expected: Expectation) -> None:
-    """Print how long packing will take, and what it takes on the disk."""
-    if expected.seconds is not None:
+def print_expected(expected: Expectation, from_seconds: float = 0) -> None:
+    """Print how long packing will take, if that is known and so long, and what it takes on the disk."""
+    if expected.seconds is not None and expected.seconds >= from_seconds:
         threads = count(get_num_threads(), "thread")
         output.print(
             f"packing takes about {duration(expected.seconds)} with {threads}, and {size(expected.file_bytes)} of disk",

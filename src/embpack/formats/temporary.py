@@ -104,7 +104,10 @@ def unfinished_folder(
         raise
     finally:
         if not keep and _is_at(path, descriptor):
-            _remove(path)
+            # Should this process be killed now, any next run removes the rest.
+            stale = folder / f".embpack-{_machine()}-{secrets.token_hex(8)}.tmp"
+            path.rename(stale)
+            _remove(stale)
         os.close(descriptor)
 
 
