@@ -196,6 +196,19 @@ def test_damaged_clusters_are_named(tmp_path):
 # Pieces of files.
 
 
+@pytest.mark.parametrize("method", ["asym", "kmeans-cls"])
+def test_a_table_in_pieces_is_one_table(rng, tmp_path, method):
+    source = tmp_path / "user_embedding.npy"
+    np.save(source, rng.standard_normal((30_000, 16), dtype=np.float32))
+    embpack.quantize_file(source, tmp_path / "packed", method=method, max_shard_size=150_000)
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 2
+    [known], [table] = (embpack.load(tmp_path / "packed", access=access).values() for access in ("mapped", "disk"))
+    np.testing.assert_array_equal(table.dequantize(), known.dequantize())
+    indices = draw(rng, table)
+    table.prefetch(indices)
+    np.testing.assert_array_equal(table.gather(indices), known.gather(indices))
+
+
 def test_rows_of_several_pieces_and_pages(rng, tmp_path):
     """Rows of 7 to 10,000 bytes, in three pieces at any offset: those on a page, next to each other, and far apart."""
     for row_bytes in (7, 36, 4096, 10_000):
