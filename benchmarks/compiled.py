@@ -24,7 +24,7 @@ def load_compiled(source: str, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
     path = Path(__file__).with_name(source)
     with TemporaryDirectory() as folder:
         library = Path(folder, path.stem).with_suffix(".so")
-        command = [compiler, "-O2", "-shared", "-fPIC", str(path), "-o", str(library)]
+        command = [compiler, "-O2", "-std=c++20", "-pthread", "-shared", "-fPIC", str(path), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise OSError(f"{compiler} fails: {done.stderr.strip().partition(chr(10))[0]}")

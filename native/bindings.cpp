@@ -35,6 +35,7 @@ NB_MODULE(_native, m) {
     bind_lookup(m);
     bind_tensors(m);
     bind_operators(m);
+    bind_disk(m);
 
     m.def("isa", [] { return std::string(kernels().isa); }, "Name of the instruction set in use.");
     m.def("available_isas", &list_isas, "Names of the instruction sets that this CPU runs, best first.");

@@ -66,6 +66,7 @@ void bind_quantize(nb::module_&);
 void bind_lookup(nb::module_&);
 void bind_tensors(nb::module_&);
 void bind_operators(nb::module_&);
+void bind_disk(nb::module_&);
 
 // float32, float16, or bfloat16 as uint16.
 ValueType value_type(nb::dlpack::dtype, const char* complaint);

@@ -234,14 +234,28 @@ private:
 }  // namespace
 
 void bind_lookup(nb::module_& m) {
-    nb::class_<TableView>(m, "TableView", "Packed rows and what is beside them, as gather and pool take them.")
+    nb::class_<TableView>(m, "TableView", "Packed rows and what is beside them, which lookups read.")
         .def(nb::init<const PackedArray&, const std::string&, const std::optional<Clusters>&,
                       const std::optional<PackedArray>&>(),
              nb::arg("packed").noconvert(), nb::arg("row_format"), nb::arg("clusters") = nb::none(),
              nb::arg("codebooks") = nb::none(),
              nb::sig("def __init__(self, packed: numpy.typing.NDArray[numpy.uint8], row_format: str, "
                      "clusters: numpy.typing.NDArray[typing.Any] | None = None, "
-                     "codebooks: numpy.typing.NDArray[numpy.uint8] | None = None) -> None"));
+                     "codebooks: numpy.typing.NDArray[numpy.uint8] | None = None) -> None"))
+        .def("gather", &gather_rows, nb::arg("indices").none(), nb::arg("out").noconvert(),
+             nb::sig("def gather(self, indices: numpy.typing.NDArray[typing.Any] | None, "
+                     "out: numpy.typing.NDArray[typing.Any]) -> int"),
+             "Decode the rows `indices` (None: all) into `out`. Returns the position of the first index out of range, "
+             "-2 - the position of the first whose row has no codebook, or -1.")
+        .def("pool", &pool_rows, nb::arg("indices"), nb::arg("offsets").none(), nb::arg("bag_size"),
+             nb::arg("per_sample_weights").none().noconvert(), nb::arg("padding_index"), nb::arg("mode"),
+             nb::arg("out").noconvert(),
+             nb::sig("def pool(self, indices: numpy.typing.NDArray[typing.Any], "
+                     "offsets: numpy.typing.NDArray[typing.Any] | None, bag_size: int, "
+                     "per_sample_weights: numpy.typing.NDArray[numpy.float32] | None, padding_index: int, mode: str, "
+                     "out: numpy.typing.NDArray[typing.Any]) -> int"),
+             "Pool bags of rows into `out`, by offsets or, without them, of bag_size. Returns what gather does, or "
+             "bad_offsets.");
     m.def("layouts", [] {
               std::vector<std::string> names;
               for (std::string_view name : layout_names()) names.emplace_back(name);
@@ -250,25 +264,11 @@ void bind_lookup(nb::module_& m) {
           "Names of the layouts that lookups know.");
     m.def("row_bytes", [](const std::string& row_format) { return parse_row_format(row_format).row_bytes; },
           nb::arg("row_format"), "Bytes of a row of that format.");
-    m.def("gather", &gather_rows, nb::arg("rows"), nb::arg("indices").none(), nb::arg("out").noconvert(),
-          nb::sig("def gather(rows: TableView, indices: numpy.typing.NDArray[typing.Any] | None, "
-                  "out: numpy.typing.NDArray[typing.Any]) -> int"),
-          "Decode the rows `indices` (None: all) into `out`. Returns the position of the first index out of range, "
-          "-2 - the position of the first whose row has no codebook, or -1.");
-    m.def("pool", &pool_rows, nb::arg("rows"), nb::arg("indices"), nb::arg("offsets").none(), nb::arg("bag_size"),
-          nb::arg("per_sample_weights").none().noconvert(), nb::arg("padding_index"), nb::arg("mode"),
-          nb::arg("out").noconvert(),
-          nb::sig("def pool(rows: TableView, indices: numpy.typing.NDArray[typing.Any], "
-                  "offsets: numpy.typing.NDArray[typing.Any] | None, bag_size: int, "
-                  "per_sample_weights: numpy.typing.NDArray[numpy.float32] | None, padding_index: int, mode: str, "
-                  "out: numpy.typing.NDArray[typing.Any]) -> int"),
-          "Pool bags of rows into `out`, by offsets or, without them, of bag_size. Returns what gather does, or "
-          "bad_offsets.");
     m.def("linear", &multiply_rows, nb::arg("rows"), nb::arg("input").noconvert(), nb::arg("bias").none().noconvert(),
           nb::arg("out").noconvert(),
           nb::sig("def linear(rows: TableView, input: numpy.typing.NDArray[numpy.float32], "
                   "bias: numpy.typing.NDArray[numpy.float32] | None, out: numpy.typing.NDArray[numpy.float32]) -> int"),
-          "Multiply the vectors of `input` by all rows into `out`, and add `bias`. Returns what gather does.");
+          "Multiply the vectors of `input` by all rows into `out`, and add `bias`. Returns what TableView.gather does.");
     m.attr("bad_offsets") = bad_offsets;
     nb::class_<GroupView>(m, "TableGroup", "Packed rows of several tables, and the features that read them.")
         .def(nb::init<const nb::list&, const std::vector<size_t>&, const std::vector<std::string>&>(),
@@ -281,7 +281,7 @@ void bind_lookup(nb::module_& m) {
                      "offsets: numpy.typing.NDArray[typing.Any], "
                      "per_sample_weights: numpy.typing.NDArray[numpy.float32] | None, "
                      "out: numpy.typing.NDArray[typing.Any]) -> tuple[int, int]"),
-             "Pool the bags of all features. Returns a feature with a fault, and what the function pool does.");
+             "Pool the bags of all features. Returns a feature with a fault, and what TableView.pool does.");
 }
 
 }  // namespace embpack

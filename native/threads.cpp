@@ -1,6 +1,5 @@
 #include "threads.h"
 
-#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <time.h>
@@ -61,21 +60,7 @@ inline void pause_cpu() {
 class Worker {
 public:
     // Starts the thread.
-    Worker() {
-        pthread_attr_t attributes;
-        pthread_attr_init(&attributes);
-        pthread_attr_setstacksize(&attributes, stack_bytes);
-        // Signals are for the threads of the program, but for those that tell of what a thread did itself: blocked, they
-        // would end the process unheard by faulthandler.
-        sigset_t others, before;
-        sigfillset(&others);
-        for (int own : {SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGTRAP}) sigdelset(&others, own);
-        pthread_sigmask(SIG_SETMASK, &others, &before);
-        const int error = pthread_create(&thread_, &attributes, &Worker::live, this);
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
-        pthread_attr_destroy(&attributes);
-        if (error != 0) throw std::system_error(error, std::generic_category());
-    }
+    Worker() : thread_(start_thread(&Worker::live, this)) {}
     // Ends it; it has to be idle.
     ~Worker() {
         start(nullptr, 0);
@@ -259,6 +244,24 @@ void Turn::look_in_time() {
     if (now < next_look_) return;
     next_look_ = now + interval.count();
     loop_.look();
+}
+
+pthread_t start_thread(void* (*live)(void*), void* argument) {
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, stack_bytes);
+    // Signals are for the threads of the program, but for those that tell of what a thread did itself: blocked, they
+    // would end the process unheard by faulthandler.
+    sigset_t others, before;
+    sigfillset(&others);
+    for (int own : {SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGTRAP}) sigdelset(&others, own);
+    pthread_sigmask(SIG_SETMASK, &others, &before);
+    pthread_t thread;
+    const int error = pthread_create(&thread, &attributes, live, argument);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    pthread_attr_destroy(&attributes);
+    if (error != 0) throw std::system_error(error, std::generic_category());
+    return thread;
 }
 
 void work_together(int threads, const std::function<void(int)>& work, const std::function<void()>& wait) {

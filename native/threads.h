@@ -1,5 +1,7 @@
 #pragma once
 
+#include <pthread.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -118,6 +120,9 @@ private:
     std::exception_ptr fault_;
     int64_t next_look_ = 0;   // in milliseconds
 };
+
+// Starts a thread with a small stack, which no signals are sent to. Throws std::system_error.
+pthread_t start_thread(void* (*live)(void*), void* argument);
 
 // Calls work(0) here and work(1), work(2), .. in as many other threads as there are to be had, at most `threads` in
 // all. `wait` is called here, while others work on.

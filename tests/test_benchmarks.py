@@ -13,7 +13,7 @@ from conftest import plain
 from rich.cells import cell_len
 
 import embpack
-from benchmarks import large_tables, opening, peers, pieces, planning, small_tables
+from benchmarks import disk, large_tables, opening, peers, pieces, planning, small_tables
 from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
 from benchmarks.cores import Busyness, CpuLoss
 from benchmarks.harness import AnswersDifferError, Contestant, Spread, Standing, Timing, Workload, measure_spread, race
@@ -205,6 +205,29 @@ def test_opening_says_what_it_took(capsys):
     assert re.search(
         r"^opened, and two rows looked up, in \d\.\d{4} s, with \d+\.\d MiB more in memory$", printed, re.M
     )
+
+
+def test_rows_from_a_disk_are_measured(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(disk, "MEMORY_LOOKUPS", 500)
+    try:
+        disk.main(["--dir", str(tmp_path), "--gb", "0.02", "--dims", "16", "--batches", "40", "--rounds", "1"])
+    except RuntimeError as error:  # in a folder whose files are in memory
+        assert "stays in the page cache" in str(error)
+        pytest.skip(str(error))
+    printed = capsys.readouterr().out
+    for case in ("nothing in the page cache", "prefetched 50 ms before", "all in the page cache"):
+        assert f"{case}, d = 16, 40 rows" in printed
+    assert re.search(
+        r"^500 lookups, d = 16, 256 at a time: at most \d+ MB resident, \d+ MB of it before", printed, re.M
+    )
+
+
+def test_wrong_rows_are_found():
+    table = make_table(50, 32)
+    rows = table.gather([3, 4])
+    assert disk.find_difference(table.row_format, rows, table.packed[[3]]) is None
+    assert disk.find_difference(table.row_format, rows, table.packed[[3, 5]]) == "row 1 of the batch"
+    assert disk.find_difference(table.row_format, rows, rows[[1]]) == "row 0 of the batch"
 
 
 def test_sums_that_are_wrong_are_found():

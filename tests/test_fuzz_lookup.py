@@ -143,7 +143,7 @@ def fuzz_gather(choose: Chooser) -> None:
     count = choose.among(0, 1, 5, 70)
     indices = choose.integers(choose.random.integers(0, max(1, num_rows), count))
     out = choose.output(count, dim)
-    fault = _native.gather(rows, choose.maybe_spoil(indices), choose.maybe_spoil(out))
+    fault = rows.gather(choose.maybe_spoil(indices), choose.maybe_spoil(out))
     watch(out)
     assert is_fault(fault, max(count + 1, num_rows))
 
@@ -156,8 +156,7 @@ def fuzz_pool(choose: Chooser) -> None:
     offsets = choose.offsets(num_bags, count) if choose.one_in(2) else None
     weights = choose.random.normal(size=count).astype(np.float32) if choose.one_in(3) else None
     out = choose.output(num_bags, dim)
-    fault = _native.pool(
-        rows,
+    fault = rows.pool(
         choose.maybe_spoil(indices),
         choose.maybe_spoil(offsets),
         choose.integer(bag_size),
@@ -217,7 +216,7 @@ def pool(
     indices: Any, offsets: Any = None, bag_size: Any = 0, *, rows: Any = None, weights: Any = None, num_bags: int = 2
 ) -> int:
     out = np.empty((num_bags, 8), np.float32)
-    return _native.pool(rows or rows_of_zeros(), indices, offsets, bag_size, weights, -1, "sum", out)
+    return (rows or rows_of_zeros()).pool(indices, offsets, bag_size, weights, -1, "sum", out)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -246,22 +245,22 @@ def test_the_first_index_outside_is_told(index: int, at: int) -> None:
     indices[[at, 129]] = index
     assert pool(indices, None, 65) == at
     assert pool(indices, np.array([0, 1])) == at
-    assert _native.gather(rows_of_zeros(), indices, np.empty((130, 8), np.float32)) == at
+    assert rows_of_zeros().gather(indices, np.empty((130, 8), np.float32)) == at
 
 
 def test_the_position_of_a_row_without_a_codebook_is_told_beside_padding() -> None:
     clusters, codebooks = np.array([0, 1, 0], np.uint8), np.zeros((1, 32), np.uint8)
     rows = _native.TableView(np.zeros((3, 4), np.uint8), "clustered:8:4:float16", clusters, codebooks)
     out = np.empty((1, 8), np.float32)
-    assert _native.pool(rows, np.array([2, 2, 1, 1]), np.array([0]), 0, None, 2, "sum", out) == -2 - 2
+    assert rows.pool(np.array([2, 2, 1, 1]), np.array([0]), 0, None, 2, "sum", out) == -2 - 2
 
 
 def test_tables_without_rows_have_no_row_to_read() -> None:
     rows = rows_of_zeros(0)
     assert pool(np.zeros(4, np.int64), None, 2, rows=rows) == 0
     assert pool(np.zeros(0, np.int64), None, 0, rows=rows) == -1
-    assert _native.gather(rows, None, np.empty((0, 8), np.float32)) == -1
-    assert _native.gather(rows, np.array([0]), np.empty((1, 8), np.float32)) == 0
+    assert rows.gather(None, np.empty((0, 8), np.float32)) == -1
+    assert rows.gather(np.array([0]), np.empty((1, 8), np.float32)) == 0
     group = _native.TableGroup([rows], [0], ["mean"])
     assert group.pool(np.array([0]), np.array([0, 1]), None, np.empty((1, 8), np.float32)) == (0, 0)
 
@@ -293,7 +292,7 @@ def test_rows_of_clusters_need_a_codebook() -> None:
 def test_an_output_that_would_be_copied_is_refused() -> None:
     out = np.zeros((2, 16), np.float32)[:, ::2]
     with pytest.raises(TypeError):
-        _native.pool(rows_of_zeros(), np.zeros(4, np.int64), None, 2, None, -1, "sum", out)
+        rows_of_zeros().pool(np.zeros(4, np.int64), None, 2, None, -1, "sum", out)
 
 
 def test_a_group_of_something_else_is_refused() -> None:

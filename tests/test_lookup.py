@@ -268,8 +268,9 @@ def test_loaded_tables_look_up_alike(rng, tmp_path, layout, access):
     embpack.save(tmp_path / "t.safetensors", {"t": table})
     loaded = embpack.load(tmp_path / "t.safetensors", access=access)["t"]
     np.testing.assert_array_equal(loaded.dequantize(), table.dequantize())
-    assert is_mapped(loaded.packed) is (access == "mapped")
-    assert loaded.packed.flags.writeable is (access == "memory")
+    if access != "disk":
+        assert is_mapped(loaded.packed) is (access == "mapped")
+        assert loaded.packed.flags.writeable is (access == "memory")
 
 
 def test_a_table_that_was_used_can_be_pickled(rng):

@@ -49,6 +49,7 @@ RUN_PAGES = {
     "rotation.md": [],
     "plans.md": [],
     "pytorch.md": ["torch"],
+    "disk.md": [],
     "bridges.md": ["torchrec", "onnxruntime", "onnxscript"],
     "compare.md": [],
     "recommender.md": ["torch"],

@@ -5,9 +5,11 @@ from embpack.comparison.array import Comparison
 from embpack.comparison.choice import Recommendation, recommend
 from embpack.comparison.tables import compare
 from embpack.convert import Report, quantize_file
+from embpack.disk import DiskTable
 from embpack.errors import FormatError, LossLimitError, MissingExtraError
 from embpack.files import save
 from embpack.group import TableGroup
+from embpack.lookups import Table
 from embpack.methods import METHODS, Method, parse_method
 from embpack.packed_files import load
 from embpack.packing import quantize
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "Comparison",
+    "DiskTable",
     "FormatError",
     "LossLimitError",
     "Method",
@@ -34,6 +37,7 @@ __all__ = [
     "PlannedTable",
     "Recommendation",
     "Report",
+    "Table",
     "TableGroup",
     "TableReport",
     "Variant",

@@ -17,21 +17,22 @@ from embpack.bags import (
     explain_offsets,
     sum_lengths,
 )
+from embpack.disk import DiskGroup, DiskTable
 from embpack.errors import kind_of
-from embpack.table import PackedTable, output_dtype
+from embpack.lookups import Table, output_dtype
 
 
 class TableGroup:
     """Tables whose bags are pooled together, in one call of the core whatever their number.
 
     Attributes:
-        tables: each of any layout, bits and embedding_dim.
+        tables: each of any layout, bits and embedding_dim, in memory, mapped or on the disk.
         table_of: for each feature, the number of the table that it reads; by default one feature for each table.
         modes: for each feature, or one for all, "sum", "mean" or "max". The default is FBGEMM's, "sum"; that of
             PackedTable.embedding_bag is PyTorch's, "mean".
 
     Raises:
-        TypeError: a table is no PackedTable.
+        TypeError: a table is neither a PackedTable nor a DiskTable.
         ValueError: there is no feature, a feature reads no table of the group, or a mode is unknown.
 
     Source: torchrec.EmbeddingBagCollection and FBGEMM's table-batched embeddings, the meaning of their arguments.
@@ -39,7 +40,7 @@ class TableGroup:
 
     def __init__(
         self,
-        tables: Sequence[PackedTable],
+        tables: Sequence[Table],
         table_of: Sequence[int] | None = None,
         modes: str | Sequence[str] = "sum",
     ) -> None:
@@ -50,8 +51,12 @@ class TableGroup:
         self._set_native()
 
     def _set_native(self) -> None:
-        views = [table.native_view for table in self.tables]
-        self._native = _native.TableGroup(views, list(self.table_of), list(self.modes))
+        self._native: Any
+        if any(isinstance(table, DiskTable) for table in self.tables):
+            self._native = DiskGroup(self.tables, self.table_of, self.modes)
+        else:
+            views = [table.native_view for table in self.tables]
+            self._native = _native.TableGroup(views, list(self.table_of), list(self.modes))
         self._width = sum(self.embedding_dims)  # once: a hundred tables take a while to ask
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,8 +73,8 @@ class TableGroup:
 
     def _check(self) -> None:
         for number, each in enumerate(self.tables):
-            if not isinstance(each, PackedTable):
-                raise TypeError(f"tables[{number}] is {kind_of(each)}; it must be an embpack.PackedTable")
+            if not isinstance(each, Table):
+                raise TypeError(f"tables[{number}] is {kind_of(each)}; it must be an embpack.PackedTable or DiskTable")
         if not self.table_of:
             raise ValueError("the group has no feature; give it a table")
         for feature, table in enumerate(self.table_of):

@@ -5,20 +5,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 from numpy.typing import NDArray
 
+from embpack.disk import DiskRows, DiskTable
 from embpack.errors import FormatError
 from embpack.files import Contents, TableEntry, check_bytes, digest_tensors, name_piece, read_contents, split_shard
 from embpack.formats import INDEX_SUFFIX, Checkpoint, Shard, SourceTensor, open_checkpoint
 from embpack.formats.joined import join_arrays
+from embpack.lookups import Table
 from embpack.methods.base import join_losses
 from embpack.pages import use_huge_pages
 from embpack.table import PackedTable
 
-Access = Literal["mapped", "memory"]
-"""Where rows are when they are looked up: in the mapped file, or all in memory of this process."""
+Access = Literal["mapped", "memory", "disk"]
+"""Where rows are when they are looked up: in the mapped file, all in memory of this process, or on the disk."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,13 @@ class StoredTable:
         for piece in self.pieces:
             piece.file.verify(piece.name)
 
-    def open(self, access: Access = "mapped") -> PackedTable:
+    @overload
+    def open(self, access: Literal["mapped", "memory"] = "mapped") -> PackedTable: ...
+
+    @overload
+    def open(self, access: Access) -> Table: ...
+
+    def open(self, access: Access = "mapped") -> Table:
         """Return the table.
 
         Args:
@@ -117,18 +125,23 @@ class StoredTable:
         Raises:
             FormatError: a file was changed, or the arrays beside the rows are not what they should be.
         """
-        mapped = access == "mapped"
-        by_row = range(self._num_by_row)
-        arrays = [join_arrays([piece.parts[at] for piece in self.pieces], mapped=mapped) for at in by_row]
-        arrays += self.read_shared(mapped=mapped)
-        if not mapped:
-            use_huge_pages(*arrays)
         entry = self.entry
-        beside = {spec.name: array for spec, array in zip(entry.beside, arrays[1:], strict=True)}
+        by_row = [[piece.parts[at] for piece in self.pieces] for at in range(self._num_by_row)]
+        make: Any = DiskTable if access == "disk" else PackedTable
+        parts: list[Any]
+        if access == "disk":
+            parts = [*map(DiskRows, by_row), *self.read_shared()]
+        else:
+            mapped = access == "mapped"
+            parts = [*(join_arrays(each, mapped=mapped) for each in by_row), *self.read_shared(mapped=mapped)]
+            if not mapped:
+                use_huge_pages(*parts)
+        beside = {spec.name: part for spec, part in zip(entry.beside, parts[1:], strict=True)}
         try:
-            return PackedTable(arrays[0], entry.row_format, entry.dtype, entry.method, entry.loss, **beside)
+            table: Table = make(parts[0], entry.row_format, entry.dtype, entry.method, entry.loss, **beside)
         except ValueError as error:
             raise FormatError(f"{self.pieces[0].file.path}: table {self.name!r}: {error}") from None
+        return table
 
     def read_shared(self, *, mapped: bool = False) -> list[NDArray[Any]]:
         """Return the arrays that all rows share, one or none; each piece has them.
@@ -281,23 +294,35 @@ def _explain_missing(where: str, number: int, start: int, stop: int, files: Sequ
     return FormatError(f"{where}: piece_{number} (rows {start} to {stop}) is missing: {advice}")
 
 
-def load(path: str | Path, *, verify: bool = False, access: Access = "mapped") -> dict[str, PackedTable]:
+@overload
+def load(
+    path: str | Path, *, verify: bool = False, access: Literal["mapped", "memory"] = "mapped"
+) -> dict[str, PackedTable]: ...
+
+
+@overload
+def load(path: str | Path, *, verify: bool = False, access: Literal["disk"]) -> dict[str, DiskTable]: ...
+
+
+def load(path: str | Path, *, verify: bool = False, access: Access = "mapped") -> Any:
     """Open the tables of a file without reading them: rows are read when they are looked up.
 
     Args:
         path: a file written by save or quantize_file; of several files their folder or index.
         verify: read the tables through once and compare their checksums. That of the header is always compared; other
             tensors are not read, embpack inspect --verify and dequantize do that.
-        access: where rows are when they are looked up. "mapped": in the file, whose pages are read then; "memory":
-            everything is read now, into memory of this process, in huge pages. Rows are then looked up as fast the
-            first time as later, and the file is no longer needed. But processes that serve the same file no longer
-            share its memory, and all of it has to fit (docs/kernels.md has figures).
+        access: where rows are when they are looked up. "mapped": in the file, whose pages are read then, one after the
+            other; "memory": everything is read now, into memory of this process, in huge pages. Rows are then looked up
+            as fast the first time as later, and the file is no longer needed. But processes that serve the same file no
+            longer share its memory, and all of it has to fit (docs/kernels.md has figures). "disk": the rows of a
+            lookup are read when it is made, many at a time: for tables that are larger than memory (docs/disk.md).
 
     Returns:
-        Name to table; a table in pieces is one table. Mapped bytes are read-only; they live as long as the tables do,
+        Name to table, a DiskTable if access is "disk", a PackedTable otherwise; a table in pieces is one table. Mapped
+        bytes are read-only; they live as long as the tables do,
         also when the file is replaced, as save does it, or deleted. But never write into a file that is mapped: that
         changes the tables, and if it is made shorter, the process ends (SIGBUS) when it looks up a row that is gone; a
-        check before each lookup could not prevent it. Replace such files, or load them with access="memory". Where the
+        check before each lookup could not prevent it. Replace such files, or load them with another access. Where the
         file system allows no maps, or a piece of a table does not begin at a page of its file, it is read into memory,
         with a RuntimeWarning. Before Python 3.13 a mapped file keeps a descriptor open, one with a piece of a table
         does not.

@@ -44,7 +44,8 @@ class PackedStaticEmbedding(StaticEmbedding):
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Write table and tokenizer into a folder, as SentenceTransformer.save_pretrained asks for it."""
         folder = Path(output_path)
-        save(folder / PACKED_NAME, {TABLE_NAME: self.embedding.table})
+        table: Any = self.embedding.table
+        save(folder / PACKED_NAME, {TABLE_NAME: table})
         self.tokenizer.save(str(folder / TOKENIZER_NAME))
 
     @classmethod

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack.formats.base import SourceTensor
-from embpack.formats.mapped import PrivateMap, map_over, reserve, was_refused
+from embpack.formats.mapped import PrivateMap, expect_random_reads, map_over, reserve, was_refused
 from embpack.formats.stored import StoredArray
 
 
@@ -64,6 +64,7 @@ def _map(tensors: Sequence[SourceTensor], shape: tuple[int, ...], dtype: np.dtyp
             raise
         _stored(tensors[0]).source.warn_of_reading(f"cannot be mapped here ({error.strerror})")
         return None
+    expect_random_reads(array)
     array.flags.writeable = False
     return array
 

@@ -5,6 +5,7 @@ import errno
 import mmap
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,9 @@ _FIXED = 0x10
 _READ_AND_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 # What systems say of files that cannot be mapped (some of networks and containers), and where a limit is reached.
 _REFUSED = {errno.ENODEV, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.ENOMEM}
+# An array from this size on is read at a time, around what is looked up, no more than that. Smaller ones are in memory
+# soonest if the system reads around it: 32 to 2,048 pages at a time.
+_LARGE_BYTES = 1 << 30
 
 
 class PrivateMap(mmap.mmap):
@@ -100,7 +104,38 @@ def was_refused(error: OSError) -> bool:
 
 def is_mapped(array: NDArray[Any]) -> bool:
     """Whether an array is a view of a PrivateMap: writing to its memory is safe, and does not reach the file."""
+    return isinstance(_find_map(array), PrivateMap)
+
+
+def is_of_file(array: NDArray[Any]) -> bool:
+    """Whether an array is a view of a mapped file."""
+    return _find_map(array) is not None
+
+
+def expect_random_reads(array: NDArray[Any]) -> None:
+    """Have the system read no more of a large array, a view of a mapped file, than is looked up."""
+    if array.nbytes >= _LARGE_BYTES:
+        _advise(array, mmap.MADV_RANDOM)
+
+
+def read_ahead(array: NDArray[Any]) -> None:
+    """Have the system read all of a large array, if it is a view of a mapped file, before it is asked for it."""
+    if array.nbytes >= _LARGE_BYTES:
+        _advise(array, mmap.MADV_WILLNEED)
+
+
+def _advise(array: NDArray[Any], advice: int) -> None:
+    mapped = _find_map(array)
+    if mapped is not None:
+        start = array.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
+        first_page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        with suppress(OSError):  # an advice that is not taken costs nothing but speed
+            mapped.madvise(advice, first_page, start + array.nbytes - first_page)
+
+
+def _find_map(array: NDArray[Any]) -> mmap.mmap | None:
+    """The map that an array is a view of."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
-    return isinstance(base, PrivateMap)
+    return base if isinstance(base, mmap.mmap) else None

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from embpack import _native
 from embpack.errors import FormatError
 from embpack.formats.mapped import map_file, was_refused
 
@@ -51,6 +52,7 @@ class SourceFile:
         self._blocks = 0
         self._seen: _State | None = None
         self._map: mmap.mmap | None = None
+        self._for_rows: _native.DiskFile | None = None
 
     def __enter__(self) -> "SourceFile":
         """Open it, unless it is open.
@@ -161,6 +163,22 @@ class SourceFile:
                 advice = "each mapped file keeps a descriptor; allow more (ulimit -n), or load with access='memory'"
                 raise OSError(error.errno, f"cannot be mapped: {error.strerror}; {advice}", str(self.path)) from None
         return self._map
+
+    def open_for_rows(self) -> _native.DiskFile:
+        """Return it as what reads a few rows here and there, the same each time, and is open as long as that lives.
+
+        Raises:
+            FormatError: it was opened before and is another file by now, or was changed.
+            OSError: too many files are open.
+        """
+        if self._for_rows is None:
+            try:
+                with self:
+                    self._for_rows = _native.DiskFile(self.descriptor)
+            except OSError as error:
+                advice = "each file whose rows stay on the disk keeps a descriptor; allow more (ulimit -n)"
+                raise OSError(error.errno, f"{error.strerror}; {advice}", str(self.path)) from None
+        return self._for_rows
 
     def warn_of_reading(self, reason: str) -> None:
         """Warn that it is read into memory, not mapped, and why."""

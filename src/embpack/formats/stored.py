@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embpack.formats.mapped import expect_random_reads
 from embpack.formats.source import SourceFile
 
 # Spans of a file that are read whole for the few values in them that are wanted.
@@ -55,6 +56,7 @@ class StoredArray:
         if mapped is None:
             return None
         array: NDArray[Any] = np.ndarray(self.shape, self.dtype, mapped, self.offset)
+        expect_random_reads(array)
         array.flags.writeable = False
         return array
 

@@ -6,8 +6,9 @@ import numpy as np
 from onnx import TensorProto, numpy_helper
 
 from embpack.bags import as_row, check_mode, check_weighted
+from embpack.lookups import output_dtype
 from embpack.onnx.graph import TableGraph, add_rotation, add_rows
-from embpack.table import PackedTable, output_dtype
+from embpack.table import PackedTable
 
 _EMPTY_BAG = {"sum": 0.0, "mean": 0.0, "max": -np.inf}
 _TO_THE_END = np.iinfo(np.int64).max

@@ -8,10 +8,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from embpack.lookups import output_dtype
 from embpack.readers import explain_unread
 from embpack.rotation import matrix
 from embpack.rows import LARGEST
-from embpack.table import PackedTable, output_dtype
+from embpack.table import PackedTable
 
 # The first operator set with BitwiseAnd, and with a ScatterElements that finds the largest.
 OPSET = 18

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from embpack.errors import kind_of
 from embpack.formats import SourceTensor
 from embpack.formats.torch import DTYPES
+from embpack.lookups import Table
 from embpack.packed_files import Access, check_access
-from embpack.table import PackedTable
 from embpack.torch.convert import (
     PACKED,
     Place,
@@ -50,7 +50,8 @@ def load_checkpoint(
         tied: what to do if a module that is no embedding, such as a language model's output layer, has a weight that
             the file has packed only: "refuse" raises; "share" makes that layer, an nn.Linear, a PackedLinear over the
             same rows; "untie" gives it the table's rows as floats.
-        access: where packed rows are when they are looked up, as embpack.load takes it.
+        access: where packed rows are when they are looked up, as embpack.load takes it; "disk" leaves them there, and
+            what a module can do then is said at PackedModule.
 
     Returns:
         The model. Opening mapped tables does not depend on their size, and rows are read when they are looked up. What
@@ -69,6 +70,8 @@ def load_checkpoint(
     """
     check_tied(tied)
     check_access(access)
+    if access == "disk" and tied == "share":
+        raise ValueError("an output layer needs all rows each time, so they cannot stay on the disk: access='mapped'")
     _check_model(model)
     with open_tables(path, access) as (tables, others):
         floats = {name: _read(path, tensor) for name, tensor in others.items()}
@@ -152,7 +155,7 @@ def _find_places(model: nn.Module) -> dict[Any, list[Place]]:
 def _choose_tables(
     places: Mapping[Any, Sequence[Place]],
     groups: Iterable[Sequence[str]],
-    tables: Mapping[str, PackedTable],
+    tables: Mapping[str, Table],
     floats: Mapping[str, Tensor],
 ) -> dict[Any, str]:
     """Choose the modules that are packed, each with the name of its table.
@@ -203,7 +206,7 @@ class Source(NamedTuple):
 def _find_sources(
     groups: Iterable[Sequence[str]],
     packed: Collection[str],
-    tables: Mapping[str, PackedTable],
+    tables: Mapping[str, Table],
     floats: Mapping[str, Tensor],
 ) -> list[Source]:
     """Find the weights that have to be made of a table, though their modules are no embeddings."""
@@ -262,7 +265,7 @@ def _are_equal(tensor: Tensor, other: Tensor) -> bool:
     return tensor is other or (tensor.dtype == other.dtype and torch.equal(tensor, other))
 
 
-def _pack(module: Any, name: str, table_name: str, table: PackedTable, made: dict[int, PackedModule]) -> nn.Module:
+def _pack(module: Any, name: str, table_name: str, table: Table, made: dict[int, PackedModule]) -> nn.Module:
     if type(module) in PACKED.values():
         raise ValueError(f"{name} is packed already; load the file into the model as it was before that")
     added = find_additions(module)

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from embpack.bags import check_weighted
+from embpack.disk import DiskTable
 from embpack.errors import kind_of, naming
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packing import pack_and_warn
 from embpack.table import PackedTable
 from embpack.torch.arguments import call_as_leaf, check_tensors, flatten_nested
 from embpack.torch.collection_ops import TableUse, describe_tables
-from embpack.torch.float_bags import FeatureBags
+from embpack.torch.float_bags import FeatureBags, check_bags
 from embpack.torch.modules import PackedEmbeddingBag, check_supported
 from embpack.torch.private import buffers_of
 from embpack.variant import Variant
@@ -25,7 +26,8 @@ class PackedEmbeddingBagCollection(nn.Module):
     """torchrec.EmbeddingBagCollection over packed rows: many tables, one call of the core whatever their number.
 
     Tables that are not packed, as quantize_ leaves small ones, are held as they are: modules with their weights, hooks
-    and gradients, each called for its own features.
+    and gradients, each called for its own features. So are packed ones whose rows stay on the disk; the rows of all of
+    them are read at once.
 
     Args:
         embedding_bags: the tables by name: packed ones of any layout, bits and embedding_dim, at least one, and
@@ -110,22 +112,22 @@ class PackedEmbeddingBagCollection(nn.Module):
             for name, table in zip(self._readers, table_of, strict=True)
         ]
         self.embedding_dims = [bags[table].embedding_dim for table in table_of]
-        self._packed_lookups = [i for i, table in enumerate(table_of) if _is_packed(bags[table])]
+        self._packed_lookups = [i for i, table in enumerate(table_of) if _is_pooled(bags[table])]
         # The packed tables leave columns for the others, if these are few. Otherwise torch.cat puts all side by side.
         self._leaves_columns = 2 * len(self._packed_lookups) >= len(table_of)
         width_of = {
-            table: bag.embedding_dim if self._leaves_columns or _is_packed(bag) else 0 for table, bag in bags.items()
+            table: bag.embedding_dim if self._leaves_columns or _is_pooled(bag) else 0 for table, bag in bags.items()
         }
         widths = [width_of[table] for table in table_of]
         # Lookups of float tables: number, table, and where its columns begin and end beside those of packed tables.
         self._float_lookups = [
             (i, table, end - widths[i], end)
             for i, (table, end) in enumerate(zip(table_of, accumulate(widths), strict=True))
-            if not _is_packed(bags[table])
+            if not _is_pooled(bags[table])
         ]
         self._described = describe_tables(
             [
-                _describe_use(bags[table], len(names)) if _is_packed(bags[table]) else len(names) * width_of[table]
+                _describe_use(bags[table], len(names)) if _is_pooled(bags[table]) else len(names) * width_of[table]
                 for table, names in self.feature_names.items()
             ]
         )
@@ -158,12 +160,13 @@ class PackedEmbeddingBagCollection(nn.Module):
         return cls(embedding_bags, feature_names, is_weighted=collection.is_weighted())
 
     @property
-    def tables(self) -> dict[str, PackedTable]:
-        """The rows of packed tables as PackedTables by name, which share their memory."""
+    def tables(self) -> dict[str, PackedTable | DiskTable]:
+        """The rows of packed tables as PackedTables by name, which share their memory, or as DiskTables."""
         return {name: bag.table for name, bag in self.embedding_bags.items() if isinstance(bag, PackedEmbeddingBag)}
 
     def _list_packed(self) -> list[PackedEmbeddingBag]:
-        return [bag for bag in self.embedding_bags.values() if isinstance(bag, PackedEmbeddingBag)]
+        """Those that are pooled in one call."""
+        return [bag for bag in self.embedding_bags.values() if isinstance(bag, PackedEmbeddingBag) and _is_pooled(bag)]
 
     def is_weighted(self) -> bool:
         """Whether the weights of a KeyedJaggedTensor count."""
@@ -172,7 +175,7 @@ class PackedEmbeddingBagCollection(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the tables are."""
-        return self._list_packed()[0].packed.device
+        return next(bag.device for bag in self.embedding_bags.values() if isinstance(bag, PackedEmbeddingBag))
 
     def embedding_bag_configs(self) -> list[Any]:
         """Return torchrec.EmbeddingBagConfig of each table, with the type that its weights had.
@@ -323,12 +326,18 @@ class PackedEmbeddingBagCollection(nn.Module):
             return self._pool_packed(where, bags, weights, include_last_offset)
         feature_of, num_features = where
         of_packed = [feature_of[lookup] for lookup in self._packed_lookups]
-        pooled = self._pool_packed((of_packed, num_features), bags, weights, include_last_offset)
+        if of_packed:
+            pooled = self._pool_packed((of_packed, num_features), bags, weights, include_last_offset)
+        else:
+            batch = check_bags(num_features, *bags, include_last_offset=include_last_offset)
+            pooled = torch.empty((batch, 0), dtype=torch.float32)
         return self._add_floats(pooled, feature_of, FeatureBags.of(num_features, bags, weights, include_last_offset))
 
     def _add_floats(self, pooled: Tensor, feature_of: Sequence[int], bags: FeatureBags) -> Tensor:
         """Pool the bags of float tables, and put their columns between those of packed tables."""
         modules = self.embedding_bags
+        for lookup, table, *_ in self._float_lookups:
+            bags.prefetch(modules[table], feature_of[lookup], list(modules).index(table))
         found = [bags.pool(modules[table], feature_of[lookup]) for lookup, table, *_ in self._float_lookups]
         if not self._leaves_columns or any(values.requires_grad for values in (pooled, *found)):
             parts, done = [], 0
@@ -376,8 +385,9 @@ class PackedEmbeddingBagCollection(nn.Module):
         return "; ".join(readers)
 
 
-def _is_packed(bag: nn.Module) -> bool:
-    return isinstance(bag, PackedEmbeddingBag)
+def _is_pooled(bag: nn.Module) -> bool:
+    """Whether a table is packed and its rows are in memory, or mapped: those are pooled in one call."""
+    return isinstance(bag, PackedEmbeddingBag) and bag.on_disk is None
 
 
 def _describe_use(bag: Any, num_lookups: int) -> TableUse:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from embpack.errors import kind_of, naming
+from embpack.lookups import Table
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packing import pack
 from embpack.rules import MIN_ROWS, explain_growth
@@ -134,7 +135,7 @@ PACKED_KINDS = tuple(PACKED.values())
 PACKED_WITH_LAYERS: dict[type, type[PackedModule]] = {**PACKED, nn.Linear: PackedLinear}
 
 
-def make_packed(module: Any, table: PackedTable, made: dict[int, PackedModule]) -> PackedModule:
+def make_packed(module: Any, table: Table, made: dict[int, PackedModule]) -> PackedModule:
     """Make the packed module for a float one; all that are made of one table have the same tensors.
 
     Args:

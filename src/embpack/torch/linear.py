@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from embpack.layouts import RowFormat
-from embpack.table import PackedTable
+from embpack.lookups import Table
 from embpack.torch.arguments import call_as_leaf, check_tensors, map_nested
 from embpack.torch.packed_module import PackedModule
 
@@ -56,7 +56,7 @@ class PackedLinear(PackedModule):
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, dtype=self.dtype)) if bias else None)
 
     @classmethod
-    def from_table(cls, table: PackedTable, bias: Tensor | None = None, *, rotate_back: bool = True) -> "PackedLinear":
+    def from_table(cls, table: Table, bias: Tensor | None = None, *, rotate_back: bool = True) -> "PackedLinear":
         """Make a module of a table, sharing its memory; weight and to_float have values of table.dtype.
 
         Args:
@@ -77,7 +77,7 @@ class PackedLinear(PackedModule):
         return module
 
     @classmethod
-    def like(cls, module: nn.Linear, table: PackedTable) -> "PackedLinear":
+    def like(cls, module: nn.Linear, table: Table) -> "PackedLinear":
         """Make a module of a table, with the bias of a float module, which it then shares."""
         return cls.from_table(table, module.bias)
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embpack import _native
 from embpack.layouts import RowFormat
+from embpack.lookups import OUTPUT_DTYPES
 from embpack.rotation import rotate, rotate_back
-from embpack.table import OUTPUT_DTYPES, PackedTable
+from embpack.table import PackedTable
 from embpack.torch.ops import DTYPE_NAMES, SHARED, TABLE, as_table, check_devices, library, refuse_forward_mode
 
 library.define(f"linear({TABLE}, Tensor input, Tensor? bias=None, {SHARED}) -> Tensor")
@@ -98,7 +98,7 @@ def _unpack(table: PackedTable, dtype: torch.dtype) -> Iterator[tuple[int, Tenso
     for start in range(0, table.num_embeddings, count):
         indices = np.arange(start, min(start + count, table.num_embeddings))
         rows = buffer[: len(indices)]
-        fault = _native.gather(table.native_view, indices, rows)
+        fault = table.native_view.gather(indices, rows)
         if fault != -1:
             raise table.explain_fault(fault, indices)
         yield start, torch.from_numpy(rows).view(getattr(torch, name)).to(dtype)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from embpack.bags import as_row, check_mode, check_weighted
+from embpack.disk import DiskTable
 from embpack.layouts import RowFormat
+from embpack.lookups import Table
 from embpack.table import PackedTable
 from embpack.torch.arguments import call_as_leaf, check_tensors, flatten_nested, map_nested
 from embpack.torch.packed_module import PackedModule
@@ -25,6 +27,7 @@ _POOL: Any = torch.ops.embpack.embedding_bag.default
 class _PackedLookup(PackedModule):
     """Rows of a table that are looked up."""
 
+    kinds: ClassVar[tuple[type, ...]] = (PackedTable, DiskTable)
     # What the float module has and this one does not do, for those who read it: LoRA in PEFT passes them on.
     max_norm: ClassVar[None] = None
     norm_type: ClassVar[float] = 2.0
@@ -37,7 +40,7 @@ class _PackedLookup(PackedModule):
         super().__setattr__(name, value)
 
     @classmethod
-    def like(cls, module: nn.Embedding | nn.EmbeddingBag, table: PackedTable) -> Self:
+    def like(cls, module: nn.Embedding | nn.EmbeddingBag, table: Table) -> Self:
         """Make a module of a table, with the options of a float module."""
         check_supported(module, "the module")
         return super().like(module, table)
@@ -93,15 +96,15 @@ class PackedEmbedding(_PackedLookup):
 
     @classmethod
     def from_table(
-        cls, table: PackedTable, *, padding_idx: int | None = None, rotate_back: bool = True
+        cls, table: PackedTable | DiskTable, *, padding_idx: int | None = None, rotate_back: bool = True
     ) -> "PackedEmbedding":
         """Make a module of a table, sharing its memory; it returns values of table.dtype.
 
-        The rows of a file (embpack.load) stay mapped. What is written to them, as by load_state_dict, stays in this
-        process and does not reach the file.
+        The rows of a file (embpack.load) stay mapped, or on the disk. What is written to mapped ones, as by
+        load_state_dict, stays in this process and does not reach the file.
 
         Raises:
-            TypeError: table is no PackedTable.
+            TypeError: table is neither a PackedTable nor a DiskTable.
         """
         return cls._make(table, padding_idx=padding_idx, rotate_back=rotate_back)
 
@@ -194,7 +197,7 @@ class PackedEmbeddingBag(_PackedLookup):
     @classmethod
     def from_table(
         cls,
-        table: PackedTable,
+        table: PackedTable | DiskTable,
         *,
         mode: str = "mean",
         include_last_offset: bool = False,
@@ -203,11 +206,11 @@ class PackedEmbeddingBag(_PackedLookup):
     ) -> "PackedEmbeddingBag":
         """Make a module of a table, sharing its memory; it returns values of table.dtype.
 
-        The rows of a file (embpack.load) stay mapped. What is written to them, as by load_state_dict, stays in this
-        process and does not reach the file.
+        The rows of a file (embpack.load) stay mapped, or on the disk. What is written to mapped ones, as by
+        load_state_dict, stays in this process and does not reach the file.
 
         Raises:
-            TypeError: table is no PackedTable.
+            TypeError: table is neither a PackedTable nor a DiskTable.
         """
         return cls._make(
             table,
@@ -270,6 +273,13 @@ class PackedEmbeddingBag(_PackedLookup):
                 per_sample_weights = per_sample_weights.float()
             pool, how = torch.ops.embpack.embedding_bag.weighted, per_sample_weights
         return self._pool(pool, input, offsets, how, include_last_offset)
+
+    def pool_as_float32(self, input: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Do what forward does with plain tensors, offsets with the last and float32 weights, and round nothing."""
+        how: str | Tensor = self.mode if weights is None else weights
+        operator = _POOL if weights is None else torch.ops.embpack.embedding_bag.weighted
+        padding = {} if self.padding_idx is None else {"padding_idx": self.padding_idx}
+        return self._call(operator, input, offsets, how, include_last_offset=offsets is not None, **padding)
 
     def _pool(
         self, operator: Any, input: Tensor, offsets: Tensor | None, how: str | Tensor, include_last_offset: bool

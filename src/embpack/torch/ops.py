@@ -18,6 +18,7 @@ from torch import Tensor
 from embpack import _native
 from embpack.bags import as_row, check_integers, check_mode, check_weights, count_bags
 from embpack.layouts import ArraySpec, RowFormat
+from embpack.lookups import Table
 from embpack.table import PackedTable
 from embpack.torch.private import EXCHANGE_API, PYTHON_LIBRARY, handle_of_tensor, in_forward_mode, tensor_of_handle
 
@@ -77,7 +78,7 @@ def table_of_arrays(
     )
 
 
-def dequantize(table: PackedTable, dtype: torch.dtype) -> Tensor:
+def dequantize(table: Table, dtype: torch.dtype) -> Tensor:
     """All rows of a table as a tensor, of a type that operators return."""
     if dtype == torch.float64:
         return dequantize(table, torch.float32).double()

@@ -10,14 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from embpack.disk import DiskTable
 from embpack.errors import kind_of
 from embpack.formats.mapped import is_mapped
 from embpack.layouts import RowFormat
+from embpack.lookups import Table
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packing import quantize
 from embpack.pages import ask_for_huge_pages, use_huge_pages
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
+from embpack.torch.disk import look_up, refuse_state, refuse_to_save
 from embpack.torch.ops import as_table, check_dtype, dequantize
 from embpack.torch.private import CastModule, GuardedModule, buffers_of
 from embpack.torch.state import FORMAT, check_format, receive_state, write_format
@@ -33,6 +36,11 @@ class PackedModule(CastModule, GuardedModule):
     load_state_dict raises RuntimeError, also with strict=False, if the rows that it brings are of another format than
     this module's or of other sizes, and leaves the module as it was.
 
+    Rows may stay on the disk, in modules that look rows up (load_checkpoint(access="disk"), or from_table of a
+    DiskTable). Such a module has none of these buffers, so no .to() moves it; copies of it share the file; its state
+    dict would lack the rows, and is refused, as is a pickle; and torch.compile runs its lookups as they are, by a graph
+    break.
+
     Attributes:
         dtype: of the values that it returns, as nn.Embedding returns its weight's; .half() and .to(dtype) change it.
         packed: uint8 [num_embeddings, row_bytes].
@@ -46,6 +54,9 @@ class PackedModule(CastModule, GuardedModule):
     options: ClassVar[tuple[str, ...]] = ()
     float_class: ClassVar[type[nn.Module]]
     sizes: ClassVar[tuple[str, str]] = ("num_embeddings", "embedding_dim")
+    # What a table may be that it is made of.
+    kinds: ClassVar[tuple[type, ...]] = (PackedTable,)
+    on_disk: DiskTable | None = None
 
     packed: Tensor
     clusters: Tensor | None
@@ -76,6 +87,8 @@ class PackedModule(CastModule, GuardedModule):
             self.register_buffer(name, None if spec is None else _make_zeros(spec.known_shape[0], spec.entry_bytes))
 
     def _receive(self, state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        if self.on_disk is not None:
+            refuse_state(state, prefix, buffers_of(self))
         return receive_state(state, buffers_of(self), self.row_format, prefix, prefix[:-1] or type(self).__name__)
 
     def _received(self, names: Collection[str]) -> None:
@@ -116,23 +129,33 @@ class PackedModule(CastModule, GuardedModule):
         return cls.like(module, quantize(module.weight.detach(), method, **options))
 
     @classmethod
-    def like(cls, module: Any, table: PackedTable) -> Self:
+    def like(cls, module: Any, table: Table) -> Self:
         """Make a module of a table, with the options of a float module."""
         return cls._make(table, **{name: getattr(module, name) for name in cls.options})
 
     @classmethod
-    def _make(cls, table: PackedTable, **options: Any) -> Self:
-        if not isinstance(table, PackedTable):
+    def _make(cls, table: Table, **options: Any) -> Self:
+        if not isinstance(table, cls.kinds):
             raise TypeError(f"{cls.__name__}.from_table takes an embpack.PackedTable, not {kind_of(table)}")
         make: Any = cls
         sizes = dict(zip(cls.sizes, table.shape, strict=True))
         with torch.device("meta"):  # no memory for rows that are there already
             module: Self = make(**sizes, **_format(table), dtype=getattr(torch, table.dtype), **options)
+        if isinstance(table, DiskTable):
+            module._leave_on_disk(table)
+            return module
         for name in _ROWS:
             array = getattr(table, name)
             if array is not None:
                 setattr(module, name, _as_tensor(array))
         return module
+
+    def _leave_on_disk(self, table: DiskTable) -> None:
+        """Have the rows of a table, and no buffers."""
+        self.on_disk = table
+        for name in (*_ROWS, FORMAT):
+            setattr(self, name, None)
+        self.register_state_dict_pre_hook(refuse_to_save)  # type: ignore[no-untyped-call]
 
     def share_rows(self, other: "PackedModule") -> None:
         """Have the tensors of another module's rows, which are the same as this one's, in place of its own.
@@ -159,16 +182,23 @@ class PackedModule(CastModule, GuardedModule):
         self._row_format_text = str(self.row_format if value else replace(self.row_format, rotation=None))
 
     @property
-    def table(self) -> PackedTable:
-        """The rows as a PackedTable, which shares their memory.
+    def table(self) -> PackedTable | DiskTable:
+        """The rows as a PackedTable, which shares their memory, or as the DiskTable that the module was made of.
 
         Raises:
             ValueError: rows of another format have been written to the buffers, as torch.distributed.checkpoint does.
         """
-        check_format(self.row_format_ascii, self.row_format, type(self).__name__)
         name = str(self.dtype).removeprefix("torch.")
-        table = as_table(self.packed, str(self.row_format), self.clusters, self.codebooks)
-        return replace(table, dtype=name if name in ROW_DTYPES else "float32")
+        dtype = name if name in ROW_DTYPES else "float32"
+        if self.on_disk is not None:
+            return replace(self.on_disk, dtype=dtype)
+        check_format(self.row_format_ascii, self.row_format, type(self).__name__)
+        return replace(as_table(self.packed, str(self.row_format), self.clusters, self.codebooks), dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are looked up."""
+        return torch.device("cpu") if self.on_disk is not None else self.packed.device
 
     @property
     def weight(self) -> Tensor:
@@ -189,11 +219,22 @@ class PackedModule(CastModule, GuardedModule):
         return dequantize(table, self.dtype)
 
     def multiply(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Do what torch.nn.functional.linear does with this weight."""
+        """Do what torch.nn.functional.linear does with this weight.
+
+        Raises:
+            ValueError: the rows stay on the disk.
+        """
+        if self.on_disk is not None:
+            raise ValueError(
+                "the rows stay on the disk, and a product with them needs all of them: load them with access='mapped'"
+            )
         return self._call(torch.ops.embpack.linear.default, input, bias)
 
     def _call(self, operator: Any, *arguments: Any, **options: Any) -> Tensor:
         """Call an operator with the table's tensors and what is asked of it."""
+        if self.on_disk is not None:
+            looked_up: Tensor = look_up(self.on_disk, operator, self._row_format_text, *arguments, **options)
+            return looked_up
         buffers = buffers_of(self)
         clusters, codebooks = buffers["clusters"], buffers["codebooks"]
         if clusters is not None or codebooks is not None:
@@ -240,7 +281,7 @@ def _as_tensor(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(entries)
 
 
-def _format(table: PackedTable) -> dict[str, Any]:
+def _format(table: Table) -> dict[str, Any]:
     codebooks = 0 if table.codebooks is None else len(table.codebooks)
     row_format = table.row_format
     return {

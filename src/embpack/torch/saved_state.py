@@ -11,13 +11,13 @@ from embpack.errors import FormatError
 from embpack.files import METADATA_KEY
 from embpack.formats import INDEX_SUFFIX, SourceTensor, open_checkpoint
 from embpack.formats.torch import DTYPES
+from embpack.lookups import Table
 from embpack.packed_files import Access, open_packed
 from embpack.rows import ROW_DTYPES
-from embpack.table import PackedTable
 from embpack.torch.ops import table_of_arrays
 from embpack.torch.state import FORMAT, read_format
 
-Found = tuple[dict[str, PackedTable], dict[str, SourceTensor]]
+Found = tuple[dict[str, Table], dict[str, SourceTensor]]
 
 
 @contextmanager
@@ -74,12 +74,17 @@ def _find_dtype(tensors: Mapping[str, SourceTensor]) -> str:
     return next((name for name in names if name in ROW_DTYPES), "float32")
 
 
-def _make_table(path: Path, tensors: Mapping[str, SourceTensor], owner: str, dtype: str, access: Access) -> PackedTable:
+def _make_table(path: Path, tensors: Mapping[str, SourceTensor], owner: str, dtype: str, access: Access) -> Table:
     def read(name: str, *, mapped: bool = False) -> Any:
         tensor = tensors.get(f"{owner}.{name}")
         return None if tensor is None else tensor.whole(mapped=mapped)
 
     text = read_format(torch.from_numpy(read(FORMAT)))
+    if access == "disk":
+        raise ValueError(
+            f"{path}: rows of a state dict cannot stay on the disk; pack the checkpoint with embpack quantize, or load "
+            "it with access='mapped'"
+        )
     try:
         return table_of_arrays(
             text, read("packed", mapped=access == "mapped"), read("clusters"), read("codebooks"), dtype=dtype

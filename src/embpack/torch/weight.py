@@ -32,7 +32,7 @@ class PackedWeight(Tensor):
     def __new__(cls: type["PackedWeight"], module: Any) -> "PackedWeight":
         """Make it of a PackedModule."""
         shape = (module.num_embeddings, module.row_format.embedding_dim)
-        made: PackedWeight = make_wrapper(cls, shape, module.dtype, module.packed.device)
+        made: PackedWeight = make_wrapper(cls, shape, module.dtype, module.device)
         made.module = module
         return made
 
