@@ -40,7 +40,7 @@ def quantize(
             metavar="SRC",
             show_default=False,
             help="A checkpoint: .safetensors, an index, a folder of a model or torch.distributed.checkpoint, "
-            ".pt/.pth/.bin/.ckpt, .npy, .npz, .parquet, .gguf. Tables in pieces, FP8 or INT8 with scales are read as one.",
+            ".pt/.pth/.bin/.ckpt, .npy, .npz, .parquet, .gguf. Tables in pieces, FP8 or INT8 with scales are one.",
         ),
     ],
     dst: Annotated[
