@@ -406,5 +406,5 @@ def test_a_module_is_packed_as_quantize_packs_an_array():
 
 def test_a_method_that_does_not_take_a_width_names_the_module():
     model = nn.ModuleDict({"wide": nn.Embedding(20, 16), "narrow": nn.Embedding(20, 3)})
-    with pytest.raises(ValueError, match=r"^narrow: embedding_dim is 3; a row of the trellis layout has 4 to 4096"):
+    with pytest.raises(ValueError, match=r"^narrow: embedding_dim is 3; a row of the trellis layout has 4 to 65536"):
         quantize_(model, "trellis")
