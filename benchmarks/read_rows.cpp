@@ -30,8 +30,10 @@ void read() {
     while (true) {
         edge.arrive_and_wait();
         const std::size_t num_bytes = static_cast<std::size_t>(call.row_bytes);
-        for (std::int64_t i; (i = next.fetch_add(1)) < call.count;)
-            failed += pread(call.descriptor, call.out + i * call.row_bytes, num_bytes, call.offsets[i]) != call.row_bytes;
+        for (std::int64_t i; (i = next.fetch_add(1)) < call.count;) {
+            const ssize_t got = pread(call.descriptor, call.out + i * call.row_bytes, num_bytes, call.offsets[i]);
+            failed += got != call.row_bytes;
+        }
         edge.arrive_and_wait();
     }
 }
@@ -44,8 +46,8 @@ const bool are_started = [] {
 }  // namespace
 
 // Reads rows from offsets of a file into `out`, one after the other; returns how many could not be read.
-extern "C" std::int64_t read_rows(int descriptor, const std::int64_t* offsets, std::int64_t count, std::int64_t row_bytes,
-                                  std::uint8_t* out) {
+extern "C" std::int64_t read_rows(int descriptor, const std::int64_t* offsets, std::int64_t count,
+                                  std::int64_t row_bytes, std::uint8_t* out) {
     call = {descriptor, offsets, count, row_bytes, out};
     next = failed = 0;
     edge.arrive_and_wait();

@@ -268,7 +268,7 @@ void bind_lookup(nb::module_& m) {
           nb::arg("out").noconvert(),
           nb::sig("def linear(rows: TableView, input: numpy.typing.NDArray[numpy.float32], "
                   "bias: numpy.typing.NDArray[numpy.float32] | None, out: numpy.typing.NDArray[numpy.float32]) -> int"),
-          "Multiply the vectors of `input` by all rows into `out`, and add `bias`. Returns what TableView.gather does.");
+          "Multiply the vectors of `input` by all rows into `out`, and add `bias`. Returns what a view's gather does.");
     m.attr("bad_offsets") = bad_offsets;
     nb::class_<GroupView>(m, "TableGroup", "Packed rows of several tables, and the features that read them.")
         .def(nb::init<const nb::list&, const std::vector<size_t>&, const std::vector<std::string>&>(),

@@ -30,7 +30,7 @@ constexpr uint64_t page_bytes = 4096;
 // Of rows that are read together, with what lies between them.
 constexpr uint64_t most_span_bytes = uint64_t{1} << 14;
 
-// Spans that wait for being prefetched, at most: 24 bytes each.
+// Spans that wait for being prefetched, at most: 32 bytes each.
 constexpr size_t most_prefetches = size_t{1} << 20;
 
 // Spans that are looked for in the cache of pages by a thread in one go, and how many of the first are not there before
@@ -84,7 +84,8 @@ bool read_span(const Span& span, Scratch& scratch, int flags) {
     uint8_t* const to = has_gaps ? scratch.data() : out;
     for (size_t done = 0; done < num_bytes;) {
         const iovec rest{to + done, num_bytes - done};
-        const ssize_t got = preadv2(span.piece->file->descriptor, &rest, 1, static_cast<off_t>(span.offset() + done), flags);
+        const off_t offset = static_cast<off_t>(span.offset() + done);
+        const ssize_t got = preadv2(span.piece->file->descriptor, &rest, 1, offset, flags);
         if (got < 0 && errno == EINTR && flags == 0) continue;
         if (got == 0) errno = 0;
         if (got <= 0) return false;
@@ -116,8 +117,9 @@ struct Prefetch {
     uint64_t num_bytes;
 
     void start() const {
+        const off_t first = static_cast<off_t>(offset), length = static_cast<off_t>(num_bytes);
         if (file)
-            posix_fadvise(file->descriptor, static_cast<off_t>(offset), static_cast<off_t>(num_bytes), POSIX_FADV_WILLNEED);
+            posix_fadvise(file->descriptor, first, length, POSIX_FADV_WILLNEED);
         else   // whatever is mapped there by now, this changes nothing of it
             madvise(reinterpret_cast<void*>(offset), num_bytes, MADV_WILLNEED);
     }
@@ -323,8 +325,9 @@ void prefetch_mapped_rows(const uint8_t* first_row, size_t row_bytes, std::span<
     for (int64_t row : rows) {
         const uint64_t start = reinterpret_cast<uintptr_t>(first_row) + static_cast<uint64_t>(row) * row_bytes;
         const uint64_t first_page = start / page_bytes * page_bytes;
-        if (!prefetches.empty() && start + row_bytes <= prefetches.back().offset + prefetches.back().num_bytes) continue;
-        prefetches.push_back({nullptr, first_page, (start + row_bytes - first_page + page_bytes - 1) / page_bytes * page_bytes});
+        const uint64_t end_page = (start + row_bytes + page_bytes - 1) / page_bytes * page_bytes;
+        if (!prefetches.empty() && end_page <= prefetches.back().offset + prefetches.back().num_bytes) continue;
+        prefetches.push_back({nullptr, first_page, end_page - first_page});
     }
     readers.load()->add(prefetches);
 }

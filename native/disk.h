@@ -53,8 +53,8 @@ struct DiskFault {
 // to each other are read together. Looks for signals now and then, and what that throws ends it.
 std::optional<DiskFault> read_rows(std::span<const DiskRead>);
 
-// Has rows read into the system's cache of pages, and returns at once. Rows that are waited for are read first; of rows
-// that nobody waits for the oldest are forgotten when there are too many.
+// Has rows, ascending, read into the system's cache of pages, and returns at once. Rows that are waited for are read
+// first; of rows that nobody waits for the oldest are forgotten when there are too many.
 void prefetch_rows(const DiskRows&, std::span<const int64_t> rows);
 
 // The same for rows of a mapped file, from an address on.

@@ -1,5 +1,5 @@
-// Tests of reads from the disk: every row, by several callers at once, with forks, faults and signals. They say most under
-// the thread sanitizer, -DEMBPACK_SANITIZERS=thread.
+// Tests of reads from the disk: every row, by several callers at once, with forks, faults and signals. They say most
+// under the thread sanitizer, -DEMBPACK_SANITIZERS=thread.
 
 #include "disk.h"
 
@@ -77,8 +77,10 @@ bool are_read(const File& file, Random& random, size_t count) {
     if (read_rows(reads)) return false;
     for (const DiskRead& read : reads)
         for (size_t i = 0; i < read.rows.size(); i++)
-            for (size_t k = 0; k < row_bytes; k++)
-                if (read.out[i * row_bytes + k] != byte_at(static_cast<size_t>(read.rows[i]) * row_bytes + k)) return false;
+            for (size_t k = 0; k < row_bytes; k++) {
+                const uint8_t expected = byte_at(static_cast<size_t>(read.rows[i]) * row_bytes + k);
+                if (read.out[i * row_bytes + k] != expected) return false;
+            }
     return true;
 }
 
