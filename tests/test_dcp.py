@@ -30,7 +30,7 @@ import embpack
 from embpack.errors import FormatError
 from embpack.formats import SourceTensor, dcp_metadata, open_checkpoint, sharded
 from embpack.formats.blocks import Block, join_blocks
-from embpack.formats.dcp import is_optimizer_state
+from embpack.table_names import is_optimizer_state
 
 NUMPY_TYPES = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 TABLE = make_values("table", (10, 6))
