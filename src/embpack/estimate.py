@@ -153,9 +153,9 @@ def _time_copies(tensors: Sequence[SourceTensor]) -> float:
     if not total:
         return 0.0
     started, digest, done = time.perf_counter(), hashlib.sha256(), 0
-    for piece in max(tensors, key=lambda tensor: tensor.nbytes).pieces():
-        digest.update(as_bytes(piece))
-        done += piece.nbytes
+    for portion in max(tensors, key=lambda tensor: tensor.nbytes).portions():
+        digest.update(as_bytes(portion))
+        done += portion.nbytes
         if done >= _COPIED_BYTES:
             break
     return total * (time.perf_counter() - started) / done

@@ -15,7 +15,7 @@ from embpack.formats.base import Checkpoint, Shard, SourceTensor
 from embpack.formats.blocks import Block, are_joinable, join_blocks
 from embpack.formats.dcp_metadata import Chunk, Entry, SavedState, SavedTensor, merge_states, read_metadata
 from embpack.formats.dtypes import ARRAY_DTYPES, count_bytes
-from embpack.formats.process_files import METADATA_NAME, list_metadata
+from embpack.formats.rank_files import METADATA_NAME, list_metadata
 from embpack.formats.source import SourceFile
 from embpack.formats.torch_file import read_saved
 from embpack.formats.torch_tensor import NAMES, TAGS, ViewReader, is_tensor, view_tensor
