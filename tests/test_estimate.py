@@ -1,6 +1,7 @@
 """How long packing will take: by tables, ways to pack them, and what is copied."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,18 @@ def test_copies_take_time_too(tmp_path):
     with open_checkpoint(src) as checkpoint:
         copied = [tensor for tensor in checkpoint.tensors if tensor.name == "top.weight"]
         assert estimate._time_copies(copied) > 0 and estimate._time_copies([]) == 0
+
+
+def test_what_is_left_out_takes_no_time(tmp_path, monkeypatch):
+    src, copied = make_source(tmp_path, a=(16, 16)), []
+    monkeypatch.setattr(estimate, "_time_copies", lambda tensors: copied.extend(tensors) or 0.0)
+    with open_checkpoint(src) as checkpoint:
+        decisions = decide_all(checkpoint, Rules())
+        for can_be_copied in (True, False):
+            changed = [replace(each, tensor=replace(each.tensor, can_be_copied=can_be_copied)) for each in decisions]
+            copied.clear()
+            estimate_seconds(changed)
+            assert [tensor.name for tensor in copied] == (["top.weight"] if can_be_copied else [])
 
 
 def test_a_dry_run_says_how_long_and_how_much(embpack_command, tmp_path):

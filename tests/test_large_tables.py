@@ -164,6 +164,10 @@ FAULTS = {
         },
         "its values are more than code x scale, for there is 'a.embed.weight_zero_point' (F32, [1])",
     ),
+    "zero points of another name": (
+        {"a.embed.weight": _ones(96, 64, dtype="I8"), "a.embed.scale": SCALE, "a.embed.zp": SCALE},
+        "its values are more than code x scale, for there is 'a.embed.zp' (F32, [1])",
+    ),
     "a piece of scales": (
         {f"a.embed.shard_{i}.weight": CODES for i in range(3)}
         | {f"a.embed.shard_{i}.weight_scale": SCALE for i in (0, 2)},
@@ -198,6 +202,10 @@ FAULTS = {
     "pieces of two types": (
         {"a.embed.shard_0.weight": _ones(96, 64), "a.embed.shard_1.weight": _ones(96, 64, dtype="F16")},
         "its pieces differ: 'a.embed.shard_0.weight' (F32, [96, 64]), but 'a.embed.shard_1.weight' (F16, [96, 64])",
+    ),
+    "a piece that is no matrix": (
+        {"a.embed.shard_0.weight": _ones(96, 64), "a.embed.shard_1.weight": _ones(2, 96, 64)},
+        "its pieces differ: 'a.embed.shard_0.weight' (F32, [96, 64]), but 'a.embed.shard_1.weight' (F32, [2, 96, 64])",
     ),
     "pieces of two widths": (
         {"a.embed.shard_0.weight": _ones(96, 64), "a.embed.shard_1.weight": _ones(96, 32)},

@@ -64,6 +64,15 @@ def test_pieces_that_do_not_make_the_table_are_refused(places: list[tuple[slice,
         _join(_cut(VALUES, places))
 
 
+def test_thousands_of_tall_pieces_beside_flat_ones_are_refused() -> None:
+    """What takes time and memory by the square of the number of pieces is no table that a program cuts."""
+    n = 3_000
+    tall, flat = (SourceTensor("x", shape, "F32", lambda *_: iter(()), None) for shape in ((n, 1), (1, 1)))
+    pieces = [*(Piece(0, column, tall) for column in range(n)), *(Piece(row, n, flat) for row in range(n))]
+    with pytest.raises(FormatError, match="is cut into 6000 pieces at too many different rows"):
+        join_pieces("file", "x", (n, n + 1), "F32", pieces)
+
+
 def test_pieces_outside_the_table_are_refused() -> None:
     with pytest.raises(FormatError, match=re.escape("rows [0, 10)")):
         join_pieces("file", "x", (9, 7), "F32", _cut(VALUES, PLACES["one"]))

@@ -83,7 +83,14 @@ def count_files(monkeypatch):
 
 @pytest.mark.parametrize("files", [1, 3, 4])
 @pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), MemoryError()]
+    "error",
+    [
+        KeyboardInterrupt(),
+        SystemExit(1),
+        OSError(errno.ENOSPC, "No space left on device"),
+        MemoryError(),
+        RuntimeError("stopped by progress"),
+    ],
 )
 def test_a_run_that_was_interrupted_goes_on(whole, tmp_path, monkeypatch, files, error):
     src, report, expected = whole

@@ -44,6 +44,8 @@ TABLES = [
     "ec.embeddings.large_table.weight",
     "decoder.embed_tokens.3.weight",
     "class_embedding.weight",
+    # Of a dict of a training state, beside its optimizer.
+    "state.model.embed_tokens.weight",
 ]
 OTHERS = [
     "embeddings.LayerNorm.weight",

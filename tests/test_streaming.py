@@ -119,7 +119,7 @@ resource.setrlimit(resource.RLIMIT_AS, (most, most))
 for path in sys.argv[2:]:
     with open_checkpoint(path) as checkpoint:
         for tensor in checkpoint.shards[0].tensors:
-            assert sum(piece.nbytes for piece in tensor.pieces(1 << 20)) == tensor.nbytes
+            assert sum(portion.nbytes for portion in tensor.portions(1 << 20)) == tensor.nbytes
             print(path, tensor.nbytes)
 """
 

@@ -19,7 +19,7 @@ from embpack.text import printable
 _PIECE = re.compile(r"(.+)\.shard_([0-9]{1,9})\.weight", re.DOTALL)
 _SCALE_NAMES = ("weight_scale", "scale", "weight_scale_inv")
 # What other encodings have beside codes: with these, a value is more than code times scale.
-_MORE = re.compile(r"weight_.*|.*zero.*|scales|biases|offsets?", re.DOTALL)
+_MORE = re.compile(r"weight_.*|.*zero.*|zps?|scales|biases|offsets?|mins?|absmax|SCB", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,7 @@ class _Table:
         scales: that there are, under each name that they may have: one tensor for the table, or one for each piece.
         beside: the other tensors whose names begin as those of its parts, up to the last dot.
         has_namesake: whether it is in pieces, and there is a tensor of its name, too.
+        odd: a tensor that has the name of a piece, but is no 2-D one; None if there is none.
     """
 
     stem: str
@@ -67,6 +68,7 @@ class _Table:
     scales: Sequence[Sequence[SourceTensor]]
     beside: Sequence[SourceTensor]
     has_namesake: bool
+    odd: SourceTensor | None
 
     @property
     def name(self) -> str:
@@ -97,6 +99,8 @@ class _Table:
         first, last = self.pieces[0], self.pieces[-1]
         if self.has_namesake:
             raise _UnreadableError(f"there is a tensor of that name, and {first.name!r}, which would be a piece of it")
+        if self.odd is not None:
+            raise _UnreadableError(f"its pieces differ: {_describe(first)}, but {_describe(self.odd)}")
         for expected, (number, piece) in enumerate(zip(numbers, self.pieces, strict=True)):
             if number > expected:
                 missing = f"{self.stem}.shard_{expected}.weight"
@@ -157,12 +161,14 @@ def _find_tables(tensors: Sequence[SourceTensor]) -> Iterator[_Table]:
     """Find tables of codes, and then those in pieces: what is part of such a one is no table of its own."""
     by_name, by_stem = {tensor.name: tensor for tensor in tensors}, dict[str, list[SourceTensor]]()
     whole, in_pieces = list[SourceTensor](), dict[str, list[tuple[int, SourceTensor]]]()
+    odd = dict[str, SourceTensor]()
     for tensor in tensors:
         by_stem.setdefault(_stem(tensor.name), []).append(tensor)
         found = _PIECE.fullmatch(tensor.name)
         if len(tensor.shape) != 2 or tensor.dtype in PACKED_DTYPES:
-            continue
-        if found:
+            if found:
+                odd[found[1]] = tensor
+        elif found:
             in_pieces.setdefault(found[1], []).append((int(found[2]), tensor))
         elif tensor.dtype in CODE_VALUES:
             whole.append(tensor)
@@ -176,7 +182,9 @@ def _find_tables(tensors: Sequence[SourceTensor]) -> Iterator[_Table]:
         known = {part.name for part in (*pieces, *chain.from_iterable(scales))}
         near = chain.from_iterable(by_stem.get(each, ()) for each in dict.fromkeys(chain.from_iterable(stems)))
         beside = [each for each in near if each.name not in known]
-        return _Table(stem, pieces, numbers, scales, beside, numbers is not None and f"{stem}.weight" in by_name)
+        is_whole = numbers is None
+        has_namesake = not is_whole and f"{stem}.weight" in by_name
+        return _Table(stem, pieces, numbers, scales, beside, has_namesake, None if is_whole else odd.get(stem))
 
     for tensor in whole:
         yield make(tensor.name.removesuffix(".weight"), [tensor], None)

@@ -85,7 +85,7 @@ def estimate_seconds(decisions: Sequence[Decision]) -> float | None:
             seconds += sum(timing.estimate(each.tensor.shape[0]) for each in own)
     except ValueError:
         return None
-    return seconds + _time_copies([each.tensor for each in decisions if each.variant is None])
+    return seconds + _time_copies([each.tensor for each in decisions if each.variant is None and not each.is_left_out])
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,13 @@ def _time_row(packer: Packer, rows: NDArray[Any]) -> float:
     """Measure the seconds in which a row is packed: those of the first rows, or the mean of those after them."""
     step = span_rows(rows.shape[1])
     packed = np.empty((min(step, len(rows)), packer.row_format.row_bytes), np.uint8)
-    seconds, done, is_first = 0.0, 0, True
+    seconds, done = 0.0, 0
     for start in range(0, len(rows), step):
         own = rows[start : start + step]
         taken, _ = _time(partial(packer.pack, own, packed[: len(own)], start))
-        # The first call starts threads.
-        seconds, done = (taken, len(own)) if is_first or start == step else (seconds + taken, done + len(own))
-        is_first = False
+        if start == step:  # the call before, the first one, has started threads
+            seconds, done = 0.0, 0
+        seconds, done = seconds + taken, done + len(own)
         if (start and seconds >= _SECONDS) or taken >= _MOST_SECONDS:
             break
     return seconds / done
@@ -153,9 +153,9 @@ def _time_copies(tensors: Sequence[SourceTensor]) -> float:
     if not total:
         return 0.0
     started, digest, done = time.perf_counter(), hashlib.sha256(), 0
-    for piece in max(tensors, key=lambda tensor: tensor.nbytes).pieces():
-        digest.update(as_bytes(piece))
-        done += piece.nbytes
+    for portion in max(tensors, key=lambda tensor: tensor.nbytes).portions():
+        digest.update(as_bytes(portion))
+        done += portion.nbytes
         if done >= _COPIED_BYTES:
             break
     return total * (time.perf_counter() - started) / done

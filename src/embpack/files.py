@@ -32,7 +32,7 @@ PIECE_ALIGNMENT = 4096
 # No loss and no square_norm of a piece comes to more, so that both can be multiplied and summed.
 _MOST = 1e100
 # What is hashed at a time, so that Ctrl-C is heard in between.
-_PIECE_BYTES = 1 << 24
+_PORTION_BYTES = 1 << 24
 
 
 _OPTIONAL = ("rotation", "piece")
@@ -323,15 +323,15 @@ def _check_beside(where: str, spec: ArraySpec, found: tuple[str, tuple[int, ...]
 
 def digest_tensors(tensors: Iterable[SourceTensor]) -> "hashlib._Hash":
     """Read tensors through and digest their bytes."""
-    return _digest(piece for tensor in tensors for piece in tensor.pieces(by_name=False))
+    return _digest(portion for tensor in tensors for portion in tensor.portions(by_name=False))
 
 
 def _digest(arrays: Iterable[NDArray[Any]]) -> "hashlib._Hash":
     digest = hashlib.sha256()
     for array in arrays:
         data = as_bytes(np.ascontiguousarray(array))
-        for start in range(0, len(data), _PIECE_BYTES):
-            digest.update(data[start : start + _PIECE_BYTES])
+        for start in range(0, len(data), _PORTION_BYTES):
+            digest.update(data[start : start + _PORTION_BYTES])
     return digest
 
 

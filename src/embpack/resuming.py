@@ -209,10 +209,14 @@ class Unfinished:
         sync(self._record.parent)
 
     def is_kept(self, error: BaseException) -> bool:
-        """Whether files stay: what was there before is never removed by mistake, nor is what is whole."""
+        """Whether files stay: what was there before is never removed by mistake, nor is what is whole.
+
+        A ValueError is of the source or of an option, and a next run would end with it, too. All else may be of this
+        run alone: a signal that became SystemExit, or what the caller's progress raises to stop it.
+        """
         if self._record is None:
             return True
-        is_kept = bool(self.files) and isinstance(error, KeyboardInterrupt | OSError | MemoryError)
+        is_kept = bool(self.files) and not isinstance(error, ValueError)
         if is_kept and not isinstance(error, OSError):
             error.add_note(f"{self.dst}: {self.say_kept()}")
         return is_kept

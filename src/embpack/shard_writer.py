@@ -316,9 +316,9 @@ def copy_tensor(tensor: SourceTensor, finish: Callable[["hashlib._Hash"], None])
 
     def chunks() -> Iterator[NDArray[Any]]:
         digest = hashlib.sha256()
-        for piece in tensor.pieces():
-            digest.update(as_bytes(piece))
-            yield piece
+        for portion in tensor.portions():
+            digest.update(as_bytes(portion))
+            yield portion
         finish(digest)
 
     return OutTensor(tensor.name, tensor.dtype, tensor.shape, chunks)

@@ -35,8 +35,13 @@ _SEQUENCES = {"time", "timestep", "label"}
 _SHARED = (["shared"], ["model", "shared"])
 # TorchRec's modules, whose tables are called as their users like.
 _COLLECTIONS = ("embedding_bags", "embeddings")
-# What an optimizer keeps of parameters has their shapes, and names made of theirs.
-_OPTIMIZER = ("state", "optim", "optimizer")
+# What an optimizer keeps of parameters has their shapes, and names made of theirs: where that lies, by parts of its
+# names, and what it is called where it lies by a parameter's name.
+_OPTIMIZERS = {"optimizer", "optimizers", "optim", "optimizer_state_dict", "optimizer_states", "param_groups"}
+_OPTIMIZER_VALUES = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "momentum", "momentum1", "momentum2"),
+    *("sum", "square_avg", "grad_avg", "acc_delta", "step", "row_counter", "prev_iter", "master_param"),
+}
 
 
 def says_embedding(name: str) -> bool:
@@ -50,7 +55,7 @@ def says_embedding(name: str) -> bool:
     match, nor does what an optimizer keeps ("state.emb.weight.exp_avg").
     """
     parts = [part for part in name.split(".") if not part.isdigit()]
-    if parts and parts[0] in _OPTIMIZER:
+    if is_optimizer_state(name):
         return False
     is_weight = bool(parts) and parts[-1] == "weight"
     parts = parts[:-1] if is_weight else parts
@@ -67,3 +72,14 @@ def says_embedding(name: str) -> bool:
     if words[-1:] and words[-1] in _EMBEDDING_WORDS:
         return True
     return bool(words) and words[0] in _EMBEDDING_WORDS and all(word in _ITEM_WORDS for word in words[1:])
+
+
+def is_optimizer_state(name: str) -> bool:
+    """Whether a tensor's name says that it is of an optimizer: "state.X.weight.exp_avg", "optim.state.0.sum"."""
+    parts = name.split(".")
+    if not _OPTIMIZERS.isdisjoint(parts[:-1]):
+        return True
+    if "state" not in parts[:-2]:
+        return False
+    inner = parts[parts.index("state") + 1 :]
+    return inner[-1] in _OPTIMIZER_VALUES or not {"weight", "bias"}.isdisjoint(inner[:-1])

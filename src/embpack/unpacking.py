@@ -154,8 +154,8 @@ def _unpack(table: StoredTable, dtype: str, progress: Progress) -> OutTensor:
                 yield PackedTable(packed, entry.row_format, clusters=own, codebooks=codebooks).dequantize(dtype)
                 done += len(packed)
                 progress(table.name, len(packed))
-            for part in chain.from_iterable(part.pieces() for part in beside):
-                digest.update(as_bytes(part))
+            for portion in chain.from_iterable(part.portions() for part in beside):
+                digest.update(as_bytes(portion))
             check_bytes(piece.file.path, f"table {piece.name!r}", digest, piece.entry.checksum)
 
     return OutTensor(table.name, _SAFETENSORS_DTYPE[dtype], (entry.num_embeddings, entry.embedding_dim), chunks)

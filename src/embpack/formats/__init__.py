@@ -13,7 +13,7 @@ from embpack.formats.atomic import new_file
 from embpack.formats.base import Checkpoint, OutFolder, OutShard, OutTensor, Shard, SourceTensor, find_repeated, is_utf8
 from embpack.formats.model_folder import find_checkpoint, with_folder
 from embpack.formats.new_folder import Keeper, ListOwn, nothing
-from embpack.formats.process_files import has_pieces, is_metadata
+from embpack.formats.rank_files import has_pieces, is_metadata
 from embpack.formats.sharded import INDEX_SUFFIX, explain_other, open_sharded, write_folder
 
 __all__ = [

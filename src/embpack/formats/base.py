@@ -17,7 +17,7 @@ from embpack.formats.source import SourceFile
 from embpack.formats.stored import StoredArray
 
 # What is read at a time of what is not read by rows.
-PIECE_BYTES = 1 << 24
+PORTION_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class SourceTensor:
                 [view] = self.iter_rows(0, length, length)
         return view
 
-    def pieces(self, num_bytes: int = PIECE_BYTES, *, by_name: bool = True) -> Iterator[NDArray[Any]]:
+    def portions(self, num_bytes: int = PORTION_BYTES, *, by_name: bool = True) -> Iterator[NDArray[Any]]:
         """Yield all values in order, about num_bytes at a time: some rows, or values of one, 1-D, where that has more.
 
         Args:

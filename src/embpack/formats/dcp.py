@@ -15,17 +15,12 @@ from embpack.formats.base import Checkpoint, Shard, SourceTensor
 from embpack.formats.blocks import Block, are_joinable, join_blocks
 from embpack.formats.dcp_metadata import Chunk, Entry, SavedState, SavedTensor, merge_states, read_metadata
 from embpack.formats.dtypes import ARRAY_DTYPES, count_bytes
-from embpack.formats.process_files import METADATA_NAME, list_metadata
+from embpack.formats.rank_files import METADATA_NAME, list_metadata
 from embpack.formats.source import SourceFile
 from embpack.formats.torch_file import read_saved
 from embpack.formats.torch_tensor import NAMES, TAGS, ViewReader, is_tensor, view_tensor
+from embpack.table_names import is_optimizer_state
 
-# Where optimizers' tensors lie, by parts of their names, and what those are called that lie by a parameter's name.
-_OPTIMIZERS = {"optimizer", "optimizers", "optim", "optimizer_state_dict", "optimizer_states", "param_groups"}
-_OPTIMIZER_VALUES = {
-    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "momentum", "momentum1", "momentum2"),
-    *("sum", "square_avg", "grad_avg", "acc_delta", "step", "row_counter", "prev_iter", "master_param"),
-}
 # What lies beside the weight of a table of TorchRec that finds rows by key, and only beside such.
 _BESIDE_KEYED = ("weight_id", "bucket", "metadata")
 _MOST_NAMED = 3
@@ -86,17 +81,6 @@ def _choose(state: SavedState) -> tuple[dict[str, SavedTensor], tuple[str, ...]]
         ("tensors that are cut along two dimensions beside their first", cut),
     )
     return kept, tuple(_note(what, names) for what, names in groups if names)
-
-
-def is_optimizer_state(name: str) -> bool:
-    """Whether a tensor's name says that it is of an optimizer: "state.X.weight.exp_avg", "optim.state.0.sum"."""
-    parts = name.split(".")
-    if not _OPTIMIZERS.isdisjoint(parts[:-1]):
-        return True
-    if "state" not in parts[:-2]:
-        return False
-    inner = parts[parts.index("state") + 1 :]
-    return inner[-1] in _OPTIMIZER_VALUES or not {"weight", "bias"}.isdisjoint(inner[:-1])
 
 
 def _note(what: str, names: Sequence[str]) -> str:

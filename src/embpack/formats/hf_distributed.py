@@ -11,7 +11,7 @@ from pathlib import Path
 from embpack.errors import FormatError
 from embpack.formats.base import Checkpoint, Shard, SourceTensor
 from embpack.formats.blocks import Block, are_joinable, join_blocks
-from embpack.formats.process_files import list_pieces
+from embpack.formats.rank_files import list_pieces
 from embpack.formats.safetensors import parse_object, read_shard
 from embpack.formats.source import SourceFile
 

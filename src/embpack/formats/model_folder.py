@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from embpack.formats.base import Checkpoint
-from embpack.formats.process_files import METADATA_NAME, has_pieces, is_metadata, list_metadata
+from embpack.formats.rank_files import METADATA_NAME, has_pieces, is_metadata, list_metadata
 from embpack.formats.sharded import INDEX_SUFFIX, explain_other
 
 # What is larger is no configuration and no tokenizer.

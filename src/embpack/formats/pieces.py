@@ -16,6 +16,10 @@ from embpack.formats.base import SourceTensor
 from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.formats.stored import iter_slices
 
+# Bands that a piece lies in, on average over a table's pieces. Programs cut all columns at the same rows: a piece is in
+# one band. A few thousand tall ones beside as many flat ones would be millions, which nobody has to look through.
+_MOST_BANDS = 64
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -79,11 +83,14 @@ def _find_bands(where: str, shape: tuple[int, int], pieces: Sequence[Piece]) -> 
     bounds = sorted({0, shape[0]} | {bound for piece in pieces for bound in (piece.first_row, piece.end_row)})
     if bounds[0] < 0 or bounds[-1] > shape[0]:
         raise FormatError(f"{where} of {shape[0]} rows has pieces with rows [{bounds[0]}, {bounds[-1]})")
-    bands, there = [], list[Piece]()
+    bands, there, count = [], list[Piece](), 0
     for start, stop in pairwise(bounds):
         there = [piece for piece in there if piece.end_row > start]
         while waiting and waiting[-1].first_row == start:
             there.append(waiting.pop())
+        count += len(there)
+        if count > _MOST_BANDS * len(pieces):
+            raise FormatError(f"{where} is cut into {len(pieces)} pieces at too many different rows; it is damaged")
         there.sort(key=attrgetter("first_column"))
         column = 0
         for piece in there:  # at most as many as the table has columns, or this raises

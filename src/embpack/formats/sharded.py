@@ -10,7 +10,7 @@ from embpack.errors import FormatError
 from embpack.formats.atomic import sync
 from embpack.formats.base import Checkpoint, OutFolder, OutShard, Shard
 from embpack.formats.new_folder import Keeper, ListOwn, new_folder
-from embpack.formats.process_files import list_metadata
+from embpack.formats.rank_files import list_metadata
 from embpack.formats.safetensors import parse_object, read_shard, write_safetensors
 from embpack.formats.source import SourceFile
 

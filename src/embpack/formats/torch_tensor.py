@@ -1,5 +1,6 @@
 """Tensors of a file of torch.save: views of its storages, read without making them."""
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def _are_sizes(*values: object) -> bool:
     return all(isinstance(value, int) and value >= 0 for value in values)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ViewReader:
     """Reads the rows of a view.
 
@@ -171,6 +172,9 @@ class ViewReader:
     view: View
     source: SourceFile
     dtype: np.dtype[Any]
+    # How many rows were read one after the other from the first on, and their checksum. It is the same whoever has read
+    # them, so that tables in pieces, which are read a few rows at a call, are checked, and threads may read at once.
+    _checked: tuple[int, int] = (0, 0)
 
     @property
     def stored(self) -> StoredArray | None:
@@ -189,19 +193,24 @@ class ViewReader:
         """Yield rows [start, stop), n at a time, in memory of their own and the machine's byte order.
 
         Raises:
-            FormatError: all rows were read of a tensor that is all of its storage, and its bytes have another checksum.
+            FormatError: all rows were read, in order, in one call or several, of a tensor that is all of its storage,
+                and its bytes have another checksum.
         """
         stored = self.stored
         if stored is None:
             yield from self._iter_strided(start, stop, n)
             return
-        checksum, size = 0, 0
+        promised, end, length = self.view.storage.checksum, start, (self.view.shape or (1,))[0]
+        size = math.prod(self.view.shape) * self.dtype.itemsize
+        has_checksum = promised is not None and self.dtype.isnative and size == self.view.storage.nbytes
         for rows in stored.iter_rows(start, stop, n):
-            if self.view.storage.checksum is not None and self.dtype.isnative:
-                checksum = zlib.crc32(rows.reshape(-1).view(np.uint8).data, checksum)
-                size += rows.nbytes
+            at, end = end, end + (len(rows) if rows.ndim else 1)
+            done, checksum = self._checked if at else (0, 0)
+            if has_checksum and at == done:
+                self._checked = end, zlib.crc32(rows.reshape(-1).view(np.uint8).data, checksum)
             yield rows
-        if size and size == self.view.storage.nbytes and checksum != self.view.storage.checksum:
+        done, checksum = self._checked
+        if has_checksum and done == end == length and checksum != promised:
             raise FormatError(
                 f"{self.source.path}: the {size} bytes from {self.view.offset} on do not agree with their checksum; "
                 "the file is damaged, copy it again"
