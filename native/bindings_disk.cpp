@@ -44,20 +44,22 @@ struct RowsView {
     }
 };
 
-void check_ascending(const RowNumbers& rows, size_t num_rows) {
-    int64_t before = 0;
+// Each row is to be there but once where `step` is 1.
+void check_ascending(const RowNumbers& rows, size_t num_rows, int64_t step) {
+    int64_t least = 0;
     for (size_t i = 0; i < rows.shape(0); i++) {
-        require(rows.data()[i] >= before, "rows must ascend");
-        before = rows.data()[i];
+        const int64_t row = rows.data()[i];
+        require(row >= least, step == 1 ? "rows must ascend, each once" : "rows must ascend");
+        require(static_cast<size_t>(row) < num_rows, "there are no such rows");
+        least = row + step;
     }
-    require(rows.shape(0) == 0 || static_cast<size_t>(before) < num_rows, "there are no such rows");
 }
 
 std::optional<std::tuple<size_t, size_t, uint64_t, int>> read_arrays(const nb::list& reads) {
     std::vector<DiskRead> cut;
     for (nb::handle read : reads) {
         const auto [view, rows, out] = nb::cast<std::tuple<const RowsView*, RowNumbers, RowBytesOut>>(read, false);
-        check_ascending(rows, view->num_rows);
+        check_ascending(rows, view->num_rows, 1);
         require(out.shape(0) == rows.shape(0) && out.shape(1) == view->array.row_bytes, "out has the wrong shape");
         cut.push_back({view->array, {rows.data(), rows.shape(0)}, out.data()});
     }
@@ -71,13 +73,13 @@ std::optional<std::tuple<size_t, size_t, uint64_t, int>> read_arrays(const nb::l
 }
 
 void prefetch(const RowsView& view, const RowNumbers& rows) {
-    check_ascending(rows, view.num_rows);
+    check_ascending(rows, view.num_rows, 0);
     const WithoutPython without;
     prefetch_rows(view.array, {rows.data(), rows.shape(0)});
 }
 
 void prefetch_mapped(const MappedRows& packed, const RowNumbers& rows) {
-    check_ascending(rows, packed.shape(0));
+    check_ascending(rows, packed.shape(0), 0);
     const WithoutPython without;
     prefetch_mapped_rows(packed.data(), packed.shape(1), {rows.data(), rows.shape(0)});
 }
@@ -87,15 +89,15 @@ void prefetch_mapped(const MappedRows& packed, const RowNumbers& rows) {
 void bind_disk(nb::module_& m) {
     nb::class_<FileView>(m, "DiskFile", "An open file, of whose descriptor this has a duplicate, read at random places.")
         .def(nb::init<int>(), nb::arg("descriptor"));
-    nb::class_<RowsView>(m, "DiskRows", "RowNumbers of an array on the disk.")
+    nb::class_<RowsView>(m, "DiskRows", "Rows of an array on the disk.")
         .def(nb::init<const nb::list&, size_t>(), nb::arg("pieces"), nb::arg("row_bytes"),
              nb::sig("def __init__(self, pieces: list[tuple[DiskFile, int, int]], row_bytes: int) -> None"),
              "Make them of pieces, one after the other: file, offset, number of rows.");
     m.def("read_rows", &read_arrays, nb::arg("reads"),
           nb::sig("def read_rows(reads: list[tuple[DiskRows, numpy.typing.NDArray[numpy.int64], "
                   "numpy.typing.NDArray[numpy.uint8]]]) -> tuple[int, int, int, int] | None"),
-          "Read rows, ascending, of arrays, each into its `out`. Returns of what could not be read the number of the "
-          "read, that of the piece, the offset and errno, 0 where the file ends before; or None.");
+          "Read rows, ascending and each once, of arrays, each into its `out`. Returns of what could not be read the "
+          "number of the read, that of the piece, the offset of the row and errno, 0 where the file ends before; or None.");
     m.def("prefetch_rows", &prefetch, nb::arg("array"), nb::arg("rows"),
           nb::sig("def prefetch_rows(array: DiskRows, rows: numpy.typing.NDArray[numpy.int64]) -> None"),
           "Have rows, ascending, read into the system's cache of pages, and return at once.");
