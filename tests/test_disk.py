@@ -3,6 +3,7 @@
 import copy
 import errno
 import itertools
+import mmap
 import os
 import pickle
 import signal
@@ -20,6 +21,7 @@ from embpack import FormatError, _native, disk
 from embpack.disk import DiskTable
 from embpack.formats import mapped
 from embpack.table import PackedTable
+from embpack.torch import PackedEmbedding
 
 NUM_ROWS = 5000
 WAYS = {
@@ -241,8 +243,9 @@ def test_what_the_core_cannot_read_is_refused(path):
             _native.read_rows([(rows, np.array(wanted), out)])
         with pytest.raises(ValueError):
             _native.prefetch_rows(rows, np.array(wanted))
-    with pytest.raises(ValueError):
-        _native.read_rows([(rows, np.array([0]), out)])
+    for wanted in ([0], [3, 3]):
+        with pytest.raises(ValueError):
+            _native.read_rows([(rows, np.array(wanted), out)])
     with pytest.raises(OSError, match="Bad file descriptor"):
         _native.DiskFile(-1)
 
@@ -272,6 +275,16 @@ def test_a_file_that_was_cut_is_an_error_with_its_name_and_the_offset(tmp_path):
         assert message_of(FormatError, call).startswith(message)
     table.prefetch([5, 2999])
     np.testing.assert_array_equal(table.gather([5]), row)
+
+
+@pytest.mark.parametrize("rows", [[40, 41, 42, 43], [40, 42, 44]])
+def test_of_rows_that_are_read_together_the_one_that_is_cut_is_named(tmp_path, rows):
+    path = write_one(tmp_path)
+    table = embpack.load(path, access="disk")["t"]
+    end = path.stat().st_size - (len(table) - 43) * table.row_bytes  # of row 42, which neither list ends with
+    os.truncate(path, end - 1)
+    message = f"{path}: ends before byte {end}, where a row lies that is looked up"
+    assert message_of(FormatError, table.gather, rows).startswith(message)
 
 
 def test_a_read_error_names_the_file_and_the_offset(tmp_path):
@@ -369,10 +382,12 @@ def cold_path(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("access", ["mapped", "disk"])
+@pytest.mark.parametrize("access", ["mapped", "disk", "a module's"])
 def test_prefetched_rows_come_into_the_page_cache_and_no_others(monkeypatch, cold_path, access):
     monkeypatch.setattr(mapped, "_LARGE_BYTES", 0)
-    table = embpack.load(cold_path, access=access)["t"]
+    table = embpack.load(cold_path, access="disk" if access == "disk" else "mapped")["t"]
+    if access == "a module's":
+        table = PackedEmbedding.from_table(table).table
     before = count_cached_pages(cold_path)  # the header's
     indices = np.arange(0, len(table), 2000)
     start = time.perf_counter()
@@ -392,6 +407,36 @@ def test_a_large_mapped_file_is_read_where_it_is_looked_up(monkeypatch, cold_pat
     before = count_cached_pages(cold_path)
     table.gather([100_000, 150_000])
     assert count_cached_pages(cold_path) <= before + 4
+
+
+@pytest.mark.parametrize("how", ["copy", "dequantize", "a module's", "save"])
+def test_all_rows_of_a_large_mapped_file_are_read_ahead(monkeypatch, tmp_path, how):
+    """A page at a time it would take 30 times as long."""
+    monkeypatch.setattr(mapped, "_LARGE_BYTES", 0)
+    path = write_one(tmp_path)
+    table = embpack.load(path)["t"]
+    if how == "a module's":
+        table = PackedEmbedding.from_table(table).table
+    advices = []
+    advise = mapped._advise
+
+    def note(array, advice):
+        advices.append((array.nbytes, advice, mapped.is_of_file(array)))
+        advise(array, advice)
+
+    monkeypatch.setattr(mapped, "_advise", note)
+    if how == "save":
+        embpack.save(tmp_path / "copy.safetensors", {"t": table})
+    else:
+        {"copy": table.copy}.get(how, table.dequantize)()
+    assert advices == [(table.packed.nbytes, advice, True) for advice in (mmap.MADV_SEQUENTIAL, mmap.MADV_RANDOM)]
+
+
+def test_to_prefetch_no_rows_does_nothing(path):
+    for table in (embpack.load(path)["uniform"], embpack.load(path, access="disk")["uniform"]):
+        table.prefetch([])
+    table = embpack.load(path)["uniform"]
+    PackedTable(table.packed[:0], table.row_format).prefetch([])
 
 
 def test_a_lookup_reads_no_more_than_its_rows(cold_path):
