@@ -57,9 +57,9 @@ def tables(path, request, monkeypatch):
     return {access: embpack.load(path, access=access) for access in ("mapped", "disk")}
 
 
-def message_of(kind, call, *arguments):
+def message_of(kind, call, *arguments, **options):
     with pytest.raises(kind) as caught:
-        call(*arguments)
+        call(*arguments, **options)
     return str(caught.value)
 
 
@@ -143,6 +143,21 @@ def test_groups_are_those_of_mapped_tables(rng, tables):
             )
 
 
+@pytest.mark.parametrize("table_of", [[0], [2, 2], [1], [2, 0, 2]])
+def test_groups_may_have_tables_that_no_feature_reads(rng, tables, table_of):
+    mixed = [tables["disk"]["uniform"], tables["mapped"]["trellis"], tables["disk"]["clustered"]]
+    known = [tables["mapped"][name] for name in ("uniform", "trellis", "clustered")]
+    indices = draw(rng, mixed[0], 30 * len(table_of))
+    own, group = (embpack.TableGroup(each, table_of) for each in (mixed, known))
+    lengths = np.full(10 * len(table_of), 3)
+    np.testing.assert_array_equal(
+        own.embedding_bag(indices, lengths=lengths), group.embedding_bag(indices, lengths=lengths)
+    )
+    indices[-1] = NUM_ROWS
+    messages = {message_of(IndexError, each.embedding_bag, indices, lengths=lengths) for each in (own, group)}
+    assert len(messages) == 1
+
+
 @pytest.mark.parametrize("index", [NUM_ROWS, -1, 2**62, -(2**63)])
 def test_an_index_out_of_range_is_named_as_of_a_mapped_table(rng, tables, index):
     indices = draw(rng, tables["disk"]["clustered"])
@@ -156,6 +171,11 @@ def test_an_index_out_of_range_is_named_as_of_a_mapped_table(rng, tables, index)
         lambda _, group: group.embedding_bag(indices, [0, 50, 600, 777]),
     ):
         assert message_of(IndexError, call, table, groups[1]) == message_of(IndexError, call, known, groups[0])
+
+
+def test_bags_are_cut_where_ends_are_near_the_largest_of_their_type():
+    ends = np.array([0, 2**31 - 5, 2**31 - 4, 2**31 - 2], np.int32)
+    assert list(disk.cut(ends, 1 << 24)) == [slice(0, 1), slice(1, 3)]
 
 
 @pytest.mark.parametrize("offsets", [[1, 2], [0, 5, 3], [0, 1000], [0, -1, 5]])
