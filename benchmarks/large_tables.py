@@ -6,6 +6,7 @@ beside packing, both on one thread and in turns, on what is worked on at a time.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="of timing (default: %(default)s)")
     options = parser.parse_args(arguments)
     print_machine(describe_machine(("embpack", "numpy")), {})
-    for blocks in (1, options.dim // 32):
+    for blocks in sorted({1, options.dim // math.gcd(options.dim, 32)}):
         share = measure_reading(options.dim, blocks, options.rounds)
         show.output.print(
             f"values of codes, scales a row {blocks}: {share:.1%} of the time of packing them by {DEFAULT_METHOD}"

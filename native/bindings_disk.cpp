@@ -44,12 +44,13 @@ struct RowsView {
     }
 };
 
-// Rows are at least so far from each other: 1 if each is there once.
+// Each row is to be there but once where `step` is 1.
 void check_ascending(const RowNumbers& rows, size_t num_rows, int64_t step) {
     int64_t least = 0;
     for (size_t i = 0; i < rows.shape(0); i++) {
         const int64_t row = rows.data()[i];
-        require(row >= least && static_cast<size_t>(row) < num_rows, "rows must ascend, and be there");
+        require(row >= least, step == 1 ? "rows must ascend, each once" : "rows must ascend");
+        require(static_cast<size_t>(row) < num_rows, "there are no such rows");
         least = row + step;
     }
 }
@@ -95,8 +96,8 @@ void bind_disk(nb::module_& m) {
     m.def("read_rows", &read_arrays, nb::arg("reads"),
           nb::sig("def read_rows(reads: list[tuple[DiskRows, numpy.typing.NDArray[numpy.int64], "
                   "numpy.typing.NDArray[numpy.uint8]]]) -> tuple[int, int, int, int] | None"),
-          "Read rows, ascending and each once, of arrays, each into its `out`. Returns of what could not be read the number of the "
-          "read, that of the piece, the offset and errno, 0 where the file ends before; or None.");
+          "Read rows, ascending and each once, of arrays, each into its `out`. Returns of what could not be read the "
+          "number of the read, that of the piece, the offset of the row and errno, 0 where the file ends before; or None.");
     m.def("prefetch_rows", &prefetch, nb::arg("array"), nb::arg("rows"),
           nb::sig("def prefetch_rows(array: DiskRows, rows: numpy.typing.NDArray[numpy.int64]) -> None"),
           "Have rows, ascending, read into the system's cache of pages, and return at once.");

@@ -52,6 +52,12 @@ struct Span {
     }
     uint64_t offset() const { return offset_of(first); }
     uint64_t num_bytes() const { return offset_of(end - 1) + read->array.row_bytes - offset(); }
+    // Of the first row that is not there, where fewer than all bytes are.
+    uint64_t offset_of_missing(uint64_t num_bytes_there) const {
+        size_t i = first;
+        while (offset_of(i) + read->array.row_bytes <= offset() + num_bytes_there) i++;
+        return offset_of(i);
+    }
 
     // Whether the row after the last lies on the same page, or right behind it, and is read along.
     bool takes_next() const {
@@ -75,26 +81,28 @@ void cut(const DiskRead& read, std::vector<Span>& spans) {
 
 using Scratch = std::array<uint8_t, most_span_bytes>;
 
-// Reads all bytes of a span, to its read's rows; false if they are not there, with errno 0 where the file ends before.
-bool read_span(const Span& span, Scratch& scratch, int flags) {
+// Reads the bytes of a span, to its read's rows if all are there, and returns how many are. errno says why there are no
+// more; it is 0 where the file ends.
+size_t read_span(const Span& span, Scratch& scratch, int flags) {
     const size_t row_bytes = span.read->array.row_bytes, count = span.end - span.first;
     uint8_t* const out = span.read->out + span.first * row_bytes;
     const size_t num_bytes = span.num_bytes();
     const bool has_gaps = num_bytes != count * row_bytes;
     uint8_t* const to = has_gaps ? scratch.data() : out;
-    for (size_t done = 0; done < num_bytes;) {
+    size_t done = 0;
+    while (done < num_bytes) {
         const iovec rest{to + done, num_bytes - done};
         const off_t offset = static_cast<off_t>(span.offset() + done);
         const ssize_t got = preadv2(span.piece->file->descriptor, &rest, 1, offset, flags);
         if (got < 0 && errno == EINTR && flags == 0) continue;
         if (got == 0) errno = 0;
-        if (got <= 0) return false;
+        if (got <= 0) return done;
         done += static_cast<size_t>(got);
     }
     if (has_gaps)
         for (size_t i = 0; i < count; i++)
             std::memcpy(out + i * row_bytes, to + (span.offset_of(span.first + i) - span.offset()), row_bytes);
-    return true;
+    return done;
 }
 
 // Spans that a caller waits for, while readers read them. All of it is guarded by their lock.
@@ -133,8 +141,9 @@ public:
         {
             const std::lock_guard lock(mutex_);
             if (spans.empty() || wanted.fault) return;
-            if (wanted.waiting.empty()) callers_.push_back(&wanted);
+            const bool is_new = wanted.waiting.empty();
             wanted.waiting.insert(wanted.waiting.end(), spans.begin(), spans.end());
+            if (is_new) callers_.push_back(&wanted);   // last: readers take it that something waits there
             start_for(spans.size());
         }
         wake(spans.size());
@@ -178,7 +187,7 @@ public:
     // Ends all threads, if they have nothing to do.
     void dismiss() {
         std::unique_lock lock(mutex_);
-        if (num_busy_ > 0 || !callers_.empty() || !prefetches_.empty()) return;
+        if (is_dismissed_ || num_busy_ > 0 || !callers_.empty() || !prefetches_.empty()) return;
         is_dismissed_ = true;
         lock.unlock();
         changed_.notify_all();
@@ -238,13 +247,14 @@ private:
         wanted.under_way++;
         lock.unlock();
         Scratch scratch;
-        const int error = read_span(span, scratch, 0) ? -1 : errno;
+        const size_t num_bytes_there = read_span(span, scratch, 0);
+        const int error = errno;
         lock.lock();
         wanted.under_way--;
-        if (error >= 0 && !wanted.fault) {
+        if (num_bytes_there < span.num_bytes() && !wanted.fault) {
             const size_t read = static_cast<size_t>(span.read - wanted.reads.data());
             const size_t piece = static_cast<size_t>(span.piece - span.read->array.pieces.data());
-            wanted.fault = {read, piece, span.offset(), error};
+            wanted.fault = {read, piece, span.offset_of_missing(num_bytes_there), error};
             drop(wanted);
         }
         if (wanted.is_over()) wanted.changed.notify_all();
@@ -297,7 +307,7 @@ std::optional<DiskFault> read_rows(std::span<const DiskRead> reads) {
             std::vector<Span> missed;
             const size_t first = i * spans_at_a_time, end = std::min(spans.size(), first + spans_at_a_time);
             for (size_t k = first; k < end; k++) {
-                if (!is_cold && read_span(spans[k], scratch, RWF_NOWAIT)) continue;
+                if (!is_cold && read_span(spans[k], scratch, RWF_NOWAIT) == spans[k].num_bytes()) continue;
                 missed.push_back(spans[k]);
                 if (missed.size() >= few_misses + (k - first) / 2) is_cold = true;
             }

@@ -45,7 +45,7 @@ struct DiskRead {
 // Bytes that could not be read.
 struct DiskFault {
     size_t read, piece;
-    uint64_t offset;
+    uint64_t offset;   // of the row that is not there
     int error;   // errno; 0 where the file ends before
 };
 

@@ -3,6 +3,7 @@
 import copy
 import errno
 import itertools
+import mmap
 import os
 import pickle
 import signal
@@ -20,6 +21,7 @@ from embpack import FormatError, _native, disk
 from embpack.disk import DiskTable
 from embpack.formats import mapped
 from embpack.table import PackedTable
+from embpack.torch import PackedEmbedding
 
 NUM_ROWS = 5000
 WAYS = {
@@ -55,9 +57,9 @@ def tables(path, request, monkeypatch):
     return {access: embpack.load(path, access=access) for access in ("mapped", "disk")}
 
 
-def message_of(kind, call, *arguments):
+def message_of(kind, call, *arguments, **options):
     with pytest.raises(kind) as caught:
-        call(*arguments)
+        call(*arguments, **options)
     return str(caught.value)
 
 
@@ -141,6 +143,21 @@ def test_groups_are_those_of_mapped_tables(rng, tables):
             )
 
 
+@pytest.mark.parametrize("table_of", [[0], [2, 2], [1], [2, 0, 2]])
+def test_groups_may_have_tables_that_no_feature_reads(rng, tables, table_of):
+    mixed = [tables["disk"]["uniform"], tables["mapped"]["trellis"], tables["disk"]["clustered"]]
+    known = [tables["mapped"][name] for name in ("uniform", "trellis", "clustered")]
+    indices = draw(rng, mixed[0], 30 * len(table_of))
+    own, group = (embpack.TableGroup(each, table_of) for each in (mixed, known))
+    lengths = np.full(10 * len(table_of), 3)
+    np.testing.assert_array_equal(
+        own.embedding_bag(indices, lengths=lengths), group.embedding_bag(indices, lengths=lengths)
+    )
+    indices[-1] = NUM_ROWS
+    messages = {message_of(IndexError, each.embedding_bag, indices, lengths=lengths) for each in (own, group)}
+    assert len(messages) == 1
+
+
 @pytest.mark.parametrize("index", [NUM_ROWS, -1, 2**62, -(2**63)])
 def test_an_index_out_of_range_is_named_as_of_a_mapped_table(rng, tables, index):
     indices = draw(rng, tables["disk"]["clustered"])
@@ -154,6 +171,11 @@ def test_an_index_out_of_range_is_named_as_of_a_mapped_table(rng, tables, index)
         lambda _, group: group.embedding_bag(indices, [0, 50, 600, 777]),
     ):
         assert message_of(IndexError, call, table, groups[1]) == message_of(IndexError, call, known, groups[0])
+
+
+def test_bags_are_cut_where_ends_are_near_the_largest_of_their_type():
+    ends = np.array([0, 2**31 - 5, 2**31 - 4, 2**31 - 2], np.int32)
+    assert list(disk.cut(ends, 1 << 24)) == [slice(0, 1), slice(1, 3)]
 
 
 @pytest.mark.parametrize("offsets", [[1, 2], [0, 5, 3], [0, 1000], [0, -1, 5]])
@@ -236,14 +258,14 @@ def test_what_the_core_cannot_read_is_refused(path):
     with path.open("rb") as file:
         rows = _native.DiskRows([(_native.DiskFile(file.fileno()), 0, 10)], 8)
     out = np.empty((2, 8), np.uint8)
-    for wanted in ([1, 0], [-1, 0], [0, 10], [3, 3]):
+    for wanted in ([1, 0], [-1, 0], [0, 10]):
         with pytest.raises(ValueError):
             _native.read_rows([(rows, np.array(wanted), out)])
-        if wanted != [3, 3]:
-            with pytest.raises(ValueError):
-                _native.prefetch_rows(rows, np.array(wanted))
-    with pytest.raises(ValueError):
-        _native.read_rows([(rows, np.array([0]), out)])
+        with pytest.raises(ValueError):
+            _native.prefetch_rows(rows, np.array(wanted))
+    for wanted in ([0], [3, 3]):
+        with pytest.raises(ValueError):
+            _native.read_rows([(rows, np.array(wanted), out)])
     with pytest.raises(OSError, match="Bad file descriptor"):
         _native.DiskFile(-1)
 
@@ -273,6 +295,16 @@ def test_a_file_that_was_cut_is_an_error_with_its_name_and_the_offset(tmp_path):
         assert message_of(FormatError, call).startswith(message)
     table.prefetch([5, 2999])
     np.testing.assert_array_equal(table.gather([5]), row)
+
+
+@pytest.mark.parametrize("rows", [[40, 41, 42, 43], [40, 42, 44]])
+def test_of_rows_that_are_read_together_the_one_that_is_cut_is_named(tmp_path, rows):
+    path = write_one(tmp_path)
+    table = embpack.load(path, access="disk")["t"]
+    end = path.stat().st_size - (len(table) - 43) * table.row_bytes  # of row 42, which neither list ends with
+    os.truncate(path, end - 1)
+    message = f"{path}: ends before byte {end}, where a row lies that is looked up"
+    assert message_of(FormatError, table.gather, rows).startswith(message)
 
 
 def test_a_read_error_names_the_file_and_the_offset(tmp_path):
@@ -370,10 +402,12 @@ def cold_path(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("access", ["mapped", "disk"])
+@pytest.mark.parametrize("access", ["mapped", "disk", "a module's"])
 def test_prefetched_rows_come_into_the_page_cache_and_no_others(monkeypatch, cold_path, access):
     monkeypatch.setattr(mapped, "_LARGE_BYTES", 0)
-    table = embpack.load(cold_path, access=access)["t"]
+    table = embpack.load(cold_path, access="disk" if access == "disk" else "mapped")["t"]
+    if access == "a module's":
+        table = PackedEmbedding.from_table(table).table
     before = count_cached_pages(cold_path)  # the header's
     indices = np.arange(0, len(table), 2000)
     start = time.perf_counter()
@@ -393,6 +427,36 @@ def test_a_large_mapped_file_is_read_where_it_is_looked_up(monkeypatch, cold_pat
     before = count_cached_pages(cold_path)
     table.gather([100_000, 150_000])
     assert count_cached_pages(cold_path) <= before + 4
+
+
+@pytest.mark.parametrize("how", ["copy", "dequantize", "a module's", "save"])
+def test_all_rows_of_a_large_mapped_file_are_read_ahead(monkeypatch, tmp_path, how):
+    """A page at a time it would take 30 times as long."""
+    monkeypatch.setattr(mapped, "_LARGE_BYTES", 0)
+    path = write_one(tmp_path)
+    table = embpack.load(path)["t"]
+    if how == "a module's":
+        table = PackedEmbedding.from_table(table).table
+    advices = []
+    advise = mapped._advise
+
+    def note(array, advice):
+        advices.append((array.nbytes, advice, mapped.is_of_file(array)))
+        advise(array, advice)
+
+    monkeypatch.setattr(mapped, "_advise", note)
+    if how == "save":
+        embpack.save(tmp_path / "copy.safetensors", {"t": table})
+    else:
+        {"copy": table.copy}.get(how, table.dequantize)()
+    assert advices == [(table.packed.nbytes, advice, True) for advice in (mmap.MADV_SEQUENTIAL, mmap.MADV_RANDOM)]
+
+
+def test_to_prefetch_no_rows_does_nothing(path):
+    for table in (embpack.load(path)["uniform"], embpack.load(path, access="disk")["uniform"]):
+        table.prefetch([])
+    table = embpack.load(path)["uniform"]
+    PackedTable(table.packed[:0], table.row_format).prefetch([])
 
 
 def test_a_lookup_reads_no_more_than_its_rows(cold_path):

@@ -261,16 +261,15 @@ class DiskGroup:
     """
 
     def __init__(self, tables: Sequence[Table], table_of: Sequence[int], modes: Sequence[str]) -> None:
-        self._tables, self._table_of, self._modes = tables, list(table_of), list(modes)
-        self._on_disk = {number: table for number, table in enumerate(tables) if isinstance(table, DiskTable)}
-        # Of each table on the disk that is looked up.
+        used = sorted(set(table_of))  # without tables that no feature reads
+        self._tables, self._table_of, self._modes = [tables[at] for at in used], [*map(used.index, table_of)], [*modes]
+        self._on_disk = {number: table for number, table in enumerate(self._tables) if isinstance(table, DiskTable)}
         self._features = {
-            number: [feature for feature, table in enumerate(table_of) if table == number]
+            number: [feature for feature, table in enumerate(self._table_of) if table == number]
             for number in self._on_disk
-            if number in table_of
         }
         self._row_bytes = np.array(
-            [table.row_bytes if number in self._features else 0 for number, table in enumerate(tables)]
+            [table.row_bytes if number in self._on_disk else 0 for number, table in enumerate(self._tables)]
         )
 
     def pool(
@@ -340,7 +339,7 @@ def cut(ends: NDArray[Any], most: int) -> Iterator[slice]:
     """Cut what lies between ends into slices, each of which comes to `most` at most if it is not a single one."""
     first, count = 0, len(ends) - 1
     while first < count:
-        stop = int(np.searchsorted(ends, ends[first] + most, "right")) - 1
+        stop = int(np.searchsorted(ends, int(ends[first]) + most, "right")) - 1
         stop = min(max(stop, first + 1), count)
         yield slice(first, stop)
         first = stop

@@ -17,6 +17,7 @@ from embpack.errors import FormatError
 from embpack.formats import OutShard, OutTensor, Shard, SourceTensor, open_checkpoint, write_checkpoint
 from embpack.formats.base import as_bytes, is_utf8
 from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
+from embpack.formats.mapped import reading_all
 from embpack.layouts import ROTATIONS, ArraySpec, RowFormat
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
@@ -398,6 +399,11 @@ def save(
     empty = [name for name, table in tables.items() if table.num_embeddings == 0]
     if empty:
         raise ValueError(f"{path}: table {empty[0]!r} has no rows; leave it out")
+    with reading_all(*(table.packed for table in tables.values())):
+        _write(path, tables, others or {}, force=force)
+
+
+def _write(path: Path, tables: Mapping[str, PackedTable], others: Mapping[str, NDArray[Any]], *, force: bool) -> None:
     entries = {
         name: TableEntry.make(
             table.row_format,
@@ -409,7 +415,7 @@ def save(
         )
         for name, table in tables.items()
     }
-    arrays = {name: np.asarray(array, order="C") for name, array in (others or {}).items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in others.items()}
     tensors = [tensor for name, table in tables.items() for tensor in _out_tensors(name, table)]
     tensors += [_out_tensor(name, array) for name, array in arrays.items()]
     shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embpack import _native
-from embpack.formats.mapped import is_of_file, read_ahead
+from embpack.formats.mapped import is_of_file, reading_all
 from embpack.layouts import RowFormat
 from embpack.layouts.uniform import UniformLayout
 from embpack.lookups import Table
@@ -138,12 +138,12 @@ class PackedTable(Table):
         Args:
             dtype: of the values, as gather takes it.
         """
-        read_ahead(self.packed)
-        return super().dequantize(dtype)
+        with reading_all(self.packed):
+            return super().dequantize(dtype)
 
     def prefetch(self, indices: Any) -> None:  # noqa: D102  (as in Table)
         rows = self._sort_rows(indices)
-        if is_of_file(self.packed):
+        if len(rows) and is_of_file(self.packed):
             for array in (self.packed, self.clusters):
                 if array is not None:
                     entries = array.reshape(len(array), -1).view(np.uint8)
@@ -167,9 +167,10 @@ class PackedTable(Table):
 
     def copy(self) -> "PackedTable":
         """Return the same table with bytes of its own, in memory, as copy.deepcopy does, and pickle."""
-        read_ahead(self.packed)
         clusters, codebooks = (None if part is None else np.array(part) for part in (self.clusters, self.codebooks))
-        table = replace(self, packed=np.array(self.packed), clusters=clusters, codebooks=codebooks)
+        with reading_all(self.packed):
+            packed = np.array(self.packed)
+        table = replace(self, packed=packed, clusters=clusters, codebooks=codebooks)
         use_huge_pages(table.packed, *table.beside)
         return table
 

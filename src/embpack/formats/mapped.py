@@ -5,9 +5,11 @@ import errno
 import mmap
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,10 @@ class PrivateMap(mmap.mmap):
     """Pages that are this process's own once they are written to, so that no stray write ends the process."""
 
 
+# Maps that are there, by their addresses.
+_MAPS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
+
+
 def map_file(descriptor: int, size: int) -> mmap.mmap:
     """Map the first size bytes of an open file, for as long as anything views them; size is not 0.
 
@@ -41,12 +47,12 @@ def map_file(descriptor: int, size: int) -> mmap.mmap:
     """
     try:
         private = mmap.MAP_PRIVATE | _NORESERVE
-        return PrivateMap(descriptor, size, flags=private, prot=_READ_AND_WRITE, **_UNTRACKED)
+        return _keep(PrivateMap(descriptor, size, flags=private, prot=_READ_AND_WRITE, **_UNTRACKED))
     except OSError as error:
         if not was_refused(error):
             raise
     # Pages that cannot be written to do not count towards `ulimit -d`, and some file systems map no others.
-    return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, **_UNTRACKED)
+    return _keep(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, **_UNTRACKED))
 
 
 def reserve(size: int) -> mmap.mmap:
@@ -59,11 +65,21 @@ def reserve(size: int) -> mmap.mmap:
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     try:
-        return PrivateMap(-1, size, flags=flags, prot=_READ_AND_WRITE)
+        return _keep(PrivateMap(-1, size, flags=flags, prot=_READ_AND_WRITE))
     except OSError as error:
         if not was_refused(error):
             raise
-    return mmap.mmap(-1, size, flags=flags, prot=mmap.PROT_READ)
+    return _keep(mmap.mmap(-1, size, flags=flags, prot=mmap.PROT_READ))
+
+
+def _keep(mapped: mmap.mmap) -> mmap.mmap:
+    """Remember a map as long as it is there, and return it."""
+    _MAPS[_address(mapped)] = mapped
+    return mapped
+
+
+def _address(mapped: mmap.mmap) -> int:
+    return np.frombuffer(mapped, np.uint8).ctypes.data
 
 
 def map_over(reserved: mmap.mmap, position: int, descriptor: int, offset: int, size: int) -> None:
@@ -79,7 +95,7 @@ def map_over(reserved: mmap.mmap, position: int, descriptor: int, offset: int, s
     Raises:
         OSError: the file cannot be mapped, as map_file says; the part is of no use then.
     """
-    address = np.frombuffer(reserved, np.uint8).ctypes.data + position
+    address = _address(reserved) + position
     protection = _READ_AND_WRITE if isinstance(reserved, PrivateMap) else mmap.PROT_READ
     private = mmap.MAP_PRIVATE | _NORESERVE | _FIXED
     if _find_mmap()(address, size, protection, private, descriptor, offset) != address:
@@ -118,24 +134,39 @@ def expect_random_reads(array: NDArray[Any]) -> None:
         _advise(array, mmap.MADV_RANDOM)
 
 
-def read_ahead(array: NDArray[Any]) -> None:
-    """Have the system read all of a large array, if it is a view of a mapped file, before it is asked for it."""
-    if array.nbytes >= _LARGE_BYTES:
-        _advise(array, mmap.MADV_WILLNEED)
+@contextmanager
+def reading_all(*arrays: NDArray[Any]) -> Iterator[None]:
+    """While a block reads all of large arrays, views of mapped files, have the system read ahead of it.
+
+    To be told that they will be needed, it would read no more than the first few MB of each. Of two blocks at the same
+    time the first one ends it for both.
+    """
+    large = [array for array in arrays if array.nbytes >= _LARGE_BYTES]
+    for array in large:
+        _advise(array, mmap.MADV_SEQUENTIAL)
+    try:
+        yield
+    finally:
+        for array in large:
+            expect_random_reads(array)
 
 
 def _advise(array: NDArray[Any], advice: int) -> None:
     mapped = _find_map(array)
     if mapped is not None:
-        start = array.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
+        start = array.ctypes.data - _address(mapped)
         first_page = start // mmap.PAGESIZE * mmap.PAGESIZE
         with suppress(OSError):  # an advice that is not taken costs nothing but speed
             mapped.madvise(advice, first_page, start + array.nbytes - first_page)
 
 
 def _find_map(array: NDArray[Any]) -> mmap.mmap | None:
-    """The map that an array is a view of."""
+    """The map that an array is a view of, also where a tensor of PyTorch lies between them, which does not say it."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
-    return base if isinstance(base, mmap.mmap) else None
+    if isinstance(base, mmap.mmap):
+        return base
+    maps = (reference() for reference in _MAPS.valuerefs())
+    start = array.ctypes.data
+    return next((each for each in maps if each is not None and 0 <= start - _address(each) < len(each)), None)
