@@ -212,7 +212,8 @@ class Unfinished:
         """Whether files stay: what was there before is never removed by mistake, nor is what is whole."""
         if self._record is None:
             return True
-        is_kept = bool(self.files) and isinstance(error, KeyboardInterrupt | OSError | MemoryError)
+        # Ctrl-C and SystemExit, as schedulers' signals become, are no Exceptions.
+        is_kept = bool(self.files) and (not isinstance(error, Exception) or isinstance(error, OSError | MemoryError))
         if is_kept and not isinstance(error, OSError):
             error.add_note(f"{self.dst}: {self.say_kept()}")
         return is_kept
