@@ -362,7 +362,7 @@ def test_copies_are_the_table_and_what_takes_its_bytes_is_refused(path, tmp_path
     table = embpack.load(path, access="disk")["uniform"]
     assert copy.copy(table) is table
     assert copy.deepcopy([table])[0] is table
-    with pytest.raises(TypeError, match="rows that stay on the disk cannot be pickled"):
+    with pytest.raises(TypeError, match=r'cannot be pickled; .*: embpack\.load\(path, access="disk"\)'):
         pickle.dumps(table)
     with pytest.raises(TypeError, match="is DiskTable; load it mapped"):
         embpack.save(tmp_path / "x.safetensors", {"t": table})

@@ -783,7 +783,8 @@ def test_damaged_shard(tmp_path):
 def test_a_folder_of_torch_distributed(tmp_path):
     (tmp_path / "__0_0.distcp").touch()
     advice = (
-        "of a checkpoint of torch.distributed.checkpoint, but .metadata is missing, which says what is in such files"
+        "__0_0.distcp is of a checkpoint of torch.distributed.checkpoint, but .metadata is missing, which says what is "
+        "in such files"
     )
     with pytest.raises(
         FileNotFoundError,

@@ -294,6 +294,34 @@ def test_a_folder_that_stays_where_it_is_goes_on(whole, tmp_path, monkeypatch):
     assert read_tree(tmp_path / "packed") == expected
 
 
+def test_a_folder_that_got_a_file_since_is_gone_on_with(whole, tmp_path, monkeypatch):
+    src, _, expected = whole
+    interrupt(monkeypatch, src, tmp_path / "packed")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"README\.md; choose another name, or write into it with --force"):
+        embpack.quantize_file(src, tmp_path / "packed", resume=True, **OPTIONS)
+    written = count_files(monkeypatch)
+    embpack.quantize_file(src, tmp_path / "packed", resume=True, force=True, **OPTIONS)
+    assert len(written) == sum(name.endswith(".safetensors") for name in expected) - 3
+    assert read_tree(tmp_path / "packed") == {**expected, "README.md": b"mine"}
+    assert names_in(tmp_path) == {"packed"} and UNFINISHED not in names_in(tmp_path / "packed")
+
+
+def test_a_run_goes_on_outside_of_the_folder_that_it_began_in(whole, tmp_path, monkeypatch):
+    src, _, expected = whole
+    embpack.quantize_file(src, tmp_path / "packed", method="asym")
+    with monkeypatch.context() as inside:
+        inside.chdir(tmp_path / "packed")
+        with pytest.raises(KeyboardInterrupt):
+            Stopped(inside, 3, KeyboardInterrupt())
+            embpack.quantize_file(src, ".", **OPTIONS)
+    written = count_files(monkeypatch)
+    embpack.quantize_file(src, tmp_path / "packed", resume=True, **OPTIONS)
+    assert len(written) == sum(name.endswith(".safetensors") for name in expected) - 3
+    assert read_tree(tmp_path / "packed") == expected and names_in(tmp_path) == {"packed"}
+
+
 def test_a_run_that_is_not_over_is_left_alone(whole, tmp_path, monkeypatch):
     src, _, expected = whole
 

@@ -173,7 +173,9 @@ class DiskTable(Table):
         return self
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError('rows that stay on the disk cannot be pickled; load the file there: embpack.load(path, "disk")')
+        raise TypeError(
+            'rows that stay on the disk cannot be pickled; load the file there: embpack.load(path, access="disk")'
+        )
 
 
 def read_views(wanted: Sequence[tuple[DiskTable, NDArray[np.int64]]]) -> list[_native.TableView]:

@@ -18,7 +18,7 @@ from embpack.formats.atomic import (
     reword,
     sync,
 )
-from embpack.formats.temporary import is_temporary, temporary_folder, unfinished_folder
+from embpack.formats.temporary import is_temporary, temporary_folder, unfinished_folder, unfinished_path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -107,7 +107,9 @@ def new_folder(
             if keeper is None:
                 temporary = stack.enter_context(temporary_folder(place, target))
             else:
-                temporary = stack.enter_context(unfinished_folder(place, target, keeper.is_kept))
+                work = _find_unfinished(target, place)
+                place = target if work == target else place
+                temporary = stack.enter_context(unfinished_folder(work, target, keeper.is_kept))
         with explained_space(path, temporary, *() if keeper is None else (keeper.say_kept,)):
             if keeper is not None:
                 keeper.start(temporary)
@@ -154,6 +156,18 @@ def _must_stay(target: Path) -> bool:
     if is_empty or is_mounted(target) or os.path.samestat(target.stat(), Path().stat()):
         return True
     return not os.access(target.parent, os.W_OK | os.X_OK, effective_ids=True)
+
+
+def _find_unfinished(target: Path, place: Path) -> Path:
+    """Find the folder where an earlier run has left its files; place if none has.
+
+    What place is may have changed since: somebody made the folder, put a file into it, or works in it.
+    """
+    other = target.parent if place == target else target
+    if unfinished_path(place, target).is_dir() or not unfinished_path(other, target).is_dir():
+        return place
+    is_near = other.stat().st_dev == place.stat().st_dev  # files cannot be renamed over to another file system
+    return other if is_near and os.access(other, os.W_OK | os.X_OK, effective_ids=True) else place
 
 
 def _exchange(path: Path, new: Path, target: Path) -> bool:

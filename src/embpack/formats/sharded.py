@@ -56,8 +56,8 @@ def explain_other(path: Path) -> str | None:
         if list_metadata(path.parent):
             return f"one of the files of a checkpoint of torch.distributed.checkpoint; give their folder, {path.parent}"
         return (
-            "of a checkpoint of torch.distributed.checkpoint, but .metadata is missing, which says what is in such "
-            "files; copy it too, or save again"
+            f"{path.name} is of a checkpoint of torch.distributed.checkpoint, but .metadata is missing, which says "
+            "what is in such files; copy it too, or save again"
         )
     return None
 

@@ -94,7 +94,7 @@ def unfinished_folder(
         FileExistsError: another process has one for this destination, or something else has its name.
     """
     remove_stale(folder)
-    path = folder / f".{destination.name}{_UNFINISHED}"
+    path = unfinished_path(folder, destination)
     descriptor = _open_locked(path, mode)
     keep = False
     try:
@@ -109,6 +109,11 @@ def unfinished_folder(
             path.rename(stale)
             _remove(stale)
         os.close(descriptor)
+
+
+def unfinished_path(folder: Path, destination: Path) -> Path:
+    """Where unfinished_folder makes a folder in another."""
+    return folder / f".{destination.name}{_UNFINISHED}"
 
 
 def _open_locked(path: Path, mode: int) -> int:
