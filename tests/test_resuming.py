@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from checkpoints import Arrays, names_in, write_safetensors, write_shards
 
 import embpack
 from embpack.formats import safetensors
+from embpack.methods.trellis_search import fit
 from embpack.resuming import RECORD_NAME
 
 OPTIONS = {"method": "trellis", "max_shard_size": "110 kB"}
@@ -133,6 +135,14 @@ def test_a_folder_of_shards_goes_on(tmp_path, monkeypatch):
     assert read_tree(tmp_path / "packed") == read_tree(tmp_path / "whole")
 
 
+def alter_record(path, **known):
+    """Have what is known of a file be something else."""
+    record = path.parents[1] / RECORD_NAME
+    value = json.loads(record.read_text())
+    value["files"][path.name].update(known)
+    record.write_text(json.dumps(value))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -142,15 +152,18 @@ def test_a_folder_of_shards_goes_on(tmp_path, monkeypatch):
         lambda path: path.write_bytes(path.read_bytes()[:-5] + b"\x01" + path.read_bytes()[-4:]),
         lambda path: path.write_bytes(path.read_bytes().replace(b'"loss', b'"lost', 1)),
         lambda path: path.write_bytes(path.read_bytes().replace(b"   ", b"  \t", 1)),
+        lambda path: alter_record(path, header=None),
+        lambda path: alter_record(path, pieces=[]),
+        lambda path: alter_record(path, pieces={"user_emb.weight.piece_0": {"sums": [[10**400] * 4], "seconds": 0}}),
     ],
 )
 def test_a_file_that_is_not_as_it_was_is_made_again(whole, tmp_path, monkeypatch, damage):
     src, _, expected = whole
     interrupt(monkeypatch, src, tmp_path / "packed")
     damaged = sorted((tmp_path / UNFINISHED / "new").glob("*.safetensors"))[1]
-    before = damaged.read_bytes()
+    before = read_tree(tmp_path / UNFINISHED)
     damage(damaged)
-    assert not damaged.exists() or damaged.read_bytes() != before
+    assert read_tree(tmp_path / UNFINISHED) != before
     written = count_files(monkeypatch)
     embpack.quantize_file(src, tmp_path / "packed", resume=True, **OPTIONS)
     assert read_tree(tmp_path / "packed") == expected and damaged.name in written
@@ -195,6 +208,24 @@ def test_another_run_is_refused_by_what_differs(tmp_path, monkeypatch, change, o
         embpack.quantize_file(src, tmp_path / "packed", resume=True, **{**OPTIONS, **options})
     assert {**before} == {name: read_tree(tmp_path / UNFINISHED)[name] for name in before}
     assert not (tmp_path / "packed").exists()
+
+
+def test_codebooks_that_come_out_otherwise_are_refused(whole, tmp_path, monkeypatch):
+    """Learned with another NumPy, or on another CPU, they may: nothing could load a table of both."""
+    src, _, expected = whole
+    interrupt(monkeypatch, src, tmp_path / "packed", files=2)
+    with monkeypatch.context() as elsewhere:
+
+        def fit_otherwise(*arguments):
+            parameters = fit(*arguments)
+            return replace(parameters, mean=np.nextafter(parameters.mean, np.float32(9)))
+
+        elsewhere.setattr("embpack.methods.trellis.fit", fit_otherwise)
+        with pytest.raises(OSError, match=r"user_emb.weight: cannot be resumed here, for trellis.* to other codebooks"):
+            embpack.quantize_file(src, tmp_path / "packed", resume=True, **OPTIONS)
+    written = count_files(monkeypatch)
+    embpack.quantize_file(src, tmp_path / "packed", resume=True, **OPTIONS)
+    assert read_tree(tmp_path / "packed") == expected and len(written) == 3
 
 
 def test_another_version_is_refused(whole, tmp_path, monkeypatch):

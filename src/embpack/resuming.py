@@ -166,7 +166,7 @@ class Unfinished:
                 [shard] = checkpoint.shards
                 file = check_file(path, shard)
                 self._restore(self.files[name], path, file, writer.pieces)
-        except (ValueError, OSError, LookupError, TypeError):
+        except (ValueError, OSError, LookupError, TypeError, OverflowError):
             del self.files[name]
             path.unlink(missing_ok=True)
             return False
@@ -191,6 +191,10 @@ class Unfinished:
             done[name] = DonePiece(file.contents.tables[name], sums, float(known["seconds"]))
         file.verify_others()
         for piece in pieces:
+            shared = piece.table.row_format.form.shared()
+            for part in file.parts[piece.name]:
+                if shared is not None and part.name == piece.name + shared.suffix:
+                    piece.table.check_shared(part.read())
             piece.done = done[piece.name]
 
     def keep(self, number: int, path: Path) -> None:

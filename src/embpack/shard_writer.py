@@ -76,12 +76,14 @@ class TableWriter:
         progress: is told of packed rows, several times a second.
         pieces: that are to be written, in the order of their rows.
         packer: made when the first rows are packed, and dropped with the last ones.
+        shared: digest of the array that all rows share, once it is known.
     """
 
     decision: Decision
     progress: Progress = no_progress
     pieces: list["PieceWriter"] = field(default_factory=list)
     packer: Packer | None = None
+    shared: bytes | None = None
 
     def whole(self) -> "PieceWriter":
         """Have it written in one piece."""
@@ -137,6 +139,21 @@ class TableWriter:
             rows, place = self.decision.tensor.shape[0], self.decision.place
             self.packer = self.method.fit(partial(self.read, 0, rows), rows, self.row_format, place)
         return self.packer
+
+    def check_shared(self, array: NDArray[Any]) -> None:
+        """See to it that all pieces share the same array.
+
+        Raises:
+            OSError: it is not that of pieces that an earlier run has packed; another error would have these removed.
+        """
+        own = hashlib.sha256(as_bytes(array)).digest()
+        if self.shared not in (None, own):
+            raise OSError(
+                f"{self.decision.place}: cannot be resumed here, for {self.method.spec} comes to other codebooks than "
+                "in the run before, as with another version of NumPy or on another kind of CPU; go on where that was, "
+                "or leave out --resume (in Python resume=True) to begin anew"
+            )
+        self.shared = own
 
     def read(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """Read rows [start, stop) in chunks, as they are to be packed."""
@@ -218,6 +235,8 @@ class PieceWriter:
         for name, array in packer.beside().items():
             is_by_row = by_row is not None and by_row.name == name
             self.beside[name] = array[self.first_row : stop] if is_by_row else array
+            if not is_by_row:
+                self.table.check_shared(array)
         digest, sums = hashlib.sha256(), list[Sums]()
         on_rows = partial(self.table.progress, self.table.decision.tensor.name)
         for packed, own in iter_packed(packer, self.table.read(self.first_row, stop), self.first_row, on_rows):
