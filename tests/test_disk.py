@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import importlib
 import itertools
 import mmap
 import os
@@ -366,6 +367,13 @@ def test_copies_are_the_table_and_what_takes_its_bytes_is_refused(path, tmp_path
         pickle.dumps(table)
     with pytest.raises(TypeError, match="is DiskTable; load it mapped"):
         embpack.save(tmp_path / "x.safetensors", {"t": table})
+    for reader, call in (
+        ("onnx", lambda onnx: onnx.export(table, tmp_path / "x.onnx")),
+        ("fbgemm", lambda fbgemm: fbgemm.to_tbe([table])),
+    ):
+        pytest.importorskip("fbgemm_gpu" if reader == "fbgemm" else reader)
+        with pytest.raises(TypeError, match="is DiskTable, not PackedTable; load it mapped"):
+            call(importlib.import_module(f"embpack.{reader}"))
 
 
 def test_what_is_said_of_a_table_is_checked(path):

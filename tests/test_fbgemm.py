@@ -278,7 +278,7 @@ def test_tables_that_fbgemm_cannot_hold_are_refused(rng, options, message):
 
 
 def test_what_is_no_packed_table_is_refused(rng):
-    with pytest.raises(TypeError, match=r"tables\[1\] is ndarray, not PackedTable; pack its weights"):
+    with pytest.raises(TypeError, match=r"tables\[1\] is ndarray, not PackedTable; pack it first"):
         fbgemm.to_tbe([refused(rng), np.zeros((20, 16), np.float32)])
 
 

@@ -1,6 +1,7 @@
 """embpack.torch.PackedLinear and the operators beneath it, against nn.Linear over the same values."""
 
 import copy
+import mmap
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 import embpack
+from embpack.formats import mapped
 from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedLinear, load_checkpoint, quantize_
 
 ROWS, DIM = 70, 24
@@ -69,6 +71,19 @@ def test_values_are_those_of_the_float_layer(kind, dtype, has_bfloat16, small_ti
             found = layer(input)
             assert found.dtype == dtype and found.shape == (*shape, ROWS) and found.is_contiguous()
             torch.testing.assert_close(found.double(), wanted(input.double()), rtol=0, atol=ERRORS[dtype])
+
+
+def test_the_system_reads_ahead_of_large_layers(tmp_path, monkeypatch):
+    """All of their rows are read each time; a page at a time the first product would take 20 times as long."""
+    embpack.save(tmp_path / "head.safetensors", {"head": make_table("uniform")})
+    advices = []
+    monkeypatch.setattr(mapped, "_LARGE_BYTES", 0)
+    monkeypatch.setattr(mapped, "_advise", lambda array, advice: advices.append((array.nbytes, advice)))
+    table = embpack.load(tmp_path / "head.safetensors")["head"]
+    PackedEmbedding.from_table(table)
+    assert advices == [(table.nbytes, mmap.MADV_RANDOM)]
+    PackedLinear.from_table(table)
+    assert advices[1:] == [(table.nbytes, mmap.MADV_NORMAL)]
 
 
 def test_inputs_may_lie_in_memory_as_they_like():

@@ -484,7 +484,7 @@ def test_configs_of_no_kind_are_refused(rng, configs, message):
 
 
 def test_what_is_no_packed_table_is_refused(rng):
-    with pytest.raises(TypeError, match="table 'item' is ndarray, not PackedTable; pack its weights"):
+    with pytest.raises(TypeError, match="table 'item' is ndarray, not PackedTable; pack it first"):
         bridge.from_tables({"item": rng.standard_normal((20, 16), np.float32)}, [small_config()])
 
 

@@ -326,6 +326,11 @@ class DiskGroup:
         return numbers
 
 
+def advise_packed(table: Any) -> str:
+    """Say what to do with what is no PackedTable, where one is needed."""
+    return "load it mapped" if isinstance(table, DiskTable) else "pack it first: embpack.quantize(weight)"
+
+
 def renumber(indices: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The rows that indices name, each once and ascending, and of each index where its row is among them."""
     rows, numbers = np.unique(indices, return_inverse=True)

@@ -14,6 +14,7 @@ scale and bias in front of the codes: to_tbe and from_tbe move them.
 from collections.abc import Sequence
 from typing import Any
 
+from embpack.disk import advise_packed
 from embpack.errors import MissingExtraError, kind_of
 from embpack.layouts import RowFormat
 from embpack.pages import use_huge_pages
@@ -145,7 +146,7 @@ def check_table(table: PackedTable, name: str, reader: str) -> None:
         ValueError: its layout, rotation, parameters or embedding_dim are none of the reader's; says what to do.
     """
     if not isinstance(table, PackedTable):
-        raise TypeError(f"{name} is {type(table).__name__}, not PackedTable; pack its weights with embpack.quantize")
+        raise TypeError(f"{name} is {type(table).__name__}, not PackedTable; {advise_packed(table)}")
     reason = explain_unread(table.row_format, reader)
     if reason is not None:
         by_hand = (

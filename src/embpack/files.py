@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.disk import DiskTable
+from embpack.disk import advise_packed
 from embpack.errors import FormatError
 from embpack.formats import OutShard, OutTensor, Shard, SourceTensor, open_checkpoint, write_checkpoint
 from embpack.formats.base import as_bytes, is_utf8
@@ -443,8 +443,7 @@ def _check_tables(path: Path, tables: Mapping[str, PackedTable]) -> None:
         if not isinstance(name, str):
             raise TypeError(f"{path}: a table's name is {name!r}, not a string; give tables by name")
         if not isinstance(table, PackedTable):
-            advice = "load it mapped" if isinstance(table, DiskTable) else "pack it first: embpack.quantize(weight)"
-            raise TypeError(f"{path}: table {name!r} is {type(table).__name__}; {advice}")
+            raise TypeError(f"{path}: table {name!r} is {type(table).__name__}; {advise_packed(table)}")
 
 
 def _out_tensors(name: str, table: PackedTable) -> Iterable[OutTensor]:

@@ -134,6 +134,12 @@ def expect_random_reads(array: NDArray[Any]) -> None:
         _advise(array, mmap.MADV_RANDOM)
 
 
+def expect_all_reads(array: NDArray[Any]) -> None:
+    """Have the system read around what is looked up of a large array, a view of a mapped file, as it does of others."""
+    if array.nbytes >= _LARGE_BYTES:
+        _advise(array, mmap.MADV_NORMAL)
+
+
 @contextmanager
 def reading_all(*arrays: NDArray[Any]) -> Iterator[None]:
     """While a block reads all of large arrays, views of mapped files, have the system read ahead of it.

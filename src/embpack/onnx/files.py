@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from embpack.bags import MODES, check_weighted
+from embpack.disk import advise_packed
 from embpack.formats.atomic import new_file
 from embpack.onnx.bags import build_bags
 from embpack.onnx.graph import OPSET, build_gather
@@ -93,7 +94,7 @@ def export(
 def _check(table: Any, path: Path) -> None:
     """Refuse what is no table, and what has no place in a model."""
     if not isinstance(table, PackedTable):
-        raise TypeError(f"table is {type(table).__name__}, not PackedTable; pack it first: embpack.quantize(weight)")
+        raise TypeError(f"table is {type(table).__name__}, not PackedTable; {advise_packed(table)}")
     check_suffix(path)
     if table.num_embeddings == 0:
         raise ValueError(f"{path}: the table has no rows; there is nothing to look up")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from embpack.formats.mapped import expect_all_reads
 from embpack.layouts import RowFormat
 from embpack.lookups import Table
 from embpack.torch.arguments import call_as_leaf, check_tensors, map_nested
@@ -70,6 +71,7 @@ class PackedLinear(PackedModule):
             ValueError: bias has another shape.
         """
         module = cls._make(table, bias=False, rotate_back=rotate_back)
+        expect_all_reads(module.packed.numpy())
         if bias is not None:
             if bias.shape != (module.out_features,):
                 raise ValueError(f"bias has shape {list(bias.shape)}; the table's rows need [{module.out_features}]")
