@@ -269,6 +269,7 @@ def test_what_cannot_be_cut_makes_a_larger_file(source, tmp_path):
     ("dst", "size", "message"),
     [
         ("packed.safetensors", SIZE, "max_shard_size is of the files of a folder; leave .safetensors out"),
+        ("packed", "0", "max_shard_size: '0' leaves no room in a file"),
         ("packed", "much", "max_shard_size: 'much' is no size"),
         ("packed", "10 %", "max_shard_size: '10 %' is no size"),
     ],

@@ -252,7 +252,10 @@ def read_file_size(max_shard_size: int | str | None) -> int:
         ValueError: it is no size.
     """
     with naming("max_shard_size"):
-        return DEFAULT_SIZE if max_shard_size is None else parse_size(max_shard_size)
+        size = DEFAULT_SIZE if max_shard_size is None else parse_size(max_shard_size)
+        if size < 1:
+            raise ValueError(f"{max_shard_size!r} leaves no room in a file; give a size such as '5 GB'")
+        return size
 
 
 def check_max_loss(max_loss: float) -> None:

@@ -166,7 +166,7 @@ class Unfinished:
                 [shard] = checkpoint.shards
                 file = check_file(path, shard)
                 self._restore(self.files[name], path, file, writer.pieces)
-        except (ValueError, OSError, LookupError, TypeError, OverflowError):
+        except (ValueError, FileNotFoundError, LookupError, TypeError, OverflowError):
             del self.files[name]
             path.unlink(missing_ok=True)
             return False
