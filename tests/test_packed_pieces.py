@@ -551,3 +551,35 @@ def test_a_name_that_a_piece_would_have_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"emb\.weight\.piece_1"):
         embpack.quantize_file(src, Path(tmp_path) / "packed", method="asym", max_shard_size="60 kB")
+
+
+def test_a_file_of_another_packing_is_refused(packed, tmp_path):
+    # The same names, shapes and methods, other values: two nights of one table.
+    shutil.copytree(packed["asym"][0], tmp_path / "packed")
+    other = make_arrays()
+    other.tables["user_emb.weight"] *= -1
+    src = write_safetensors(tmp_path, other)
+    embpack.quantize_file(src, tmp_path / "other", method="asym", max_shard_size=SIZE)
+    name = sorted(path.name for path in (tmp_path / "other").glob("*.safetensors"))[1]
+    shutil.copy(tmp_path / "other" / name, tmp_path / "packed" / name)
+    with pytest.raises(FormatError, match=f"{name} is not the file that this index was written with"):
+        embpack.load(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("said", [None, [], {}, {"headers": 3}, {"headers": {}}])
+def test_an_index_that_says_nothing_of_its_files_is_damaged(packed, tmp_path, said):
+    shutil.copytree(packed["asym"][0], tmp_path / "packed")
+    [path] = (tmp_path / "packed").glob("*.index.json")
+    index = json.loads(path.read_text())
+    index["metadata"]["embpack"] = said
+    path.write_text(json.dumps(index))
+    with pytest.raises(FormatError, match="copy the folder"):
+        embpack.load(tmp_path / "packed")
+
+
+def test_an_index_of_another_program_is_read(packed, tmp_path):
+    shutil.copytree(packed["asym"][0], tmp_path / "packed")
+    [path] = (tmp_path / "packed").glob("*.index.json")
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({"weight_map": index["weight_map"]}))
+    assert set(embpack.load(tmp_path / "packed")) == set(embpack.load(packed["asym"][0]))

@@ -17,7 +17,6 @@ import pytest
 from checkpoints import Arrays, names_in, write_safetensors, write_shards
 
 import embpack
-from embpack.errors import LossLimitError
 from embpack.formats import safetensors
 from embpack.methods.trellis_search import fit
 from embpack.resuming import RECORD_NAME
@@ -285,16 +284,6 @@ def test_with_nothing_to_resume_a_run_says_so_and_begins(whole, tmp_path):
 def test_an_error_that_no_next_run_is_without_leaves_nothing(whole, tmp_path, monkeypatch):
     interrupt(monkeypatch, whole[0], tmp_path / "packed", error=ValueError("a value is NaN"))
     assert names_in(tmp_path) == set()
-
-
-def test_another_limit_on_losses_takes_files_that_are_there(whole, tmp_path, monkeypatch):
-    src, _, expected = whole
-    with pytest.raises(LossLimitError) as caught:
-        embpack.quantize_file(src, tmp_path / "packed", max_loss=1e-6, **OPTIONS)
-    assert "files are done, and --resume" in caught.value.__notes__[0]
-    written = count_files(monkeypatch)
-    embpack.quantize_file(src, tmp_path / "packed", max_loss=0.9, resume=True, **OPTIONS)
-    assert read_tree(tmp_path / "packed") == expected and not written
 
 
 def test_a_file_that_cannot_be_read_now_is_not_made_again(whole, tmp_path, monkeypatch):

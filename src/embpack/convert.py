@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from embpack.formats.safetensors import count_file_bytes as count_shard_bytes
 from embpack.gate import check_losses
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.methods.base import join_losses
+from embpack.packed_files import describe_files
 from embpack.packed_folder import copy_and_list, list_own, name_packed
 from embpack.resuming import Unfinished, describe_run
 from embpack.rules import Decision, Rules, decide_all, list_left_out
@@ -232,7 +234,10 @@ class _Output:
         if not as_folder:
             return cls(writers, shards, None)
         written = [*names, index_name] if index_name else names
-        return cls(writers, shards, OutFolder(index_name, copy_and_list(checkpoint, written)))
+        folder = OutFolder(index_name, copy_and_list(checkpoint, written))
+        if index_name is not None:
+            folder = replace(folder, describe_files=partial(describe_files, names, index_name))
+        return cls(writers, shards, folder)
 
     def reports(self) -> tuple[TableReport, ...]:
         """What packing the tables that are written came to, in order."""

@@ -132,11 +132,13 @@ class Contents:
         version: of the format.
         tables: by name.
         others: checksums of all other tensors, by name; None in version 1, which has none of those.
+        checksum: of the header; None in version 1.
     """
 
     version: int
     tables: dict[str, TableEntry]
     others: dict[str, str] | None
+    checksum: str | None
 
 
 # By version of the format: the keys of the metadata's value.
@@ -243,7 +245,7 @@ def read_contents(path: Path, shard: Shard) -> Contents:
         raise FormatError(f"{damaged} (version {version} has no tables in pieces)")
     if version > 1:
         _check_header(path, shard, value, entries)
-    return Contents(version, entries, value.get("others"))
+    return Contents(version, entries, value.get("others"), value.get("checksum"))
 
 
 def _check_header(path: Path, shard: Shard, value: dict[str, Any], entries: Mapping[str, TableEntry]) -> None:

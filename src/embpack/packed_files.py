@@ -1,7 +1,7 @@
 """Packed files that are open, and their tables: each in one piece, or in several over the files of a folder."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from embpack.disk import DiskRows, DiskTable
 from embpack.errors import FormatError
-from embpack.files import Contents, TableEntry, check_bytes, digest_tensors, name_piece, read_contents, split_shard
+from embpack.files import (
+    METADATA_KEY,
+    Contents,
+    TableEntry,
+    check_bytes,
+    digest_tensors,
+    name_piece,
+    read_contents,
+    split_shard,
+)
 from embpack.formats import INDEX_SUFFIX, Checkpoint, Shard, SourceTensor, open_checkpoint
 from embpack.formats.joined import join_arrays
 from embpack.lookups import Table
@@ -222,7 +231,44 @@ def check_packed(checkpoint: Checkpoint) -> PackedCheckpoint:
         for name, entry in file.contents.tables.items():
             table, first_row = (name, 0) if entry.piece is None else (entry.piece.table, entry.piece.first_row)
             pieces.setdefault(table, []).append(TablePiece(file, name, first_row))
-    return PackedCheckpoint(files, {name: _join(checkpoint.path, name, own, files) for name, own in pieces.items()})
+    tables = {name: _join(checkpoint.path, name, own, files) for name, own in pieces.items()}
+    # Last, for what is said above says more of what is wrong.
+    if METADATA_KEY in checkpoint.index_metadata:
+        found = {shard.file_name: file.contents.checksum for shard, file in zip(checkpoint.shards, files, strict=True)}
+        _check_index(checkpoint.path, checkpoint.index_metadata[METADATA_KEY], found)
+    return PackedCheckpoint(files, tables)
+
+
+def describe_files(names: Sequence[str], index_name: str, folder: Path) -> dict[str, Any]:
+    """Make what the index of a folder says of its files, which are written: the checksums of their headers.
+
+    Args:
+        names: of the files, by their paths in the folder.
+        index_name: of the index, likewise.
+        folder: where they are now.
+    """
+    checksums, is_in_pieces = {}, False
+    for name in names:
+        with open_checkpoint(folder / name) as checkpoint:
+            [shard] = checkpoint.shards
+            contents = read_contents(folder / name, shard)
+        checksums[Path(name).relative_to(Path(index_name).parent).as_posix()] = contents.checksum
+        is_in_pieces = is_in_pieces or any(entry.piece is not None for entry in contents.tables.values())
+    # A table that is whole is of one packing anyway.
+    return {METADATA_KEY: {"headers": checksums}} if is_in_pieces else {}
+
+
+def _check_index(path: Path, said: Any, found: Mapping[str, str | None]) -> None:
+    """Compare the headers of files with those that their index was written with."""
+    listed = said.get("headers") if isinstance(said, dict) else None
+    if not isinstance(listed, dict):
+        raise FormatError(f"{path}: what it says of its files is damaged; copy the folder again")
+    for name, checksum in found.items():
+        if listed.get(name) != checksum:
+            raise FormatError(
+                f"{path}: {name} is not the file that this index was written with, so its rows may be of another "
+                "packing; copy the folder whole"
+            )
 
 
 def check_file(path: Path, shard: Shard) -> PackedFile:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import embpack
-from embpack.errors import FormatError, LossLimitError
+from embpack.errors import FormatError
 from embpack.files import format_checksum
 from embpack.formats import Checkpoint, OutShard, open_checkpoint
 from embpack.formats.atomic import check_space, sync
@@ -215,13 +215,12 @@ class Unfinished:
     def is_kept(self, error: BaseException) -> bool:
         """Whether files stay: what was there before is never removed by mistake, nor is what is whole.
 
-        A ValueError is of the source or of an option, and a next run would end with it, too; but a limit on losses may
-        be another then. All else may be of this run alone: a signal that became SystemExit, or what the caller's
-        progress raises to stop it.
+        A ValueError is of the source or of an option, and a next run would end with it, too. All else may be of this
+        run alone: a signal that became SystemExit, or what the caller's progress raises to stop it.
         """
         if self._record is None:
             return True
-        is_kept = bool(self.files) and (isinstance(error, LossLimitError) or not isinstance(error, ValueError))
+        is_kept = bool(self.files) and not isinstance(error, ValueError)
         if is_kept and not isinstance(error, OSError):
             error.add_note(f"{self.dst}: {self.say_kept()}")
         return is_kept

@@ -186,6 +186,7 @@ class Checkpoint:
         folder: of the model that it is of, where that was opened; the checkpoint may lie in a folder of it.
         companions: the model's small files, such as its configuration and its tokenizer, by their paths in the folder.
         sources: files that its tensors are read from, where tensors are of several and do not say of which.
+        index_metadata: what its index says beside where tensors are.
     """
 
     path: Path
@@ -195,6 +196,7 @@ class Checkpoint:
     folder: Path | None = None
     companions: tuple[str, ...] = ()
     sources: tuple[SourceFile, ...] = ()
+    index_metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_folder(self) -> bool:
@@ -313,10 +315,13 @@ class OutFolder:
     Attributes:
         index_name: path in it of their index, "model.safetensors.index.json"; None for one file, which needs none.
         beside: what writes each other file, by its path in it; called in order, after all tensors are written.
+        describe_files: what the index says of the files beside their tensors; called with the folder when they are
+            written.
     """
 
     index_name: str | None = None
     beside: Mapping[str, Callable[[BinaryIO], None]] = field(default_factory=dict)
+    describe_files: Callable[[Path], dict[str, Any]] = lambda folder: {}
 
 
 def iter_checked(tensor: OutTensor) -> Iterator[NDArray[Any]]:

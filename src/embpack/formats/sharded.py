@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from embpack.errors import FormatError
 from embpack.formats.atomic import sync
@@ -16,6 +16,8 @@ from embpack.formats.source import SourceFile
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _BIN_INDEX_SUFFIX = ".bin.index.json"
+# What an index says of itself that is no note of somebody: its tensors' bytes, and what embpack says of its files.
+_KNOWN_KEYS = {"total_size", "embpack"}
 
 
 @contextmanager
@@ -30,12 +32,13 @@ def open_sharded(path: Path) -> Iterator[Checkpoint]:
             opened.
     """
     with SourceFile(path) as index:
-        weight_map, left_out = _read_index(path, index.read(0, index.size))
+        weight_map, said = _read_index(path, index.read(0, index.size))
         # In a folder that is replaced meanwhile, some files would be old and some new.
         with index.unchanged("index"):
             shards = [_read_shard(path.parent / name, name) for name in sorted(set(weight_map.values()))]
     _check_weight_map(path, weight_map, shards)
-    yield Checkpoint(path, tuple(shards), path.name, left_out)
+    left_out = tuple(f"index metadata {key!r}" for key in said if key not in _KNOWN_KEYS)
+    yield Checkpoint(path, tuple(shards), path.name, left_out, index_metadata=said)
 
 
 def _read_shard(path: Path, name: str) -> Shard:
@@ -62,8 +65,8 @@ def explain_other(path: Path) -> str | None:
     return None
 
 
-def _read_index(path: Path, text: bytes) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return which file each tensor is in, and notes on what else the index says."""
+def _read_index(path: Path, text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return which file each tensor is in, and what else the index says."""
     index = parse_object(path, text)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -71,8 +74,7 @@ def _read_index(path: Path, text: bytes) -> tuple[dict[str, str], tuple[str, ...
     for tensor_name, file_name in weight_map.items():
         _check_file_name(path, tensor_name, file_name)
     metadata = index.get("metadata")
-    keys = metadata if isinstance(metadata, dict) else {}
-    return weight_map, tuple(f"index metadata {key!r}" for key in keys if key != "total_size")
+    return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
 def _check_file_name(path: Path, tensor_name: str, file_name: object) -> None:
@@ -141,7 +143,8 @@ def write_folder(
                 sync(made.parent)
                 keeper.keep(number, made)
         if folder.index_name is not None:
-            (new / folder.index_name).write_text(_make_index(shards, folder.index_name))
+            said = folder.describe_files(new)
+            (new / folder.index_name).write_text(_make_index(shards, folder.index_name, said))
         for name, write in folder.beside.items():
             with _create(new / name) as file:
                 write(file)
@@ -153,10 +156,10 @@ def _create(path: Path) -> BinaryIO:
     return path.open("xb")
 
 
-def _make_index(shards: Sequence[OutShard], index_name: str) -> str:
+def _make_index(shards: Sequence[OutShard], index_name: str, said: dict[str, Any]) -> str:
     """Say which tensor is in which file, by the files' paths from the index on."""
     place = PurePosixPath(index_name).parent
     names = {shard.file_name: PurePosixPath(shard.file_name).relative_to(place).as_posix() for shard in shards}
     weight_map = {tensor.name: names[shard.file_name] for shard in shards for tensor in shard.tensors}
     total_size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    return json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2) + "\n"
+    return json.dumps({"metadata": {"total_size": total_size, **said}, "weight_map": weight_map}, indent=2) + "\n"
