@@ -235,7 +235,8 @@ class _Output:
             return cls(writers, shards, None)
         written = [*names, index_name] if index_name else names
         folder = OutFolder(index_name, copy_and_list(checkpoint, written))
-        if index_name is not None:
+        # A table that is whole is of one packing anyway.
+        if index_name is not None and any(writer.has_pieces for writer in writers):
             folder = replace(folder, describe_files=partial(describe_files, names, index_name))
         return cls(writers, shards, folder)
 

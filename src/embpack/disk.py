@@ -236,15 +236,13 @@ class _Lookups:
         for bags in cut(offsets, self._rows_at_a_time):
             first, end = offsets[bags.start], offsets[bags.stop]
             rows, numbers = renumber(indices[first:end])
-            padding = int(np.searchsorted(rows, padding_index))
-            has_padding = padding < len(rows) and rows[padding] == padding_index
             [view] = read_views([(self._table, rows)])
             fault = view.pool(
                 numbers,
                 offsets[bags.start : bags.stop + 1] - first,
                 0,
                 None if per_sample_weights is None else per_sample_weights[first:end],
-                padding if has_padding else -1,
+                find_row(rows, padding_index),
                 mode,
                 out[bags],
             )
@@ -335,6 +333,12 @@ def renumber(indices: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64
     """The rows that indices name, each once and ascending, and of each index where its row is among them."""
     rows, numbers = np.unique(indices, return_inverse=True)
     return rows.astype(np.int64, copy=False), numbers.astype(np.int64, copy=False).reshape(-1)
+
+
+def find_row(rows: NDArray[np.int64], row: int) -> int:
+    """Where a row is among ascending ones; -1 if it is not there."""
+    at = int(np.searchsorted(rows, row))
+    return at if at < len(rows) and rows[at] == row else -1
 
 
 def are_offsets(offsets: NDArray[Any], num_indices: int) -> bool:

@@ -240,22 +240,20 @@ def check_packed(checkpoint: Checkpoint) -> PackedCheckpoint:
 
 
 def describe_files(names: Sequence[str], index_name: str, folder: Path) -> dict[str, Any]:
-    """Make what the index of a folder says of its files, which are written: the checksums of their headers.
+    """Make what the index of a table in pieces says of its files, which are written: the checksums of their headers.
 
     Args:
         names: of the files, by their paths in the folder.
         index_name: of the index, likewise.
         folder: where they are now.
     """
-    checksums, is_in_pieces = {}, False
+    checksums = {}
     for name in names:
         with open_checkpoint(folder / name) as checkpoint:
             [shard] = checkpoint.shards
-            contents = read_contents(folder / name, shard)
-        checksums[Path(name).relative_to(Path(index_name).parent).as_posix()] = contents.checksum
-        is_in_pieces = is_in_pieces or any(entry.piece is not None for entry in contents.tables.values())
-    # A table that is whole is of one packing anyway.
-    return {METADATA_KEY: {"headers": checksums}} if is_in_pieces else {}
+            where = Path(name).relative_to(Path(index_name).parent).as_posix()
+            checksums[where] = read_contents(folder / name, shard).checksum
+    return {METADATA_KEY: {"headers": checksums}}
 
 
 def _check_index(path: Path, said: Any, found: Mapping[str, str | None]) -> None:

@@ -221,8 +221,8 @@ def decide_all(checkpoint: Checkpoint, rules: Rules) -> list[Decision]:
         raise ValueError(f"{path}: is packed already; unpack it first with: embpack dequantize")
     units = list_units(checkpoint.tensors)
     tables = list(dict.fromkeys(units))
-    _check_globs(path, rules, checkpoint, tables)
-    rules = replace(rules, variants=name_variants(path, rules, checkpoint))
+    _check_globs(path, rules, tables, checkpoint.left_out)
+    rules = replace(rules, variants=name_variants(path, rules, tables, checkpoint.left_out))
     places = [
         (number, _find_path(checkpoint, shard)) for number, shard in enumerate(checkpoint.shards) for _ in shard.tensors
     ]
@@ -309,7 +309,7 @@ def _is_other_float(decision: Decision) -> bool:
     return dtype.startswith("F") and dtype not in PACKABLE_DTYPES and len(decision.tensor.shape) == 2
 
 
-def _check_globs(path: str, rules: Rules, checkpoint: Checkpoint, units: Sequence[Unit]) -> None:
+def _check_globs(path: str, rules: Rules, units: Sequence[Unit], left_out: Sequence[str]) -> None:
     """Raise ValueError if a glob matches no tensor: somebody has mistyped it, or means what cannot be read."""
     for option in ("include", "exclude"):
         for pattern in getattr(rules, option):
@@ -317,7 +317,7 @@ def _check_globs(path: str, rules: Rules, checkpoint: Checkpoint, units: Sequenc
                 continue
             whole = _find_whole(pattern, units)
             if whole is None:
-                raise ValueError(f"{path}: {option} {pattern!r} matches no tensor; {_advise(pattern, checkpoint)}")
+                raise ValueError(f"{path}: {option} {pattern!r} matches no tensor; {_advise(pattern, units, left_out)}")
             # The scales of a layer may be excluded, for they are copied anyway.
             if option == "include" or rules.why_no_table(whole) is None:
                 raise ValueError(f"{path}: {option} {pattern!r} only matches parts of {whole.name!r}; name that")
@@ -329,18 +329,18 @@ def _find_whole(pattern: str, units: Iterable[Unit]) -> SourceTensor | None:
     return next((whole for whole, part in parts if fnmatchcase(part.name, pattern)), None)
 
 
-def name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, Variant]:
+def name_variants(path: str, rules: Rules, units: Sequence[Unit], left_out: Sequence[str] = ()) -> dict[str, Variant]:
     """Make variants by name of rules.variants, which are by name or glob.
 
     Args:
         path: of the checkpoint, for messages.
         rules: what chooses tables.
-        checkpoint: whose tensors are meant.
+        units: what is meant, each once.
+        left_out: of the checkpoint, for messages.
 
     Raises:
         ValueError: a name or glob matches no tensor, or none that can be packed.
     """
-    units = list_units(checkpoint.tensors)
     tensors = {unit.tensor.name: unit.tensor for unit in units}
     variants: dict[str, Variant] = {}
     for pattern, variant in rules.variants.items():
@@ -350,7 +350,7 @@ def name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, 
         if whole is not None:
             raise ValueError(f"{where}, which is but a part of {whole.name!r}; name that")
         if not matched:
-            raise ValueError(f"{where}, but there is no such tensor; {_advise(pattern, checkpoint)}")
+            raise ValueError(f"{where}, but there is no such tensor; {_advise(pattern, units, left_out)}")
         reasons = {name: rules.why_no_table(tensors[name]) for name in matched}
         # A plan may be used without some of its tables.
         if not {None, "excluded"} & set(reasons.values()):
@@ -360,13 +360,13 @@ def name_variants(path: str, rules: Rules, checkpoint: Checkpoint) -> dict[str, 
     return variants
 
 
-def _advise(wrong: str, checkpoint: Checkpoint) -> str:
+def _advise(wrong: str, units: Sequence[Unit], left_out: Sequence[str]) -> str:
     """Say what is most like a name or glob that matches nothing, and what is there but cannot be read."""
-    names = list(dict.fromkeys(unit.tensor.name for unit in list_units(checkpoint.tensors)))
+    names = [unit.tensor.name for unit in units]
     wide = f"*{wrong.strip('*')}*"
     matched = sum(fnmatchcase(name, wide) for name in names)
     said = f"a glob matches whole names: {wide!r} matches {matched:,}" if matched else suggest(wrong, names)
-    return "; ".join([said, *_say_left_out(checkpoint.left_out)])
+    return "; ".join([said, *_say_left_out(left_out)])
 
 
 def suggest(wrong: str, names: Sequence[str]) -> str:

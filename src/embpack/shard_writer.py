@@ -293,7 +293,6 @@ class ShardWriter:
                 out.append(copy_tensor(tensor, partial(_keep_checksum, others, tensor.name)))
         _check_names(out)
         longest = self._make_metadata({piece.name: piece.longest_entry for piece in self.pieces}, others, out)
-        has_pieces = any(piece.number is not None for piece in self.pieces)
         return OutShard(
             file_name,
             tuple(out),
@@ -301,13 +300,18 @@ class ShardWriter:
                 {piece.name: piece.done.entry for piece in self.pieces if piece.done}, others, out
             ),
             len(json.dumps(longest)),
-            PIECE_ALIGNMENT if has_pieces else 8,
+            PIECE_ALIGNMENT if self.has_pieces else 8,
         )
 
     @property
     def pieces(self) -> list[PieceWriter]:
         """The tables that it has, whole or some rows of them, in order."""
         return [tensor for tensor in self.tensors if isinstance(tensor, PieceWriter)]
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether a table lies in it and in other files."""
+        return any(piece.number is not None for piece in self.pieces)
 
     def _make_metadata(
         self, entries: Mapping[str, TableEntry], others: Mapping[str, str], out: Sequence[OutTensor]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
-from embpack.cutting import DEFAULT_SIZE
+from embpack.cutting import DEFAULT_SIZE, join_metadata
 from embpack.destination import check_place, name_cut, name_file, name_index
 from embpack.files import METADATA_KEY, check_bytes
 from embpack.formats import Checkpoint, OutFolder, OutShard, OutTensor, Shard, open_checkpoint, write_checkpoint
@@ -21,7 +21,7 @@ from embpack.formats.new_folder import nothing
 from embpack.packed_files import PackedCheckpoint, PackedFile, StoredTable, check_packed
 from embpack.packed_folder import copy_companions, name_plain
 from embpack.rows import ROW_DTYPES
-from embpack.shard_writer import Progress, copy_tensor
+from embpack.shard_writer import Progress, copy_tensor, no_progress
 from embpack.table import PackedTable
 
 _SAFETENSORS_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -45,7 +45,7 @@ def dequantize_file(
     *,
     force: bool = False,
     dtype: str | None = None,
-    progress: Progress = lambda name, rows: None,
+    progress: Progress = no_progress,
 ) -> tuple[UnpackedTable, ...]:
     """Write a packed checkpoint as a plain one that the original program can load, streaming.
 
@@ -76,7 +76,7 @@ def dequantize_file(
             _OutFile(
                 name_file(checkpoint, shard, dst, name_plain),
                 tuple(_list_tensors(packed, file, shard, dtype, progress)),
-                {key: value for key, value in shard.metadata.items() if key != METADATA_KEY},
+                _without_ours(shard.metadata),
             )
             for shard, file in zip(checkpoint.shards, packed.files, strict=True)
         ]
@@ -126,8 +126,12 @@ def _fill_files(checkpoint: Checkpoint, files: Sequence[_OutFile]) -> tuple[list
         filled[-1].append(tensor)
         size += tensor.nbytes
     names, index_name = name_cut(checkpoint, len(filled), name_plain)
-    metadata = {key: value for file in reversed(files) for key, value in file.metadata.items()}
+    metadata = _without_ours(join_metadata(checkpoint))
     return [_OutFile(name, tuple(own), metadata) for name, own in zip(names, filled, strict=True)], index_name
+
+
+def _without_ours(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key != METADATA_KEY}
 
 
 def _check_other(file: PackedFile, name: str, digest: "hashlib._Hash") -> None:

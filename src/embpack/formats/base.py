@@ -238,11 +238,11 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def refuse_repeated(path: Path, names: Iterable[str]) -> None:
-    """Raise FormatError if a file has a name more than once."""
+def refuse_repeated(path: Path, names: Iterable[str], what: str = "") -> None:
+    """Raise FormatError if a file has a name more than once, which is of `what`, such as "tensor "."""
     repeated = find_repeated(names)
     if repeated is not None:
-        raise FormatError(f"{path}: {repeated!r} is there twice, and which one is meant cannot be told")
+        raise FormatError(f"{path}: {what}{repeated!r} is there twice, and which one is meant cannot be told")
 
 
 def rechunk(chunks: Iterable[NDArray[Any]], n: int) -> Iterator[NDArray[Any]]:

@@ -19,7 +19,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from embpack.errors import FormatError
-from embpack.formats.base import Checkpoint, Shard, SourceTensor, find_repeated, name_first
+from embpack.formats.base import Checkpoint, Shard, SourceTensor, name_first, refuse_repeated
 from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.formats.source import SourceFile
 from embpack.formats.stored import StoredArray, iter_slices
@@ -164,12 +164,8 @@ def _read_header(source: SourceFile) -> tuple[list[str], list[_Entry]]:
         else:
             header.skip_value(kind)
     entries = [_read_entry(header) for _ in range(num_tensors)]
-    for what, names in (("key", keys), ("tensor", [entry.name for entry in entries])):
-        repeated = find_repeated(names)
-        if repeated is not None:
-            raise FormatError(
-                f"{source.path}: {what} {repeated!r} is there twice, and which one is meant cannot be told"
-            )
+    refuse_repeated(source.path, keys, "key ")
+    refuse_repeated(source.path, (entry.name for entry in entries), "tensor ")
     start = -(-header.position // alignment) * alignment
     for entry in entries:
         if entry.begin % alignment:

@@ -16,8 +16,6 @@ from embpack.formats.source import SourceFile
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _BIN_INDEX_SUFFIX = ".bin.index.json"
-# What an index says of itself that is no note of somebody: its tensors' bytes, and what embpack says of its files.
-_KNOWN_KEYS = {"total_size", "embpack"}
 
 
 @contextmanager
@@ -37,7 +35,7 @@ def open_sharded(path: Path) -> Iterator[Checkpoint]:
         with index.unchanged("index"):
             shards = [_read_shard(path.parent / name, name) for name in sorted(set(weight_map.values()))]
     _check_weight_map(path, weight_map, shards)
-    left_out = tuple(f"index metadata {key!r}" for key in said if key not in _KNOWN_KEYS)
+    left_out = tuple(f"index metadata {key!r}" for key in said if key != "total_size")
     yield Checkpoint(path, tuple(shards), path.name, left_out, index_metadata=said)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from embpack.composites import list_units
 from embpack.convert import check_max_loss
 from embpack.errors import naming
 from embpack.formats import Checkpoint, Shard, SourceTensor, open_checkpoint
@@ -99,7 +100,7 @@ def plan(
     tensors = tuple(_as_tensor(name, weight) for name, weight in src.items())
     shard = Shard("", sum(tensor.nbytes for tensor in tensors), tensors)
     checkpoint = Checkpoint(Path(), (shard,))
-    own = name_variants("src", Rules(include=["*"], variants=chosen or {}), checkpoint)
+    own = name_variants("src", Rules(include=["*"], variants=chosen or {}), list_units(tensors))
     decisions = [Decision(each, own.get(each.name, Variant()), "given", is_chosen=each.name in own) for each in tensors]
     return plan_checkpoint(checkpoint, decisions, **limits)
 

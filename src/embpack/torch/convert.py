@@ -15,7 +15,7 @@ from embpack.lookups import Table
 from embpack.methods import DEFAULT_METHOD, Method
 from embpack.packing import pack
 from embpack.rules import MIN_ROWS, explain_growth
-from embpack.shard_writer import Progress
+from embpack.shard_writer import Progress, no_progress
 from embpack.table import PackedTable
 from embpack.torch.collection import PackedEmbeddingBagCollection
 from embpack.torch.encoders import adopt_static_encoders
@@ -52,7 +52,7 @@ def quantize_(
     rotate: str | None = None,
     filter: Filter | None = None,
     tied: Literal["refuse", "share", "untie"] = "refuse",
-    progress: Progress = lambda name, rows: None,
+    progress: Progress = no_progress,
 ) -> ModelReport:
     """Pack the embeddings of a model, in place: each nn.Embedding and nn.EmbeddingBag becomes a packed module.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from embpack.bags import check_integers
-from embpack.disk import DiskTable, read_arrays, renumber
+from embpack.disk import DiskTable, find_row, read_arrays, renumber
 from embpack.errors import FormatError
 from embpack.lookups import find_outside
 from embpack.torch.ops import check_devices
@@ -37,9 +37,9 @@ def look_up(table: DiskTable, operator: Any, row_format: str, indices: Tensor, *
         raise table.explain_fault(fault, flat)
     rows, numbers = renumber(flat)
     if "padding_idx" in options:
-        [of_padding] = np.nonzero(rows == options.pop("padding_idx"))
-        if len(of_padding):
-            options["padding_idx"] = int(of_padding[0])
+        of_padding = find_row(rows, options.pop("padding_idx"))
+        if of_padding >= 0:
+            options["padding_idx"] = of_padding
     packed, *clusters = read_arrays([(array, rows) for array in table.arrays])
     beside: list[Tensor | None] = [_as_tensor(array) for array in clusters] or [None]
     if table.codebooks is not None:
