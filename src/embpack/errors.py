@@ -33,6 +33,10 @@ class LossLimitError(ValueError):
         return str(self.args[0])
 
 
+class EngineError(OSError):
+    """What is to run functions elsewhere cannot: no cluster, workers of another version, a task that nobody ends."""
+
+
 def kind_of(value: object) -> str:
     """Name the type of a value, with an article, for a message."""
     kind = type(value).__name__
