@@ -10,6 +10,8 @@ from pathlib import Path
 
 from embpack.cutting import DEFAULT_SIZE, cut_files, keep_files
 from embpack.destination import check_place, name_cut, name_file, name_index
+from embpack.distribution import Distribution
+from embpack.engines import Engine
 from embpack.errors import naming
 from embpack.formats import Checkpoint, OutFolder, OutShard, open_checkpoint, write_checkpoint
 from embpack.formats.atomic import check_space
@@ -19,7 +21,7 @@ from embpack.methods import DEFAULT_METHOD, Method
 from embpack.methods.base import join_losses
 from embpack.packed_files import describe_files
 from embpack.packed_folder import copy_and_list, list_own, name_packed
-from embpack.resuming import Unfinished, describe_run
+from embpack.resuming import Unfinished, describe_run, list_sources
 from embpack.rules import Decision, Rules, decide_all, list_left_out
 from embpack.shard_writer import Progress, ShardWriter, TableReport, no_progress
 from embpack.sizes import parse_size
@@ -69,6 +71,7 @@ def quantize_file(
     max_shard_size: int | str | None = None,
     resume: bool = False,
     force: bool = False,
+    engine: Engine | None = None,
     progress: Progress = no_progress,
 ) -> Report:
     """Pack the embedding tables of a checkpoint, streaming: memory is bounded whatever the size.
@@ -103,6 +106,8 @@ def quantize_file(
             are removed, with a UserWarning; with it there is one if there are none.
         force: write to dst though embpack did not write what is there. A file is replaced; of a folder what has the
             name of a new file, and other files stay.
+        engine: whose workers read, pack and write, embpack.ray.Engine(); src and dst, a folder then, lie where all of
+            them see them. The bytes are those that this process would write. None is this process.
         progress: called with a table's name and a number of rows as they are done.
 
     Raises:
@@ -110,11 +115,13 @@ def quantize_file(
         FileNotFoundError: there is no src.
         FormatError: src is damaged, or was changed, replaced or deleted while it was read.
         TypeError: a glob, or max_loss, is of another type.
+        EngineError: the engine has no workers that can do this; an OSError.
         ValueError: no tensor is a table; a table lacks a piece or a scale, or they do not fit; a glob or a name in
             variants matches nothing; dst is src or has the wrong suffix; a value is NaN or infinite, or a parameter
             overflows; there is no such method, bits, rotation or reader; a reader cannot read a table that is packed so
-            (the message says what would do); max_loss is not positive and finite; max_shard_size is no size, or it or
-            resume are given for a file; source, options or embpack are not those of the run that is to be resumed.
+            (the message says what would do); max_loss is not positive and finite; max_shard_size is no size, or it,
+            resume or an engine are given for a file; source, options or embpack are not those of the run that is to be
+            resumed.
         LossLimitError: tables lose more than max_loss; a ValueError that has their names and losses.
         OSError: dst cannot be written.
     """
@@ -129,6 +136,7 @@ def quantize_file(
             max_shard_size=max_shard_size,
             resume=resume,
             force=force,
+            engine=engine,
             progress=progress,
         )
 
@@ -142,26 +150,39 @@ def pack_checkpoint(
     max_shard_size: int | str | None = None,
     resume: bool = False,
     force: bool = False,
+    engine: Engine | None = None,
     progress: Progress = no_progress,
 ) -> Report:
     """Do what quantize_file does, for an open checkpoint and what was decided on its tensors (rules.decide_all)."""
     dst, started = Path(dst), time.perf_counter()
     if max_loss is not None:
         check_max_loss(max_loss)
-    check_destination(checkpoint, dst, max_shard_size, resume=resume, force=force)
+    check_destination(checkpoint, dst, max_shard_size, resume=resume, force=force, engine=engine)
     output = _Output.make(checkpoint, decisions, dst, max_shard_size, progress)
     sizes = {shard.file_name: count_shard_bytes(dst, shard) for shard in output.shards}
 
     def check() -> None:
         check_losses(checkpoint.path, output.reports(), math.inf if max_loss is None else max_loss)
 
-    keeper = None
+    keeper = make_files = None
     if output.folder is None:
         check_space(dst, sum(sizes.values()))
     else:
         run = describe_run(checkpoint, decisions, output.shards)
         keeper = Unfinished(dst, run, output.writers, sizes, resume)
-    write_checkpoint(dst, output.shards, output.folder, check=check, list_own=list_own, force=force, keeper=keeper)
+        if engine is not None:
+            shown = [dst / shard.file_name for shard in output.shards]
+            make_files = Distribution(engine, output.writers, shown, keeper, list_sources(checkpoint)).make_files
+    write_checkpoint(
+        dst,
+        output.shards,
+        output.folder,
+        check=check,
+        list_own=list_own,
+        force=force,
+        keeper=keeper,
+        make_files=make_files,
+    )
     return Report(
         tables=output.reports(),
         passed_through=tuple(each.tensor.name for each in decisions if each.variant is None and not each.is_left_out),
@@ -279,6 +300,7 @@ def check_destination(
     *,
     resume: bool = False,
     force: bool = False,
+    engine: Engine | None = None,
 ) -> None:
     """Raise what pack_checkpoint would of its destination, for those who have much to do before.
 
@@ -286,8 +308,8 @@ def check_destination(
         FileExistsError: it has something that embpack did not write and there is no force, or is to be a folder and is
             a file.
         OSError: nothing can be written there.
-        ValueError: it is the source, or has the wrong suffix; or max_shard_size is no size, or it or resume are for
-            no folder.
+        ValueError: it is the source, or has the wrong suffix; or max_shard_size is no size, or it, resume or an engine
+            are for no folder.
     """
     as_folder = makes_folder(checkpoint, dst)
     if not as_folder and dst.suffix != ".safetensors":
@@ -296,6 +318,8 @@ def check_destination(
         raise ValueError(f"{dst}: max_shard_size is of the files of a folder; leave {dst.suffix} out")
     if not as_folder and resume:
         raise ValueError(f"{dst}: one file cannot be resumed, only a folder of files; leave {dst.suffix} out")
+    if not as_folder and engine is not None:
+        raise ValueError(f"{dst}: workers write the files of a folder; leave {dst.suffix} out")
     read_file_size(max_shard_size)
     check_place(checkpoint, dst, list_own, as_folder=as_folder, force=force)
 

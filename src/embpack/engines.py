@@ -6,14 +6,11 @@ from typing import Any, Protocol
 
 
 class Workers(Protocol):
-    """Processes that run functions, of which some may die: their work is done again by others.
-
-    Attributes:
-        count: how many tasks run at the same time, now; at least one.
-    """
+    """Processes that run functions, of which some may die: their work is done again by others."""
 
     @property
-    def count(self) -> int: ...
+    def count(self) -> int:
+        """How many tasks run at the same time, now; at least one."""
 
     def share(self, value: Any) -> Any:
         """Send a value to each machine once; what is returned, as an argument of a task, is that value there."""

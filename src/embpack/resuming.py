@@ -1,7 +1,8 @@
 """Runs that were interrupted: what of their files is whole stays beside the destination, for the next run to go on.
 
 ".NAME.embpack-unfinished" has these files in "new", and unfinished.json, which says what they were made of, and what
-is known of each and not in it. The checksums of a file are its own: it is read through before it is used.
+is known of each and not in it. The checksums of a file are its own: it is read through before it is used. Ranges of
+rows that workers have packed, of files that are not whole, are in "parts"; parts.jsonl has a line for each.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from embpack.formats.atomic import check_space, sync
 from embpack.formats.source import SourceFile
 from embpack.methods.base import Sums
 from embpack.packed_files import PackedFile, check_file
+from embpack.ranges import Part
 from embpack.rules import Decision, list_names
 from embpack.shard_writer import DonePiece, PieceWriter, ShardWriter
 
 RECORD_NAME = "unfinished.json"
+_PARTS, _PARTS_NAME = "parts", "parts.jsonl"
 _RECORD_VERSION = 1
 _MOST_RECORD_BYTES = 1 << 30
 # Of a source's beginning and of its end, where formats have what they say of themselves.
@@ -42,7 +45,7 @@ def describe_run(checkpoint: Checkpoint, decisions: Sequence[Decision], shards: 
         "embpack": embpack.__version__,
         "sources": {
             os.path.relpath(source.path, checkpoint.path.parent): _describe_source(source)
-            for source in _list_sources(checkpoint)
+            for source in list_sources(checkpoint)
         },
         "tables": tables,
         "files": {shard.file_name: _checksum([[t.name, t.dtype, t.shape] for t in shard.tensors]) for shard in shards},
@@ -54,7 +57,7 @@ def _describe_table(decision: Decision) -> str:
     return f"{decision.variant.parsed_method.spec} in {decision.row_format}"
 
 
-def _list_sources(checkpoint: Checkpoint) -> list[SourceFile]:
+def list_sources(checkpoint: Checkpoint) -> list[SourceFile]:
     """List the files that tensors are read from."""
     found = (tensor.source for each in checkpoint.tensors for tensor in (each, *each.parts))
     return list({source.path: source for source in (*checkpoint.sources, *found) if source is not None}.values())
@@ -108,6 +111,7 @@ class Unfinished:
         sizes: of the files, by name, in bytes.
         resume: whether to go on where an earlier run was.
         files: of those that are whole: what their checksums are and what is known of their tables.
+        parts: ranges that are packed, by name: what they were packed by, and what is known of them.
     """
 
     dst: Path
@@ -116,6 +120,7 @@ class Unfinished:
     sizes: Mapping[str, int]
     resume: bool
     files: dict[str, Record] = field(default_factory=dict)
+    parts: dict[str, tuple[str, Part]] = field(default_factory=dict)
     _record: Path | None = None
 
     def start(self, work: Path) -> None:
@@ -135,19 +140,20 @@ class Unfinished:
                     "leave out --resume (in Python resume=True) to begin anew"
                 )
             self.files = before["files"]
+            self.parts = _read_parts(work)
         elif self.resume:
             warnings.warn(f"{self.dst}: there is nothing to resume, so packing begins", stacklevel=2)
-        elif before is not None and before["files"]:
-            done = f"{len(before['files'])} of {len(before['run']['files'])} files"
+        elif before is not None and (before["files"] or _read_parts(work)):
+            done = _say_done(len(before["files"]), len(before["run"]["files"]), len(_read_parts(work)))
             warnings.warn(
                 f"{self.dst}: an earlier run was interrupted with {done} done, which are removed; --resume (in Python "
                 "resume=True) goes on with them",
                 stacklevel=2,
             )
         self._record = record
-        if not self.files:
-            record.unlink(missing_ok=True)
-        kept = {record, *(work / "new" / name for name in self.files)}
+        kept = {work / "new" / name for name in self.files} | {work / _PARTS / name for name in self.parts}
+        if kept:
+            kept |= {record, work / _PARTS_NAME}
         for path in sorted(work.rglob("*"), reverse=True):  # what is in a folder before that
             if path.is_dir() and not path.is_symlink():
                 with suppress(OSError):  # it is not empty
@@ -205,6 +211,45 @@ class Unfinished:
             if piece.done is not None
         }
         self.files[self._name(number)] = {"header": _checksum_header(path), "pieces": known}
+        self._write()
+
+    @property
+    def parts_folder(self) -> Path:
+        """Where parts lie."""
+        return self._work / _PARTS
+
+    def find_part(self, name: str, packer: str) -> Part | None:
+        """Return what is known of a part that is there, if it is of the same packer."""
+        found = self.parts.get(name)
+        return found[1] if found is not None and found[0] == packer else None
+
+    def keep_part(self, name: str, packer: str, part: Part) -> None:
+        """Write down that a part is there.
+
+        Args:
+            name: of its file.
+            packer: a checksum of what its rows were packed by.
+            part: what is known of it.
+        """
+        if not self.parts and not self.files:
+            self._write()
+        self.parts[name] = packer, part
+        with (self._work / _PARTS_NAME).open("a") as file:
+            file.write(json.dumps({"name": name, "packer": packer, "part": asdict(part)}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def drop_part(self, name: str) -> None:
+        """Remove a part, which is of no use any more."""
+        self.parts.pop(name, None)
+        (self.parts_folder / name).unlink(missing_ok=True)
+
+    @property
+    def _work(self) -> Path:
+        assert self._record is not None  # it was started
+        return self._record.parent
+
+    def _write(self) -> None:
         assert self._record is not None  # it was started
         new = self._record.with_suffix(".new")
         new.write_text(json.dumps({"version": _RECORD_VERSION, "run": self.run, "files": self.files}))
@@ -220,16 +265,17 @@ class Unfinished:
         """
         if self._record is None:
             return True
-        is_kept = bool(self.files) and not isinstance(error, ValueError)
+        is_kept = bool(self.files or self.parts) and not isinstance(error, ValueError)
         if is_kept and not isinstance(error, OSError):
             error.add_note(f"{self.dst}: {self.say_kept()}")
         return is_kept
 
     def say_kept(self) -> str:
-        """Say how many files are whole, and what to do."""
-        if not self.files:
+        """Say how much is done, and what to do."""
+        if not self.files and not self.parts:
             return "nothing was kept"
-        return f"{len(self.files)} of {len(self.sizes)} files are done, and --resume (in Python resume=True) goes on"
+        done = _say_done(len(self.files), len(self.sizes), len(self.parts))
+        return f"{done} are done, and --resume (in Python resume=True) goes on"
 
     def _read(self, path: Path) -> Record | None:
         """Read what an earlier run wrote down; None if there was none.
@@ -249,6 +295,24 @@ class Unfinished:
         if self.resume:
             raise ValueError(f"{path}: is damaged, so nothing can be resumed; leave out --resume to begin anew")
         return None
+
+
+def _say_done(files: int, of_files: int, parts: int) -> str:
+    return f"{files} of {of_files} files" + (f", and {parts} ranges of rows of others," if parts else "")
+
+
+def _read_parts(work: Path) -> dict[str, tuple[str, Part]]:
+    """Read which parts are there; a line that a kill has cut off says nothing."""
+    parts: dict[str, tuple[str, Part]] = {}
+    with suppress(FileNotFoundError), (work / _PARTS_NAME).open() as file:
+        for line in file:
+            with suppress(ValueError, TypeError, LookupError):
+                value = json.loads(line)
+                sums = [Sums(*each) for each in value["part"].pop("sums")]
+                name, part = str(value["name"]), Part(sums=sums, **value["part"])
+                if Path(name).name == name and (work / _PARTS / name).stat().st_size == part.num_bytes:
+                    parts[name] = str(value["packer"]), part
+    return parts
 
 
 def _is_run(value: Any) -> bool:

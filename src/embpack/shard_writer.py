@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,20 @@ Progress = Callable[[str, int], None]
 
 def no_progress(name: str, rows: int) -> None:
     """Tell nobody."""
+
+
+class PackedRows(NamedTuple):
+    """Packed rows that follow others.
+
+    Attributes:
+        packed: uint8 [n, row_bytes], which the next ones may overwrite.
+        sums: of the spans that end with them.
+        by_row: entries of the array beside the rows, [n], or those of rows before, too; None if there is none.
+    """
+
+    packed: NDArray[np.uint8]
+    sums: Sequence[Sums]
+    by_row: NDArray[Any] | None = None
 
 
 # As long as any.
@@ -155,6 +169,17 @@ class TableWriter:
             )
         self.shared = own
 
+    def pack_rows(self, start: int, stop: int) -> Iterator[PackedRows]:
+        """Pack rows [start, stop)."""
+        packer = self.fit()
+        of_rows = self.row_format.form.by_row(stop - start)
+        beside = None if of_rows is None else packer.beside()[of_rows.name]
+        on_rows = partial(self.progress, self.decision.tensor.name)
+        for packed, own in iter_packed(packer, self.read(start, stop), start, on_rows):
+            end = start + len(packed)
+            yield PackedRows(packed, own, None if beside is None else beside[start:end])
+            start = end
+
     def read(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """Read rows [start, stop) in chunks, as they are to be packed."""
         chunks = self.decision.tensor.chunks(chunk_rows(self.row_format.embedding_dim), start, stop)
@@ -187,6 +212,7 @@ class PieceWriter:
         number: of the piece; None if it is the whole table.
         beside: the arrays beside the rows, by name; there once the rows are packed.
         done: there once the rows are packed.
+        read_rows: what yields its packed rows, if they are not packed while it is being written.
     """
 
     table: TableWriter
@@ -195,6 +221,7 @@ class PieceWriter:
     number: int | None = None
     beside: dict[str, NDArray[Any]] = field(default_factory=dict)
     done: DonePiece | None = None
+    read_rows: Callable[[], Iterator[PackedRows]] | None = None
 
     @property
     def name(self) -> str:
@@ -228,23 +255,28 @@ class PieceWriter:
         """An entry at least as long as its own, with floats of as many digits as they can have."""
         return self._make_entry(self.table.method.longest_spec, _LONGEST, _LONGEST, _NO_CHECKSUM)
 
+    def spec_of(self, name: str) -> ArraySpec:
+        """What an array beside the rows is, by its name."""
+        return next(spec for spec in self.specs if spec.name == name)
+
     def _pack(self) -> Iterator[NDArray[np.uint8]]:
         started = time.perf_counter()
-        packer, stop = self.table.fit(), self.first_row + self.num_rows
-        by_row = self.table.row_format.form.by_row(self.num_rows)
-        for name, array in packer.beside().items():
-            is_by_row = by_row is not None and by_row.name == name
-            self.beside[name] = array[self.first_row : stop] if is_by_row else array
-            if not is_by_row:
-                self.table.check_shared(array)
-        digest, sums = hashlib.sha256(), list[Sums]()
-        on_rows = partial(self.table.progress, self.table.decision.tensor.name)
-        for packed, own in iter_packed(packer, self.table.read(self.first_row, stop), self.first_row, on_rows):
-            digest.update(packed.data)
-            sums = condense([*sums, *own])
-            yield packed
-        for array in self.beside.values():
-            digest.update(as_bytes(array))
+        packer, shared = self.table.fit(), self.table.row_format.form.shared()
+        beside = packer.beside()
+        if shared is not None:
+            self.table.check_shared(beside[shared.name])
+        by_row, digest, sums = list[NDArray[Any]](), hashlib.sha256(), list[Sums]()
+        read = self.read_rows or partial(self.table.pack_rows, self.first_row, self.first_row + self.num_rows)
+        for rows in read():
+            digest.update(rows.packed.data)
+            sums = condense([*sums, *rows.sums])
+            if rows.by_row is not None:
+                by_row.append(rows.by_row)
+            yield rows.packed
+        for spec in self.specs:
+            is_shared = shared is not None and spec.name == shared.name
+            self.beside[spec.name] = beside[spec.name] if is_shared else np.concatenate(by_row)
+            digest.update(as_bytes(self.beside[spec.name]))
         square_norm = math.fsum(span.square for span in sums)
         entry = self._make_entry(packer.spec, measure_loss(sums), square_norm, format_checksum(digest))
         self.done = DonePiece(entry, sums, time.perf_counter() - started)

@@ -14,7 +14,7 @@ from embpack.formats.base import Checkpoint, OutFolder, OutShard, OutTensor, Sha
 from embpack.formats.model_folder import find_checkpoint, with_folder
 from embpack.formats.new_folder import Keeper, ListOwn, nothing
 from embpack.formats.rank_files import has_pieces, is_metadata
-from embpack.formats.sharded import INDEX_SUFFIX, explain_other, open_sharded, write_folder
+from embpack.formats.sharded import INDEX_SUFFIX, MakeFiles, explain_other, open_sharded, write_folder
 
 __all__ = [
     "FORMATS",
@@ -22,6 +22,7 @@ __all__ = [
     "WRITTEN",
     "Checkpoint",
     "Format",
+    "MakeFiles",
     "OutFolder",
     "OutShard",
     "OutTensor",
@@ -164,6 +165,7 @@ def write_checkpoint(
     list_own: ListOwn = nothing,
     force: bool = False,
     keeper: Keeper | None = None,
+    make_files: MakeFiles | None = None,
 ) -> None:
     """Write a checkpoint of plain tensors: whole or not at all.
 
@@ -176,6 +178,7 @@ def write_checkpoint(
         list_own: lists what of an existing folder may be replaced, or the name of an existing file if that may be.
         force: replace a file whatever it is, and of a folder what has the name of a new file.
         keeper: of a folder's whole files, should writing it be interrupted.
+        make_files: what makes a folder's files with tensors, if they are not written here.
 
     Raises:
         FileExistsError: there is something that may not be replaced.
@@ -195,7 +198,16 @@ def write_checkpoint(
     if repeated is not None:
         raise ValueError(f"{path}: there is more than one tensor named {repeated!r}; rename all but one")
     if folder is not None:
-        write_folder(path, shards, folder, check=check, list_own=list_own, force=force, keeper=keeper)
+        write_folder(
+            path,
+            shards,
+            folder,
+            check=check,
+            list_own=list_own,
+            force=force,
+            keeper=keeper,
+            make_files=make_files,
+        )
         return
     file_format = FORMATS.get(path.suffix.lower())
     if file_format is None or file_format.writer is None:

@@ -1,8 +1,9 @@
 """Checkpoints in several safetensors files with an index."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -13,6 +14,9 @@ from embpack.formats.new_folder import Keeper, ListOwn, new_folder
 from embpack.formats.rank_files import list_metadata
 from embpack.formats.safetensors import parse_object, read_shard, write_safetensors
 from embpack.formats.source import SourceFile
+
+MakeFiles = Callable[[Mapping[int, Path]], Iterator[int]]
+"""Makes files with tensors, by their numbers and where they are to lie; yields numbers as files are whole."""
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _BIN_INDEX_SUFFIX = ".bin.index.json"
@@ -112,6 +116,7 @@ def write_folder(
     list_own: ListOwn,
     force: bool,
     keeper: Keeper | None = None,
+    make_files: MakeFiles | None = None,
 ) -> None:
     """Write a folder of safetensors files, with their index if it has one, and what lies beside them.
 
@@ -123,6 +128,7 @@ def write_folder(
         list_own: as new_folder takes it.
         force: as new_folder takes it.
         keeper: as new_folder takes it; files are numbered as in shards.
+        make_files: what makes the files with tensors; None to write one after the other here.
 
     Raises:
         FileExistsError: the folder has other files.
@@ -130,16 +136,14 @@ def write_folder(
     """
     last = shards[0].file_name if folder.index_name is None else folder.index_name
     with new_folder(path, last, list_own, force=force, keeper=keeper) as new:
-        for number, shard in enumerate(shards):
-            made = new / shard.file_name
-            if keeper is not None and keeper.reuse(number, made):
-                continue
-            with _create(made) as file:
-                write_safetensors(file, path / shard.file_name, shard)
+        made = {number: new / shard.file_name for number, shard in enumerate(shards)}
+        missing = [number for number, file in made.items() if keeper is None or not keeper.reuse(number, file)]
+        make = make_files or partial(_make_files, path, shards)
+        for number in make({number: made[number] for number in missing}):
             if keeper is not None:
-                sync(made)
-                sync(made.parent)
-                keeper.keep(number, made)
+                sync(made[number])
+                sync(made[number].parent)
+                keeper.keep(number, made[number])
         if folder.index_name is not None:
             said = folder.describe_files(new)
             (new / folder.index_name).write_text(_make_index(shards, folder.index_name, said))
@@ -147,6 +151,13 @@ def write_folder(
             with _create(new / name) as file:
                 write(file)
         check()
+
+
+def _make_files(path: Path, shards: Sequence[OutShard], made: Mapping[int, Path]) -> Iterator[int]:
+    for number, file_path in made.items():
+        with _create(file_path) as file:
+            write_safetensors(file, path / shards[number].file_name, shards[number])
+        yield number
 
 
 def _create(path: Path) -> BinaryIO:

@@ -128,10 +128,15 @@ def measure_loss(sums: Iterable[Sums]) -> float:
     return math.sqrt(square_error / square) if square else 0.0
 
 
-def condense(sums: Iterable[Sums]) -> list[Sums]:
-    """Make few sums of those of many spans, which come to the same to the last bit, however they are summed up."""
+def condense(sums: Iterable[Sums], most: int = _MOST_SPANS) -> list[Sums]:
+    """Make few sums of those of many spans, which come to the same to the last bit, however they are summed up.
+
+    Args:
+        sums: of spans.
+        most: fewer stay as they are.
+    """
     spans = list(sums)
-    if len(spans) < _MOST_SPANS:
+    if len(spans) < most:
         return spans
     error, square, lost_square = (
         _split(getattr(span, name) for span in spans) for name in ("error", "square", "lost_square")
