@@ -1,6 +1,6 @@
 """Folders of torch.distributed.checkpoint, read without PyTorch: no pickle is ever run, no process group is needed."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -44,8 +44,8 @@ def open_dcp(path: Path) -> Iterator[Checkpoint]:
     _check_entries(path, kept)
     entries = [chunk.entry for tensor in kept.values() for chunk in tensor.chunks]
     sources = _open_sources(path, entries)
-    find = lru_cache(_MOST_PLACES)(_find_values)
-    tensors = tuple(_make_tensor(path, name, tensor, sources, find) for name, tensor in kept.items())
+    finder = _Finder()
+    tensors = tuple(_make_tensor(path, name, tensor, sources, finder) for name, tensor in kept.items())
     shard = Shard("model.safetensors", sum(entry.num_bytes for entry in entries), tensors)
     yield Checkpoint(path.parent, (shard,), left_out=left_out, sources=(*metadata, *sources.values()))
 
@@ -144,24 +144,30 @@ class _Values:
     source: SourceFile
 
 
-# What finds the values of a chunk in its file, which is open.
-_Find = Callable[[_Values], ViewReader]
+class _Finder:
+    """Finds the values of chunks in their files, which are open; what was found last is known, in this process."""
+
+    def __init__(self) -> None:
+        self.find = lru_cache(_MOST_PLACES)(_find_values)
+
+    def __reduce__(self) -> tuple[type["_Finder"], tuple[()]]:
+        return _Finder, ()
 
 
 def _make_tensor(
-    path: Path, name: str, tensor: SavedTensor, sources: dict[str, SourceFile], find: _Find
+    path: Path, name: str, tensor: SavedTensor, sources: dict[str, SourceFile], finder: _Finder
 ) -> SourceTensor:
     tag = TAGS[tensor.dtype]
     blocks = []
     for chunk in tensor.chunks:
         source = sources[chunk.entry.file_name]
-        read = partial(_iter_rows, find, _Values(name, tag, chunk, source))
+        read = partial(_iter_rows, finder, _Values(name, tag, chunk, source))
         blocks.append(Block(chunk.offsets, SourceTensor(name, chunk.sizes, tag, read, source)))
     return join_blocks(str(path), name, tensor.shape, tag, blocks)
 
 
-def _iter_rows(find: _Find, values: _Values, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
-    return find(values).iter_rows(start, stop, n)
+def _iter_rows(finder: _Finder, values: _Values, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
+    return finder.find(values).iter_rows(start, stop, n)
 
 
 def _find_values(values: _Values) -> ViewReader:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -101,11 +102,11 @@ def open_npz(path: Path) -> Iterator[Checkpoint]:
     """
     source = SourceFile(path)
     with source:
-        with _explain_damage(str(path)):
-            archive = zipfile.ZipFile(source.reader())
-        _check_members(path, archive.infolist(), source.size)
-        found = [_open_member(source, archive, info) for info in archive.infolist()]
-        refuse_repeated(path, archive.namelist())
+        archive = _Archive(source)
+        members = archive.opened.infolist()
+        _check_members(path, members, source.size)
+        found = [_open_member(source, archive, info) for info in members]
+        refuse_repeated(path, [info.filename for info in members])
         tensors = tuple(item for item in found if isinstance(item, SourceTensor))
         left_out = tuple(item for item in found if isinstance(item, str))
         yield Checkpoint(path, (Shard(path.name, source.size, tensors),), left_out=left_out)
@@ -127,12 +128,32 @@ def _check_members(path: Path, members: list[zipfile.ZipInfo], size: int) -> Non
             )
 
 
-def _open_member(source: SourceFile, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> SourceTensor | str:
+class _Archive:
+    """A zip file, whose directory is read once, when it is first wanted in a process; the source is open then."""
+
+    def __init__(self, source: SourceFile) -> None:
+        self._source = source
+
+    @cached_property
+    def opened(self) -> zipfile.ZipFile:
+        """What reads members.
+
+        Raises:
+            FormatError: it is none, or damaged.
+        """
+        with _explain_damage(str(self._source.path)):
+            return zipfile.ZipFile(self._source.reader())
+
+    def __reduce__(self) -> tuple[type["_Archive"], tuple[SourceFile]]:
+        return _Archive, (self._source,)
+
+
+def _open_member(source: SourceFile, archive: _Archive, info: zipfile.ZipInfo) -> SourceTensor | str:
     """Return an array, or a note on why it is left out."""
     if not info.filename.endswith(".npy"):
         return f"member {info.filename!r} (not an array)"
     where, name = f"{source.path}: {info.filename}", info.filename.removesuffix(".npy")
-    with _explain_damage(where), archive.open(info) as stream:
+    with _explain_damage(where), archive.opened.open(info) as stream:
         header = _read_header(stream, where)
     _check_size(where, header, info.file_size)
     if header.tag is None:
@@ -195,13 +216,13 @@ class _Member:
 
     where: str
     source: SourceFile
-    archive: zipfile.ZipFile
+    archive: _Archive
     info: zipfile.ZipInfo
     header: _Header
 
     def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
         """Yield rows from a stream, which compares the checksum if it is read from its start to its end."""
-        with _explain_damage(self.where), self.archive.open(self.info) as stream:
+        with _explain_damage(self.where), self.archive.opened.open(self.info) as stream:
             if self.header.is_fortran and self.info.compress_type == zipfile.ZIP_STORED:
                 if stop - start == self.header.shape[0]:
                     _read_through(stream)

@@ -22,16 +22,24 @@ _READER_BYTES = 1 << 16
 
 
 class _State(NamedTuple):
-    """What a file is known by, and by what it is seen to have changed."""
+    """What a file is known by, and by what it is seen to have changed.
 
-    device: int
-    inode: int
+    Device and inode are None where they are not known: they are this machine's, and the file may be opened on others.
+    """
+
+    device: int | None
+    inode: int | None
     size: int
     modified_ns: int
 
     @classmethod
     def of(cls, stat: os.stat_result) -> "_State":
         return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    @property
+    def anywhere(self) -> "_State":
+        """What is the same on every machine that sees the file."""
+        return self._replace(device=None, inode=None)
 
 
 class SourceFile:
@@ -41,6 +49,9 @@ class SourceFile:
     no descriptor, so that a checkpoint of many files needs one at a time. When it is opened again, it must be the same
     file, unchanged: device, inode, size and time of modification. A file that is written to through a shared mapping
     keeps its time for a while, and such a change may not be seen.
+
+    It can be pickled, and opened by another process on any machine that sees the file under the same path. There it
+    must have the size and the time of modification that it had here.
 
     Attributes:
         path: what errors call it.
@@ -71,6 +82,11 @@ class SourceFile:
         if not self._blocks:
             self._close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        fresh = SourceFile(self.path.absolute())
+        fresh._seen = self._seen and self._seen.anywhere
+        return vars(fresh)
+
     def __del__(self) -> None:
         # A block may be within a generator that nobody runs to its end.
         self._close()
@@ -91,7 +107,7 @@ class SourceFile:
                 raise PermissionError(error.errno, advice, str(self.path)) from None
             raise
         state = _State.of(os.fstat(descriptor))
-        if self._seen is None:
+        if self._seen is None or self._seen == state.anywhere:
             self._seen = state
         elif state != self._seen:
             os.close(descriptor)
@@ -233,7 +249,7 @@ class SourceFile:
         assert seen is not None  # it was opened
         if now is None:
             change = "deleted or moved"
-        elif now[:2] != seen[:2]:
+        elif seen.device is not None and now[:2] != seen[:2]:
             change = "replaced by another file"
         elif now.size != seen.size:
             change = f"changed from {seen.size} to {now.size} bytes"
