@@ -306,7 +306,7 @@ def _read_parts(work: Path) -> dict[str, tuple[str, Part]]:
     parts: dict[str, tuple[str, Part]] = {}
     with suppress(FileNotFoundError), (work / _PARTS_NAME).open() as file:
         for line in file:
-            with suppress(ValueError, TypeError, LookupError):
+            with suppress(ValueError, TypeError, LookupError, AttributeError, OSError):
                 value = json.loads(line)
                 sums = [Sums(*each) for each in value["part"].pop("sums")]
                 name, part = str(value["name"]), Part(sums=sums, **value["part"])
