@@ -231,15 +231,16 @@ class PieceWriter:
     def _pack(self) -> Iterator[NDArray[np.uint8]]:
         started = time.perf_counter()
         packer, stop = self.table.fit(), self.first_row + self.num_rows
-        by_row = self.table.row_format.form.by_row(self.num_rows)
+        by_row = packer.make_by_row(self.num_rows)
+        if by_row is not None:
+            self.beside["clusters"] = by_row
         for name, array in packer.beside().items():
-            is_by_row = by_row is not None and by_row.name == name
-            self.beside[name] = array[self.first_row : stop] if is_by_row else array
-            if not is_by_row:
-                self.table.check_shared(array)
+            self.beside[name] = array
+            self.table.check_shared(array)
         digest, sums = hashlib.sha256(), list[Sums]()
         on_rows = partial(self.table.progress, self.table.decision.tensor.name)
-        for packed, own in iter_packed(packer, self.table.read(self.first_row, stop), self.first_row, on_rows):
+        rows = self.table.read(self.first_row, stop)
+        for packed, own in iter_packed(packer, rows, self.first_row, on_rows, by_row):
             digest.update(packed.data)
             sums = condense([*sums, *own])
             yield packed
