@@ -1,6 +1,5 @@
 """A packed checkpoint that workers make: the driver hands out ranges of rows, and holds none itself."""
 
-import hashlib
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +13,13 @@ import numpy as np
 from embpack.chunks import chunk_rows
 from embpack.engines import Engine, Workers
 from embpack.errors import EngineError
-from embpack.files import format_checksum
-from embpack.formats.base import as_bytes
 from embpack.formats.source import SourceFile
 from embpack.methods import Packer
 from embpack.ranges import (
     DamagedPartError,
     Part,
     assemble_file,
+    checksum_packer,
     fit_table,
     list_ranges,
     pack_range,
@@ -98,7 +96,7 @@ class _Run:
         running: what is told of the results of tasks that were submitted, by the task.
         parts: of each piece, by id: parts that are there, by their first rows.
         missing: of each file, by its number, how many parts are not there.
-        packers: of each table, by id: what was sent to the workers, and its checksum.
+        tables: of each table, by id, how it and its packer were sent to the workers.
         repaired: names of parts that were packed again.
         finished: numbers of files that are whole, and not yielded yet.
     """
@@ -110,7 +108,7 @@ class _Run:
     running: dict[Any, Done] = field(default_factory=dict)
     parts: dict[int, dict[int, Part]] = field(default_factory=dict)
     missing: dict[int, int] = field(default_factory=dict)
-    packers: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    tables: dict[int, Any] = field(default_factory=dict)
     repaired: set[str] = field(default_factory=set)
     finished: deque[int] = field(default_factory=deque)
 
@@ -151,25 +149,26 @@ class _Run:
         table.packer = packer
         for array in packer.beside().values():
             table.check_shared(array)
-        self.packers[id(table)] = self.workers.share((table.decision, packer)), _checksum_packer(packer)
+        self.tables[id(table)] = self.workers.share((table.decision, packer))
+        of_packer = checksum_packer(packer)
         for number, piece in pieces:
             for start, stop in list_ranges(piece):
                 name = self._name(number, piece, start)
-                known = self.distribution.keeper.find_part(name, self.packers[id(table)][1])
+                known = self.distribution.keeper.find_part(name, of_packer)
                 if known is not None and (known.start, known.stop) == (start, stop):
                     self._take(number, piece, known)
                 else:
                     self._pack(number, piece, start, stop)
 
     def _pack(self, number: int, piece: PieceWriter, start: int, stop: int) -> None:
-        name, (sent, of_packer) = self._name(number, piece, start), self.packers[id(piece.table)]
+        name = self._name(number, piece, start)
 
         def done(part: Part) -> None:
-            self.distribution.keeper.keep_part(name, of_packer, part)
+            self.distribution.keeper.keep_part(name, part)
             self._take(number, piece, part)
 
-        path = self.distribution.keeper.parts_folder / name
-        self.waiting.append((_pack_range, (sent, start, stop, path), _bound_memory(piece.table), done))
+        args = (self.tables[id(piece.table)], start, stop, self.distribution.keeper.parts_folder, name)
+        self.waiting.append((pack_range, args, _bound_memory(piece.table), done))
 
     def _take(self, number: int, piece: PieceWriter, part: Part) -> None:
         """Take a part that is there; with the last one of a file have that made."""
@@ -223,20 +222,7 @@ class _Run:
         return f"{number:05}-{self._writer(number).pieces.index(piece):05}-{start}"
 
 
-def _pack_range(sent: tuple[Any, Packer], start: int, stop: int, path: Path) -> Part:
-    decision, packer = sent
-    return pack_range(decision, packer, start, stop, path)
-
-
 def _bound_memory(table: TableWriter) -> int:
     """Bytes that a task for a table takes at most, beside what a worker has anyway."""
     values = chunk_rows(table.row_format.embedding_dim) * table.row_format.embedding_dim
     return max(_LEAST_BYTES, _CHUNKS * values * np.dtype(np.float32).itemsize)
-
-
-def _checksum_packer(packer: Packer) -> str:
-    """Checksum what rows are packed by: its method, and what they share."""
-    digest = hashlib.sha256(f"{packer.spec} in {packer.row_format}".encode())
-    for array in packer.beside().values():
-        digest.update(as_bytes(array))
-    return format_checksum(digest)

@@ -1,16 +1,18 @@
 """Ranges of rows: what is packed at a time, by whichever process, and files that are put together of them.
 
 A range is packed into a part, a file of its own: its packed rows, and after them its entries of the array that lies
-beside them by row, if there is one. Everything here may be done twice, at the same time, and comes to the same bytes.
+beside them by row, if there is one. A file beside it, whose name ends in .json, says what is known of it. Everything
+here may be done twice, at the same time, and comes to the same bytes.
 """
 
 import hashlib
+import json
 import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +33,7 @@ from embpack.shard_writer import DonePiece, PackedRows, PieceWriter, ShardWriter
 # Some seconds of work, most of the time, of which little is lost where a worker dies.
 _RANGE_VALUES = 1 << 24
 _PORTION_BYTES = 1 << 24
+_KNOWN = ".json"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Part:
         sums: few, which come to what those of all its spans come to.
         num_bytes: of its file.
         checksum: of them.
+        packer: a checksum of what its rows were packed by.
         seconds: spent reading, packing and writing it.
     """
 
@@ -50,7 +54,26 @@ class Part:
     sums: Sequence[Sums]
     num_bytes: int
     checksum: str
+    packer: str
     seconds: float
+
+
+def name_part(folder: Path, name: str) -> tuple[Path, Path]:
+    """Where a part lies in a folder, and what is known of it."""
+    return folder / name, folder / f"{name}{_KNOWN}"
+
+
+def read_parts(folder: Path) -> dict[str, Part]:
+    """Read what is known of the parts in a folder that are there, by their names."""
+    parts = {}
+    for known in folder.glob(f"*{_KNOWN}"):
+        with suppress(ValueError, TypeError, LookupError, AttributeError, OSError):
+            value = json.loads(known.read_text())
+            part = Part(**{**value, "sums": [Sums(*sums) for sums in value["sums"]]})
+            path = known.with_suffix("")
+            if path.stat().st_size == part.num_bytes:
+                parts[path.name] = part
+    return parts
 
 
 class DamagedPartError(FormatError):
@@ -78,15 +101,24 @@ def fit_table(decision: Decision) -> Packer:
     return TableWriter(decision).fit()
 
 
-def pack_range(decision: Decision, packer: Packer, start: int, stop: int, path: Path) -> Part:
-    """Pack rows [start, stop) of a table into a part, which appears whole or not at all.
+def checksum_packer(packer: Packer) -> str:
+    """Checksum what rows are packed by: its method, and what they share."""
+    digest = hashlib.sha256(f"{packer.spec} in {packer.row_format}".encode())
+    for array in packer.beside().values():
+        digest.update(as_bytes(array))
+    return format_checksum(digest)
+
+
+def pack_range(table: tuple[Decision, Packer], start: int, stop: int, folder: Path, name: str) -> Part:
+    """Pack rows [start, stop) of a table into a part of a folder, which appears whole or not at all.
 
     Raises:
         ValueError: as Packer.pack.
         OSError: it cannot be written.
     """
     started = time.perf_counter()
-    table = TableWriter(decision, packer=packer)
+    decision, packer = table
+    path, known = name_part(folder, name)
     digest, sums, by_row, num_bytes = hashlib.sha256(), list[Sums](), list[NDArray[Any]](), 0
     with _new_file(path) as file:
 
@@ -95,13 +127,17 @@ def pack_range(decision: Decision, packer: Packer, start: int, stop: int, path: 
             digest.update(data)
             return file.write(data)
 
-        for rows in table.pack_rows(start, stop):
+        for rows in TableWriter(decision, packer=packer).pack_rows(start, stop):
             num_bytes += write(rows.packed)
             sums = condense([*sums, *rows.sums])
             if rows.by_row is not None:
                 by_row.append(rows.by_row)
         num_bytes += sum(map(write, by_row))
-    return Part(start, stop, condense(sums, 1), num_bytes, format_checksum(digest), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    part = Part(start, stop, condense(sums, 1), num_bytes, format_checksum(digest), checksum_packer(packer), seconds)
+    with _new_file(known) as file:
+        file.write(json.dumps(asdict(part)).encode())
+    return part
 
 
 def assemble_file(
