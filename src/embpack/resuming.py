@@ -6,10 +6,8 @@ is known of each and not in it. The checksums of a file are its own: it is read 
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,10 @@ import embpack
 from embpack.errors import FormatError
 from embpack.files import format_checksum
 from embpack.formats import Checkpoint, OutShard, open_checkpoint
-from embpack.formats.atomic import check_space, sync
-from embpack.formats.source import SourceFile
+from embpack.formats.atomic import check_space, replace_text
+from embpack.formats.new_folder import remove_others
+from embpack.formats.paths import path_in
+from embpack.formats.source import SourceFile, make_source
 from embpack.methods.base import Sums
 from embpack.packed_files import PackedFile, check_file
 from embpack.rules import Decision, list_names
@@ -41,7 +41,7 @@ def describe_run(checkpoint: Checkpoint, decisions: Sequence[Decision], shards: 
     return {
         "embpack": embpack.__version__,
         "sources": {
-            os.path.relpath(source.path, checkpoint.path.parent): _describe_source(source)
+            path_in(source.path, checkpoint.path.parent).as_posix(): _describe_source(source)
             for source in _list_sources(checkpoint)
         },
         "tables": tables,
@@ -147,14 +147,8 @@ class Unfinished:
         self._record = record
         if not self.files:
             record.unlink(missing_ok=True)
-        kept = {record, *(work / "new" / name for name in self.files)}
-        for path in sorted(work.rglob("*"), reverse=True):  # what is in a folder before that
-            if path.is_dir() and not path.is_symlink():
-                with suppress(OSError):  # it is not empty
-                    path.rmdir()
-            elif path not in kept:
-                path.unlink()
-        check_space(self.dst, sum(size for name, size in self.sizes.items() if name not in self.files), work)
+        remove_others(work, {RECORD_NAME, *(f"new/{name}" for name in self.files)})
+        check_space(self.dst, [size for name, size in self.sizes.items() if name not in self.files], work)
 
     def reuse(self, number: int, path: Path) -> bool:
         """Whether a file is there and whole; what is known of its tables is known again then."""
@@ -206,11 +200,7 @@ class Unfinished:
         }
         self.files[self._name(number)] = {"header": _checksum_header(path), "pieces": known}
         assert self._record is not None  # it was started
-        new = self._record.with_suffix(".new")
-        new.write_text(json.dumps({"version": _RECORD_VERSION, "run": self.run, "files": self.files}))
-        sync(new)
-        new.replace(self._record)
-        sync(self._record.parent)
+        replace_text(self._record, json.dumps({"version": _RECORD_VERSION, "run": self.run, "files": self.files}))
 
     def is_kept(self, error: BaseException) -> bool:
         """Whether files stay: what was there before is never removed by mistake, nor is what is whole.
@@ -262,6 +252,7 @@ def _is_run(value: Any) -> bool:
 
 def _checksum_header(path: Path) -> str:
     """Checksum a safetensors file's header, which has the checksums of all else."""
-    with path.open("rb") as file:
-        length = file.read(_LENGTH_BYTES)
-        return format_checksum(hashlib.sha256(length + file.read(int.from_bytes(length, "little"))))
+    with make_source(path) as source:
+        length = source.read(0, _LENGTH_BYTES)
+        header = source.read(_LENGTH_BYTES, int.from_bytes(length, "little"))
+        return format_checksum(hashlib.sha256(length + header))
