@@ -13,6 +13,7 @@ import numpy as np
 from embpack.chunks import chunk_rows
 from embpack.engines import Engine, Workers
 from embpack.errors import EngineError
+from embpack.formats.atomic import create, remove_file
 from embpack.formats.source import SourceFile
 from embpack.methods import Packer
 from embpack.ranges import (
@@ -23,6 +24,7 @@ from embpack.ranges import (
     fit_table,
     list_ranges,
     pack_range,
+    remove_parts,
     see_paths,
     without_progress,
 )
@@ -59,8 +61,6 @@ class Distribution:
         """Make files, by their numbers and where they are to lie; yields numbers as files are whole."""
         if not made:
             return
-        for path in {path.parent for path in made.values()} | {self.keeper.parts_folder}:
-            path.mkdir(parents=True, exist_ok=True)
         with self.engine.connect() as workers:
             self._check_paths(workers)
             yield from _Run(self, workers, made).run()
@@ -73,12 +73,13 @@ class Distribution:
         """
         token = secrets.token_hex(16)
         mark = self.keeper.parts_folder / f"{token}.mark"
-        mark.write_text(token)
+        with create(mark) as file:
+            file.write(token.encode())
         try:
             sources = [(source.path.absolute(), source.size, source.modified_ns) for source in self.sources]
             found = workers.run_everywhere(see_paths, sources, mark.absolute(), token)
         finally:
-            mark.unlink()
+            remove_file(mark)
         faults = [f"{machine}: {fault}" for machine, fault in found.items() if fault is not None]
         if faults:
             raise EngineError(
@@ -125,9 +126,12 @@ class _Run:
                 number = self.finished.popleft()
                 yield number
                 # By now it is written down that the file is whole.
-                for piece in self._writer(number).pieces:
-                    for start in self.parts.pop(id(piece)):
-                        self.distribution.keeper.drop_part(self._name(number, piece, start))
+                names = [
+                    self._name(number, piece, start)
+                    for piece in self._writer(number).pieces
+                    for start in self.parts.pop(id(piece))
+                ]
+                self._drop(names)
 
     def _begin(self) -> None:
         """Have all tables fitted, in the order of the files, and files without tables made."""
@@ -167,7 +171,7 @@ class _Run:
             self.distribution.keeper.keep_part(name, part)
             self._take(number, piece, part)
 
-        args = (self.tables[id(piece.table)], start, stop, self.distribution.keeper.parts_folder, name)
+        args = (self.tables[id(piece.table)], number, start, stop, self.distribution.keeper.parts_folder, name)
         self.waiting.append((pack_range, args, _bound_memory(piece.table), done))
 
     def _take(self, number: int, piece: PieceWriter, part: Part) -> None:
@@ -205,7 +209,7 @@ class _Run:
         if error.name in self.repaired:
             raise error
         self.repaired.add(error.name)
-        self.distribution.keeper.drop_part(error.name)
+        self.distribution.keeper.drop_parts([error.name])
         for piece in self._writer(number).pieces:
             for start, part in self.parts[id(piece)].items():
                 if self._name(number, piece, start) == error.name:
@@ -213,6 +217,12 @@ class _Run:
                     self.missing[number] += 1
                     self._pack(number, piece, start, part.stop)
                     return
+
+    def _drop(self, names: Sequence[str]) -> None:
+        """Have parts removed, which take space: before anything else."""
+        self.distribution.keeper.drop_parts(names)
+        args = (self.distribution.keeper.parts_folder, names)
+        self.waiting.appendleft((remove_parts, args, _LEAST_BYTES, lambda done: None))
 
     def _writer(self, number: int) -> ShardWriter:
         return self.distribution.writers[number]

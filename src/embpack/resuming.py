@@ -7,10 +7,8 @@ rows that workers have packed, of files that are not whole, are in "parts", each
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,10 @@ import embpack
 from embpack.errors import FormatError
 from embpack.files import format_checksum
 from embpack.formats import Checkpoint, OutShard, open_checkpoint
-from embpack.formats.atomic import check_space, sync
-from embpack.formats.source import SourceFile
+from embpack.formats.atomic import check_space, replace_text
+from embpack.formats.new_folder import remove_others
+from embpack.formats.paths import path_in
+from embpack.formats.source import SourceFile, make_source
 from embpack.methods.base import Sums
 from embpack.packed_files import PackedFile, check_file
 from embpack.ranges import Part, name_part, read_parts
@@ -44,7 +44,7 @@ def describe_run(checkpoint: Checkpoint, decisions: Sequence[Decision], shards: 
     return {
         "embpack": embpack.__version__,
         "sources": {
-            os.path.relpath(source.path, checkpoint.path.parent): _describe_source(source)
+            path_in(source.path, checkpoint.path.parent).as_posix(): _describe_source(source)
             for source in list_sources(checkpoint)
         },
         "tables": tables,
@@ -140,7 +140,9 @@ class Unfinished:
                     "leave out --resume (in Python resume=True) to begin anew"
                 )
             self.files = before["files"]
-            self.parts = read_parts(work / _PARTS)
+            whole = {number for number, name in enumerate(self.sizes) if name in self.files}
+            parts = read_parts(work / _PARTS)
+            self.parts = {name: part for name, part in parts.items() if part.file not in whole}
         elif self.resume:
             warnings.warn(f"{self.dst}: there is nothing to resume, so packing begins", stacklevel=2)
         elif before is not None and (before["files"] or read_parts(work / _PARTS)):
@@ -151,17 +153,10 @@ class Unfinished:
                 stacklevel=2,
             )
         self._record = record
-        kept = {work / "new" / name for name in self.files}
-        kept |= {path for name in self.parts for path in name_part(work / _PARTS, name)}
-        if kept:
-            kept.add(record)
-        for path in sorted(work.rglob("*"), reverse=True):  # what is in a folder before that
-            if path.is_dir() and not path.is_symlink():
-                with suppress(OSError):  # it is not empty
-                    path.rmdir()
-            elif path not in kept:
-                path.unlink()
-        check_space(self.dst, sum(size for name, size in self.sizes.items() if name not in self.files), work)
+        kept = {f"new/{name}" for name in self.files}
+        kept |= {f"{_PARTS}/{path.name}" for name in self.parts for path in name_part(work / _PARTS, name)}
+        remove_others(work, kept | {RECORD_NAME} if kept else kept)
+        check_space(self.dst, [size for name, size in self.sizes.items() if name not in self.files], work)
 
     def reuse(self, number: int, path: Path) -> bool:
         """Whether a file is there and whole; what is known of its tables is known again then."""
@@ -230,11 +225,10 @@ class Unfinished:
             self._write()
         self.parts[name] = part
 
-    def drop_part(self, name: str) -> None:
-        """Remove a part, which is of no use any more."""
-        self.parts.pop(name, None)
-        for path in name_part(self.parts_folder, name):
-            path.unlink(missing_ok=True)
+    def drop_parts(self, names: Sequence[str]) -> None:
+        """Forget parts, which are of no use any more."""
+        for name in names:
+            self.parts.pop(name, None)
 
     @property
     def _work(self) -> Path:
@@ -243,11 +237,7 @@ class Unfinished:
 
     def _write(self) -> None:
         assert self._record is not None  # it was started
-        new = self._record.with_suffix(".new")
-        new.write_text(json.dumps({"version": _RECORD_VERSION, "run": self.run, "files": self.files}))
-        sync(new)
-        new.replace(self._record)
-        sync(self._record.parent)
+        replace_text(self._record, json.dumps({"version": _RECORD_VERSION, "run": self.run, "files": self.files}))
 
     def is_kept(self, error: BaseException) -> bool:
         """Whether files stay: what was there before is never removed by mistake, nor is what is whole.
@@ -304,6 +294,7 @@ def _is_run(value: Any) -> bool:
 
 def _checksum_header(path: Path) -> str:
     """Checksum a safetensors file's header, which has the checksums of all else."""
-    with path.open("rb") as file:
-        length = file.read(_LENGTH_BYTES)
-        return format_checksum(hashlib.sha256(length + file.read(int.from_bytes(length, "little"))))
+    with make_source(path) as source:
+        length = source.read(0, _LENGTH_BYTES)
+        header = source.read(_LENGTH_BYTES, int.from_bytes(length, "little"))
+        return format_checksum(hashlib.sha256(length + header))
