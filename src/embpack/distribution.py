@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
 from embpack.engines import Engine, Workers
@@ -150,9 +149,9 @@ class _Run:
     def _cut(self, table: TableWriter, pieces: Sequence[tuple[int, PieceWriter]], packer: Packer) -> None:
         """Have the ranges of a table packed that are not there."""
         table.packer = packer
-        for array in shared_arrays(packer):
+        for array in packer.beside().values():
             table.check_shared(array)
-        self.packers[id(table)] = self.workers.share((table.decision, packer)), checksum_packer(packer)
+        self.packers[id(table)] = self.workers.share((table.decision, packer)), _checksum_packer(packer)
         for number, piece in pieces:
             for start, stop in list_ranges(piece):
                 name = self._name(number, piece, start)
@@ -235,15 +234,9 @@ def _bound_memory(table: TableWriter) -> int:
     return max(_LEAST_BYTES, _CHUNKS * values * np.dtype(np.float32).itemsize)
 
 
-def shared_arrays(packer: Packer) -> list[NDArray[Any]]:
-    """The array that all rows of a table share, if there is one."""
-    shared = packer.row_format.form.shared()
-    return [] if shared is None else [packer.beside()[shared.name]]
-
-
-def checksum_packer(packer: Packer) -> str:
+def _checksum_packer(packer: Packer) -> str:
     """Checksum what rows are packed by: its method, and what they share."""
     digest = hashlib.sha256(f"{packer.spec} in {packer.row_format}".encode())
-    for array in shared_arrays(packer):
+    for array in packer.beside().values():
         digest.update(as_bytes(array))
     return format_checksum(digest)
