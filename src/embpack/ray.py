@@ -304,10 +304,14 @@ def _run(versions: Versions, function: Callable[..., Any], *args: Any) -> Any:
 def _name_machine(error: OSError) -> OSError:
     """Say on which machine the system failed."""
     where = f"on the machine {platform.node()}"
-    if error.errno is None or type(error).__module__ != "builtins":
+    if type(error).__module__ != "builtins":  # nobody knows what it is made of
         error.add_note(where)
         return error
-    return type(error)(error.errno, f"{error.strerror}, {where}", error.filename, None, error.filename2)
+    is_of_system = error.strerror is not None
+    args = (error.errno, f"{error.strerror}, {where}", error.filename) if is_of_system else (f"{error}, {where}",)
+    named = type(error)(*args)
+    named.__dict__.update(error.__dict__)
+    return named
 
 
 def _make_probe() -> Any:
