@@ -13,6 +13,7 @@ from large_tables import make_qwen_fp8, make_torchrec, write_tensors
 import embpack
 from embpack.chunks import span_rows
 from embpack.errors import EngineError, FormatError, LossLimitError
+from embpack.formats.paths import as_path
 from embpack.resuming import RECORD_NAME
 
 UNFINISHED = ".packed.embpack-unfinished"
@@ -274,3 +275,17 @@ def test_the_driver_holds_little_of_a_part(src, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         embpack.quantize_file(src, tmp_path / "packed", method="asym", engine=Here())
     assert kept and all(len(part.sums) <= 3 for part in kept)
+
+
+@pytest.mark.parametrize("options", [{"method": "asym", "max_shard_size": "100 kB"}, {"method": "kmeans-cls:K=20"}])
+def test_a_destination_behind_a_uri(src, tmp_path, options):
+    pytest.importorskip("upath")
+    place = f"memory://distribution/{tmp_path.name}"
+    embpack.quantize_file(src, tmp_path / "whole", **options)
+    die(src, f"{place}/packed", 6, **options)
+    engine = Here()
+    embpack.quantize_file(src, f"{place}/packed", engine=engine, resume=True, **options)
+    files = as_path(place).fs.find(as_path(place).path)
+    found = {name.partition("/packed/")[2]: as_path(f"memory:/{name}").read_bytes() for name in files}
+    assert found == read_tree(tmp_path / "whole")
+    assert engine.started.count("pack_range") < (17 if "max_shard_size" in options else 7)
