@@ -85,7 +85,12 @@ class Packer(ABC):
         raise ValueError(f"method {self.method.name!r} has no error_weights; choose 'optimal'")
 
     def pack(
-        self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int = 0, on_rows: OnRows | None = None
+        self,
+        rows: NDArray[Any],
+        packed: NDArray[np.uint8],
+        start: int = 0,
+        on_rows: OnRows | None = None,
+        numbers: NDArray[np.int64] | None = None,
     ) -> list[Sums]:
         """Pack rows of the table: a number of whole spans, or the last ones.
 
@@ -94,6 +99,7 @@ class Packer(ABC):
             packed: uint8 [n, row_bytes], C-contiguous; filled.
             start: number of the first row in the table.
             on_rows: called about ten times a second with how many more of the rows are packed, and once at the end.
+            numbers: int64 [n], what messages call the rows; None: start, start + 1, ...
 
         Returns:
             The sums of each span, as measure_loss takes them.
@@ -102,10 +108,11 @@ class Packer(ABC):
             ValueError: a value is NaN or infinite, or a scale, bias or codebook overflows; row and column are named.
         """
         fault, row, sums = self._encode(np.ascontiguousarray(rows), packed, start, on_rows)
-        if fault == _NOT_FINITE:
-            raise explain_not_finite(widen(rows[row]), self.name, start + row)
         if fault:
-            raise self._explain_overflow(widen(rows[row]), start + row)
+            number = start + row if numbers is None else int(numbers[row])
+            if fault == _NOT_FINITE:
+                raise explain_not_finite(widen(rows[row]), self.name, number)
+            raise self._explain_overflow(widen(rows[row]), number)
         return [Sums(*span) for span in sums]
 
     @abstractmethod
