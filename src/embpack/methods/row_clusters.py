@@ -19,9 +19,6 @@ Numbers = NDArray[np.int64]
 # More centres than this are found in two steps: groups first, then the centres of each group.
 MOST_FLAT_CENTRES = 256
 ITERATIONS = 10
-# Rows times their number's product with this odd number, in 32 bits, are in an order that looks random (Knuth 1973,
-# section 6.4: 2^32 by the golden ratio).
-_GOLDEN = np.uint32(2654435769)
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,9 @@ def find_nearest_reference(rows: Rows, centres: Rows) -> Numbers:
     return scores.argmax(axis=1)
 
 
-def find_centres(rows: NDArray[Any], factor: np.float32, groups: Groups, starts: Numbers) -> Rows:
+def find_centres(
+    rows: NDArray[Any], factor: np.float32, groups: Groups, starts: Numbers, rng: np.random.Generator
+) -> Rows:
     """Find centres of the rows of each group by Lloyd's iteration, from some of these rows.
 
     Args:
@@ -96,11 +95,12 @@ def find_centres(rows: NDArray[Any], factor: np.float32, groups: Groups, starts:
         factor: as find_nearest takes it.
         groups: of the rows.
         starts: int64 [num_groups + 1], where each group's centres begin; it has at most as many as rows.
+        rng: draws the rows.
 
     Returns:
         float32 [starts[-1], d], of rows times factor.
     """
-    centres = rows[_choose_first(groups, starts)] * factor
+    centres = rows[_draw_first(groups, starts, rng)] * factor
     for _ in range(ITERATIONS):
         own = Groups.sort(find_nearest(rows, factor, groups, centres, starts), len(centres))
         sums, counts = np.empty(centres.shape), own.counts
@@ -110,14 +110,13 @@ def find_centres(rows: NDArray[Any], factor: np.float32, groups: Groups, starts:
     return centres
 
 
-def _choose_first(groups: Groups, starts: Numbers) -> Numbers:
-    """Choose as many rows of each group as it is to have centres."""
-    chosen = []
+def _draw_first(groups: Groups, starts: Numbers, rng: np.random.Generator) -> Numbers:
+    """Draw as many rows of each group as it is to have centres."""
+    drawn = []
     for (first, end), count in zip(pairwise(groups.starts), np.diff(starts), strict=True):
-        own = np.arange(first, end) if groups.order is None else groups.order[first:end]
-        shuffled = np.argsort(own.astype(np.uint32) * _GOLDEN, kind="stable")
-        chosen.append(own[np.sort(shuffled[:count])])
-    return np.concatenate(chosen)
+        chosen = np.sort(rng.choice(end - first, count, replace=False))
+        drawn.append(first + chosen if groups.order is None else groups.order[first + chosen])
+    return np.concatenate(drawn)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,30 +141,34 @@ class RowClusters:
         _, _, smallest, largest = _native.bound(rows)
         exponent = int(np.frexp(max(-smallest, largest))[1])
         factor = F32(2.0 ** -min(max(exponent, -126), 126))
+        rng = np.random.default_rng(0)
         groups, of_groups = Groups.single(len(rows)), np.zeros((1, rows.shape[1]), F32)
         if num_centres > MOST_FLAT_CENTRES:
-            ends = np.array([0, int(num_centres**0.5)])
-            of_groups = find_centres(rows, factor, groups, ends)
-            groups = Groups.sort(find_nearest(rows, factor, groups, of_groups, ends), len(of_groups))
+            of_groups = find_centres(rows, factor, groups, np.array([0, int(num_centres**0.5)]), rng)
+            groups = _group_rows(rows, factor, of_groups)
         shares = _share_out(num_centres, groups.counts)
-        centres = find_centres(rows, factor, groups, _starts(shares))
-        kept = shares > 0
-        return cls(factor, of_groups[kept], centres, _starts(shares[kept]))
+        if not shares.all():
+            of_groups, shares = of_groups[shares > 0], shares[shares > 0]
+            groups = _group_rows(rows, factor, of_groups)
+        return cls(factor, of_groups, find_centres(rows, factor, groups, _starts(shares), rng), _starts(shares))
 
     def assign(self, rows: NDArray[Any]) -> NDArray[np.uint32]:
         """Number of the nearest centre, within the nearest group, of each row [n, d]."""
-        together = Groups.single(len(rows))
+        groups = Groups.single(len(rows))
         if len(self.groups) > 1:
-            ends = np.array([0, len(self.groups)])
-            together = Groups.sort(find_nearest(rows, self.factor, together, self.groups, ends), len(self.groups))
-        return find_nearest(rows, self.factor, together, self.centres, self.starts)
+            groups = _group_rows(rows, self.factor, self.groups)
+        return find_nearest(rows, self.factor, groups, self.centres, self.starts)
+
+
+def _group_rows(rows: NDArray[Any], factor: np.float32, centres: Rows) -> Groups:
+    """Group rows by the nearest of some centres."""
+    numbers = find_nearest(rows, factor, Groups.single(len(rows)), centres, np.array([0, len(centres)]))
+    return Groups.sort(numbers, len(centres))
 
 
 def _share_out(total: int, counts: Numbers) -> Numbers:
-    """Share a total out about in proportion to counts: at least 1 where there is any, at most the count."""
-    shares = np.minimum(counts, 1)
-    room = counts - shares
-    shares += room * (total - shares.sum()) // max(1, room.sum())
+    """Share a total out in proportion to counts, no share larger than its count; sum(counts) >= total."""
+    shares: Numbers = counts * total // counts.sum()
     left = int(total - shares.sum())
     by_room = np.argsort(shares - counts, kind="stable")
     while left:
