@@ -16,8 +16,6 @@ namespace embpack {
 
 namespace {
 
-#include "kernels/lloyd-inl.h"
-
 // Values that a thread takes at a time: enough to make asking for more cheap, few enough to share evenly.
 constexpr size_t values_at_a_time = size_t{1} << 15;
 
@@ -197,83 +195,6 @@ QuantizeResult quantize_by_codebooks(const Rows& rows, CodebookFn Kernels::*sear
         return overflows;
     };
     return encode_blocks<double>(rows, span_rows, progress, codebook_doubles + kmeans_doubles(d, grid.bits), encode);
-}
-
-namespace {
-
-// Sorts in runs that take a tenth of a second, and merges these, so that `turn` is checked in between.
-void sort_values(float* first, size_t count, Turn& turn) {
-    constexpr size_t run = size_t{1} << 21;
-    for (size_t start = 0; start < count; start += run) {
-        std::sort(first + start, first + std::min(count, start + run));
-        turn.check();
-    }
-    for (size_t width = run; width < count; width *= 2)
-        for (size_t start = 0; start + width < count; start += 2 * width) {
-            std::inplace_merge(first + start, first + start + width, first + std::min(count, start + 2 * width));
-            turn.check();
-        }
-}
-
-}  // namespace
-
-void assign_codebooks(const float* rows, size_t num_rows, size_t embedding_dim, const float* codebooks, size_t count,
-                      int bits, uint32_t* numbers) {
-    const size_t levels = size_t{1} << bits;
-    std::vector<double> bounds(count * levels);   // above each level but the last
-    for (size_t i = 0; i < count; i++)
-        for (size_t k = 0; k + 1 < levels; k++) {
-            const float* level = codebooks + i * levels + k;
-            bounds[i * levels + k] = (double{level[0]} + double{level[1]}) * 0.5;
-        }
-    const auto find = [&](size_t row, Turn& turn) {
-        std::vector<float> values(rows + row * embedding_dim, rows + (row + 1) * embedding_dim);
-        numbers[row] = 0;
-        for (float value : values)
-            if (value != value) return;
-        sort_values(values.data(), embedding_dim, turn);
-        std::vector<double> sums(embedding_dim + 1);
-        for (size_t j = 0; j < embedding_dim; j++) sums[j + 1] = sums[j] + double{values[j]};
-        double least = std::numeric_limits<double>::infinity();
-        for (size_t i = 0; i < count; i++) {
-            double error = 0.0;   // less the row's squares, which are the same for all
-            ptrdiff_t start = 0;
-            for (size_t k = 0; k < levels; k++) {
-                ptrdiff_t end = static_cast<ptrdiff_t>(embedding_dim);
-                if (k + 1 < levels)
-                    end = std::upper_bound(values.begin(), values.end(), bounds[i * levels + k]) - values.begin();
-                const double level = codebooks[i * levels + k];
-                const double sum = sums[static_cast<size_t>(end)] - sums[static_cast<size_t>(start)];
-                if (end > start) error += level * (level * static_cast<double>(end - start) - 2.0 * sum);
-                start = end;
-            }
-            if (error < least) {
-                least = error;
-                numbers[row] = static_cast<uint32_t>(i);
-            }
-        }
-    };
-    for_each_piece(num_rows, 1, threads_for(num_rows * count * levels), find);
-}
-
-void fit_codebooks(float* values, const int64_t* starts, size_t groups, int bits, float* codebooks) {
-    const size_t levels = size_t{1} << bits;
-    const auto fit_codebook = [&](size_t group, Turn& turn) {
-        float* first = values + starts[group];
-        const size_t count = static_cast<size_t>(starts[group + 1] - starts[group]);
-        float* codebook = codebooks + levels * group;
-        std::fill_n(codebook, levels, 0.0f);
-        if (count == 0) return;
-        sort_values(first, count, turn);
-        const double middle = (static_cast<double>(first[0]) + static_cast<double>(first[count - 1])) * 0.5;
-        std::vector<double> sums(count + 1);
-        const SortedValues sorted = {first, sums.data(), count, 1, middle};
-        for (size_t j = 0; j < count; j++) sums[j + 1] = sums[j] + sorted.value(j);
-        double centres[256];
-        iterate_lloyd(sorted, levels, centres);
-        for (size_t k = 0; k < levels; k++) codebook[k] = static_cast<float>(middle + centres[k]);
-    };
-    for_each_piece(groups, 1, threads_for(static_cast<size_t>(starts[groups])), fit_codebook);
 }
 
 QuantizeResult quantize_by_clusters(const Rows& rows, const float* values, const uint32_t* clusters, Grid grid,

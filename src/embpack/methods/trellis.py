@@ -79,9 +79,11 @@ def _read_sample(
     """Find the mean [embedding_dim], and read rows, evenly spread, [at most SAMPLE_ROWS, embedding_dim]."""
     numbers = spread_rows(num_embeddings, min(num_embeddings, count_sample(SAMPLE_ROWS, embedding_dim)))
     total, sample, seen = np.zeros(embedding_dim), [], 0
+    sums = np.empty((1, embedding_dim))
     for rows in chunks():
         bound_values(rows, name, seen)  # refuses NaN and infinity
-        total += widen(rows).sum(axis=0, dtype=np.float64)
+        _native.sum_groups(rows, None, np.array([0, len(rows)]), sums)
+        total += sums[0]
         begin, end = np.searchsorted(numbers, (seen, seen + len(rows)))
         sample.append(widen(rows[numbers[begin:end] - seen]))
         seen += len(rows)
