@@ -202,6 +202,7 @@ def _check_names(tables: Iterable[str], names: Sequence[str]) -> None:
 
 
 def check_config(config: Any, table: PackedTable) -> None:
+    """Refuse a table that TorchRec cannot hold, or that is not what its config says; it is named."""
     check_table(table, f"table {config.name!r}", "torchrec")
     if config.use_virtual_table:
         raise ValueError(f"table {config.name!r} is virtual and has no fixed rows; set use_virtual_table=False")
