@@ -22,6 +22,7 @@ from torchrec.modules.embedding_configs import DataType, PoolingType  # type: ig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection  # type: ignore[import-untyped]
 
 from embpack.errors import kind_of
+from embpack.formats.mapped import reading_all
 from embpack.table import PackedTable
 from embpack.torchrec.collections import DATA_TYPES, check_config
 
@@ -46,10 +47,12 @@ class Sharder(embeddingbag.EmbeddingBagCollectionSharder):  # type: ignore[misc]
         sharded = shard(collection, {"user": row_wise(), "item": table_wise(rank=1)}, sharder=Sharder(tables))
         pooled = sharded(features)  # of this process's own bags, while all processes call it
 
-    The sharded collection has a copy of its part of the tables, and no parameters or state: let go of the Sharder and
-    the tables, and their file is no longer mapped. Values are those of torchrec.quant's collection in one process, bit
-    for bit where rows are whole on one process. Sums over shards of rows are added in another order. Means are divided
-    once, by the number of indices, weighted or not, as FBGEMM has it.
+    The sharded collection has a copy of its part of the tables: let go of the Sharder and the tables, and their file is
+    no longer mapped. The model's state dict is without them.
+
+    Values are those of torchrec.quant's collection in one process, bit for bit where rows are whole on one process.
+    Sums over shards of rows are added in another order. Means are divided once, by the number of indices, weighted or
+    not, as FBGEMM has it.
 
     An index that is out of range is not found: FBGEMM takes it for 0, and in a table that is sharded by rows it may
     stand for any row.
@@ -210,32 +213,38 @@ def _check_sharding(config: Any, table: PackedTable, sharding: Any, world_size: 
         )
     if config.num_embeddings_post_pruning is not None:
         raise ValueError(f"{what} is pruned, and shards do not map indices to the rows that are left; pack all rows")
-    starts, sizes = (
-        [(getattr(shard, name)[0], getattr(shard, name)[1]) for shard in sharding.sharding_spec.shards]
-        for name in ("shard_offsets", "shard_sizes")
-    )
     if kind == ShardingType.ROW_WISE.value:
-        block = -(-table.num_embeddings // world_size)
-        wanted = [min(rank * block, table.num_embeddings) for rank in range(world_size + 1)]
-        found = [row for row, _ in starts] + [starts[-1][0] + sizes[-1][0]]
-        if found != wanted:
-            raise ValueError(
-                f"the plan's shards of {what} begin at rows {found[:-1]} and end at {found[-1]}, but of {world_size} "
-                f"processes TorchRec asks for rows from {wanted[:-1]} to {wanted[-1]}; make the plan by row_wise()"
-            )
-    elif not all(0 <= rank < world_size for rank in sharding.ranks):
-        raise ValueError(
-            f"the plan has {what} on ranks {sharding.ranks}, but there are {world_size} processes "
-            f"(valid: 0 to {world_size - 1})"
-        )
+        _check_rows(what, table, sharding.sharding_spec.shards, world_size)
     else:
-        codes_a_byte = 8 // table.bits
-        for column, width in zip((column for _, column in starts), (width for _, width in sizes), strict=True):
-            if column % codes_a_byte or width % codes_a_byte:
-                raise ValueError(
-                    f"the plan has columns {column} to {column + width} of {what} on one process, but codes of "
-                    f"{table.bits} bits are cut at multiples of {codes_a_byte}; make the plan by column_wise()"
-                )
+        _check_columns(what, table, sharding.sharding_spec.shards, sharding.ranks, world_size)
+
+
+def _check_rows(what: str, table: PackedTable, shards: Any, world_size: int) -> None:
+    """Refuse shards of other rows than those whose indices TorchRec sends to their process."""
+    found = [shard.shard_offsets[0] for shard in shards] + [shards[-1].shard_offsets[0] + shards[-1].shard_sizes[0]]
+    block = -(-table.num_embeddings // world_size)
+    wanted = [min(rank * block, table.num_embeddings) for rank in range(world_size + 1)]
+    if found != wanted:
+        raise ValueError(
+            f"the plan's shards of {what} begin at rows {found[:-1]} and end at {found[-1]}, but of {world_size} "
+            f"processes TorchRec asks for rows from {wanted[:-1]} to {wanted[-1]}; make the plan by row_wise()"
+        )
+
+
+def _check_columns(what: str, table: PackedTable, shards: Any, ranks: Any, world_size: int) -> None:
+    """Refuse whole tables, and shards of columns, that are on no process, and codes that share a byte."""
+    if not all(0 <= rank < world_size for rank in ranks):
+        raise ValueError(
+            f"the plan has {what} on ranks {ranks}, but there are {world_size} processes (valid: 0 to {world_size - 1})"
+        )
+    codes_a_byte = 8 // table.bits
+    for shard in shards:
+        column, width = shard.shard_offsets[1], shard.shard_sizes[1]
+        if column % codes_a_byte or width % codes_a_byte:
+            raise ValueError(
+                f"the plan has columns {column} to {column + width} of {what} on one process, but codes of "
+                f"{table.bits} bits are cut at multiples of {codes_a_byte}; make the plan by column_wise()"
+            )
 
 
 def _fill_part(tbe: Any, parts: Any, tables: Mapping[str, PackedTable]) -> None:
@@ -246,5 +255,6 @@ def _fill_part(tbe: Any, parts: Any, tables: Mapping[str, PackedTable]) -> None:
         packed = table.packed[row : row + part.local_rows]
         first = column * table.bits // 8
         # Through NumPy: PyTorch warns of arrays that are not writable, as those of a mapped file are.
-        codes.numpy()[...] = packed[:, first : first + part.local_cols * table.bits // 8]
-        params.numpy()[...] = packed[:, table.row_format.code_bytes :]
+        with reading_all(packed):
+            codes.numpy()[...] = packed[:, first : first + part.local_cols * table.bits // 8]
+            params.numpy()[...] = packed[:, table.row_format.code_bytes :]
