@@ -92,7 +92,7 @@ def _explain(path: Any, what: str, error: Exception, said: str) -> OSError:
         return RemoteError(
             f"{where}: the endpoint cannot be reached ({said}); check the network and the endpoint's URL"
         )
-    if isinstance(error, FileNotFoundError) and "bucket" in said:
+    if isinstance(error, FileNotFoundError) and "bucket does not exist" in said:
         return FileNotFoundError(f"{where}: there is no such bucket; check its name, or make it first")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{where}: there is nothing of that name; check it")
@@ -226,7 +226,8 @@ def check_writable(path: Path) -> None:
     """
     if not path.name:
         raise ValueError(f"{path}: names a bucket alone; give the name of a file or folder in it")
-    probe = path.parent / f".{path.name}.embpack-probe"
+    assert is_remote(path)
+    probe = (path.parent / f".{path.name}.embpack-probe").path
     with explained(path, "cannot be written"):
-        put_bytes(b"", probe)
-        remove(probe)
+        trying(path.fs.pipe_file, probe, b"")
+        trying(path.fs.rm_file, probe)
