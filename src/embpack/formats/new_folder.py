@@ -155,8 +155,9 @@ def new_remote_folder(
                 keeper.start(work)
         yield work / "new"
         with explained(path, "cannot be written"):
-            refuse_others(path, list_own, force=force)
-            _publish(path, work / "new", last, list_own(path))
+            own = list_own(path)
+            refuse_others(path, lambda folder: own, force=force)
+            _publish(path, work / "new", last, own)
     except BaseException as error:
         is_kept = keeper is not None and keeper.is_kept(error)
         if keeper is not None and is_kept and isinstance(error, OSError):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, NoReturn, TypeVar
 
 from embpack.errors import MissingExtraError
@@ -105,6 +106,20 @@ def _advise_credentials(protocol: str) -> str:
     return f"see how fsspec finds those of {protocol}://"
 
 
+def look(path: Path) -> Any:
+    """Look at what is under a URI now: a file, or a folder.
+
+    Returns:
+        What Path.stat does, as far as it is known there.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        OSError: it cannot be looked at.
+    """
+    with explained(path):
+        return trying(path.stat)
+
+
 def find(path: Path) -> tuple[int, int, str]:
     """Look at an object as it is now.
 
@@ -116,13 +131,12 @@ def find(path: Path) -> tuple[int, int, str]:
         FileNotFoundError: there is none.
         OSError: it cannot be looked at.
     """
-    with explained(path):
-        stat: Any = trying(path.stat)
-        described = stat.as_info()
-        if described.get("type") == "directory":
-            raise FileNotFoundError(f"{path}: is a folder, not a file")
-        version = " ".join(str(described[key]) for key in _VERSION_KEYS if described.get(key))
-        return int(stat.st_size), int(stat.st_mtime_ns), version
+    found = look(path)
+    if S_ISDIR(found.st_mode):
+        raise FileNotFoundError(f"{path}: is a folder, not a file")
+    described = found.as_info()
+    version = " ".join(str(described[key]) for key in _VERSION_KEYS if described.get(key))
+    return int(found.st_size), int(found.st_mtime_ns), version
 
 
 def read_range(path: Path, start: int, stop: int) -> bytes:
