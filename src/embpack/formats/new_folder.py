@@ -170,17 +170,17 @@ def new_remote_folder(
 
 
 def _publish(path: Path, new: Path, last: str, own: Collection[str]) -> None:
-    """Copy files into a folder, in place of its own; what was copied is removed if that cannot be done to its end."""
+    """Copy files into a folder, in place of its own; if that cannot be done to its end, neither stay there."""
     names = list_objects(new)
+    remove(path / last)
     try:
-        remove(path / last)
         for_each(lambda name: copy(new / name, path / name), [name for name in names if name != last])
         for_each(lambda name: remove(path / name), sorted(set(own) - {*names, last}))
         copy(new / last, path / last)
     except BaseException as error:
         with suppress(OSError):
-            for_each(lambda name: remove(path / name), [last, *names])
-        if own and isinstance(error, OSError):
+            for_each(lambda name: remove(path / name), sorted({*names, *own}))
+        if own:
             error.add_note(f"{path}: the files of the earlier packing were being replaced, and are gone")
         raise
 

@@ -90,9 +90,7 @@ def _explain(path: Any, what: str, error: Exception, said: str) -> OSError:
             f"{where}: access is denied ({said}); check the credentials, and what they allow for this place"
         )
     if name.startswith(_NO_ENDPOINT):
-        return RemoteError(
-            f"{where}: the endpoint cannot be reached ({said}); check the network and the endpoint's URL"
-        )
+        return RemoteError(f"{where}: the endpoint cannot be reached ({said}); check its URL and the network")
     if isinstance(error, FileNotFoundError) and "bucket does not exist" in said:
         return FileNotFoundError(f"{where}: there is no such bucket; check its name, or make it first")
     if isinstance(error, FileNotFoundError):
@@ -236,10 +234,7 @@ def check_writable(path: Path) -> None:
 
     Raises:
         OSError: nothing can be written there.
-        ValueError: the path names a bucket alone.
     """
-    if not path.name:
-        raise ValueError(f"{path}: names a bucket alone; give the name of a file or folder in it")
     assert is_remote(path)
     probe = (path.parent / f".{path.name}.embpack-probe").path
     with explained(path, "cannot be written"):
