@@ -401,7 +401,7 @@ def test_readers_find_old_tables_or_none_or_new_ones(model, place, monkeypatch):
 
     for step in ("copy", "remove"):
         monkeypatch.setattr(f"embpack.formats.new_folder.{step}", looking(getattr(remote, step)))
-    monkeypatch.setattr("embpack.formats.remote._COPIES_AT_A_TIME", 1)
+    monkeypatch.setattr("embpack.formats.remote._AT_A_TIME", 1)
     embpack.quantize_file(model, dst, bits=8, max_shard_size=CUT)
     assert [bits for bits, before in zip(found, [0, *found], strict=False) if bits != before] == [4, None, 8]
 

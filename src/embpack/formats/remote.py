@@ -7,7 +7,7 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +29,8 @@ _NO_CREDENTIALS = ("NoCredentials", "PartialCredentials", "CredentialRetrieval",
 _NO_ENDPOINT = ("EndpointConnection", "ConnectTimeout", "ClientConnector", "NoRegion", "InvalidEndpoint")
 # Bytes of the parts of an upload, and how many are on their way, and so in memory, at a time; S3 allows 10,000 parts.
 _PART_BYTES, _MOST_PARTS, _PARTS_AT_A_TIME = 1 << 24, 10_000, 4
-_COPIES_AT_A_TIME = 8
+# Requests that go on at a time, where there are several to make.
+_AT_A_TIME = 8
 # Under these names protocols say in what two versions of an object differ.
 _VERSION_KEYS = ("ETag", "etag", "generation", "content_md5", "created")
 
@@ -218,14 +219,14 @@ def remove(path: Path) -> None:
         trying(path.fs.rm_file, path.path)
 
 
-def for_each(do: Callable[[str], None], names: list[str]) -> None:
-    """Do something with several objects at a time.
+def for_each(do: Callable[[_T], None], items: Iterable[_T]) -> None:
+    """Do something with several items at a time.
 
     Raises:
         OSError: the first that it fails with.
     """
-    with ThreadPoolExecutor(_COPIES_AT_A_TIME) as pool:
-        for _ in pool.map(do, names):
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        for _ in pool.map(do, items):
             pass
 
 
