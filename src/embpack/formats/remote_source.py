@@ -21,6 +21,7 @@ class RemoteFile(SourceFile):
     What it is known by is its size, its time of modification and what the store has to tell versions apart.
     """
 
+    is_far = True
     # A request takes some tens of milliseconds, whatever it is for.
     reader_bytes = _REQUEST_BYTES
 
