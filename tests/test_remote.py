@@ -233,6 +233,59 @@ def test_load_and_inspect(model, bucket, embpack_command):
     assert json.loads(out)["source"] == uri
 
 
+def test_an_index_names_no_objects_elsewhere(place):
+    upload_text = f'{{"weight_map": {{"a": "{place}/b.safetensors"}}}}'
+    path = as_path(f"{place}/folder/model.safetensors.index.json")
+    path.fs.pipe_file(path.path, upload_text.encode())
+    with pytest.raises(FormatError, match="which is outside the index's folder; such files are not read"):
+        embpack.load(path, access="memory")
+
+
+def test_one_of_several_files_is_not_taken_for_all(shards, tmp_path):
+    """A folder that is being copied or downloaded has no index yet; so on this machine, too."""
+    name = "model-00002-of-00002.safetensors"
+    shutil.copy(shards / name, tmp_path)
+    with (
+        pytest.raises(
+            FileNotFoundError, match=f"{name} is one of 2 files, and the others and their index are not there"
+        ),
+        open_checkpoint(tmp_path),
+    ):
+        pass
+    with open_checkpoint(tmp_path / name) as checkpoint:
+        assert len(checkpoint.tensors) == 2
+
+
+def test_plan_and_compare(model, place, embpack_command):
+    uri = upload(model, f"{place}/model.safetensors")
+    assert embpack.plan(uri, max_bytes="15 %").variants == embpack.plan(model, max_bytes="15 %").variants
+    code, out, err = embpack_command("compare", uri, "--methods", "greedy", "--bits", "4")
+    assert code == 0, err
+    assert f"embpack quantize {uri} {place}/model-greedy" in out
+
+
+def test_load_into_a_model(model, place):
+    torch = pytest.importorskip("torch")
+    from embpack.torch import load_checkpoint
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in TABLES:
+                setattr(self, name.removesuffix(".weight"), torch.nn.Embedding(3000, 32))
+            self.dense = torch.nn.Linear(3, 5, bias=False)
+
+    uri = f"{place}/packed.safetensors"
+    embpack.quantize_file(model, uri)
+    with torch.device("meta"):
+        empty = Model()
+    with pytest.raises(ValueError, match="load it with access='memory'"):
+        load_checkpoint(empty, uri)
+    loaded = load_checkpoint(empty, uri, access="memory")
+    rows = loaded.user_embedding(torch.arange(3000)).detach().numpy()
+    assert np.array_equal(rows, embpack.load(uri, access="memory")["user_embedding.weight"].dequantize())
+
+
 # Writing
 
 
