@@ -383,7 +383,8 @@ def save(
     """Write tables to one safetensors file, all or nothing.
 
     Args:
-        path: ends in .safetensors; a file of embpack's that exists is replaced at once, when everything is on the disk.
+        path: ends in .safetensors, and may be a URI; a file of embpack's that exists is replaced at once, when
+            everything is on the disk.
         tables: name to table.
         others: arrays to write beside the tables, by name; load leaves them out.
         force: replace any other file, too, such as a checkpoint that is not packed.

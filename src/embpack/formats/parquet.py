@@ -108,7 +108,8 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
 @contextmanager
 def _open_file(source: SourceFile) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(source.reader(), buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        buffer = max(_BUFFER_BYTES, source.reader_bytes)
+        with pq.ParquetFile(source.reader(), buffer_size=buffer, pre_buffer=False) as file:
             yield file
     except MemoryError:  # Arrow's is one of its own exceptions, too
         raise

@@ -64,9 +64,7 @@ def _make(uri: str, protocol: str, options: dict[str, Any]) -> Path:
             raise MissingExtraError(f"{protocol}://", package, extra) from error
         raise ImportError(f"{uri}: {error}") from error
     except ValueError:
-        raise ValueError(
-            f"{uri}: {protocol}:// is no protocol that fsspec knows; give s3://, gs:// or abfs://"
-        ) from None
+        raise ValueError(f"{uri}: fsspec knows no {protocol}://; give s3://, gs:// or abfs://") from None
     try:
         path: Any = UPath(uri, protocol=protocol, **{**_OPTIONS, **options})
     except ValueError as error:

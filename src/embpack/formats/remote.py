@@ -7,10 +7,11 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, NoReturn, TypeVar
 
 from embpack.errors import MissingExtraError
@@ -28,7 +29,8 @@ _NO_CREDENTIALS = ("NoCredentials", "PartialCredentials", "CredentialRetrieval",
 _NO_ENDPOINT = ("EndpointConnection", "ConnectTimeout", "ClientConnector", "NoRegion", "InvalidEndpoint")
 # Bytes of the parts of an upload, and how many are on their way, and so in memory, at a time; S3 allows 10,000 parts.
 _PART_BYTES, _MOST_PARTS, _PARTS_AT_A_TIME = 1 << 24, 10_000, 4
-_COPIES_AT_A_TIME = 8
+# Requests that go on at a time, where there are several to make.
+_AT_A_TIME = 8
 # Under these names protocols say in what two versions of an object differ.
 _VERSION_KEYS = ("ETag", "etag", "generation", "content_md5", "created")
 
@@ -89,10 +91,8 @@ def _explain(path: Any, what: str, error: Exception, said: str) -> OSError:
             f"{where}: access is denied ({said}); check the credentials, and what they allow for this place"
         )
     if name.startswith(_NO_ENDPOINT):
-        return RemoteError(
-            f"{where}: the endpoint cannot be reached ({said}); check the network and the endpoint's URL"
-        )
-    if isinstance(error, FileNotFoundError) and "bucket" in said:
+        return RemoteError(f"{where}: the endpoint cannot be reached ({said}); check its URL and the network")
+    if isinstance(error, FileNotFoundError) and "bucket does not exist" in said:
         return FileNotFoundError(f"{where}: there is no such bucket; check its name, or make it first")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{where}: there is nothing of that name; check it")
@@ -103,6 +103,20 @@ def _advise_credentials(protocol: str) -> str:
     if protocol.startswith("s3"):
         return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     return f"see how fsspec finds those of {protocol}://"
+
+
+def look(path: Path) -> Any:
+    """Look at what is under a URI now: a file, or a folder.
+
+    Returns:
+        What Path.stat does, as far as it is known there.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        OSError: it cannot be looked at.
+    """
+    with explained(path):
+        return trying(path.stat)
 
 
 def find(path: Path) -> tuple[int, int, str]:
@@ -116,13 +130,12 @@ def find(path: Path) -> tuple[int, int, str]:
         FileNotFoundError: there is none.
         OSError: it cannot be looked at.
     """
-    with explained(path):
-        stat: Any = trying(path.stat)
-        described = stat.as_info()
-        if described.get("type") == "directory":
-            raise FileNotFoundError(f"{path}: is a folder, not a file")
-        version = " ".join(str(described[key]) for key in _VERSION_KEYS if described.get(key))
-        return int(stat.st_size), int(stat.st_mtime_ns), version
+    found = look(path)
+    if S_ISDIR(found.st_mode):
+        raise FileNotFoundError(f"{path}: is a folder, not a file")
+    described = found.as_info()
+    version = " ".join(str(described[key]) for key in _VERSION_KEYS if described.get(key))
+    return int(found.st_size), int(found.st_mtime_ns), version
 
 
 def read_range(path: Path, start: int, stop: int) -> bytes:
@@ -206,14 +219,14 @@ def remove(path: Path) -> None:
         trying(path.fs.rm_file, path.path)
 
 
-def for_each(do: Callable[[_T], None], names: list[_T]) -> None:
-    """Do something with several objects at a time.
+def for_each(do: Callable[[_T], None], items: Iterable[_T]) -> None:
+    """Do something with several items at a time.
 
     Raises:
         OSError: the first that it fails with.
     """
-    with ThreadPoolExecutor(_COPIES_AT_A_TIME) as pool:
-        for _ in pool.map(do, names):
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        for _ in pool.map(do, items):
             pass
 
 
@@ -222,11 +235,9 @@ def check_writable(path: Path) -> None:
 
     Raises:
         OSError: nothing can be written there.
-        ValueError: the path names a bucket alone.
     """
-    if not path.name:
-        raise ValueError(f"{path}: names a bucket alone; give the name of a file or folder in it")
-    probe = path.parent / f".{path.name}.embpack-probe"
+    assert is_remote(path)
+    probe = (path.parent / f".{path.name}.embpack-probe").path
     with explained(path, "cannot be written"):
-        put_bytes(b"", probe)
-        remove(probe)
+        trying(path.fs.pipe_file, probe, b"")
+        trying(path.fs.rm_file, probe)
