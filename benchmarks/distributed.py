@@ -115,7 +115,7 @@ def _name(process: int) -> str:
         return "driver"
     words = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
     script = next((word for word in words if word.endswith(".py")), words[0] if words else "")
-    return "worker" if words and words[0].startswith("ray::") else Path(script).name
+    return Path(script).name
 
 
 @contextmanager
