@@ -21,7 +21,6 @@ import numpy as np
 
 import embpack
 from embpack.errors import EngineError, MissingExtraError
-from embpack.text import printable
 from embpack.threads import get_num_threads, set_num_threads
 
 try:
@@ -142,7 +141,7 @@ def _initialize(address: str, **options: Any) -> None:
         ray.init(address, log_to_driver=False, logging_level="error", **options)
     except (RayError, RuntimeError, OSError, ValueError, SystemExit) as error:
         # SystemExit is what comes of a cluster that does not answer.
-        raise EngineError(f"{address}: cannot be used: {printable(str(error))}; {_WAYS}") from error
+        raise EngineError(f"{address}: cannot be used: {' '.join(str(error).split())}; {_WAYS}") from error
 
 
 def _check_answer(address: str, host: str, port: int) -> None:
