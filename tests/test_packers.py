@@ -38,12 +38,15 @@ def test_ranges_of_rows_are_packed_by_themselves(weight, method):
     """In any order, and by copies that went to another process: to the bytes and the loss of the whole."""
     whole = embpack.quantize(weight, method)
     packer = pickle.loads(pickle.dumps(fit(weight, Variant(method))))
-    packed, sums = np.empty_like(whole.packed), {}
+    packed, by_row, sums = np.empty_like(whole.packed), packer.make_by_row(ROWS), {}
     for start, stop in ((96, 150), (0, 32), (32, 96)):
-        sums[start] = packer.pack(weight[start:stop], packed[start:stop], start)
+        own = None if by_row is None else by_row[start:stop]
+        sums[start] = packer.pack(weight[start:stop], packed[start:stop], start, by_row=own)
     assert packed.tobytes() == whole.packed.tobytes()
     assert packer.spec == whole.method
     assert measure_loss(each for start in sorted(sums) for each in sums[start]) == whole.loss
+    if by_row is not None:
+        np.testing.assert_array_equal(by_row, whole.clusters, strict=True)
     for name, array in packer.beside().items():
         np.testing.assert_array_equal(array, getattr(whole, name), strict=True)
 

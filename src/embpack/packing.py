@@ -80,17 +80,23 @@ def pack(weight: Any, variant: Variant, error_weights: Any = None) -> tuple[Pack
     if error_weights is not None:
         packer = packer.weigh_errors(error_weights, len(rows))
     packed, done, sums = np.empty((len(rows), row_format.row_bytes), np.uint8), 0, []
+    by_row = packer.make_by_row(len(rows))
     for chunk in iter_packable(rows, variant.rotate):
-        sums += packer.pack(chunk, packed[done : done + len(chunk)], done)
+        own = slice(done, done + len(chunk))
+        sums += packer.pack(chunk, packed[own], done, by_row=None if by_row is None else by_row[own])
         done += len(chunk)
-    table = PackedTable(packed, row_format, dtype, packer.spec, measure_loss(sums), **packer.beside())
+    table = PackedTable(packed, row_format, dtype, packer.spec, measure_loss(sums), clusters=by_row, **packer.beside())
     if table.nbytes >= LEAST_MOVED_BYTES:
         use_huge_pages(table.packed, *table.beside)
     return table, find_warning(sums)
 
 
 def iter_packed(
-    packer: Packer, chunks: Iterable[NDArray[Any]], start: int = 0, on_rows: OnRows | None = None
+    packer: Packer,
+    chunks: Iterable[NDArray[Any]],
+    start: int = 0,
+    on_rows: OnRows | None = None,
+    by_row: NDArray[Any] | None = None,
 ) -> Iterator[tuple[NDArray[np.uint8], list[Sums]]]:
     """Pack a range of a table's rows.
 
@@ -99,14 +105,15 @@ def iter_packed(
         chunks: the rows, as Packer.pack takes them.
         start: number of their first row in the table.
         on_rows: as Packer.pack takes it.
+        by_row: as Packer.pack takes it, of all of the range.
 
     Yields:
         Packed rows, which the next ones overwrite, and the sums that Packer.pack returns for them.
     """
-    room = np.empty((0, packer.row_format.row_bytes), np.uint8)
+    room, done = np.empty((0, packer.row_format.row_bytes), np.uint8), 0
     for rows in chunks:
         if len(rows) > len(room):
             room = np.empty((len(rows), packer.row_format.row_bytes), np.uint8)
-        packed = room[: len(rows)]
-        yield packed, packer.pack(rows, packed, start, on_rows)
-        start += len(rows)
+        packed, own = room[: len(rows)], slice(done, done + len(rows))
+        yield packed, packer.pack(rows, packed, start + done, on_rows, None if by_row is None else by_row[own])
+        done += len(rows)

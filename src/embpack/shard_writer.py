@@ -171,14 +171,13 @@ class TableWriter:
 
     def pack_rows(self, start: int, stop: int) -> Iterator[PackedRows]:
         """Pack rows [start, stop)."""
-        packer = self.fit()
-        of_rows = self.row_format.form.by_row(stop - start)
-        beside = None if of_rows is None else packer.beside()[of_rows.name]
+        packer, done = self.fit(), 0
+        by_row = packer.make_by_row(stop - start)
         on_rows = partial(self.progress, self.decision.tensor.name)
-        for packed, own in iter_packed(packer, self.read(start, stop), start, on_rows):
-            end = start + len(packed)
-            yield PackedRows(packed, own, None if beside is None else beside[start:end])
-            start = end
+        for packed, own in iter_packed(packer, self.read(start, stop), start, on_rows, by_row):
+            end = done + len(packed)
+            yield PackedRows(packed, own, None if by_row is None else by_row[done:end])
+            done = end
 
     def read(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """Read rows [start, stop) in chunks, as they are to be packed."""

@@ -50,7 +50,8 @@ Encoded = tuple[int, int, list[tuple[float, float, int, float]]]
 class Packer(ABC):
     """A method that knows of a table what it must, and packs its rows.
 
-    It keeps nothing of what it packs: rows may come in any order, and from several threads or processes.
+    It keeps nothing of what it packs and has nothing of single rows: they may come in any order, and from several
+    threads, processes or machines, which it is pickled for.
 
     Attributes:
         method: with the parameters that were found in the table.
@@ -73,8 +74,12 @@ class Packer(ABC):
         return self.method.spec
 
     def beside(self) -> dict[str, NDArray[Any]]:
-        """The arrays that lie beside the rows, by the names that a PackedTable has for them."""
+        """The arrays that all rows share, by the names that a PackedTable has for them."""
         return {}
+
+    def make_by_row(self, num_rows: int) -> NDArray[Any] | None:
+        """Make room for the array with an entry for each of so many rows, which pack fills; None if there is none."""
+        return None
 
     def weigh_errors(self, weights: Any, num_embeddings: int) -> "Packer":
         """Make a packer that counts squared errors by weights (see embpack.quantize).
@@ -85,7 +90,12 @@ class Packer(ABC):
         raise ValueError(f"method {self.method.name!r} has no error_weights; choose 'optimal'")
 
     def pack(
-        self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int = 0, on_rows: OnRows | None = None
+        self,
+        rows: NDArray[Any],
+        packed: NDArray[np.uint8],
+        start: int = 0,
+        on_rows: OnRows | None = None,
+        by_row: NDArray[Any] | None = None,
     ) -> list[Sums]:
         """Pack rows of the table: a number of whole spans, or the last ones.
 
@@ -94,6 +104,7 @@ class Packer(ABC):
             packed: uint8 [n, row_bytes], C-contiguous; filled.
             start: number of the first row in the table.
             on_rows: called about ten times a second with how many more of the rows are packed, and once at the end.
+            by_row: [n], as make_by_row makes it; filled. None: nobody wants it.
 
         Returns:
             The sums of each span, as measure_loss takes them.
@@ -101,7 +112,7 @@ class Packer(ABC):
         Raises:
             ValueError: a value is NaN or infinite, or a scale, bias or codebook overflows; row and column are named.
         """
-        fault, row, sums = self._encode(np.ascontiguousarray(rows), packed, start, on_rows)
+        fault, row, sums = self._encode(np.ascontiguousarray(rows), packed, start, on_rows, by_row)
         if fault == _NOT_FINITE:
             raise explain_not_finite(widen(rows[row]), self.name, start + row)
         if fault:
@@ -109,7 +120,14 @@ class Packer(ABC):
         return [Sums(*span) for span in sums]
 
     @abstractmethod
-    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
+    def _encode(
+        self,
+        rows: NDArray[Any],
+        packed: NDArray[np.uint8],
+        start: int,
+        on_rows: OnRows | None,
+        by_row: NDArray[Any] | None,
+    ) -> Encoded:
         """Call the core."""
 
     def _explain_overflow(self, row: NDArray[np.float32], number: int) -> ValueError:
@@ -206,7 +224,8 @@ class Method(ABC):
         """Read a table as often as need be, and make the packer of its rows.
 
         Args:
-            chunks: yields all rows, rotated already, each time that it is called.
+            chunks: yields all rows, rotated already, each time that it is called: chunk_rows(embedding_dim) rows at a
+                time. With others the packer may differ in last bits, and so may the bytes.
             num_embeddings: how many there are.
             row_format: of the packed rows.
             name: of the table, for messages.

@@ -40,7 +40,14 @@ class CodebookPacker(Packer):
 
     method: CodebookMethod
 
-    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
+    def _encode(
+        self,
+        rows: NDArray[Any],
+        packed: NDArray[np.uint8],
+        start: int,
+        on_rows: OnRows | None,
+        by_row: NDArray[Any] | None,
+    ) -> Encoded:
         form = self.row_format.form
         how = (self.method.kernel, form.bits, self.row_format.has_f16_params, span_rows(form.embedding_dim))
         return _native.quantize_with_codebooks(rows, *how, packed, on_rows)

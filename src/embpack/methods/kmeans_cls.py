@@ -208,16 +208,13 @@ class KMeansCls(Method):
         return min(num_embeddings, self.K or choose_num_codebooks(num_embeddings, row_format))
 
     def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
-        """Train on a sample, then cluster all rows."""
+        """Train on a sample."""
         num_codebooks = self.num_codebooks(num_embeddings, row_format)
         sample = _read_sample(chunks, num_embeddings, row_format.embedding_dim, num_codebooks, name)
         clusters = RowClusters.train(sample, num_codebooks)
         numbers = clusters.assign(sample)
         levels = fit_codebooks(sample, numbers, num_codebooks, row_format.bits)
-        of_row = numbers.astype(cluster_dtype(num_codebooks))
-        if len(sample) < num_embeddings:
-            of_row = np.concatenate([clusters.assign(widen(rows)).astype(of_row.dtype) for rows in chunks()])
-        return ClusterPacker(self, row_format, name, of_row, levels)
+        return ClusterPacker(self, row_format, name, clusters, levels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,21 +222,34 @@ class ClusterPacker(Packer):
     """Packs rows by the codebooks of their clusters.
 
     Attributes:
-        of_row: uint8 or uint16 [num_embeddings]: which codebook a row has.
+        clusters: of rows.
         levels: float32 [num_codebooks, 2^bits], each codebook ascending.
     """
 
-    of_row: NDArray[Any]
+    clusters: RowClusters
     levels: NDArray[np.float32]
 
     def beside(self) -> dict[str, NDArray[Any]]:
-        """Cluster numbers and codebooks."""
-        return {"clusters": self.of_row, "codebooks": store_levels(self.levels, self.row_format)}
+        """Codebooks."""
+        return {"codebooks": store_levels(self.levels, self.row_format)}
 
-    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
-        form, of_row = self.row_format.form, self.of_row[start : start + len(rows)].astype(np.uint32)
+    def make_by_row(self, num_rows: int) -> NDArray[Any]:
+        """Make room for cluster numbers."""
+        return np.empty(num_rows, cluster_dtype(len(self.levels)))
+
+    def _encode(
+        self,
+        rows: NDArray[Any],
+        packed: NDArray[np.uint8],
+        start: int,
+        on_rows: OnRows | None,
+        by_row: NDArray[Any] | None,
+    ) -> Encoded:
+        form, numbers = self.row_format.form, self.clusters.assign(widen(rows))
+        if by_row is not None:
+            by_row[:] = numbers
         how = (form.bits, self.row_format.has_f16_params, span_rows(form.embedding_dim))
-        return _native.quantize_with_clusters(rows, of_row, self.levels, *how, packed, on_rows)
+        return _native.quantize_with_clusters(rows, numbers.astype(np.uint32), self.levels, *how, packed, on_rows)
 
 
 def _read_sample(chunks: Chunks, num_embeddings: int, embedding_dim: int, num_codebooks: int, name: str) -> Rows:

@@ -57,7 +57,14 @@ class TrellisPacker(Packer):
         """Levels, scales and mean."""
         return {"codebooks": self.shared.join()}
 
-    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
+    def _encode(
+        self,
+        rows: NDArray[Any],
+        packed: NDArray[np.uint8],
+        start: int,
+        on_rows: OnRows | None,
+        by_row: NDArray[Any] | None,
+    ) -> Encoded:
         return _call_kernel(rows, self.shared, span_rows(self.row_format.embedding_dim), packed, on_rows)
 
 

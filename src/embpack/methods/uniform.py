@@ -70,7 +70,14 @@ class UniformPacker(Packer):
             )
         return replace(self, error_weights=array)
 
-    def _encode(self, rows: NDArray[Any], packed: NDArray[np.uint8], start: int, on_rows: OnRows | None) -> Encoded:
+    def _encode(
+        self,
+        rows: NDArray[Any],
+        packed: NDArray[np.uint8],
+        start: int,
+        on_rows: OnRows | None,
+        by_row: NDArray[Any] | None,
+    ) -> Encoded:
         if self.error_weights is None:
             return self._call_kernel(rows, packed, on_rows, None)
         return self._encode_by_weights(rows, packed, start, on_rows)
