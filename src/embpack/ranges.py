@@ -1,7 +1,8 @@
 """Ranges of rows: what is packed at a time, by whichever process, and files that are put together of them.
 
-A range is packed into a part, a file of its own: its packed rows, and after them its entries of the array that lies
-beside them by row, if there is one. Everything here may be done twice, at the same time, and comes to the same bytes.
+A range is packed into a part, a file of its own: its packed rows, after them its entries of the array that lies beside
+them by row, if there is one, and what is kept of the source's rows, if that is. Everything here may be done twice, at
+the same time, and comes to the same bytes.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from embpack.files import format_checksum
 from embpack.formats.atomic import explained_place, sync
 from embpack.formats.base import as_bytes
 from embpack.formats.safetensors import write_safetensors
+from embpack.kept import RANGE, count_ranges
 from embpack.methods import Packer
 from embpack.methods.base import Sums, condense
 from embpack.rules import Decision
@@ -43,6 +45,7 @@ class Part:
         num_bytes: of its file.
         checksum: of them.
         seconds: spent reading, packing and writing it.
+        reused_rows: that were copied from what an earlier run has packed.
     """
 
     start: int
@@ -51,6 +54,7 @@ class Part:
     num_bytes: int
     checksum: str
     seconds: float
+    reused_rows: int = 0
 
 
 class DamagedPartError(FormatError):
@@ -87,7 +91,8 @@ def pack_range(decision: Decision, packer: Packer, start: int, stop: int, path: 
     """
     started = time.perf_counter()
     table = TableWriter(decision, packer=packer)
-    digest, sums, by_row, num_bytes = hashlib.sha256(), list[Sums](), list[NDArray[Any]](), 0
+    digest, sums, num_bytes, reused_rows = hashlib.sha256(), list[Sums](), 0, 0
+    by_row, ranges = list[NDArray[Any]](), list[NDArray[Any]]()
     with _new_file(path) as file:
 
         def write(array: NDArray[Any]) -> int:
@@ -100,8 +105,12 @@ def pack_range(decision: Decision, packer: Packer, start: int, stop: int, path: 
             sums = condense([*sums, *rows.sums])
             if rows.by_row is not None:
                 by_row.append(rows.by_row)
-        num_bytes += sum(map(write, by_row))
-    return Part(start, stop, condense(sums, 1), num_bytes, format_checksum(digest), time.perf_counter() - started)
+            if rows.ranges is not None:
+                ranges.append(rows.ranges)
+            reused_rows += rows.reused
+        num_bytes += sum(map(write, (*by_row, *ranges)))
+    seconds = time.perf_counter() - started
+    return Part(start, stop, condense(sums, 1), num_bytes, format_checksum(digest), seconds, reused_rows)
 
 
 def assemble_file(
@@ -198,11 +207,16 @@ class _PartReader:
                     if start + count < part.stop:
                         yield PackedRows(packed, [])
                 own = None if entry is None else _read(file, path, (part.stop - part.start,), entry)
-                if own is not None:
-                    digest.update(as_bytes(own))
+                ranges = None
+                if self.piece.kept_name is not None:
+                    count = count_ranges(part.stop - part.start, row_format.embedding_dim)
+                    ranges = _read(file, path, (count,), RANGE)
+                for beside in (own, ranges):
+                    if beside is not None:
+                        digest.update(as_bytes(beside))
             if format_checksum(digest) != part.checksum:
                 raise _explain_damage(path, "its bytes are others")
-            yield PackedRows(packed, part.sums, own)
+            yield PackedRows(packed, part.sums, own, ranges, part.reused_rows)
 
 
 def _open_part(path: Path, part: Part) -> BinaryIO:

@@ -1,5 +1,6 @@
 """embpack quantize."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ import typer
 
 from embpack.cli import options, plans, show
 from embpack.cli.json_output import describe_quantized
-from embpack.convert import check_destination, check_max_loss, pack_checkpoint
+from embpack.convert import check_destination, check_max_loss, count_unchanged_rows, pack_checkpoint
 from embpack.estimate import expect
 from embpack.formats import open_checkpoint
 from embpack.methods import DEFAULT_METHOD
@@ -15,6 +16,7 @@ from embpack.readers import READERS
 from embpack.rules import Rules, list_left_out
 from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
+from embpack.unchanged import find_old
 from embpack.variant import Variant
 
 # How long packing takes is said before it begins if it is so long; a smaller checkpoint is not looked at for that.
@@ -194,6 +196,24 @@ def quantize(
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
+    keep_checksums: Annotated[
+        bool,
+        typer.Option(
+            "--keep-checksums",
+            help="Keep checksums of SRC's rows in DST, for --since; less than 0.2 % of its bytes.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
+    since: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OLD_DST",
+            help="Copy rows whose source has not changed from what an earlier run with --keep-checksums wrote, and pack "
+            "the others: the same bytes, sooner. May be DST. Keeps checksums, too.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -234,15 +254,17 @@ def quantize(
         variant=Variant() if auto else ways.only(),
         variants=dict(chosen or ()),
         readable_by=() if auto else readers,
+        keep_checksums=keep_checksums or since is not None,
     )
     if not dry_run:
         show.go_on_unread()
     if threads is not None:
         set_num_threads(threads)
-    with open_checkpoint(src) as checkpoint:
+    with open_checkpoint(src) as checkpoint, ExitStack() as stack:
         if dst is not None and not dry_run:
             check_destination(checkpoint, dst, max_shard_size, resume=resume, force=force)
         decisions, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
+        decisions = stack.enter_context(find_old(since, decisions))
         # A plan that is used says what was measured when it was made; what is packed now is in the decisions.
         shown = plan if plan_path is None else None
         left_out = list_left_out(checkpoint, decisions)
