@@ -25,7 +25,7 @@ from embpack.resuming import Unfinished, describe_run, list_sources
 from embpack.rules import Decision, Rules, decide_all, list_left_out
 from embpack.shard_writer import Progress, ShardWriter, TableReport, no_progress
 from embpack.sizes import parse_size
-from embpack.unchanged import count_unchanged, find_old, list_old_sources
+from embpack.unchanged import count_unchanged, list_old_sources, open_old
 from embpack.variant import Variant
 
 
@@ -137,7 +137,8 @@ def quantize_file(
     """
     variant, keeps = Variant(method, bits, param_dtype, rotate), keep_checksums or since is not None
     rules = Rules(include, exclude, variant, variants or {}, readable_by, keeps)
-    with open_checkpoint(src) as checkpoint, find_old(since, decide_all(checkpoint, rules)) as decisions:
+    with open_checkpoint(src) as checkpoint, open_old(since) as find_old:
+        decisions = find_old(decide_all(checkpoint, rules))
         return pack_checkpoint(
             checkpoint,
             decisions,
@@ -286,7 +287,7 @@ def count_unchanged_rows(
 
     Args:
         checkpoint: which is open, and is read for it.
-        decisions: as find_old makes them; the tables of others are left out.
+        decisions: on all of its tensors, as open_old has completed them; the tables of others are left out.
         dst: as count_file_bytes takes it.
         max_shard_size: as quantize_file takes it.
     """

@@ -6,10 +6,11 @@ rows when they are copied.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from embpack.formats.source import SourceFile
 from embpack.kept import RANGE, as_ranges, as_sums, checksum, describe_packer, read_version, set_sums
 from embpack.methods import Packer
 from embpack.methods.base import OnRows, Sums
-from embpack.packed_files import StoredTable, TablePiece, open_packed
+from embpack.packed_files import PackedCheckpoint, StoredTable, TablePiece, open_packed
 from embpack.rotation import rotate_chunks
 from embpack.rules import Decision
 from embpack.threads import get_num_threads
@@ -117,34 +118,38 @@ class OldTable:
         return [piece for piece in self.pieces if piece.first_row < stop and start < piece.end_row]
 
 
-@contextmanager
-def find_old(since: str | Path | None, decisions: Sequence[Decision]) -> Iterator[Sequence[Decision]]:
-    """Add to what was decided on tables what an earlier run has made of them; they are to be packed in the block.
+FindOld = Callable[[Sequence[Decision]], list[Decision]]
+"""Adds to what was decided on tables what an earlier run has made of them, and that checksums are kept again."""
 
-    Args:
-        since: what it wrote; None if nothing is to be used.
-        decisions: on all tensors, which are to keep checksums.
+
+@contextmanager
+def open_old(since: str | Path | None) -> Iterator[FindOld]:
+    """Open what an earlier run wrote, for as long as rows may be copied from it; None if nothing is to be.
 
     Raises:
         FileNotFoundError: there is nothing at since.
-        FormatError: embpack has not written it, or it is damaged.
+        FormatError: embpack has not written it, or it is damaged; what is kept is looked at when tables are found.
     """
     if since is None:
-        yield decisions
+        yield list
         return
     with open_packed(since) as packed:
         if not any(table.keeps_checksums for table in packed.tables.values()):
             warnings.warn(
                 f"{since}: keeps no checksums of what it was packed from, so all rows are packed; the new file keeps "
                 "them, as with --keep-checksums (in Python keep_checksums=True)",
-                stacklevel=2,
+                stacklevel=4,
             )
-        yield [
-            replace(each, keeps_checksums=True, old=_find_table(packed.tables.get(each.tensor.name), each))
-            if each.variant
-            else each
-            for each in decisions
-        ]
+        yield partial(_find_old, packed)
+
+
+def _find_old(packed: PackedCheckpoint, decisions: Sequence[Decision]) -> list[Decision]:
+    return [
+        replace(each, keeps_checksums=True, old=_find_table(packed.tables.get(each.tensor.name), each))
+        if each.variant
+        else each
+        for each in decisions
+    ]
 
 
 def list_old_sources(decisions: Sequence[Decision]) -> list[SourceFile]:

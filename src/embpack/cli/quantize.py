@@ -1,6 +1,5 @@
 """embpack quantize."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from embpack.readers import READERS
 from embpack.rules import Rules, list_left_out
 from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
-from embpack.unchanged import find_old
+from embpack.unchanged import open_old
 from embpack.variant import Variant
 
 # How long packing takes is said before it begins if it is so long; a smaller checkpoint is not looked at for that.
@@ -208,8 +207,8 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="OLD_DST",
-            help="Copy rows whose source has not changed from what an earlier run with --keep-checksums wrote, and pack "
-            "the others: the same bytes, sooner. May be DST. Keeps checksums, too.",
+            help="Pack only rows whose source has changed, and copy others from what an earlier run with "
+            "--keep-checksums wrote: the same bytes, sooner. May be DST.",
             show_default=False,
             rich_help_panel=options.OUTPUT,
         ),
@@ -225,7 +224,9 @@ def quantize(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Show what would be packed, and to how many bytes.", rich_help_panel=options.OUTPUT
+            "--dry-run",
+            help="Show what would be packed, and to how many bytes; with --since SRC is read for it.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = False,
     force: Annotated[
@@ -260,23 +261,25 @@ def quantize(
         show.go_on_unread()
     if threads is not None:
         set_num_threads(threads)
-    with open_checkpoint(src) as checkpoint, ExitStack() as stack:
+    with open_checkpoint(src) as checkpoint, open_old(since) as find_old:
         if dst is not None and not dry_run:
             check_destination(checkpoint, dst, max_shard_size, resume=resume, force=force)
-        decisions, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
-        decisions = stack.enter_context(find_old(since, decisions))
+        decided, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
+        decisions = find_old(decided)
         # A plan that is used says what was measured when it was made; what is packed now is in the decisions.
         shown = plan if plan_path is None else None
         left_out = list_left_out(checkpoint, decisions)
         expected = expect(checkpoint, decisions, dst, max_shard_size, from_bytes=0 if dry_run else _LONG_BYTES)
         if dst is None or dry_run:
             planning.finish(plan, None)
+            reused = count_unchanged_rows(checkpoint, decisions, dst, max_shard_size)
             if as_json:
-                show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, expected))
+                show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, expected, reused))
             else:
                 sizes = sum(shard.num_bytes for shard in checkpoint.shards), expected.file_bytes
                 show.print_decisions(str(src), decisions, left_out, shown, sizes)
                 show.print_expected(expected)
+                show.print_reused(decisions, reused)
                 if planning.max_table_loss is not None:
                     show.output.print("--max-loss judges tables once they are packed, not in a dry run", style="dim")
             return
