@@ -1,5 +1,6 @@
 """Packing again only what has changed: the bytes are those of packing all, whatever has changed, and how."""
 
+import hashlib
 import json
 import pickle
 import re
@@ -10,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import Arrays, read_raw, write_safetensors, write_shards
+from here import Here
 from safetensors.torch import save_file
 from test_resuming import Stopped, read_tree
 
@@ -299,6 +301,20 @@ def test_a_table_that_loses_too_much_is_refused_and_the_old_file_stays(old, tmp_
     assert old.read_bytes() == before
 
 
+@pytest.mark.parametrize("method", ["asym", "kmeans-cls"])
+def test_workers_leave_rows_alone(tmp_path, monkeypatch, method):
+    monkeypatch.setattr("embpack.ranges.chunk_rows", span_rows)
+    monkeypatch.setattr("embpack.ranges._RANGE_VALUES", 1)
+    src, options = write_safetensors(tmp_path, make_arrays()), {"max_shard_size": "300 kB", "method": method}
+    quantize(src, tmp_path / "old", keep_checksums=True, engine=Here(), **options)
+    if method == "asym":
+        write_safetensors(tmp_path, alter(make_arrays(), 7))
+    compare(src, tmp_path / "old", tmp_path, suffix="", **options)
+    again = quantize(src, tmp_path / "again", since=tmp_path / "old", engine=Here(), **options)
+    assert read_tree(tmp_path / "again") == read_tree(tmp_path / "all")
+    assert find_table(again).reused_rows == ROWS - (SPAN if method == "asym" else 0)
+
+
 def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     src, options = write_safetensors(tmp_path, make_arrays()), {"max_shard_size": "200 kB"}
     quantize(src, tmp_path / "packed", keep_checksums=True, **options)
@@ -336,8 +352,6 @@ def test_what_is_kept_is_little_and_as_documented(tmp_path):
     assert (tensor.dtype, tensor.shape) == ("U8", (1 + -(-ROWS // SPAN), 64))
     assert len(tensor.payload) < 0.002 * len(kept.tensors["user_emb.weight"].payload)
     assert tensor.payload[:32].rstrip(b"\0") == embpack.__version__.encode()
-    import hashlib
-
     first = tensor.payload[64:128]
     rows, packed = arrays.tables["user_emb.weight"][:SPAN], kept.tensors["user_emb.weight"].payload
     assert first[:16] == hashlib.sha256(rows.tobytes()).digest()[:16]

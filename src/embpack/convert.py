@@ -15,6 +15,7 @@ from embpack.engines import Engine
 from embpack.errors import naming
 from embpack.formats import Checkpoint, OutFolder, OutShard, open_checkpoint, write_checkpoint
 from embpack.formats.atomic import check_space
+from embpack.formats.paths import as_path
 from embpack.formats.safetensors import count_file_bytes as count_shard_bytes
 from embpack.gate import check_losses
 from embpack.methods import DEFAULT_METHOD, Method
@@ -165,7 +166,7 @@ def pack_checkpoint(
     progress: Progress = no_progress,
 ) -> Report:
     """Do what quantize_file does, for an open checkpoint and what was decided on its tensors (rules.decide_all)."""
-    dst, started = Path(dst), time.perf_counter()
+    dst, started = as_path(dst), time.perf_counter()
     if max_loss is not None:
         check_max_loss(max_loss)
     check_destination(checkpoint, dst, max_shard_size, resume=resume, force=force, engine=engine)
@@ -177,7 +178,7 @@ def pack_checkpoint(
 
     keeper = make_files = None
     if output.folder is None:
-        check_space(dst, sum(sizes.values()))
+        check_space(dst, sizes.values())
     else:
         run = describe_run(checkpoint, decisions, output.shards)
         keeper = Unfinished(dst, run, output.writers, sizes, resume)

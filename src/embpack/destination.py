@@ -6,18 +6,27 @@ from pathlib import Path
 from embpack.formats import FORMATS, Checkpoint, Shard
 from embpack.formats.atomic import check_new, refuse_other
 from embpack.formats.new_folder import ListOwn, refuse_others
+from embpack.formats.paths import is_remote, is_same
+from embpack.formats.remote import explained
 
 
 def check_place(checkpoint: Checkpoint, dst: Path, list_own: ListOwn, *, as_folder: bool, force: bool) -> None:
     """Raise what writing what becomes of a checkpoint, a folder or a file, would of the place, before it is read."""
+    with explained(dst, "cannot be written"):
+        _check_place(checkpoint, dst, list_own, as_folder=as_folder, force=force)
+
+
+def _check_place(checkpoint: Checkpoint, dst: Path, list_own: ListOwn, *, as_folder: bool, force: bool) -> None:
     if checkpoint.is_folder and dst.suffix.lower() in {*FORMATS, ".json"}:
         what = f"{checkpoint.path} is sharded" if checkpoint.folder is None else f"{checkpoint.folder} is a folder"
         raise ValueError(f"{dst}: {what}, so the destination is a folder; leave {dst.suffix} out")
     sources = [checkpoint.path, checkpoint.folder, checkpoint.path.parent if checkpoint.is_folder else None]
-    if dst.exists() and any(source is not None and source.samefile(dst) for source in sources):
+    if any(source is not None and is_same(dst, source) for source in sources):
         raise ValueError(f"{dst}: the destination is the source; choose another name")
     if as_folder and dst.exists():
         refuse_others(dst.absolute(), list_own, force=force)
+        if is_remote(dst):
+            check_new(dst)
     else:
         refuse_other(dst, lambda existing: force or existing.name in list_own(existing))
         check_new(dst)

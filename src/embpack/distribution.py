@@ -1,6 +1,5 @@
 """A packed checkpoint that workers make: the driver hands out ranges of rows, and holds none itself."""
 
-import hashlib
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embpack.chunks import chunk_rows
 from embpack.engines import Engine, Workers
 from embpack.errors import EngineError
-from embpack.files import format_checksum
-from embpack.formats.base import as_bytes
+from embpack.formats.atomic import create, remove_file
 from embpack.formats.source import SourceFile
 from embpack.methods import Packer
 from embpack.ranges import (
     DamagedPartError,
     Part,
     assemble_file,
+    checksum_packer,
     fit_table,
     list_ranges,
     pack_range,
+    remove_parts,
     see_paths,
     without_progress,
 )
@@ -62,8 +61,6 @@ class Distribution:
         """Make files, by their numbers and where they are to lie; yields numbers as files are whole."""
         if not made:
             return
-        for path in {path.parent for path in made.values()} | {self.keeper.parts_folder}:
-            path.mkdir(parents=True, exist_ok=True)
         with self.engine.connect() as workers:
             self._check_paths(workers)
             yield from _Run(self, workers, made).run()
@@ -76,12 +73,13 @@ class Distribution:
         """
         token = secrets.token_hex(16)
         mark = self.keeper.parts_folder / f"{token}.mark"
-        mark.write_text(token)
+        with create(mark) as file:
+            file.write(token.encode())
         try:
             sources = [(source.path.absolute(), source.size, source.modified_ns) for source in self.sources]
             found = workers.run_everywhere(see_paths, sources, mark.absolute(), token)
         finally:
-            mark.unlink()
+            remove_file(mark)
         faults = [f"{machine}: {fault}" for machine, fault in found.items() if fault is not None]
         if faults:
             raise EngineError(
@@ -99,7 +97,7 @@ class _Run:
         running: what is told of the results of tasks that were submitted, by the task.
         parts: of each piece, by id: parts that are there, by their first rows.
         missing: of each file, by its number, how many parts are not there.
-        packers: of each table, by id: what was sent to the workers, and its checksum.
+        tables: of each table, by id, how it and its packer were sent to the workers.
         repaired: names of parts that were packed again.
         finished: numbers of files that are whole, and not yielded yet.
     """
@@ -111,7 +109,7 @@ class _Run:
     running: dict[Any, Done] = field(default_factory=dict)
     parts: dict[int, dict[int, Part]] = field(default_factory=dict)
     missing: dict[int, int] = field(default_factory=dict)
-    packers: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    tables: dict[int, Any] = field(default_factory=dict)
     repaired: set[str] = field(default_factory=set)
     finished: deque[int] = field(default_factory=deque)
 
@@ -128,9 +126,12 @@ class _Run:
                 number = self.finished.popleft()
                 yield number
                 # By now it is written down that the file is whole.
-                for piece in self._writer(number).pieces:
-                    for start in self.parts.pop(id(piece)):
-                        self.distribution.keeper.drop_part(self._name(number, piece, start))
+                names = [
+                    self._name(number, piece, start)
+                    for piece in self._writer(number).pieces
+                    for start in self.parts.pop(id(piece))
+                ]
+                self._drop(names)
 
     def _begin(self) -> None:
         """Have all tables fitted, in the order of the files, and files without tables made."""
@@ -150,27 +151,28 @@ class _Run:
     def _cut(self, table: TableWriter, pieces: Sequence[tuple[int, PieceWriter]], packer: Packer) -> None:
         """Have the ranges of a table packed that are not there."""
         table.packer = packer
-        for array in shared_arrays(packer):
+        for array in packer.beside().values():
             table.check_shared(array)
-        self.packers[id(table)] = self.workers.share((table.decision, packer)), checksum_packer(packer)
+        self.tables[id(table)] = self.workers.share((table.decision, packer))
+        of_packer = checksum_packer(packer)
         for number, piece in pieces:
             for start, stop in list_ranges(piece):
                 name = self._name(number, piece, start)
-                known = self.distribution.keeper.find_part(name, self.packers[id(table)][1])
+                known = self.distribution.keeper.find_part(name, of_packer)
                 if known is not None and (known.start, known.stop) == (start, stop):
                     self._take(number, piece, known)
                 else:
                     self._pack(number, piece, start, stop)
 
     def _pack(self, number: int, piece: PieceWriter, start: int, stop: int) -> None:
-        name, (sent, of_packer) = self._name(number, piece, start), self.packers[id(piece.table)]
+        name = self._name(number, piece, start)
 
         def done(part: Part) -> None:
-            self.distribution.keeper.keep_part(name, of_packer, part)
+            self.distribution.keeper.keep_part(name, part)
             self._take(number, piece, part)
 
-        path = self.distribution.keeper.parts_folder / name
-        self.waiting.append((_pack_range, (sent, start, stop, path), _bound_memory(piece.table), done))
+        args = (self.tables[id(piece.table)], number, start, stop, self.distribution.keeper.parts_folder, name)
+        self.waiting.append((pack_range, args, _bound_memory(piece.table), done))
 
     def _take(self, number: int, piece: PieceWriter, part: Part) -> None:
         """Take a part that is there; with the last one of a file have that made."""
@@ -207,7 +209,7 @@ class _Run:
         if error.name in self.repaired:
             raise error
         self.repaired.add(error.name)
-        self.distribution.keeper.drop_part(error.name)
+        self.distribution.keeper.drop_parts([error.name])
         for piece in self._writer(number).pieces:
             for start, part in self.parts[id(piece)].items():
                 if self._name(number, piece, start) == error.name:
@@ -215,6 +217,12 @@ class _Run:
                     self.missing[number] += 1
                     self._pack(number, piece, start, part.stop)
                     return
+
+    def _drop(self, names: Sequence[str]) -> None:
+        """Have parts removed, which take space: before anything else."""
+        self.distribution.keeper.drop_parts(names)
+        args = (self.distribution.keeper.parts_folder, names)
+        self.waiting.appendleft((remove_parts, args, _LEAST_BYTES, lambda done: None))
 
     def _writer(self, number: int) -> ShardWriter:
         return self.distribution.writers[number]
@@ -224,26 +232,7 @@ class _Run:
         return f"{number:05}-{self._writer(number).pieces.index(piece):05}-{start}"
 
 
-def _pack_range(sent: tuple[Any, Packer], start: int, stop: int, path: Path) -> Part:
-    decision, packer = sent
-    return pack_range(decision, packer, start, stop, path)
-
-
 def _bound_memory(table: TableWriter) -> int:
     """Bytes that a task for a table takes at most, beside what a worker has anyway."""
     values = chunk_rows(table.row_format.embedding_dim) * table.row_format.embedding_dim
     return max(_LEAST_BYTES, _CHUNKS * values * np.dtype(np.float32).itemsize)
-
-
-def shared_arrays(packer: Packer) -> list[NDArray[Any]]:
-    """The array that all rows of a table share, if there is one."""
-    shared = packer.row_format.form.shared()
-    return [] if shared is None else [packer.beside()[shared.name]]
-
-
-def checksum_packer(packer: Packer) -> str:
-    """Checksum what rows are packed by: its method, and what they share."""
-    digest = hashlib.sha256(f"{packer.spec} in {packer.row_format}".encode())
-    for array in shared_arrays(packer):
-        digest.update(as_bytes(array))
-    return format_checksum(digest)

@@ -53,10 +53,11 @@ def naming(what: str) -> Iterator[None]:
 
 
 class MissingExtraError(ImportError):
-    """An optional package is needed; the message has the command that installs it."""
+    """An optional package is needed; the message has the command that installs it: an extra's packages, or just it."""
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f"{what} needs {package}: pip install {' '.join(map(repr, _list_requirements(extra)))}")
+    def __init__(self, what: str, package: str, extra: str | None) -> None:
+        requirements = [package] if extra is None else _list_requirements(extra)
+        super().__init__(f"{what} needs {package}: pip install {' '.join(map(repr, requirements))}")
 
 
 def _list_requirements(extra: str) -> list[str]:

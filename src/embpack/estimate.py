@@ -18,6 +18,7 @@ from embpack.formats.base import as_bytes
 from embpack.methods import Packer
 from embpack.rules import Decision
 from embpack.shard_writer import TableWriter
+from embpack.threads import get_num_threads
 
 # For how long rows are packed at least, if there are so many, and from when on the first ones are enough.
 _SECONDS, _MOST_SECONDS = 0.2, 1.0
@@ -47,6 +48,7 @@ def expect(
     max_shard_size: int | str | None,
     *,
     from_bytes: int = 0,
+    workers: int | None = None,
 ) -> Expectation:
     """Say what packing a checkpoint will come to; from so many bytes of source on also how long it takes.
 
@@ -56,10 +58,14 @@ def expect(
         dst: as count_file_bytes takes it.
         max_shard_size: as quantize_file takes it.
         from_bytes: bytes of tensors.
+        workers: so many pack, in a thread each; None are the threads of this process.
     """
     is_timed = sum(each.tensor.nbytes for each in decisions) >= from_bytes
     file_bytes = count_file_bytes(checkpoint, decisions, dst, max_shard_size)
-    return Expectation(file_bytes, estimate_seconds(decisions) if is_timed else None)
+    seconds = estimate_seconds(decisions) if is_timed else None
+    if seconds is not None and workers is not None:
+        seconds *= get_num_threads() / workers
+    return Expectation(file_bytes, seconds)
 
 
 def estimate_seconds(decisions: Sequence[Decision]) -> float | None:

@@ -18,6 +18,7 @@ from embpack.formats import OutShard, OutTensor, Shard, SourceTensor, open_check
 from embpack.formats.base import as_bytes, is_utf8
 from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
 from embpack.formats.mapped import reading_all
+from embpack.formats.paths import as_path
 from embpack.layouts import ROTATIONS, ArraySpec, RowFormat
 from embpack.rows import ROW_DTYPES
 from embpack.table import PackedTable
@@ -394,7 +395,7 @@ def save(
             have one name, or one that is no text, or path has another suffix.
         OSError: the disk is full, the folder cannot be written to.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a file of packed tables ends in .safetensors")
     _check_tables(path, tables)

@@ -23,6 +23,8 @@ from embpack.files import (
 )
 from embpack.formats import INDEX_SUFFIX, Checkpoint, Shard, SourceTensor, open_checkpoint
 from embpack.formats.joined import join_arrays
+from embpack.formats.paths import as_path, is_remote
+from embpack.formats.remote import explained, refuse_access
 from embpack.kept import SUFFIX, is_kept
 from embpack.lookups import Table
 from embpack.methods.base import join_losses
@@ -230,8 +232,10 @@ def open_packed(path: str | Path) -> Iterator[PackedCheckpoint]:
         FileNotFoundError: there is nothing at path.
         FormatError: it is damaged, truncated, not ours, or of a future version; or a table lacks a piece.
     """
-    path = Path(path)
-    if path.is_file() and not path.name.endswith((".safetensors", INDEX_SUFFIX)):
+    path = as_path(path)
+    with explained(path):
+        is_other = path.is_file() and not path.name.endswith((".safetensors", INDEX_SUFFIX))
+    if is_other:
         raise FormatError(f"{path}: a file of packed tables ends in .safetensors; pack this one: embpack quantize")
     with open_checkpoint(path) as checkpoint:
         yield check_packed(checkpoint)
@@ -400,6 +404,9 @@ def load(path: str | Path, *, verify: bool = False, access: Access = "mapped") -
         ValueError: there is no such access.
     """
     check_access(access)
+    path = as_path(path)
+    if is_remote(path) and access != "memory":
+        refuse_access(path, access)
     tables = {}
     with open_packed(path) as checkpoint:
         for name, table in checkpoint.tables.items():

@@ -1,17 +1,19 @@
 """Ranges of rows: what is packed at a time, by whichever process, and files that are put together of them.
 
 A range is packed into a part, a file of its own: its packed rows, after them its entries of the array that lies beside
-them by row, if there is one, and what is kept of the source's rows, if that is. Everything here may be done twice, at
-the same time, and comes to the same bytes.
+them by row, if there is one, and what is kept of the source's rows, if that is. A file beside it, whose name ends in
+.json, says what is known of it. Everything here may be done twice, at the same time, and comes to the same bytes.
 """
 
 import hashlib
+import json
 import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,9 +23,13 @@ from numpy.typing import NDArray
 from embpack.chunks import chunk_rows
 from embpack.errors import FormatError
 from embpack.files import format_checksum
-from embpack.formats.atomic import explained_place, sync
+from embpack.formats.atomic import explained_place, new_object, remove_file, sync
 from embpack.formats.base import as_bytes
+from embpack.formats.new_folder import iter_files
+from embpack.formats.paths import is_remote
+from embpack.formats.remote import for_each
 from embpack.formats.safetensors import write_safetensors
+from embpack.formats.source import SourceFile, make_source
 from embpack.kept import RANGE, count_ranges
 from embpack.methods import Packer
 from embpack.methods.base import Sums, condense
@@ -33,6 +39,8 @@ from embpack.shard_writer import DonePiece, PackedRows, PieceWriter, ShardWriter
 # Some seconds of work, most of the time, of which little is lost where a worker dies.
 _RANGE_VALUES = 1 << 24
 _PORTION_BYTES = 1 << 24
+_KNOWN = ".json"
+_READ_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -40,21 +48,51 @@ class Part:
     """A range of rows that is packed.
 
     Attributes:
+        file: that it is for, by its number.
         start, stop: rows of the table.
         sums: few, which come to what those of all its spans come to.
         num_bytes: of its file.
         checksum: of them.
+        packer: a checksum of what its rows were packed by.
         seconds: spent reading, packing and writing it.
         reused_rows: that were copied from what an earlier run has packed.
     """
 
+    file: int
     start: int
     stop: int
     sums: Sequence[Sums]
     num_bytes: int
     checksum: str
+    packer: str
     seconds: float
     reused_rows: int = 0
+
+
+def name_part(folder: Path, name: str) -> tuple[Path, Path]:
+    """Where a part lies in a folder, and what is known of it."""
+    return folder / name, folder / f"{name}{_KNOWN}"
+
+
+def read_parts(folder: Path) -> dict[str, Part]:
+    """Read what is known of the parts in a folder that are there, by their names."""
+    there = set(iter_files(folder))
+    names = sorted(name for name in there if f"{name}{_KNOWN}" in there)
+    with ThreadPoolExecutor(_READ_AT_A_TIME) as pool:
+        found = pool.map(_read_known, (name_part(folder, name)[1] for name in names))
+        return {name: part for name, part in zip(names, found, strict=True) if part is not None}
+
+
+def _read_known(path: Path) -> Part | None:
+    with suppress(ValueError, TypeError, LookupError, AttributeError, OSError):
+        value = json.loads(path.read_bytes())
+        return Part(**{**value, "sums": [Sums(*sums) for sums in value["sums"]]})
+    return None
+
+
+def remove_parts(folder: Path, names: Sequence[str]) -> None:
+    """Remove parts that are of no use any more."""
+    for_each(remove_file, [path for name in names for path in name_part(folder, name)])
 
 
 class DamagedPartError(FormatError):
@@ -82,15 +120,31 @@ def fit_table(decision: Decision) -> Packer:
     return TableWriter(decision).fit()
 
 
-def pack_range(decision: Decision, packer: Packer, start: int, stop: int, path: Path) -> Part:
-    """Pack rows [start, stop) of a table into a part, which appears whole or not at all.
+def checksum_packer(packer: Packer) -> str:
+    """Checksum what rows are packed by, as metadata has checksums."""
+    return f"sha256:{packer.digest().hex()}"
+
+
+def pack_range(
+    table: tuple[Decision, Packer], file_number: int, start: int, stop: int, folder: Path, name: str
+) -> Part:
+    """Pack rows [start, stop) of a table into a part of a folder, which appears whole or not at all.
+
+    Args:
+        table: and its packer.
+        file_number: of the file that it is for.
+        start: the first of its rows in the table.
+        stop: the row after its last.
+        folder: of the parts.
+        name: of the part.
 
     Raises:
         ValueError: as Packer.pack.
         OSError: it cannot be written.
     """
     started = time.perf_counter()
-    table = TableWriter(decision, packer=packer)
+    decision, packer = table
+    path, known = name_part(folder, name)
     digest, sums, num_bytes, reused_rows = hashlib.sha256(), list[Sums](), 0, 0
     by_row, ranges = list[NDArray[Any]](), list[NDArray[Any]]()
     with _new_file(path) as file:
@@ -100,7 +154,7 @@ def pack_range(decision: Decision, packer: Packer, start: int, stop: int, path: 
             digest.update(data)
             return file.write(data)
 
-        for rows in table.pack_rows(start, stop):
+        for rows in TableWriter(decision, packer=packer).pack_rows(start, stop):
             num_bytes += write(rows.packed)
             sums = condense([*sums, *rows.sums])
             if rows.by_row is not None:
@@ -110,7 +164,20 @@ def pack_range(decision: Decision, packer: Packer, start: int, stop: int, path: 
             reused_rows += rows.reused
         num_bytes += sum(map(write, (*by_row, *ranges)))
     seconds = time.perf_counter() - started
-    return Part(start, stop, condense(sums, 1), num_bytes, format_checksum(digest), seconds, reused_rows)
+    part = Part(
+        file_number,
+        start,
+        stop,
+        condense(sums, 1),
+        num_bytes,
+        format_checksum(digest),
+        checksum_packer(packer),
+        seconds,
+        reused_rows,
+    )
+    with _new_file(known) as file:
+        file.write(json.dumps(asdict(part)).encode())
+    return part
 
 
 def assemble_file(
@@ -151,10 +218,11 @@ def see_paths(sources: Sequence[tuple[Path, int, int]], mark: Path, token: str) 
     """
     for path, size, modified_ns in sources:
         try:
-            found = path.stat()
+            with make_source(path) as source:
+                found = source.size, source.modified_ns
         except OSError as error:
-            return f"{path}: {error.strerror}"
-        if (found.st_size, found.st_mtime_ns) != (size, modified_ns):
+            return f"{path}: {error.strerror or error}"
+        if found != (size, modified_ns):
             return f"{path} is another file there"
     try:
         if mark.read_text() != token:
@@ -162,7 +230,7 @@ def see_paths(sources: Sequence[tuple[Path, int, int]], mark: Path, token: str) 
         probe = mark.with_name(f"{mark.name}.{secrets.token_hex(8)}")
         with _new_file(probe):
             pass
-        probe.unlink()
+        remove_file(probe)
     except OSError as error:
         return f"{mark.parent}: {error.strerror or error}"
     return None
@@ -199,40 +267,41 @@ class _PartReader:
         for path, part in self.parts:
             digest = hashlib.sha256()
             entry = None if by_row is None else self.piece.spec_of(by_row.name).dtype
-            with _open_part(path, part) as file:
+            with _opened(path, part) as source:
+                position = 0
                 for start in range(part.start, part.stop, step):
                     count = min(step, part.stop - start)
-                    packed = _read(file, path, (count, row_format.row_bytes), np.dtype(np.uint8))
+                    packed = np.empty((count, row_format.row_bytes), np.uint8)
+                    source.read_into(position, packed)
+                    position += packed.nbytes
                     digest.update(packed.data)
                     if start + count < part.stop:
                         yield PackedRows(packed, [])
-                own = None if entry is None else _read(file, path, (part.stop - part.start,), entry)
-                ranges = None
-                if self.piece.kept_name is not None:
-                    count = count_ranges(part.stop - part.start, row_format.embedding_dim)
-                    ranges = _read(file, path, (count,), RANGE)
+                own = None if entry is None else np.empty(part.stop - part.start, entry)
+                count = count_ranges(part.stop - part.start, row_format.embedding_dim)
+                ranges = None if self.piece.kept_name is None else np.empty(count, RANGE)
                 for beside in (own, ranges):
                     if beside is not None:
+                        source.read_into(position, beside)
                         digest.update(as_bytes(beside))
+                        position += beside.nbytes
             if format_checksum(digest) != part.checksum:
                 raise _explain_damage(path, "its bytes are others")
             yield PackedRows(packed, part.sums, own, ranges, part.reused_rows)
 
 
-def _open_part(path: Path, part: Part) -> BinaryIO:
+@contextmanager
+def _opened(path: Path, part: Part) -> Iterator[SourceFile]:
+    source = make_source(path)
     try:
-        if path.stat().st_size == part.num_bytes:
-            return path.open("rb")
+        stack = ExitStack()
+        stack.enter_context(source)
     except FileNotFoundError:
         raise _explain_damage(path, "it is gone") from None
-    raise _explain_damage(path, f"it has {path.stat().st_size} bytes, not {part.num_bytes}")
-
-
-def _read(file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    out = np.empty(shape, dtype)
-    if file.readinto(as_bytes(out)) != out.nbytes:  # type: ignore[attr-defined]
-        raise _explain_damage(path, "it is shorter than it was")
-    return out
+    with stack:
+        if source.size != part.num_bytes:
+            raise _explain_damage(path, f"it has {source.size} bytes, not {part.num_bytes}")
+        yield source
 
 
 def _explain_damage(path: Path, why: str) -> DamagedPartError:
@@ -242,6 +311,10 @@ def _explain_damage(path: Path, why: str) -> DamagedPartError:
 @contextmanager
 def _new_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file that is there whole or not at all, though others may write the same one at the same time."""
+    if is_remote(path):
+        with new_object(path) as file:
+            yield file
+        return
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
     with explained_place(path, path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)

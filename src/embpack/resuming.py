@@ -2,16 +2,14 @@
 
 ".NAME.embpack-unfinished" has these files in "new", and unfinished.json, which says what they were made of, and what
 is known of each and not in it. The checksums of a file are its own: it is read through before it is used. Ranges of
-rows that workers have packed, of files that are not whole, are in "parts"; parts.jsonl has a line for each.
+rows that workers have packed, of files that are not whole, are in "parts", each with what is known of it (ranges.py).
 """
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,18 @@ import embpack
 from embpack.errors import FormatError
 from embpack.files import format_checksum
 from embpack.formats import Checkpoint, OutShard, open_checkpoint
-from embpack.formats.atomic import check_space, sync
-from embpack.formats.source import SourceFile
+from embpack.formats.atomic import check_space, replace_text
+from embpack.formats.new_folder import remove_others
+from embpack.formats.paths import path_in
+from embpack.formats.source import SourceFile, make_source
 from embpack.methods.base import Sums
 from embpack.packed_files import PackedFile, check_file
-from embpack.ranges import Part
+from embpack.ranges import Part, name_part, read_parts
 from embpack.rules import Decision, list_names
 from embpack.shard_writer import DonePiece, PieceWriter, ShardWriter
 
 RECORD_NAME = "unfinished.json"
-_PARTS, _PARTS_NAME = "parts", "parts.jsonl"
+_PARTS = "parts"
 _RECORD_VERSION = 1
 _MOST_RECORD_BYTES = 1 << 30
 # Of a source's beginning and of its end, where formats have what they say of themselves.
@@ -44,7 +44,7 @@ def describe_run(checkpoint: Checkpoint, decisions: Sequence[Decision], shards: 
     return {
         "embpack": embpack.__version__,
         "sources": {
-            os.path.relpath(source.path, checkpoint.path.parent): _describe_source(source)
+            path_in(source.path, checkpoint.path.parent).as_posix(): _describe_source(source)
             for source in list_sources(checkpoint)
         },
         "tables": tables,
@@ -114,7 +114,7 @@ class Unfinished:
         sizes: of the files, by name, in bytes.
         resume: whether to go on where an earlier run was.
         files: of those that are whole: what their checksums are and what is known of their tables.
-        parts: ranges that are packed, by name: what they were packed by, and what is known of them.
+        parts: ranges that are packed, by name.
     """
 
     dst: Path
@@ -123,7 +123,7 @@ class Unfinished:
     sizes: Mapping[str, int]
     resume: bool
     files: dict[str, Record] = field(default_factory=dict)
-    parts: dict[str, tuple[str, Part]] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
     _record: Path | None = None
 
     def start(self, work: Path) -> None:
@@ -143,27 +143,23 @@ class Unfinished:
                     "leave out --resume (in Python resume=True) to begin anew"
                 )
             self.files = before["files"]
-            self.parts = _read_parts(work)
+            whole = {number for number, name in enumerate(self.sizes) if name in self.files}
+            parts = read_parts(work / _PARTS)
+            self.parts = {name: part for name, part in parts.items() if part.file not in whole}
         elif self.resume:
             warnings.warn(f"{self.dst}: there is nothing to resume, so packing begins", stacklevel=2)
-        elif before is not None and (before["files"] or _read_parts(work)):
-            done = _say_done(len(before["files"]), len(before["run"]["files"]), len(_read_parts(work)))
+        elif before is not None and (before["files"] or read_parts(work / _PARTS)):
+            done = _say_done(len(before["files"]), len(before["run"]["files"]), len(read_parts(work / _PARTS)))
             warnings.warn(
                 f"{self.dst}: an earlier run was interrupted with {done} done, which are removed; --resume (in Python "
                 "resume=True) goes on with them",
                 stacklevel=2,
             )
         self._record = record
-        kept = {work / "new" / name for name in self.files} | {work / _PARTS / name for name in self.parts}
-        if kept:
-            kept |= {record, work / _PARTS_NAME}
-        for path in sorted(work.rglob("*"), reverse=True):  # what is in a folder before that
-            if path.is_dir() and not path.is_symlink():
-                with suppress(OSError):  # it is not empty
-                    path.rmdir()
-            elif path not in kept:
-                path.unlink()
-        check_space(self.dst, sum(size for name, size in self.sizes.items() if name not in self.files), work)
+        kept = {f"new/{name}" for name in self.files}
+        kept |= {f"{_PARTS}/{path.name}" for name in self.parts for path in name_part(work / _PARTS, name)}
+        remove_others(work, kept | {RECORD_NAME} if kept else kept)
+        check_space(self.dst, [size for name, size in self.sizes.items() if name not in self.files], work)
 
     def reuse(self, number: int, path: Path) -> bool:
         """Whether a file is there and whole; what is known of its tables is known again then."""
@@ -228,30 +224,20 @@ class Unfinished:
         return self._work / _PARTS
 
     def find_part(self, name: str, packer: str) -> Part | None:
-        """Return what is known of a part that is there, if it is of the same packer."""
+        """Return what is known of a part that is there, if it is of the same packer, by its checksum."""
         found = self.parts.get(name)
-        return found[1] if found is not None and found[0] == packer else None
+        return found if found is not None and found.packer == packer else None
 
-    def keep_part(self, name: str, packer: str, part: Part) -> None:
-        """Write down that a part is there.
-
-        Args:
-            name: of its file.
-            packer: a checksum of what its rows were packed by.
-            part: what is known of it.
-        """
+    def keep_part(self, name: str, part: Part) -> None:
+        """Take note of a part that a worker has made."""
         if not self.parts and not self.files:
             self._write()
-        self.parts[name] = packer, part
-        with (self._work / _PARTS_NAME).open("a") as file:
-            file.write(json.dumps({"name": name, "packer": packer, "part": asdict(part)}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.parts[name] = part
 
-    def drop_part(self, name: str) -> None:
-        """Remove a part, which is of no use any more."""
-        self.parts.pop(name, None)
-        (self.parts_folder / name).unlink(missing_ok=True)
+    def drop_parts(self, names: Sequence[str]) -> None:
+        """Forget parts, which are of no use any more."""
+        for name in names:
+            self.parts.pop(name, None)
 
     @property
     def _work(self) -> Path:
@@ -260,11 +246,7 @@ class Unfinished:
 
     def _write(self) -> None:
         assert self._record is not None  # it was started
-        new = self._record.with_suffix(".new")
-        new.write_text(json.dumps({"version": _RECORD_VERSION, "run": self.run, "files": self.files}))
-        sync(new)
-        new.replace(self._record)
-        sync(self._record.parent)
+        replace_text(self._record, json.dumps({"version": _RECORD_VERSION, "run": self.run, "files": self.files}))
 
     def is_kept(self, error: BaseException) -> bool:
         """Whether files stay: what was there before is never removed by mistake, nor is what is whole.
@@ -310,20 +292,6 @@ def _say_done(files: int, of_files: int, parts: int) -> str:
     return f"{files} of {of_files} files" + (f", and {parts} ranges of rows of others," if parts else "")
 
 
-def _read_parts(work: Path) -> dict[str, tuple[str, Part]]:
-    """Read which parts are there; a line that a kill has cut off says nothing."""
-    parts: dict[str, tuple[str, Part]] = {}
-    with suppress(FileNotFoundError), (work / _PARTS_NAME).open() as file:
-        for line in file:
-            with suppress(ValueError, TypeError, LookupError):
-                value = json.loads(line)
-                sums = [Sums(*each) for each in value["part"].pop("sums")]
-                name, part = str(value["name"]), Part(sums=sums, **value["part"])
-                if Path(name).name == name and (work / _PARTS / name).stat().st_size == part.num_bytes:
-                    parts[name] = str(value["packer"]), part
-    return parts
-
-
 def _is_run(value: Any) -> bool:
     """Whether what a file says of a run is as describe_run makes it."""
     return (
@@ -335,6 +303,7 @@ def _is_run(value: Any) -> bool:
 
 def _checksum_header(path: Path) -> str:
     """Checksum a safetensors file's header, which has the checksums of all else."""
-    with path.open("rb") as file:
-        length = file.read(_LENGTH_BYTES)
-        return format_checksum(hashlib.sha256(length + file.read(int.from_bytes(length, "little"))))
+    with make_source(path) as source:
+        length = source.read(0, _LENGTH_BYTES)
+        header = source.read(_LENGTH_BYTES, int.from_bytes(length, "little"))
+        return format_checksum(hashlib.sha256(length + header))

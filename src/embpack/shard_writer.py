@@ -190,9 +190,8 @@ class TableWriter:
             return
         by_row = packer.make_by_row(stop - start)
         for packed, own in iter_packed(packer, self.read(start, stop), start, on_rows, by_row):
-            end = done + len(packed)
-            yield PackedRows(packed, own, None if by_row is None else by_row[done:end])
-            done = end
+            yield PackedRows(packed, own, None if by_row is None else by_row[done : done + len(packed)])
+            done += len(packed)
 
     def read(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """Read rows [start, stop) in chunks, as they are to be packed."""
@@ -301,10 +300,10 @@ class PieceWriter:
 
     def _pack(self) -> Iterator[NDArray[np.uint8]]:
         started = time.perf_counter()
-        packer, shared = self.table.fit(), self.table.row_format.form.shared()
-        beside = packer.beside()
-        if shared is not None:
-            self.table.check_shared(beside[shared.name])
+        packer = self.table.fit()
+        shared = packer.beside()
+        for array in shared.values():
+            self.table.check_shared(array)
         by_row, ranges, reused_rows = list[NDArray[Any]](), list[NDArray[Any]](), 0
         digest, sums = hashlib.sha256(), list[Sums]()
         read = self.read_rows or partial(self.table.pack_rows, self.first_row, self.first_row + self.num_rows)
@@ -318,8 +317,7 @@ class PieceWriter:
             reused_rows += rows.reused
             yield rows.packed
         for spec in self.specs:
-            is_shared = shared is not None and spec.name == shared.name
-            self.beside[spec.name] = beside[spec.name] if is_shared else np.concatenate(by_row)
+            self.beside[spec.name] = shared[spec.name] if spec.name in shared else np.concatenate(by_row)
             digest.update(as_bytes(self.beside[spec.name]))
         square_norm = math.fsum(span.square for span in sums)
         entry = self._make_entry(packer.spec, measure_loss(sums), square_norm, format_checksum(digest))

@@ -18,6 +18,7 @@ from embpack.files import METADATA_KEY, check_bytes
 from embpack.formats import Checkpoint, OutFolder, OutShard, OutTensor, Shard, open_checkpoint, write_checkpoint
 from embpack.formats.base import as_bytes
 from embpack.formats.new_folder import nothing
+from embpack.formats.paths import as_path
 from embpack.packed_files import PackedCheckpoint, PackedFile, StoredTable, check_packed
 from embpack.packed_folder import copy_companions, name_plain
 from embpack.rows import ROW_DTYPES
@@ -66,7 +67,7 @@ def dequantize_file(
         ValueError: dst is src, or its format cannot hold the tensors; there is no such dtype.
         OSError: dst cannot be written.
     """
-    dst = Path(dst)
+    dst = as_path(dst)
     if dtype is not None:
         check_dtype(dtype)
     with open_checkpoint(src) as checkpoint:

@@ -13,8 +13,21 @@ def _hide_types_of_flags(params: list[Any]) -> list[Any]:
     return params
 
 
+# Options whose value may be left out, which Typer has none of.
+_WITHOUT_VALUE = ("--ray",)
+
+
 class Command(TyperCommand):
     """A command; its help lists --help last, in the last group of options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read arguments; an option whose value is left out, at the end or before another option, has "" as one."""
+        after = [*args[1:], "--"]
+        filled = [
+            f"{arg}=" if arg in _WITHOUT_VALUE and following.startswith("-") else arg
+            for arg, following in zip(args, after, strict=True)
+        ]
+        return super().parse_args(ctx, filled)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """List arguments and options."""

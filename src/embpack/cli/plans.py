@@ -107,7 +107,7 @@ class Planning:
             counts = _read_counts(self.access_counts, [each.tensor.name for each in decided])
         if dst is not None:
             least = count_least_bytes(checkpoint, decisions, self.variants, self.readers, self.max_shard_size)
-            check_space(dst, least)
+            check_space(dst, [least])
         work = sum(count_work(each, self.variants, self.readers) for each in decided)
         # One bar: tables are measured in turns, and are done all at once.
         what = f"measuring {show.count(len(decided), 'table')}"

@@ -17,6 +17,8 @@ from embpack.text import printable
 _MOST_SHOWN = 4
 # Columns of a terminal: from which width on there is a long bar; what stands beside the name and the bar.
 _WIDE, _BESIDE = 80, 34
+# Of how many seconds the rate is: workers tell of some seconds of work at a time, slow ones of a minute.
+_RATE_SECONDS = 120.0
 
 
 def rate(rows_per_second: float) -> str:
@@ -72,6 +74,7 @@ class RowBars:
             BarColumn(bar_width, table_column=Column(no_wrap=True)),
             *(column(Column(no_wrap=True)) for column in (_PercentColumn, _RateColumn, _TimeColumn)),
             console=console,
+            speed_estimate_period=_RATE_SECONDS,
             transient=True,
             disable=not console.is_terminal,  # otherwise an empty line is left
         )
@@ -81,6 +84,8 @@ class RowBars:
         self._overall = self.progress.add_task(
             self._count_done(0) if others else name, total=sum(totals.values()), is_overall=True
         )
+        # The rate is of all rows from now on: otherwise the first ones would only say when they were done.
+        self.progress.advance(self._overall, 0)
         self._done = Counter[str]()
         self._tasks: dict[str, TaskID] = {}
         self._current: list[str] = []

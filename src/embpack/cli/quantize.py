@@ -1,5 +1,7 @@
 """embpack quantize."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +10,7 @@ import typer
 from embpack.cli import options, plans, show
 from embpack.cli.json_output import describe_quantized
 from embpack.convert import check_destination, check_max_loss, count_unchanged_rows, pack_checkpoint
+from embpack.engines import Engine
 from embpack.estimate import expect
 from embpack.formats import open_checkpoint
 from embpack.methods import DEFAULT_METHOD
@@ -32,6 +35,35 @@ def _check_max_loss(max_loss: float | None) -> float | None:
         except ValueError:
             raise typer.BadParameter(f"{max_loss}; give a positive, finite number") from None
     return max_loss
+
+
+def _check_address(address: str | None) -> str | None:
+    """Refuse what is no address, such as SRC."""
+    if address:
+        _find_engine(address)
+    return address
+
+
+def _find_engine(address: str) -> Engine:
+    from embpack.ray import Engine as RayEngine  # takes longer to import than all else, and is not always there
+
+    try:
+        return RayEngine(address or None)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}; --ray alone goes after SRC and DST") from None
+
+
+@contextmanager
+def _connected(ray: str | None) -> Iterator[tuple[Engine | None, int | None]]:
+    """Connect to the workers that --ray asks for, before all that takes long; yields an engine, and how many there are.
+
+    Packing uses the connection that there is then.
+    """
+    if ray is None:
+        yield None, None
+        return
+    with _find_engine(ray).connect() as workers:
+        yield _find_engine(""), workers.count
 
 
 def quantize(
@@ -233,6 +265,18 @@ def quantize(
         bool,
         typer.Option("--force", help="Write to DST though embpack did not write it.", rich_help_panel=options.OUTPUT),
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Pack by the workers of a Ray cluster, host:port, ray://host:port or auto, which see SRC and DST, a "
+            "folder; without an address by as many on this machine as there are threads.",
+            show_default=False,
+            callback=_check_address,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     as_json: options.AsJson = False,
     threads: options.Threads = None,
 ) -> None:
@@ -261,15 +305,20 @@ def quantize(
         show.go_on_unread()
     if threads is not None:
         set_num_threads(threads)
-    with open_checkpoint(src) as checkpoint, open_old(since) as find_old:
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(src))
+        find_old = stack.enter_context(open_old(since))
         if dst is not None and not dry_run:
-            check_destination(checkpoint, dst, max_shard_size, resume=resume, force=force)
+            engine = None if ray is None else _find_engine(ray)
+            check_destination(checkpoint, dst, max_shard_size, resume=resume, force=force, engine=engine)
+        engine, workers = stack.enter_context(_connected(ray))
         decided, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
         decisions = find_old(decided)
         # A plan that is used says what was measured when it was made; what is packed now is in the decisions.
         shown = plan if plan_path is None else None
         left_out = list_left_out(checkpoint, decisions)
-        expected = expect(checkpoint, decisions, dst, max_shard_size, from_bytes=0 if dry_run else _LONG_BYTES)
+        from_bytes = 0 if dry_run else _LONG_BYTES
+        expected = expect(checkpoint, decisions, dst, max_shard_size, from_bytes=from_bytes, workers=workers)
         if dst is None or dry_run:
             planning.finish(plan, None)
             reused = count_unchanged_rows(checkpoint, decisions, dst, max_shard_size)
@@ -278,14 +327,14 @@ def quantize(
             else:
                 sizes = sum(shard.num_bytes for shard in checkpoint.shards), expected.file_bytes
                 show.print_decisions(str(src), decisions, left_out, shown, sizes)
-                show.print_expected(expected)
+                show.print_expected(expected, workers=workers)
                 show.print_reused(decisions, reused)
                 if planning.max_table_loss is not None:
                     show.output.print("--max-loss judges tables once they are packed, not in a dry run", style="dim")
             return
         if not as_json:
             show.print_decisions(str(src), decisions, left_out, shown)
-            show.print_expected(expected, _LONG_SECONDS)
+            show.print_expected(expected, _LONG_SECONDS, workers)
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
         limit = planning.max_table_loss
         with show.row_progress(totals, shown=not as_json) as progress, show.noted_interruption():
@@ -297,6 +346,7 @@ def quantize(
                 max_shard_size=max_shard_size,
                 resume=resume,
                 force=force,
+                engine=engine,
                 progress=progress,
             )
     planning.finish(plan, report)

@@ -234,12 +234,12 @@ def print_decisions(
         output.print(f"file: {before:,} -> {after:,} bytes ({share(after, before)}); nothing was written", style="bold")
 
 
-def print_expected(expected: Expectation, from_seconds: float = 0) -> None:
-    """Print how long packing will take, if that is known and so long, and what it takes on the disk."""
+def print_expected(expected: Expectation, from_seconds: float = 0, workers: int | None = None) -> None:
+    """Print how long packing will take, if that is known and so long, by whom, and what it takes on the disk."""
     if expected.seconds is not None and expected.seconds >= from_seconds:
-        threads = count(get_num_threads(), "thread")
+        who = count(get_num_threads(), "thread") if workers is None else count(workers, "worker")
         output.print(
-            f"packing takes about {duration(expected.seconds)} with {threads}, and {size(expected.file_bytes)} of disk",
+            f"packing takes about {duration(expected.seconds)} with {who}, and {size(expected.file_bytes)} of disk",
             style="dim",
         )
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +13,9 @@ from embpack.formats.atomic import new_file
 from embpack.formats.base import Checkpoint, OutFolder, OutShard, OutTensor, Shard, SourceTensor, find_repeated, is_utf8
 from embpack.formats.model_folder import find_checkpoint, with_folder
 from embpack.formats.new_folder import Keeper, ListOwn, nothing
+from embpack.formats.paths import as_path, is_remote
 from embpack.formats.rank_files import has_pieces, is_metadata
+from embpack.formats.remote import explained, find
 from embpack.formats.sharded import INDEX_SUFFIX, MakeFiles, explain_other, open_sharded, write_folder
 
 __all__ = [
@@ -116,7 +118,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     Args:
         path: of a file whose suffix is one of FORMATS, of an index, "*.safetensors.index.json", or of a model's folder,
             with one of those; the small files in it are the checkpoint's companions. Or of a folder that PyTorch's
-            processes have saved to, by torch.distributed.checkpoint or its HuggingFaceStorageWriter.
+            processes have saved to, by torch.distributed.checkpoint or its HuggingFaceStorageWriter. Or a URI of one of
+            these: "s3://bucket/model".
 
     Yields:
         The checkpoint; its tensors can be read until the block ends.
@@ -127,19 +130,29 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
         MissingExtraError: the format needs a package that is not installed.
         ValueError: no format has such a name, or the folder has more than one checkpoint.
     """
-    path = Path(path)
+    path = as_path(path)
+    with ExitStack() as stack:
+        with explained(path):
+            checkpoint = _open(path, stack)
+        yield checkpoint
+
+
+def _open(path: Path, stack: ExitStack) -> Checkpoint:
+    """Open a checkpoint until a stack is closed."""
     folder = path if path.is_dir() else None
     if folder is not None:
         path = find_checkpoint(folder, FORMATS)
+    elif is_remote(path):
+        find(path)  # raises what is wrong, where it is not there
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file; {_READABLE}")
-    elif has_pieces(path):
+    if folder is None and has_pieces(path):
         raise ValueError(f"{path}: one of several files with pieces of tensors; give their folder, {path.parent}")
     read = _choose_reader(path)
     if path.stat().st_size == 0:
         raise FormatError(f"{path}: the file is empty, 0 bytes; copy it again")
-    with read(path) as checkpoint:
-        yield checkpoint if folder is None else with_folder(checkpoint, folder)
+    checkpoint = stack.enter_context(read(path))
+    return checkpoint if folder is None else with_folder(checkpoint, folder)
 
 
 def _choose_reader(path: Path) -> Reader:
@@ -187,7 +200,7 @@ def write_checkpoint(
         ValueError: no format has such a name, it cannot hold one of the tensors, names are there twice, or
             chunks are not what their tensor promised.
     """
-    path = Path(path)
+    path = as_path(path)
     for name in (tensor.name for shard in shards for tensor in shard.tensors):
         if not is_utf8(name):
             raise ValueError(

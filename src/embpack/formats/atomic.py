@@ -5,11 +5,14 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from embpack.formats.paths import as_path, is_remote
+from embpack.formats.remote import check_writable, explained, put, put_bytes, remove
 from embpack.formats.temporary import temporary_file
 
 _NO_SPACE = {
@@ -50,7 +53,13 @@ def new_file(path: str | os.PathLike[str], may_replace: Callable[[Path], bool] =
         OSError: the folder is missing or cannot be written, path is a folder, a device or a pipe, or there is no space;
             errno says which, and the message what to do.
     """
-    path = Path(path).absolute()
+    path = as_path(path).absolute()
+    if is_remote(path):
+        with explained(path, "cannot be written"):
+            refuse_other(path, may_replace)
+        with new_object(path) as made:
+            yield made
+        return
     target = follow(path)
     refuse_other(path, may_replace)
     with ExitStack() as stack:
@@ -84,6 +93,9 @@ def follow(path: Path) -> Path:
 
 def check_new(path: Path) -> None:
     """Raise what new_file, and new_folder for one that is not there, would before anything is written."""
+    if is_remote(path):
+        check_writable(path)
+        return
     path = path.absolute()
     target = follow(path)
     with explained_place(path, target.parent):
@@ -92,9 +104,19 @@ def check_new(path: Path) -> None:
             pass
 
 
-def check_space(path: Path, num_bytes: int, folder: Path | None = None) -> None:
-    """Raise OSError unless so many bytes are free in a folder, the one where a file or folder is to be written."""
-    if folder is None:
+def check_space(path: Path, sizes: Collection[int], folder: Path | None = None) -> None:
+    """Raise OSError unless there is space for files where they are written, one after the other.
+
+    Args:
+        path: of the file, or of the folder that gets them. Behind a URI each is first made whole on this machine, and
+            then removed.
+        sizes: of the files, in bytes.
+        folder: where they are written; None if it is the one that path is in.
+    """
+    num_bytes = sum(sizes)
+    if is_remote(path):
+        num_bytes, folder = max(sizes, default=0), Path(tempfile.gettempdir())
+    elif folder is None:
         folder = next(place for place in path.absolute().parents if place.is_dir())
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
@@ -102,6 +124,57 @@ def check_space(path: Path, num_bytes: int, folder: Path | None = None) -> None:
             f"cannot write {path}: it takes at least {num_bytes} bytes, but {free} bytes are free in {folder}; make "
             "space or choose another folder"
         )
+
+
+@contextmanager
+def new_object(path: Path) -> Iterator[BinaryIO]:
+    """Write what is to lie behind a URI: it is made on this machine, in the folder for temporary files, and put whole.
+
+    Raises:
+        OSError: it cannot be put there, or there is no space.
+    """
+    with temporary_file(Path(tempfile.gettempdir()), 0o600) as (temporary, descriptor):
+        with explained_space(path, temporary, lambda: "set TMPDIR to a folder with more"):
+            with os.fdopen(os.dup(descriptor), "wb") as file:
+                yield file
+        put(temporary, path)
+
+
+@contextmanager
+def create(path: Path) -> Iterator[BinaryIO]:
+    """Write a new file of a folder that is being written; behind a URI it is there once it is whole.
+
+    Raises:
+        FileExistsError: there is one already.
+        OSError: it cannot be written.
+    """
+    if is_remote(path):
+        with new_object(path) as file:
+            yield file
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as file:
+        yield file
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file of text, in place of what is there, whole or not at all, and have it on the disk."""
+    if is_remote(path):
+        put_bytes(text.encode(), path)
+        return
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    sync(new)
+    new.replace(path)
+    sync(path.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there."""
+    if is_remote(path):
+        remove(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def refuse_other(path: Path, may_replace: Callable[[Path], bool]) -> None:
@@ -204,7 +277,9 @@ def reword(error: OSError, message: str) -> OSError:
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file's bytes, or a folder's names, on disk."""
+    """Have the system put a file's bytes, or a folder's names, on disk; behind a URI they are kept as they are put."""
+    if is_remote(path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

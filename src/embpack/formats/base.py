@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from embpack.errors import FormatError
 from embpack.formats.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes
+from embpack.formats.paths import path_in
 from embpack.formats.source import SourceFile
 from embpack.formats.stored import StoredArray
 
@@ -204,9 +205,9 @@ class Checkpoint:
         return self.folder is not None or self.index_name is not None
 
     @property
-    def place(self) -> Path:
+    def place(self) -> PurePosixPath:
         """Where its files lie in the folder."""
-        return Path() if self.folder is None else self.path.parent.relative_to(self.folder)
+        return PurePosixPath() if self.folder is None else path_in(self.path.parent, self.folder)
 
     @property
     def tensors(self) -> list[SourceTensor]:

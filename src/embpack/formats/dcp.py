@@ -16,7 +16,7 @@ from embpack.formats.blocks import Block, are_joinable, join_blocks
 from embpack.formats.dcp_metadata import Chunk, Entry, SavedState, SavedTensor, merge_states, read_metadata
 from embpack.formats.dtypes import ARRAY_DTYPES, count_bytes
 from embpack.formats.rank_files import METADATA_NAME, list_metadata
-from embpack.formats.source import SourceFile
+from embpack.formats.source import SourceFile, make_source
 from embpack.formats.torch_file import read_saved
 from embpack.formats.torch_tensor import NAMES, TAGS, ViewReader, is_tensor, view_tensor
 from embpack.table_names import is_optimizer_state
@@ -39,7 +39,7 @@ def open_dcp(path: Path) -> Iterator[Checkpoint]:
         FormatError: it is damaged, files are missing, or its entries are compressed.
     """
     paths = [path] if path.name == METADATA_NAME else list_metadata(path.parent)
-    metadata = [SourceFile(each) for each in paths]
+    metadata = [make_source(each) for each in paths]
     kept, left_out = _choose(merge_states(path, list(map(_read_metadata, metadata))))
     _check_entries(path, kept)
     entries = [chunk.entry for tensor in kept.values() for chunk in tensor.chunks]
@@ -124,7 +124,7 @@ def _open_sources(path: Path, entries: Iterable[Entry]) -> dict[str, SourceFile]
     for file_name, end in sorted(ends.items()):
         if not (path.parent / file_name).is_file():
             raise FormatError(f"{path}: puts tensors into {file_name}, but there is no such file; copy it too")
-        source = sources[file_name] = SourceFile(path.parent / file_name)
+        source = sources[file_name] = make_source(path.parent / file_name)
         with source:
             if source.size < end:
                 raise FormatError(

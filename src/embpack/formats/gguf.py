@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from embpack.errors import FormatError
 from embpack.formats.base import Checkpoint, Shard, SourceTensor, name_first, refuse_repeated
 from embpack.formats.dtypes import ARRAY_DTYPES
-from embpack.formats.source import SourceFile
+from embpack.formats.source import SourceFile, make_source
 from embpack.formats.stored import StoredArray, iter_slices
 
 MOST_HEADER_BYTES = 100_000_000
@@ -66,7 +66,7 @@ def open_gguf(path: Path) -> Iterator[Checkpoint]:
     Raises:
         FormatError: it is not one, or damaged.
     """
-    source = SourceFile(path)
+    source = make_source(path)
     with source:
         keys, entries = _read_header(source)
         tensors, left_out, end = list[SourceTensor](), dict[str, list[str]](), 0

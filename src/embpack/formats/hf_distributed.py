@@ -13,7 +13,7 @@ from embpack.formats.base import Checkpoint, Shard, SourceTensor
 from embpack.formats.blocks import Block, are_joinable, join_blocks
 from embpack.formats.rank_files import list_pieces
 from embpack.formats.safetensors import parse_object, read_shard
-from embpack.formats.source import SourceFile
+from embpack.formats.source import SourceFile, make_source
 
 _KEY = "DCP_SHARDING_INFO"
 _OWN_KEYS = {_KEY, "DCP_VERSION"}
@@ -30,7 +30,7 @@ def open_distributed(path: Path) -> Iterator[Checkpoint]:
         FormatError: one of them is damaged, does not say where its pieces begin, or pieces do not fit together.
     """
     folder = path.parent
-    sources = [SourceFile(each) for each in list_pieces(folder)]
+    sources = [make_source(each) for each in list_pieces(folder)]
     shards = list(map(_read, sources))
     blocks: dict[str, list[Block]] = {}
     for shard in shards:

@@ -4,10 +4,13 @@ import json
 import os
 from collections.abc import Container, Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from embpack.formats.base import Checkpoint
+from embpack.formats.paths import is_remote, path_in
 from embpack.formats.rank_files import METADATA_NAME, has_pieces, is_metadata, list_metadata
+from embpack.formats.remote import list_objects
 from embpack.formats.sharded import INDEX_SUFFIX, explain_other
 
 # What is larger is no configuration and no tokenizer.
@@ -51,7 +54,7 @@ def find_checkpoint(folder: Path, suffixes: Container[str]) -> Path:
     if "model" in candidates and all(map(is_metadata, candidates.values())):
         return candidates["model"]
     if len(candidates) > 1:
-        names = ", ".join(path.relative_to(folder).as_posix() for path in candidates.values())
+        names = ", ".join(str(path_in(path, folder)) for path in candidates.values())
         raise ValueError(f"{folder}: {len(candidates)} checkpoints in folders of this folder; choose one: {names}")
     if candidates:
         [only] = candidates.values()
@@ -64,8 +67,9 @@ def find_checkpoint(folder: Path, suffixes: Container[str]) -> Path:
 
 def _find_here(folder: Path) -> Path | None:
     """Find the checkpoint whose files lie in a folder itself."""
+    here = list(folder.iterdir())
     for pattern, kind in ((f"*{INDEX_SUFFIX}", "indices"), ("*.safetensors", "safetensors files"), (_BIN, "")):
-        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        found = sorted(path for path in here if fnmatchcase(path.name, pattern) and path.is_file())
         usual = _find_usual(folder)
         if len(found) == 1 or usual in found:
             return usual if usual in found else found[0]
@@ -99,7 +103,7 @@ def with_folder(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         beside = () if checkpoint.path == folder else sorted(folder.iterdir())
         notes = (f"folder {path.name!r}" for path in beside if path.is_dir() and path != checkpoint.path)
         return replace(checkpoint, left_out=(*checkpoint.left_out, *notes))
-    place = checkpoint.path.parent.relative_to(folder)
+    place = path_in(checkpoint.path.parent, folder)
     own = {(place / shard.file_name).as_posix() for shard in checkpoint.shards}
     own.add((place / checkpoint.path.name).as_posix())
     companions, left_out = [], list(checkpoint.left_out)
@@ -140,6 +144,10 @@ def _why_left_out(folder: Path, name: str, modules: list[str], place: str) -> st
 
 def _iter_visible(folder: Path) -> Iterator[str]:
     """Name the files of a folder that are not hidden, in order, by paths in it, and links to folders."""
+    if is_remote(folder):
+        names = list_objects(folder)
+        yield from (name for name in names if not any(part.startswith(".") for part in name.split("/")))
+        return
     for inside, folders, files in os.walk(folder):
         here = Path(inside)
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -18,6 +18,8 @@ from embpack.formats.atomic import (
     reword,
     sync,
 )
+from embpack.formats.paths import as_path, is_remote
+from embpack.formats.remote import copy, explained, for_each, list_objects, remove
 from embpack.formats.temporary import is_temporary, temporary_folder, unfinished_folder, unfinished_path
 
 _AT_FDCWD = -100
@@ -56,6 +58,9 @@ def nothing(path: Path) -> tuple[str, ...]:
 
 def iter_files(folder: Path) -> Iterator[str]:
     """Name all that is in a folder and no folder, links too, but for what is being written, by paths in it."""
+    if is_remote(folder):
+        yield from (name for name in list_objects(folder) if not is_temporary(name.partition("/")[0]))
+        return
     for inside, folders, files in os.walk(folder):
         here = Path(inside)
         folders[:] = [name for name in folders if here != folder or not is_temporary(name)]
@@ -98,7 +103,11 @@ def new_folder(
         OSError: the parent folder is missing or cannot be written, or there is no space; errno says which,
             and the message what to do.
     """
-    path = Path(path).absolute()
+    path = as_path(path).absolute()
+    if is_remote(path):
+        with new_remote_folder(path, last, list_own, force=force, keeper=keeper) as new:
+            yield new
+        return
     target = follow(path)
     has_others = refuse_others(path, list_own, force=force)
     place = target if has_others or _must_stay(target) else target.parent
@@ -124,6 +133,68 @@ def new_folder(
             elif place == target or has_others or not _exchange(path, new, target):
                 _replace_files(target, temporary, last, list_own(target))
             sync(place)
+
+
+@contextmanager
+def new_remote_folder(
+    path: Path, last: str, list_own: ListOwn, *, force: bool, keeper: Keeper | None
+) -> Iterator[Path]:
+    """Do what new_folder does behind a URI, where nothing can be renamed, and no folder be replaced in one step.
+
+    Files are put beside the folder, in ".NAME.embpack-unfinished/new". When all are there they are copied, where they
+    lie: the last one is removed first and copied last, so that readers find the old files, none, or the new ones.
+    Nothing keeps two runs into one folder apart.
+    """
+    work, is_kept = unfinished_path(path.parent, path), False
+    try:
+        with explained(path, "cannot be written"):
+            refuse_others(path, list_own, force=force)
+            if keeper is None:
+                remove_others(work, set())
+            else:
+                keeper.start(work)
+        yield work / "new"
+        with explained(path, "cannot be written"):
+            refuse_others(path, list_own, force=force)
+            _publish(path, work / "new", last, list_own(path))
+    except BaseException as error:
+        is_kept = keeper is not None and keeper.is_kept(error)
+        if keeper is not None and is_kept and isinstance(error, OSError):
+            error.add_note(f"{path}: {keeper.say_kept()}")
+        raise
+    finally:
+        if not is_kept:
+            with suppress(OSError):  # the next run does it
+                remove_others(work, set())
+
+
+def _publish(path: Path, new: Path, last: str, own: Collection[str]) -> None:
+    """Copy files into a folder, in place of its own; what was copied is removed if that cannot be done to its end."""
+    names = list_objects(new)
+    try:
+        remove(path / last)
+        for_each(lambda name: copy(new / name, path / name), [name for name in names if name != last])
+        for_each(lambda name: remove(path / name), sorted(set(own) - {*names, last}))
+        copy(new / last, path / last)
+    except BaseException as error:
+        with suppress(OSError):
+            for_each(lambda name: remove(path / name), [last, *names])
+        if own and isinstance(error, OSError):
+            error.add_note(f"{path}: the files of the earlier packing were being replaced, and are gone")
+        raise
+
+
+def remove_others(work: Path, kept: Collection[str]) -> None:
+    """Remove all files of a folder that is being written, but for some, by their paths in it; and empty folders."""
+    if is_remote(work):
+        for_each(lambda name: remove(work / name), [name for name in list_objects(work) if name not in kept])
+        return
+    for path in sorted(work.rglob("*"), reverse=True):  # what is in a folder before that
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+        elif path.relative_to(work).as_posix() not in kept:
+            path.unlink()
 
 
 def refuse_others(path: Path, list_own: ListOwn, *, force: bool = False) -> bool:

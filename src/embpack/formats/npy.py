@@ -29,7 +29,7 @@ from embpack.formats.base import (
     refuse_repeated,
 )
 from embpack.formats.dtypes import NUMPY_DTYPES, name_dtype
-from embpack.formats.source import SourceFile
+from embpack.formats.source import SourceFile, make_source
 from embpack.formats.stored import StoredArray, StridedArray, as_native, iter_slices
 
 MOST_WHOLE_BYTES = 1 << 30
@@ -79,7 +79,7 @@ def open_npy(path: Path) -> Iterator[Checkpoint]:
     Raises:
         FormatError: it is not one, is damaged, or its values are not numbers.
     """
-    source = SourceFile(path)
+    source = make_source(path)
     with source:
         header = _read_header(source.reader(), str(path))
         _check_size(str(path), header, source.size)
@@ -100,7 +100,7 @@ def open_npz(path: Path) -> Iterator[Checkpoint]:
     Raises:
         FormatError: it is not one, or damaged.
     """
-    source = SourceFile(path)
+    source = make_source(path)
     with source:
         archive = _Archive(source)
         members = archive.opened.infolist()

@@ -26,7 +26,7 @@ from embpack.formats.base import (
     refuse_dtypes,
 )
 from embpack.formats.parquet_footer import ColumnChunk, read_columns, refuse_large_pages
-from embpack.formats.source import SourceFile
+from embpack.formats.source import SourceFile, make_source
 
 DTYPES = {
     "BOOL": pa.bool_(),
@@ -78,7 +78,7 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
     Raises:
         FormatError: it is not one, or damaged.
     """
-    source = SourceFile(path)
+    source = make_source(path)
     tensors, left_out = [], []
     with source:
         with _open_file(source) as file:

@@ -21,7 +21,7 @@ from embpack.formats.base import (
     refuse_repeated,
 )
 from embpack.formats.dtypes import ARRAY_DTYPES, PACKED_DTYPES, count_bytes, is_whole
-from embpack.formats.source import SourceFile
+from embpack.formats.source import SourceFile, make_source
 from embpack.formats.stored import StoredArray
 
 _LENGTH_BYTES = 8
@@ -39,7 +39,7 @@ def open_safetensors(path: Path) -> Iterator[Checkpoint]:
     Raises:
         FormatError: it is not a safetensors file, or a damaged one.
     """
-    source = SourceFile(path)
+    source = make_source(path)
     with source:
         yield Checkpoint(path, (read_shard(source, path.name),))
 

@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from embpack.errors import FormatError
-from embpack.formats.atomic import sync
+from embpack.formats.atomic import create, sync
 from embpack.formats.base import Checkpoint, OutFolder, OutShard, Shard
 from embpack.formats.new_folder import Keeper, ListOwn, new_folder
 from embpack.formats.rank_files import list_metadata
 from embpack.formats.safetensors import parse_object, read_shard, write_safetensors
-from embpack.formats.source import SourceFile
+from embpack.formats.source import make_source
 
 MakeFiles = Callable[[Mapping[int, Path]], Iterator[int]]
 """Makes files with tensors, by their numbers and where they are to lie; yields numbers as files are whole."""
@@ -33,7 +33,7 @@ def open_sharded(path: Path) -> Iterator[Checkpoint]:
         FormatError: index and files do not agree, one of them is damaged, or the folder was replaced while they were
             opened.
     """
-    with SourceFile(path) as index:
+    with make_source(path) as index:
         weight_map, said = _read_index(path, index.read(0, index.size))
         # In a folder that is replaced meanwhile, some files would be old and some new.
         with index.unchanged("index"):
@@ -45,7 +45,7 @@ def open_sharded(path: Path) -> Iterator[Checkpoint]:
 
 def _read_shard(path: Path, name: str) -> Shard:
     # It is opened again when its tensors are read: of many files, one is open at a time.
-    source = SourceFile(path)
+    source = make_source(path)
     with source:
         return read_shard(source, name)
 
@@ -73,7 +73,8 @@ def _read_index(path: Path, text: bytes) -> tuple[dict[str, str], dict[str, Any]
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: has no weight_map from tensors to files; not the index of a checkpoint")
-    for tensor_name, file_name in weight_map.items():
+    # Of a checkpoint far away it takes a while to see that a file is there: once for each will do.
+    for file_name, tensor_name in {file_name: name for name, file_name in reversed(weight_map.items())}.items():
         _check_file_name(path, tensor_name, file_name)
     metadata = index.get("metadata")
     return weight_map, metadata if isinstance(metadata, dict) else {}
@@ -146,23 +147,19 @@ def write_folder(
                 keeper.keep(number, made[number])
         if folder.index_name is not None:
             said = folder.describe_files(new)
-            (new / folder.index_name).write_text(_make_index(shards, folder.index_name, said))
+            with create(new / folder.index_name) as file:
+                file.write(_make_index(shards, folder.index_name, said).encode())
         for name, write in folder.beside.items():
-            with _create(new / name) as file:
+            with create(new / name) as file:
                 write(file)
         check()
 
 
 def _make_files(path: Path, shards: Sequence[OutShard], made: Mapping[int, Path]) -> Iterator[int]:
     for number, file_path in made.items():
-        with _create(file_path) as file:
+        with create(file_path) as file:
             write_safetensors(file, path / shards[number].file_name, shards[number])
         yield number
-
-
-def _create(path: Path) -> BinaryIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("xb")
 
 
 def _make_index(shards: Sequence[OutShard], index_name: str, said: dict[str, Any]) -> str:

@@ -17,27 +17,29 @@ from numpy.typing import NDArray
 from embpack import _native
 from embpack.errors import FormatError
 from embpack.formats.mapped import map_file, was_refused
+from embpack.formats.paths import is_remote
 
-_READER_BYTES = 1 << 16
 
-
-class _State(NamedTuple):
+class State(NamedTuple):
     """What a file is known by, and by what it is seen to have changed.
 
     Device and inode are None where they are not known: they are this machine's, and the file may be opened on others.
+    Version is what an object store says beside size and time; "" for a file.
     """
 
     device: int | None
     inode: int | None
     size: int
     modified_ns: int
+    version: str = ""
 
     @classmethod
-    def of(cls, stat: os.stat_result) -> "_State":
+    def of(cls, stat: os.stat_result) -> "State":
+        """Make that of a file of this machine."""
         return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
     @property
-    def anywhere(self) -> "_State":
+    def anywhere(self) -> "State":
         """What is the same on every machine that sees the file."""
         return self._replace(device=None, inode=None)
 
@@ -55,13 +57,16 @@ class SourceFile:
 
     Attributes:
         path: what errors call it.
+        reader_bytes: that reader reads at a time.
     """
+
+    reader_bytes = 1 << 16
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
         self._blocks = 0
-        self._seen: _State | None = None
+        self._seen: State | None = None
         self._map: mmap.mmap | None = None
         self._for_rows: _native.DiskFile | None = None
 
@@ -72,8 +77,8 @@ class SourceFile:
             FormatError: it was opened before and is another file by now, or was changed.
             OSError: there is no such file, or it cannot be read.
         """
-        if self._descriptor is None:
-            self._descriptor = self._open()
+        if not self._blocks:
+            self._open()
         self._blocks += 1
         return self
 
@@ -83,7 +88,7 @@ class SourceFile:
             self._close()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = SourceFile(self.path.absolute())
+        fresh = type(self)(self.path.absolute())
         fresh._seen = self._seen and self._seen.anywhere
         return vars(fresh)
 
@@ -96,7 +101,7 @@ class SourceFile:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _open(self) -> int:
+    def _open(self) -> None:
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
@@ -106,13 +111,13 @@ class SourceFile:
                 advice = "no permission to read it; change its mode"
                 raise PermissionError(error.errno, advice, str(self.path)) from None
             raise
-        state = _State.of(os.fstat(descriptor))
+        state = State.of(os.fstat(descriptor))
         if self._seen is None or self._seen == state.anywhere:
             self._seen = state
         elif state != self._seen:
             os.close(descriptor)
             raise FormatError(self._describe_change())
-        return descriptor
+        self._descriptor = descriptor
 
     @property
     def size(self) -> int:
@@ -234,13 +239,13 @@ class SourceFile:
             raise FormatError(self._describe_change(what))
 
     def _has_changed(self, *, by_name: bool) -> bool:
-        if _State.of(os.fstat(self.descriptor)) != self._seen:
+        if State.of(os.fstat(self.descriptor)) != self._seen:
             return True
         return by_name and self._state_by_name() != self._seen
 
-    def _state_by_name(self) -> _State | None:
+    def _state_by_name(self) -> State | None:
         try:
-            return _State.of(self.path.stat())
+            return State.of(self.path.stat())
         except OSError:
             return None
 
@@ -257,6 +262,15 @@ class SourceFile:
             change = "written to"
         during = f"{what} was read" if what else "it was read"
         return f"{self.path}: was {change} while {during}; run again when nobody writes to it"
+
+
+def make_source(path: Path) -> SourceFile:
+    """Make a source of what lies under a path, of this machine or a URI; it is opened by whoever reads it."""
+    if not is_remote(path):
+        return SourceFile(path)
+    from embpack.formats.remote_source import RemoteFile
+
+    return RemoteFile(path)
 
 
 @dataclass(frozen=True)
@@ -281,7 +295,7 @@ class SourcePart:
 
     def reader(self) -> BinaryIO:
         """Return a file object with a position of its own, which reads while the source is open."""
-        return io.BufferedReader(_Reader(self), _READER_BYTES)
+        return io.BufferedReader(_Reader(self), self.source.reader_bytes)
 
 
 class _Reader(io.RawIOBase):

@@ -22,7 +22,7 @@ from embpack.formats.base import (
 )
 from embpack.formats.dtypes import ARRAY_DTYPES
 from embpack.formats.pickled import Made, Named, Outside
-from embpack.formats.source import SourceFile
+from embpack.formats.source import SourceFile, make_source
 from embpack.formats.torch_file import ADVICE, read_saved
 from embpack.formats.torch_tensor import NAMES, View, ViewReader, describe_tensor, is_tensor, view_tensor
 
@@ -43,7 +43,7 @@ def open_torch(path: Path) -> Iterator[Checkpoint]:
     Raises:
         FormatError: it is not a dict of tensors, or damaged.
     """
-    source = SourceFile(path)
+    source = make_source(path)
     with source:
         saved = read_saved(source)
         state, left_out = _choose_state(path, saved.value)

@@ -89,7 +89,7 @@ def plan(
     limits |= {"variants": variants, "readable_by": readable_by, "progress": progress}
     if not isinstance(src, Mapping):
         _check(max_bytes, max_loss, variants)
-        with open_checkpoint(Path(src)) as checkpoint:
+        with open_checkpoint(src) as checkpoint:
             return plan_checkpoint(
                 checkpoint, decide_all(checkpoint, Rules(include, exclude, variants=chosen or {})), **limits
             )
