@@ -231,7 +231,7 @@ def quantize(
         bool,
         typer.Option(
             "--keep-checksums",
-            help="Keep checksums of SRC's rows in DST, for --since; less than 0.2 % of its bytes.",
+            help="Keep checksums of SRC's rows, for --since.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = False,
@@ -239,8 +239,7 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="OLD_DST",
-            help="Pack only rows whose source has changed, and copy others from what an earlier run with "
-            "--keep-checksums wrote: the same bytes, sooner. May be DST.",
+            help="Copy rows whose source is as it was when OLD_DST was written with --keep-checksums.",
             show_default=False,
             rich_help_panel=options.OUTPUT,
         ),
@@ -256,9 +255,7 @@ def quantize(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run",
-            help="Show what would be packed, and to how many bytes; with --since SRC is read for it.",
-            rich_help_panel=options.OUTPUT,
+            "--dry-run", help="Show what would be packed, and to how many bytes.", rich_help_panel=options.OUTPUT
         ),
     ] = False,
     force: Annotated[

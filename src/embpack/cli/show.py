@@ -329,7 +329,7 @@ def _print_anew(reasons: Mapping[str, str | None]) -> None:
 
 def print_reused(decisions: Sequence[Decision], reused: Mapping[str, int]) -> None:
     """Print how many rows of tables would be left alone."""
-    rows = {each.tensor.name: each.tensor.shape[0] for each in decisions}
+    rows = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
     for name, count in reused.items():
         left, packed = _count_reused(count, rows[name])
         output.print(f"{name}: {left} rows left alone, {packed} to pack")
