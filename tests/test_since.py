@@ -467,6 +467,7 @@ def test_a_dry_run_says_what_would_be_packed(old, tmp_path, embpack_command):
     code, out, err = embpack_command("quantize", src, "--method", "asym", "--since", old, "--dry-run")
     assert (code, err) == (0, "")
     assert f"user_emb.weight: {ROWS - SPAN:,} rows left alone, {SPAN:,} to pack" in out
+    assert "packing all rows takes about 1 s" in out
     code, out, err = embpack_command("quantize", src, "--method", "asym", "--since", old, "--dry-run", "--json")
     value = json.loads(out)
     assert {table["name"]: table["reused_rows"] for table in value["tables"]} == {

@@ -324,14 +324,14 @@ def quantize(
             else:
                 sizes = sum(shard.num_bytes for shard in checkpoint.shards), expected.file_bytes
                 show.print_decisions(str(src), decisions, left_out, shown, sizes)
-                show.print_expected(expected, workers=workers)
+                show.print_expected(expected, workers=workers, may_reuse=since is not None)
                 show.print_reused(decisions, reused)
                 if planning.max_table_loss is not None:
                     show.output.print("--max-loss judges tables once they are packed, not in a dry run", style="dim")
             return
         if not as_json:
             show.print_decisions(str(src), decisions, left_out, shown)
-            show.print_expected(expected, _LONG_SECONDS, workers)
+            show.print_expected(expected, _LONG_SECONDS, workers, may_reuse=since is not None)
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
         limit = planning.max_table_loss
         with show.row_progress(totals, shown=not as_json) as progress, show.noted_interruption():

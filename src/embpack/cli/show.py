@@ -234,12 +234,18 @@ def print_decisions(
         output.print(f"file: {before:,} -> {after:,} bytes ({share(after, before)}); nothing was written", style="bold")
 
 
-def print_expected(expected: Expectation, from_seconds: float = 0, workers: int | None = None) -> None:
-    """Print how long packing will take, if that is known and so long, by whom, and what it takes on the disk."""
+def print_expected(
+    expected: Expectation, from_seconds: float = 0, workers: int | None = None, *, may_reuse: bool = False
+) -> None:
+    """Print how long packing will take, if that is known and so long, by whom, and what it takes on the disk.
+
+    If rows may be copied from an earlier run, how many is not known, and the time is that of packing all.
+    """
     if expected.seconds is not None and expected.seconds >= from_seconds:
         who = count(get_num_threads(), "thread") if workers is None else count(workers, "worker")
+        what = "packing all rows" if may_reuse else "packing"
         output.print(
-            f"packing takes about {duration(expected.seconds)} with {who}, and {size(expected.file_bytes)} of disk",
+            f"{what} takes about {duration(expected.seconds)} with {who}, and {size(expected.file_bytes)} of disk",
             style="dim",
         )
 
