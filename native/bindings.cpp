@@ -32,6 +32,7 @@ NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);
     set_interruption(&handle_signals);
     bind_quantize(m);
+    bind_clusters(m);
     bind_lookup(m);
     bind_tensors(m);
     bind_operators(m);

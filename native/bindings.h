@@ -16,6 +16,7 @@
 #include "layouts.h"
 #include "linear.h"
 #include "lookup.h"
+#include "quantize.h"
 
 namespace nb = nanobind;
 
@@ -63,6 +64,7 @@ private:
 
 // Each adds its functions to the module.
 void bind_quantize(nb::module_&);
+void bind_clusters(nb::module_&);
 void bind_lookup(nb::module_&);
 void bind_tensors(nb::module_&);
 void bind_operators(nb::module_&);
@@ -70,6 +72,14 @@ void bind_disk(nb::module_&);
 
 // float32, float16, or bfloat16 as uint16.
 ValueType value_type(nb::dlpack::dtype, const char* complaint);
+
+// Weights, rows of at least one value.
+using RowsArray = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+inline Rows view_rows(const RowsArray& rows) {
+    require(rows.shape(1) > 0, "rows have no columns");
+    const ValueType type = value_type(rows.dtype(), "rows must be float32, float16 or uint16 (bfloat16)");
+    return {rows.data(), type, rows.shape(0), rows.shape(1)};
+}
 
 Pooling parse_mode(std::string_view mode);
 

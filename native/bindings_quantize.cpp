@@ -13,11 +13,9 @@
 namespace embpack {
 namespace {
 
-using RowsArray = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using PackedOut = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FloatOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ErrorWeights = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Starts = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using RowClusters = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using CodesArray = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -51,12 +49,6 @@ Fn Kernels::*find_named(const Named<Fn> (&searches)[count], const std::string& n
     for (const Named<Fn>& known : searches)
         if (name == known.name) return known.search;
     throw std::invalid_argument("no kernel for search '" + name + "'");
-}
-
-Rows view_rows(const RowsArray& rows) {
-    require(rows.shape(1) > 0, "rows have no columns");
-    const ValueType type = value_type(rows.dtype(), "rows must be float32, float16 or uint16 (bfloat16)");
-    return {rows.data(), type, rows.shape(0), rows.shape(1)};
 }
 
 using QuantizeAnswer = std::tuple<int, size_t, std::vector<std::tuple<double, double, size_t, double>>>;
@@ -166,20 +158,6 @@ QuantizeAnswer encode_trellis(const RowsArray& rows, const Floats& narrow, const
     });
 }
 
-void fit(const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& values, const Starts& starts, int bits,
-         const FloatOut& codebooks) {
-    make_grid(bits, false);
-    require(starts.shape(0) > 0, "starts must have one entry more than there are groups");
-    const size_t groups = starts.shape(0) - 1;
-    const int64_t* start = starts.data();
-    require(start[0] == 0 && start[groups] == static_cast<int64_t>(values.shape(0)), "starts leave the values");
-    for (size_t group = 0; group < groups; group++) require(start[group] <= start[group + 1], "starts decrease");
-    require(codebooks.shape(0) == groups && codebooks.shape(1) == size_t{1} << bits, "codebooks have the wrong shape");
-    float* out = codebooks.data();
-    const WithoutPython without;
-    fit_codebooks(values.data(), start, groups, bits, out);
-}
-
 std::tuple<int, size_t, float, float> bound(const RowsArray& rows) {
     const Rows view = view_rows(rows);
     require(view.num_rows > 0, "there are no rows");
@@ -280,9 +258,6 @@ void bind_quantize(nb::module_& m) {
                   "-> tuple[int, int, list[tuple[float, float, int, float]]]"),
           "Pack rows as trellis-coded ones of as many bytes as `packed` has columns. Returns what quantize does.");
 
-    m.def("fit_codebooks", &fit, nb::arg("values").noconvert(), nb::arg("starts"), nb::arg("bits"),
-          nb::arg("codebooks").noconvert(),
-          "Fill in a codebook for each group values[starts[g] : starts[g + 1]], putting the values in order.");
     m.def("rotate", &rotate_in_place, nb::arg("rows").noconvert(), nb::kw_only(), nb::arg("back"),
           nb::sig("def rotate(rows: numpy.typing.NDArray[numpy.float32], *, back: bool) -> None"),
           "Rotate rows in place, or back.");

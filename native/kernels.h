@@ -290,6 +290,16 @@ struct TrellisProducts {
                             float* products, size_t stride) noexcept;
 };
 
+// Centres of rows, sixteen to a panel: minus half the square of each, then of each column in turn the value of each.
+// Lanes past the last centre have minus infinity there, and zeros.
+struct Centres {
+    const float* panels;
+    size_t num_panels;
+};
+
+// Whose nearest centres are found together, at most.
+inline constexpr size_t nearest_rows = 96;
+
 // What packs rows of all layouts, and rotates them.
 struct PackingKernels {
     // out[i] = float32(values[i]) for float16 or bfloat16 values.
@@ -325,6 +335,9 @@ struct PackingKernels {
     // Encodes rows, the squares of all values and errors summed in double. `scratch` holds trellis_floats(embedding_dim).
     void (*encode_trellis)(const RowBlock&, const TrellisTable&, float* scratch, uint8_t* packed,
                            SquaredSums&) noexcept;
+
+    // The number of the nearest of some centres to each row, of equally near ones the first.
+    void (*find_nearest)(const ValueRows&, const Centres&, uint32_t* numbers) noexcept;
 
     // Rotates rows of float32 values, contiguous, in place, and back.
     void (*rotate_rows)(float* rows, size_t num_rows, size_t embedding_dim) noexcept;

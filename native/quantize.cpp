@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -14,8 +15,6 @@
 namespace embpack {
 
 namespace {
-
-#include "kernels/lloyd-inl.h"
 
 // Values that a thread takes at a time: enough to make asking for more cheap, few enough to share evenly.
 constexpr size_t values_at_a_time = size_t{1} << 15;
@@ -196,44 +195,6 @@ QuantizeResult quantize_by_codebooks(const Rows& rows, CodebookFn Kernels::*sear
         return overflows;
     };
     return encode_blocks<double>(rows, span_rows, progress, codebook_doubles + kmeans_doubles(d, grid.bits), encode);
-}
-
-namespace {
-
-// Sorts in runs that take a tenth of a second, and merges these, so that `turn` is checked in between.
-void sort_values(float* first, size_t count, Turn& turn) {
-    constexpr size_t run = size_t{1} << 21;
-    for (size_t start = 0; start < count; start += run) {
-        std::sort(first + start, first + std::min(count, start + run));
-        turn.check();
-    }
-    for (size_t width = run; width < count; width *= 2)
-        for (size_t start = 0; start + width < count; start += 2 * width) {
-            std::inplace_merge(first + start, first + start + width, first + std::min(count, start + 2 * width));
-            turn.check();
-        }
-}
-
-}  // namespace
-
-void fit_codebooks(float* values, const int64_t* starts, size_t groups, int bits, float* codebooks) {
-    const size_t levels = size_t{1} << bits;
-    const auto fit_codebook = [&](size_t group, Turn& turn) {
-        float* first = values + starts[group];
-        const size_t count = static_cast<size_t>(starts[group + 1] - starts[group]);
-        float* codebook = codebooks + levels * group;
-        std::fill_n(codebook, levels, 0.0f);
-        if (count == 0) return;
-        sort_values(first, count, turn);
-        const double middle = (static_cast<double>(first[0]) + static_cast<double>(first[count - 1])) * 0.5;
-        std::vector<double> sums(count + 1);
-        const SortedValues sorted = {first, sums.data(), count, 1, middle};
-        for (size_t j = 0; j < count; j++) sums[j + 1] = sums[j] + sorted.value(j);
-        double centres[256];
-        iterate_lloyd(sorted, levels, centres);
-        for (size_t k = 0; k < levels; k++) codebook[k] = static_cast<float>(middle + centres[k]);
-    };
-    for_each_piece(groups, 1, threads_for(static_cast<size_t>(starts[groups])), fit_codebook);
 }
 
 QuantizeResult quantize_by_clusters(const Rows& rows, const float* values, const uint32_t* clusters, Grid grid,

@@ -41,10 +41,6 @@ QuantizeResult quantize_rows(const Rows&, SearchFn Kernels::*search, const Searc
 QuantizeResult quantize_by_codebooks(const Rows&, CodebookFn Kernels::*search, Grid, size_t span_rows, uint8_t* packed,
                                      const Progress& = {});
 
-// Finds a codebook of 2^bits levels for each of several groups of values by Lloyd's iteration; group g is
-// values[starts[g]] to values[starts[g + 1]], which are put in order. An empty group gets zeros.
-void fit_codebooks(float* values, const int64_t* starts, size_t groups, int bits, float* codebooks);
-
 // Encodes each row by the codebook of its cluster and writes the codes. values: 2^bits levels of each codebook,
 // ascending; clusters: a number for each row.
 QuantizeResult quantize_by_clusters(const Rows&, const float* values, const uint32_t* clusters, Grid, size_t span_rows,

@@ -6,17 +6,13 @@ import numpy as np
 import pytest
 
 import embpack
-from embpack import reference
+from embpack import _native, reference
 from embpack.layouts import RowFormat
 from embpack.methods import KMeans, KMeansCls, KMeansLloyd
 from embpack.methods.kmeans import SortedRow, find_best_centres
-from embpack.methods.kmeans_cls import (
-    RowClusters,
-    assign,
-    choose_num_codebooks,
-    fit_codebooks,
-    fit_codebooks_reference,
-)
+from embpack.methods.kmeans_cls import choose_num_codebooks, fit_codebooks, fit_codebooks_reference
+from embpack.methods.row_clusters import Groups, RowClusters, find_nearest, find_nearest_reference
+from embpack.rows import narrow, widen
 
 
 def squared_errors(table, rows):
@@ -160,15 +156,73 @@ def test_codebooks_of_clusters_are_the_reference_s(rng):
     numbers = rng.integers(0, 20, 500)
     numbers[numbers == 7] = 8
     for bits in (2, 4, 8):
-        got, wanted = (f(rows, numbers, 20, bits) for f in (fit_codebooks, fit_codebooks_reference))
-        np.testing.assert_array_equal(got, wanted)
+        got = fit_codebooks(rows, Groups.sort(numbers, 20), bits)
+        np.testing.assert_array_equal(got, fit_codebooks_reference(rows, numbers, 20, bits))
 
 
-def test_rows_go_to_the_nearest_centre(rng):
-    rows, centres = rng.standard_normal((300, 8), np.float32), rng.standard_normal((40, 8), np.float32)
+def find(rows, centres, factor=1.0):
+    """Find the nearest centres of rows of one group."""
+    return find_nearest(rows, np.float32(factor), Groups.single(len(rows)), centres, np.array([0, len(centres)]))
+
+
+@pytest.mark.parametrize("num_centres", [1, 15, 16, 17, 300])
+@pytest.mark.parametrize("dim", [1, 8, 65, 1000])
+def test_rows_go_to_the_nearest_centre(isa, rng, dim, num_centres):
+    """To the last bit: which of two that are about as near it is counts as well."""
+    rows = rng.standard_normal((203, dim), np.float32)
+    centres = rng.standard_normal((num_centres, dim), np.float32)
+    rows[7] = 0
+    centres[num_centres // 2 :] = centres[: (num_centres + 1) // 2]
+    numbers = find(rows, centres)
+    np.testing.assert_array_equal(numbers, find_nearest_reference(rows, centres))
     distances = np.square(rows[:, None].astype(np.float64) - centres).sum(axis=2)
-    chosen = distances[np.arange(300), assign(rows, centres)]
-    assert np.all(chosen <= distances.min(axis=1) * (1 + 1e-5) + 1e-5)
+    assert np.all(distances[np.arange(203), numbers] <= distances.min(axis=1) * (1 + 1e-5) + 1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 11, 12, 13, 95, 96, 97, 2050])
+def test_any_number_of_rows_finds_its_centres(isa, rng, count):
+    rows, centres = rng.standard_normal((count, 20), np.float32), rng.standard_normal((40, 20), np.float32)
+    np.testing.assert_array_equal(find(rows, centres), find_nearest_reference(rows, centres))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16])
+def test_rows_of_16_bits_find_their_centres(rng, dtype):
+    rows, centres = rng.standard_normal((100, 20), np.float32), rng.standard_normal((40, 20), np.float32)
+    short = narrow(rows, "float16" if dtype == np.float16 else "bfloat16")
+    assert short.dtype == dtype
+    np.testing.assert_array_equal(find(short, centres, 0.5), find_nearest_reference(widen(short) * 0.5, centres))
+
+
+def test_rows_in_groups_have_the_centres_of_their_own(rng):
+    """One group is large, one is empty, and one has no centres either."""
+    rows, centres = rng.standard_normal((500, 12), np.float32), rng.standard_normal((50, 12), np.float32)
+    group_of = rng.choice([0, 1, 3, 4], 500, p=[0.1, 0.6, 0.1, 0.2]).astype(np.uint32)
+    starts = np.array([0, 20, 21, 21, 49, 50, 50])
+    numbers = find_nearest(rows, np.float32(1), Groups.sort(group_of, 6), centres, starts)
+    for group, (start, end) in enumerate(itertools.pairwise(starts)):
+        own = group_of == group
+        wanted = start + find_nearest_reference(rows[own], centres[start:end]) if own.any() else []
+        np.testing.assert_array_equal(numbers[own], wanted)
+
+
+@pytest.mark.parametrize("dim", [1, 31, 32, 33, 200])
+def test_sums_of_groups_are_made_row_by_row(rng, dim):
+    rows, numbers = rng.standard_normal((3000, dim), np.float32), rng.integers(0, 7, 3000)
+    numbers[numbers == 3] = 4
+    groups, sums = Groups.sort(numbers, 7), np.empty((7, dim))
+    _native.sum_groups(rows, groups.order, groups.starts, sums)
+    for number in range(7):
+        own = rows[numbers == number].astype(np.float64)
+        wanted = np.add.accumulate(own, axis=0)[-1] if len(own) else np.zeros(dim)
+        np.testing.assert_array_equal(sums[number], wanted)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1.0, 1e30, 3e37])
+def test_rows_of_any_size_are_clustered(rng, scale):
+    """Their squares neither overflow nor vanish."""
+    rows = np.repeat(np.eye(8, dtype=np.float32), 50, axis=0) * np.float32(scale)
+    numbers = RowClusters.train(rows, 100).assign(rows).reshape(8, 50)
+    assert np.all(numbers == numbers[:, :1]) and len(np.unique(numbers)) == 8
 
 
 @pytest.mark.parametrize("num_centres", [1, 30, 257, 900, 1500])

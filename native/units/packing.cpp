@@ -25,6 +25,7 @@ namespace {
 #include "../kernels/encode-inl.h"
 #include "../kernels/encode_codebook-inl.h"
 #include "../kernels/encode_trellis-inl.h"
+#include "../kernels/nearest-inl.h"
 #include "../kernels/store-inl.h"
 #include "../kernels/rotation-inl.h"
 
@@ -48,6 +49,7 @@ const PackingKernels packing = {
     .search_kmeans_lloyd = search_kmeans_lloyd,
     .encode_by_codebook = encode_by_codebook,
     .encode_trellis = encode_trellis,
+    .find_nearest = find_nearest,
     .rotate_rows = rotate_rows,
     .rotate_rows_back = rotate_rows_back,
     .keep_largest = keep_largest,

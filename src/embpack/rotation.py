@@ -63,7 +63,11 @@ def matrix(embedding_dim: int) -> NDArray[np.float32]:
 
 
 def rotate_chunks(
-    chunks: Iterable[NDArray[Any]], rotation: str | None, name: str, start: int = 0
+    chunks: Iterable[NDArray[Any]],
+    rotation: str | None,
+    name: str,
+    start: int = 0,
+    numbers: NDArray[np.int64] | None = None,
 ) -> Iterator[NDArray[Any]]:
     """Yield the chunks of a table as they are to be packed: rotated, or as they are if rotation is None.
 
@@ -72,6 +76,7 @@ def rotate_chunks(
         rotation: a name in layouts.ROTATIONS, or None.
         name: of the table, for messages.
         start: number of the first row in the table, for messages.
+        numbers: int64, what messages call the rows of all chunks; None: start, start + 1, ...
 
     Raises:
         ValueError: a value is NaN or infinite, or becomes infinite.
@@ -79,13 +84,15 @@ def rotate_chunks(
     if rotation is None:
         yield from chunks
         return
+    done = 0
     for rows in chunks:
         rotated = rotate(rows)
         wrong = np.flatnonzero(~np.isfinite(rotated).all(axis=1))
         if len(wrong):
-            raise _explain(widen(rows[wrong[0]]), name, start + int(wrong[0]))
+            at = done + int(wrong[0])
+            raise _explain(widen(rows[wrong[0]]), name, start + at if numbers is None else int(numbers[at]))
         yield rotated
-        start += len(rows)
+        done += len(rows)
 
 
 def _explain(row: NDArray[np.float32], name: str, number: int) -> ValueError:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embpack.arithmetic import sum_squares
 from embpack.chunks import chunk_rows
 from embpack.comparison.array import Comparison, Sample, Skipped, compare_rows
 from embpack.comparison.choice import Recommendation, keep_readable, recommend
@@ -182,7 +183,7 @@ def compare_sample(
         embedding_dim=rows.shape[1],
         dtype=sample.dtype,
         rows_measured=len(rows),
-        square_norm=float(np.einsum("ij,ij->", rows, rows, dtype=np.float64)),
+        square_norm=sum_squares(rows),
         results=tuple(results),
         skipped=tuple(skipped),
         weight_bytes=sample.weight_bytes,

@@ -111,6 +111,7 @@ class Packer(ABC):
         start: int = 0,
         on_rows: OnRows | None = None,
         by_row: NDArray[Any] | None = None,
+        numbers: NDArray[np.int64] | None = None,
     ) -> list[Sums]:
         """Pack rows of the table: a number of whole spans, or the last ones.
 
@@ -120,6 +121,7 @@ class Packer(ABC):
             start: number of the first row in the table.
             on_rows: called about ten times a second with how many more of the rows are packed, and once at the end.
             by_row: [n], as make_by_row makes it; filled. None: nobody wants it.
+            numbers: int64 [n], what messages call the rows; None: start, start + 1, ...
 
         Returns:
             The sums of each span, as measure_loss takes them.
@@ -128,10 +130,11 @@ class Packer(ABC):
             ValueError: a value is NaN or infinite, or a scale, bias or codebook overflows; row and column are named.
         """
         fault, row, sums = self._encode(np.ascontiguousarray(rows), packed, start, on_rows, by_row)
-        if fault == _NOT_FINITE:
-            raise explain_not_finite(widen(rows[row]), self.name, start + row)
         if fault:
-            raise self._explain_overflow(widen(rows[row]), start + row)
+            number = start + row if numbers is None else int(numbers[row])
+            if fault == _NOT_FINITE:
+                raise explain_not_finite(widen(rows[row]), self.name, number)
+            raise self._explain_overflow(widen(rows[row]), number)
         return [Sums(*span) for span in sums]
 
     @abstractmethod

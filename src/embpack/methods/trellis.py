@@ -38,13 +38,18 @@ class Trellis(Method):
         """Find what the rows share, in two passes: the second needs the mean, which the first finds."""
         mean, sample = _read_sample(chunks, num_embeddings, row_format.embedding_dim, name)
         bounds = _bound_rows(chunks, mean)
-        if bounds[1] > LARGEST:
-            raise ValueError(
-                f"{name}: a value is {bounds[1]:.3g} from its column's mean; 'trellis' takes at most {LARGEST:g}: "
-                "rescale the table, or choose another method"
-            )
+        refuse_large(bounds[1], name)
         trellis = TrellisFormat(row_format.embedding_dim, row_format.row_bytes)
         return TrellisPacker(self, row_format, name, fit(sample, trellis, bounds, mean, _encode))
+
+
+def refuse_large(distance: float, name: str) -> None:
+    """Raise ValueError if a value is too far from its column's mean."""
+    if distance > LARGEST:
+        raise ValueError(
+            f"{name}: a value is {distance:.3g} from its column's mean; 'trellis' takes at most {LARGEST:g}: rescale "
+            "the table, or choose another method"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +79,11 @@ def _read_sample(
     """Find the mean [embedding_dim], and read rows, evenly spread, [at most SAMPLE_ROWS, embedding_dim]."""
     numbers = spread_rows(num_embeddings, min(num_embeddings, count_sample(SAMPLE_ROWS, embedding_dim)))
     total, sample, seen = np.zeros(embedding_dim), [], 0
+    sums = np.empty((1, embedding_dim))
     for rows in chunks():
         bound_values(rows, name, seen)  # refuses NaN and infinity
-        total += widen(rows).sum(axis=0, dtype=np.float64)
+        _native.sum_groups(rows, None, np.array([0, len(rows)]), sums)
+        total += sums[0]
         begin, end = np.searchsorted(numbers, (seen, seen + len(rows)))
         sample.append(widen(rows[numbers[begin:end] - seen]))
         seen += len(rows)

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.arithmetic import F32
+from embpack.arithmetic import F32, exp2, interpolate, log2, sum_along
 from embpack.layouts.trellis import (
     NUM_SCALES,
     NUM_STATES,
@@ -146,14 +146,14 @@ def make_scales(largest: NDArray[np.float32], bounds: tuple[float, float], count
             apart: what smaller rows lose is nothing beside the errors of the largest.
         count: one of GRID_SIZES.
     """
-    high = np.log2(bounds[1] * 1.2)
-    low = max(np.log2(bounds[0] * 0.85), high - 16)
-    wanted = np.sort(np.log2(np.outer(largest[largest > 0].astype(np.float64), np.linspace(0.85, 1.2, 8)).reshape(-1)))
+    high = float(log2(bounds[1] * 1.2))
+    low = max(float(log2(bounds[0] * 0.85)), high - 16)
+    wanted = np.sort(log2(np.outer(largest[largest > 0].astype(np.float64), np.linspace(0.85, 1.2, 8)).reshape(-1)))
     at = np.linspace(low, high, 1025)
     even = np.linspace(0, 1, len(at))
     share = np.searchsorted(wanted, at) / len(wanted) if len(wanted) else even
-    positions = np.interp(np.linspace(0, 1, count), EVEN_SHARE * even + (1 - EVEN_SHARE) * share, at)
-    return _deal_out(np.exp2(positions).astype(F32))
+    positions = interpolate(np.linspace(0, 1, count), EVEN_SHARE * even + (1 - EVEN_SHARE) * share, at)
+    return _deal_out(exp2(positions).astype(F32))
 
 
 def _deal_out(grid: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -194,9 +194,8 @@ def fit(
     few = sample[: count_sample(SHAPE_ROWS, trellis.embedding_dim)]
 
     def find_best(tried: list[TrellisParameters]) -> TrellisParameters:
-        errors = [
-            np.square(few.astype(np.float64) - decode(encode(few, trellis, one), trellis, one)).sum() for one in tried
-        ]
+        left = [few.astype(np.float64) - decode(encode(few, trellis, one), trellis, one) for one in tried]
+        errors = [float(sum_along(np.square(each).reshape(-1))) for each in left]
         return tried[int(np.argmin(errors))]
 
     largest = np.abs(sample - mean).max(axis=1)
@@ -209,7 +208,7 @@ def fit(
 
 def _make_shape(trellis: TrellisFormat, share: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     halves = ((np.arange(count) + 0.5) / max(count, 1) * 2 - 1 for count in trellis.num_levels)
-    narrow, wide = (trellis.round_levels((1 - share) * u + share * u**3) for u in halves)
+    narrow, wide = (trellis.round_levels((1 - share) * u + share * u * u * u) for u in halves)
     return narrow, wide
 
 
@@ -242,8 +241,8 @@ def _refit(
         chosen = np.empty(numbers[rows].shape)
         for levels, (_, steps) in zip(fitted, codebooks, strict=True):
             chosen[:, steps] = levels[numbers[rows][:, steps]]
-        of_rows[0, rows] = (_center(sample[rows], trellis, parameters) * chosen).sum(axis=1)
-        of_rows[1, rows] = np.square(chosen).sum(axis=1)
+        of_rows[0, rows] = sum_along((_center(sample[rows], trellis, parameters) * chosen).T)
+        of_rows[1, rows] = sum_along(np.square(chosen).T)
     narrow, wide = fitted
     scales = _refit_scales(numbers_of_scales, of_rows[0], of_rows[1], parameters)
     return TrellisParameters(narrow, wide, scales, parameters.mean)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from embpack import _native
 from embpack._native import SearchParams
+from embpack.arithmetic import sum_along
 from embpack.chunks import span_rows
 from embpack.layouts import RowFormat
 from embpack.methods.base import Chunks, Encoded, Method, OnRows, Packer
@@ -123,7 +124,7 @@ class UniformPacker(Packer):
         """Weighted sums of the squared errors and of the squares."""
         values = widen(rows).astype(np.float64)
         errors = values - PackedTable(packed, self.row_format).as_packed.dequantize()
-        error, square = (float((np.square(part) * weights).sum()) for part in (errors, values))
+        error, square = (float(sum_along((np.square(part) * weights).reshape(-1))) for part in (errors, values))
         return error, square
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from embpack.arithmetic import exp2, interpolate, log2, sum_along, sum_squares
 from embpack.comparison.array import Sample, name_place
 from embpack.comparison.checkpoint import read_sample
 from embpack.comparison.front import find_front
@@ -151,8 +152,7 @@ class Candidates:
             ValueError: a value that was looked at is NaN or infinite; or no way can pack the rows.
         """
         sample = read_sample(self.decision, SAMPLE_ROWS)
-        square = float(np.einsum("ij,ij->", sample.rows, sample.rows, dtype=np.float64))
-        self.square_norm = square * self.num_embeddings / len(sample.rows)
+        self.square_norm = sum_squares(sample.rows) * self.num_embeddings / len(sample.rows)
         self.sample = _thin(sample, self._rows(len(LEVELS) - 1))
         for own in _group(self.ways):
             few = pick_first(own)
@@ -196,7 +196,7 @@ class Candidates:
 
     def error(self, candidate: Candidate) -> float:
         """Squared error of the table in one of the ways, as often as its rows count."""
-        return self.weight * candidate.loss**2 * self.square_norm
+        return self.weight * candidate.loss * candidate.loss * self.square_norm
 
     def _rows(self, level: int) -> int:
         return count_rows(self.num_embeddings, self.embedding_dim, level)
@@ -224,12 +224,12 @@ class Candidates:
             known = {
                 each.variant.bits: each.losses[-1] * math.prod(growth[each.level :]) for each in ways if each.losses
             }
-            logs = [math.log(max(loss, _LEAST_LOSS)) for loss in known.values()]
-            for each in ways:
-                loss = known.get(each.variant.bits)
-                if loss is None:
-                    loss = math.exp(np.interp(each.variant.bits, list(known), logs))
-                every.append(replace(each, loss=loss))
+            if len(known) < len(ways):
+                bits = [each.variant.bits for each in ways]
+                logs = log2([max(loss, _LEAST_LOSS) for loss in known.values()])
+                between = exp2(interpolate(bits, np.array(list(known), float), logs))
+                known = dict(zip(bits, between.tolist(), strict=True)) | known
+            every += [replace(each, loss=known[each.variant.bits]) for each in ways]
         return every
 
     def _find_growth(self) -> list[float]:
@@ -237,8 +237,8 @@ class Candidates:
         growth = []
         for level in range(1, len(LEVELS)):
             both = [own.losses for own in self.ways.values() if own.level >= level and own.losses[level - 1]]
-            changes = [math.log(own[level] / own[level - 1]) for own in both if own[level]]
-            growth.append(math.exp(sum(changes) / len(changes)) if changes else 1.0)
+            changes = [own[level] / own[level - 1] for own in both if own[level]]
+            growth.append(float(exp2(sum_along(log2(changes)) / len(changes))) if changes else 1.0)
         return growth
 
 

@@ -50,11 +50,11 @@ class Rounds:
     @property
     def square(self) -> float:
         """Sum of the squares of all values, as often as their rows count."""
-        return sum(table.weight * table.square_norm for table in self.tables)
+        return math.fsum(table.weight * table.square_norm for table in self.tables)
 
     def sum_errors(self, choices: Sequence[Choice]) -> float:
         """Sum the squared errors, as often as rows count."""
-        return sum(table.error(choice.candidate) for table, choice in zip(self.tables, choices, strict=True))
+        return math.fsum(table.error(choice.candidate) for table, choice in zip(self.tables, choices, strict=True))
 
     def measure_loss(self, choices: Sequence[Choice]) -> float:
         """Normalized l2 loss of all tables."""
@@ -83,7 +83,8 @@ class Rounds:
             ([each.file_bytes for each in front], [table.error(each) for each in front])
             for table, front in zip(self.tables, fronts, strict=True)
         ]
-        most_error = None if self.max_loss is None else min(self.max_loss, _MOST_LOSS) ** 2 * self.square
+        most_loss = None if self.max_loss is None else min(self.max_loss, _MOST_LOSS)
+        most_error = None if most_loss is None else most_loss * most_loss * self.square
         best = choose(options, self.max_bytes, most_error, most_sums)
         if best is not None:
             return [Choice(front, i) for front, i in zip(fronts, best, strict=True)], True
