@@ -120,7 +120,7 @@ class ClusterPacker(Packer):
             np.array(self.clusters.factor),
             self.clusters.groups,
             self.clusters.centres,
-            self.clusters.ends,
+            self.clusters.starts,
             self.levels,
         ]
 
