@@ -25,6 +25,7 @@ from embpack.formats import INDEX_SUFFIX, Checkpoint, Shard, SourceTensor, open_
 from embpack.formats.joined import join_arrays
 from embpack.formats.paths import as_path, is_remote
 from embpack.formats.remote import explained, refuse_access
+from embpack.kept import SUFFIX, is_kept
 from embpack.lookups import Table
 from embpack.methods.base import join_losses
 from embpack.pages import use_huge_pages
@@ -42,12 +43,14 @@ class PackedFile:
         contents: what it says of itself.
         parts: the tensors of each table, or piece of one, its packed rows first.
         others: its other tensors, by name.
+        kept: what it keeps of the source's rows (embpack.kept), by the names of the tables, or pieces, that have it.
     """
 
     path: Path
     contents: Contents
     parts: dict[str, list[SourceTensor]]
     others: dict[str, SourceTensor]
+    kept: dict[str, SourceTensor]
 
     def verify(self, name: str) -> None:
         """Read a table, or a piece of one, through and compare its checksum.
@@ -60,8 +63,9 @@ class PackedFile:
 
     def verify_others(self) -> None:
         """Do the same for all tensors that are no table's, where there are checksums of them."""
+        tensors = self.others | {tensor.name: tensor for tensor in self.kept.values()}
         for name, promised in (self.contents.others or {}).items():
-            check_bytes(self.path, f"tensor {name!r}", digest_tensors([self.others[name]]), promised)
+            check_bytes(self.path, f"tensor {name!r}", digest_tensors([tensors[name]]), promised)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ class TablePiece:
         return self.file.parts[self.name]
 
     @property
+    def kept(self) -> SourceTensor | None:
+        """What its file keeps of the source's rows; None if nothing."""
+        return self.file.kept.get(self.name)
+
+    @property
     def end_row(self) -> int:
         """Row of the table that follows its last."""
         return self.first_row + self.entry.num_embeddings
@@ -106,6 +115,11 @@ class StoredTable:
     name: str
     entry: TableEntry
     pieces: tuple[TablePiece, ...]
+
+    @property
+    def keeps_checksums(self) -> bool:
+        """Whether its files keep checksums of the rows that it was made of."""
+        return all(piece.kept is not None for piece in self.pieces)
 
     @property
     def nbytes(self) -> int:
@@ -281,7 +295,13 @@ def check_file(path: Path, shard: Shard) -> PackedFile:
     """
     contents = read_contents(path, shard)
     parts, others = split_shard(shard, contents.tables)
-    return PackedFile(path, contents, parts, {tensor.name: tensor for tensor in others})
+    by_name = {tensor.name: tensor for tensor in others}
+    kept = {}
+    for name, entry in contents.tables.items() if contents.others is not None else ():
+        tensor = by_name.get(name + SUFFIX)
+        if tensor is not None and is_kept(tensor, entry.num_embeddings, entry.embedding_dim):
+            kept[name] = by_name.pop(tensor.name)
+    return PackedFile(path, contents, parts, by_name, kept)
 
 
 def _join(path: Path, name: str, pieces: Sequence[TablePiece], files: Sequence[PackedFile]) -> StoredTable:

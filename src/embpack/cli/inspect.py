@@ -59,6 +59,11 @@ def _print(path: str, packed: PackedCheckpoint, *, verified: bool) -> None:
     for name, table in packed.tables.items():
         if len(table.pieces) > 1:
             show.output.print(f"{name}: in {len(table.pieces):,} pieces", style="dim")
+    keeping = sum(table.keeps_checksums for table in packed.tables.values())
+    if keeping:
+        show.output.print(
+            f"{show.count(keeping, 'table')} with checksums of the source's rows, for --since", style="dim"
+        )
     if packed.others:
         show.output.print(f"{show.count(len(packed.others), 'other tensor')}, not packed", style="dim")
     if verified:

@@ -114,6 +114,16 @@ class ClusterPacker(Packer):
         """Codebooks."""
         return {"codebooks": store_levels(self.levels, self.row_format)}
 
+    def state(self) -> list[NDArray[Any]]:
+        """What rows are assigned by, and codebooks as they are before they are stored."""
+        return [
+            np.array(self.clusters.factor),
+            self.clusters.groups,
+            self.clusters.centres,
+            self.clusters.starts,
+            self.levels,
+        ]
+
     def make_by_row(self, num_rows: int) -> NDArray[Any]:
         """Make room for cluster numbers."""
         return np.empty(num_rows, cluster_dtype(len(self.levels)))
