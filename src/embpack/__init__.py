@@ -7,6 +7,7 @@ from embpack.comparison.tables import compare
 from embpack.convert import Report, quantize_file
 from embpack.disk import DiskTable
 from embpack.errors import FormatError, LossLimitError, MissingExtraError
+from embpack.file_updates import TableUpdate, UpdateReport, update_file
 from embpack.files import save
 from embpack.group import TableGroup
 from embpack.lookups import Table
@@ -40,6 +41,8 @@ __all__ = [
     "Table",
     "TableGroup",
     "TableReport",
+    "TableUpdate",
+    "UpdateReport",
     "Variant",
     "compare",
     "dequantize_file",
@@ -55,4 +58,5 @@ __all__ = [
     "save",
     "select_variants",
     "set_num_threads",
+    "update_file",
 ]
