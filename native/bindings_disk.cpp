@@ -76,7 +76,7 @@ int write_array(int descriptor, uint64_t offset, size_t num_rows, const RowNumbe
     check_ascending(rows, num_rows, 1);
     require(bytes.shape(0) == rows.shape(0), "there must be as many rows as numbers");
     const WithoutPython without;
-    return write_rows(descriptor, offset, bytes.shape(1), {rows.data(), rows.shape(0)}, bytes.data());
+    return write_file_rows(descriptor, offset, bytes.shape(1), {rows.data(), rows.shape(0)}, bytes.data());
 }
 
 void prefetch(const RowsView& view, const RowNumbers& rows) {
@@ -105,9 +105,9 @@ void bind_disk(nb::module_& m) {
                   "numpy.typing.NDArray[numpy.uint8]]]) -> tuple[int, int, int, int] | None"),
           "Read rows, ascending and each once, of arrays, each into its `out`. Returns of what could not be read the "
           "number of the read, that of the piece, the offset of the row and errno, 0 where the file ends before; or None.");
-    m.def("write_rows", &write_array, nb::arg("descriptor"), nb::arg("offset"), nb::arg("num_rows"), nb::arg("rows"),
+    m.def("write_file_rows", &write_array, nb::arg("descriptor"), nb::arg("offset"), nb::arg("num_rows"), nb::arg("rows"),
           nb::arg("bytes").noconvert(),
-          nb::sig("def write_rows(descriptor: int, offset: int, num_rows: int, rows: numpy.typing.NDArray[numpy.int64], "
+          nb::sig("def write_file_rows(descriptor: int, offset: int, num_rows: int, rows: numpy.typing.NDArray[numpy.int64], "
                   "bytes: numpy.typing.NDArray[numpy.uint8]) -> int"),
           "Write rows, ascending and each once, of an array of num_rows that lies in an open file from an offset on; "
           "returns errno, 0 if all are written.");

@@ -321,7 +321,7 @@ std::optional<DiskFault> read_rows(std::span<const DiskRead> reads) {
     return wanted.fault;
 }
 
-int write_rows(int descriptor, uint64_t offset, size_t row_bytes, std::span<const int64_t> rows, const uint8_t* bytes) {
+int write_file_rows(int descriptor, uint64_t offset, size_t row_bytes, std::span<const int64_t> rows, const uint8_t* bytes) {
     for (size_t first = 0, end; first < rows.size(); first = end) {
         for (end = first + 1; end < rows.size() && rows[end] == rows[end - 1] + 1; end++) {}
         uint64_t at = offset + static_cast<uint64_t>(rows[first]) * row_bytes;

@@ -55,7 +55,7 @@ std::optional<DiskFault> read_rows(std::span<const DiskRead>);
 
 // Writes rows, ascending and each once, into an array that lies in an open file from an offset on: those that lie next to
 // each other together. Returns errno, 0 if all are written.
-int write_rows(int descriptor, uint64_t offset, size_t row_bytes, std::span<const int64_t> rows, const uint8_t* bytes);
+int write_file_rows(int descriptor, uint64_t offset, size_t row_bytes, std::span<const int64_t> rows, const uint8_t* bytes);
 
 // Has rows, ascending, read into the system's cache of pages, and returns at once. Rows that are waited for are read
 // first; of rows that nobody waits for the oldest are forgotten when there are too many.

@@ -7,7 +7,7 @@ from embpack.comparison.tables import compare
 from embpack.convert import Report, quantize_file
 from embpack.disk import DiskTable
 from embpack.errors import FormatError, LossLimitError, MissingExtraError
-from embpack.file_updates import TableUpdate, UpdateReport, update_file
+from embpack.file_updates import FileUpdateReport, TableUpdate, update_file
 from embpack.files import save
 from embpack.group import TableGroup
 from embpack.lookups import Table
@@ -29,6 +29,7 @@ __all__ = [
     "METHODS",
     "Comparison",
     "DiskTable",
+    "FileUpdateReport",
     "FormatError",
     "LossLimitError",
     "Method",
@@ -42,7 +43,6 @@ __all__ = [
     "TableGroup",
     "TableReport",
     "TableUpdate",
-    "UpdateReport",
     "Variant",
     "compare",
     "dequantize_file",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from embpack.deltas import Delta, Keys, LastWrites, Rows
 from embpack.files import TableEntry
+from embpack.formats.dtypes import NUMPY_DTYPES
 from embpack.layouts import RowFormat
 from embpack.methods import measure_loss
 from embpack.methods.base import Sums, condense
@@ -25,6 +26,7 @@ from embpack.updating import Update, pack_like
 
 Integers = NDArray[np.int64]
 
+Pack = Callable[[NDArray[Any], Integers], Update]
 WriteRows = Callable[[TablePiece, Integers, Update], None]
 """Takes packed rows of a piece of a table, and which rows of the piece they are, ascending."""
 
@@ -133,27 +135,57 @@ def _check_ids(delta: Delta, keys: Keys, table: StoredTable) -> None:
 
 
 def pack_changes(
-    deltas: Sequence[Delta], changes: Sequence[Change], path: Path, write: WriteRows, progress: Progress
+    deltas: Sequence[Delta],
+    changes: Sequence[Change],
+    path: Path,
+    write: WriteRows,
+    *,
+    method: str,
+    progress: Progress,
 ) -> None:
     """Read and pack the rows that count, some at a time, and note in the changes what they came to.
+
+    Args:
+        deltas: what the changes were read from.
+        changes: to pack.
+        path: of the packed file.
+        write: takes the rows.
+        method: that packs rows of tables whose files do not say it; "" is not known.
+        progress: is told of rows that are packed.
 
     Raises:
         FormatError: a delta is damaged, or was changed.
         ValueError: a row has another number of values, or NaN or infinity; a scale, bias or codebook overflows.
     """
-    shared = {change.table.name: (change.table.read_shared() or [None])[0] for change in changes}
+    packers = [_make_packer(change, path, method) for change in changes]
     numbers = _number(deltas)
     for delta, first_row, end_row in zip(deltas, numbers, numbers[1:], strict=False):
         own = [(change, slice(*np.searchsorted(change.rows, [first_row, end_row]))) for change in changes]
         wanted = np.sort(np.concatenate([change.rows[some] for change, some in own])) - first_row
         for batch in delta.iter_rows(wanted) if len(wanted) else ():
-            for change, some in own:
+            for (change, some), pack in zip(own, packers, strict=True):
                 positions = change.rows[some] - first_row
                 of_batch = slice(*np.searchsorted(positions, [batch.start, batch.stop]))
                 if of_batch.start < of_batch.stop:
                     ids, positions = change.ids[some][of_batch], positions[of_batch]
-                    _pack(delta, batch, change, positions, ids, shared[change.table.name], path, write)
+                    _pack(delta, batch, change, positions, ids, pack, write)
                     progress(change.table.name, len(ids))
+
+
+def _make_packer(change: Change, path: Path, method: str) -> Pack:
+    """Make what packs rows of a table, given their numbers."""
+    table = change.table
+    [codebooks] = table.read_shared() or [None]
+    by_row = table.entry.row_format.form.by_row(table.entry.num_embeddings)
+    if by_row is not None and codebooks is not None:
+        # Of others there are no numbers in the file.
+        codebooks = codebooks[: np.iinfo(NUMPY_DTYPES[table.pieces[0].parts[1].dtype]).max + 1]
+    place = f"{path}: {printable(table.name)}"
+
+    def pack(rows: NDArray[Any], numbers: Integers) -> Update:
+        return pack_like(table.entry.row_format, table.entry.method or method, codebooks, rows, place, numbers)
+
+    return pack
 
 
 def _pack(
@@ -162,19 +194,18 @@ def _pack(
     change: Change,
     positions: Integers,
     ids: Integers,
-    codebooks: NDArray[Any] | None,
-    path: Path,
+    pack: Pack,
     write: WriteRows,
 ) -> None:
     """Pack rows of a batch for one table, those of each of its pieces by themselves."""
     entry = change.table.entry
+    order = np.argsort(ids)
+    ids, positions = ids[order], positions[order]
     rows = values = batch.take(positions, entry.embedding_dim)
     int8_rows = RowFormat(entry.embedding_dim, 8, "float16")
     if rows.dtype == np.uint8:
         values = PackedTable(rows, int8_rows).dequantize()
     _refuse_not_finite(delta, positions, ids, values)
-    order = np.argsort(ids)
-    rows, values, ids = rows[order], values[order], ids[order]
     cuts = np.searchsorted(ids, change.bounds)
     for number in np.flatnonzero(np.diff(cuts)):
         some, piece = slice(cuts[number], cuts[number + 1]), change.table.pieces[number]
@@ -183,8 +214,7 @@ def _pack(
             square = float(np.square(values[some], dtype=np.float64).sum())
             update = Update(rows[some], None, [Sums(0.0, square)], 0)
         else:
-            place = f"{path}: {printable(change.table.name)}"
-            update = pack_like(entry.row_format, entry.method, codebooks, values[some], place, ids[some])
+            update = pack(values[some], ids[some])
         change.num_misfits += update.num_misfits
         change.sums[number] = condense([*change.sums.get(number, ()), *update.sums])
         write(piece, ids[some] - piece.first_row, update)

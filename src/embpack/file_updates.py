@@ -1,43 +1,31 @@
 """Packed files whose tables change: some rows are packed anew, all other bytes stay."""
 
-import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from embpack import _native
-from embpack.changes import Change, Integers, pack_changes, read_changes
+from embpack.changes import Change, WriteRows, pack_changes, read_changes
 from embpack.deltas import ColumnNames, Delta, open_deltas
-from embpack.errors import FormatError
-from embpack.files import METADATA_KEY, TableEntry, check_bytes, format_checksum, is_packed, make_metadata
+from embpack.files import METADATA_KEY, TableEntry, is_packed, make_metadata
 from embpack.formats import INDEX_SUFFIX, Checkpoint, Shard, open_checkpoint
 from embpack.formats.atomic import keep_owner_and_mode, new_file
 from embpack.formats.copying import copy_bytes
 from embpack.formats.new_folder import iter_files, new_folder
 from embpack.formats.safetensors import replace_metadata
-from embpack.formats.source import SourceFile
-from embpack.formats.stored import StoredArray, iter_slices
 from embpack.methods import measure_loss
-from embpack.packed_files import PackedCheckpoint, PackedFile, TablePiece, check_packed, describe_files, find_loss
+from embpack.methods.base import find_warning
+from embpack.packed_files import PackedCheckpoint, PackedFile, check_packed, describe_files, find_loss
 from embpack.packed_folder import list_own
+from embpack.rewriting import NewFile, NewFiles, source_of
 from embpack.shard_writer import Progress, no_progress
-from embpack.threads import get_num_threads
-from embpack.updating import Update
 
-MOST_MISFITS = 0.05
+WARN_SHARE = 0.01
 """The share of the changed rows of a table that may not fit what its rows share, before there is a warning."""
-
-_PORTION_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,7 @@ class TableUpdate:
 
 
 @dataclass(frozen=True)
-class UpdateReport:
+class FileUpdateReport:
     """What updating files came to.
 
     Attributes:
@@ -100,11 +88,12 @@ def update_file(
     id_column: str = "key_id",
     row_column: str = "embedding",
     step_column: str | None = None,
-    most_misfits: float = MOST_MISFITS,
+    method: str | None = None,
+    warn_share: float = WARN_SHARE,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress = no_progress,
-) -> UpdateReport:
+) -> FileUpdateReport:
     """Change rows of packed tables in their file, which is replaced by a new one, whole or not at all.
 
     Rows are packed as the table was: by its method, with its rotation and what its rows share. All other bytes stay.
@@ -125,7 +114,8 @@ def update_file(
         row_column: lists of values.
         step_column: when a row was written; None is "global_step", if there is one. Of several rows for one id that of
             the largest step counts, and of those, or where there are no steps, the last in the order of the deltas.
-        most_misfits: a table is warned of if more than this share of its changed rows do not fit what its rows share.
+        method: that packs rows of tables of which no file says it, such as those of PackedTable.from_packed.
+        warn_share: a table is warned of if more than this share of its changed rows do not fit what its rows share.
         dry_run: read the ids alone, and write nothing.
         force: replace what is at out though embpack did not write it.
         progress: called with a table's name and a number of rows: as they are packed, and as the table's are checked.
@@ -143,7 +133,7 @@ def update_file(
     with open_update(path, deltas, names) as update:
         if dry_run:
             return update.foresee()
-        return update.write(out, most_misfits=most_misfits, force=force, progress=progress)
+        return update.write(out, method=method, warn_share=warn_share, force=force, progress=progress)
 
 
 @contextmanager
@@ -198,7 +188,7 @@ class FileUpdate:
             return None
         return self.checkpoint.path.parent if self.checkpoint.folder is None else self.checkpoint.folder
 
-    def foresee(self) -> UpdateReport:
+    def foresee(self) -> FileUpdateReport:
         """Say what would change; nothing is packed."""
         return self._report([_report(change) for change in self.changes])
 
@@ -206,10 +196,11 @@ class FileUpdate:
         self,
         out: str | os.PathLike[str] | None,
         *,
-        most_misfits: float = MOST_MISFITS,
+        method: str | None = None,
+        warn_share: float = WARN_SHARE,
         force: bool = False,
         progress: Progress = no_progress,
-    ) -> UpdateReport:
+    ) -> FileUpdateReport:
         """Pack the rows, and write the new files; as update_file says."""
         for _, file in self.files:
             if file.contents.others is None:
@@ -219,21 +210,24 @@ class FileUpdate:
                 )
         if out is None and not self.changes:
             return self.foresee()
+        pack = partial(
+            pack_changes, self.deltas, self.changes, self.checkpoint.path, method=method or "", progress=progress
+        )
         if self.folder is None:
-            entries = self._write_file(out, force=force, progress=progress)
+            entries = self._write_file(out, pack, force=force, progress=progress)
         else:
-            entries = self._write_folder(self.folder, out, force=force, progress=progress)
-        return self._report([_report(change, entries, most_misfits) for change in self.changes])
+            entries = self._write_folder(self.folder, out, pack, force=force, progress=progress)
+        return self._report([_report(change, entries, warn_share) for change in self.changes])
 
-    def _report(self, tables: Sequence[TableUpdate]) -> UpdateReport:
-        return UpdateReport(
+    def _report(self, tables: Sequence[TableUpdate]) -> FileUpdateReport:
+        return FileUpdateReport(
             tables=tuple(tables),
             files=tuple(shard.file_name for shard, _ in self.files),
             seconds=time.perf_counter() - self.started,
         )
 
     def _write_file(
-        self, out: str | os.PathLike[str] | None, *, force: bool, progress: Progress
+        self, out: str | os.PathLike[str] | None, pack: Callable[[WriteRows], None], *, force: bool, progress: Progress
     ) -> dict[str, TableEntry]:
         """Write the new file, and return the entries of its tables that changed."""
         source = self.checkpoint.path
@@ -246,16 +240,21 @@ class FileUpdate:
         [(shard, file)] = self.files or [(self.checkpoint.shards[0], self.packed.files[0])]
         with new_file(target, lambda existing: force or is_same or is_packed(existing)) as opened:
             descriptor = opened.fileno()
-            self._copy(file, descriptor)
-            write = partial(_write_rows, lambda _: nullcontext(descriptor))
-            pack_changes(self.deltas, self.changes, source, write, progress)
-            entries = self._finish(shard, file, descriptor, progress)
+            new = self._make_new(file, lambda: nullcontext(descriptor))
+            pack(NewFiles([new]).add)
+            entries = self._finish(new, shard, descriptor, progress)
             if is_same:
                 _refuse_changed([file])
         return entries
 
     def _write_folder(
-        self, folder: Path, out: str | os.PathLike[str] | None, *, force: bool, progress: Progress
+        self,
+        folder: Path,
+        out: str | os.PathLike[str] | None,
+        pack: Callable[[WriteRows], None],
+        *,
+        force: bool,
+        progress: Progress,
     ) -> dict[str, TableEntry]:
         """Write the new folder, and return the entries of its tables that changed."""
         target = folder if out is None else Path(out)
@@ -271,16 +270,15 @@ class FileUpdate:
         with new_folder(target, last.as_posix(), may_replace, force=force) as new:
             for name in names - set(changed):
                 _place(folder / name, new / name, is_same=is_same)
+            made = {}
             for name, (_, file) in changed.items():
-                with _create(new / name, file.path) as descriptor:
-                    self._copy(file, descriptor)
-            paths = {id(file): new / name for name, (_, file) in changed.items()}
-            write = partial(_write_rows, lambda file: _open(paths[id(file)]))
-            pack_changes(self.deltas, self.changes, self.checkpoint.path, write, progress)
+                with _create(new / name, file.path):
+                    made[name] = self._make_new(file, partial(_open, new / name))
+            pack(NewFiles([*made.values()]).add)
             entries = {}
-            for name, (shard, file) in changed.items():
+            for name, (shard, _) in changed.items():
                 with _open(new / name) as descriptor:
-                    entries.update(self._finish(shard, file, descriptor, progress))
+                    entries.update(self._finish(made[name], shard, descriptor, progress))
             if METADATA_KEY in self.checkpoint.index_metadata and changed:
                 self._write_index(folder, place, new)
             if is_same:
@@ -298,32 +296,33 @@ class FileUpdate:
         with _create(new / name, folder / name) as descriptor, os.fdopen(os.dup(descriptor), "w") as file:
             file.write(json.dumps(index, indent=2) + "\n")
 
-    def _copy(self, file: PackedFile, descriptor: int) -> None:
-        source = _source_of(file)
-        with source:
-            copy_bytes(source.descriptor, descriptor, source.size)
+    def _make_new(self, file: PackedFile, open_new: Callable[[], AbstractContextManager[int]]) -> NewFile:
+        pieces = [piece for change in self.changes for piece in change.pieces.values() if piece.file is file]
+        return NewFile(file, pieces, open_new)
 
-    def _finish(self, shard: Shard, file: PackedFile, descriptor: int, progress: Progress) -> dict[str, TableEntry]:
-        """Compare a file's old checksums, and give the new one its own; returns the entries that changed."""
-        entries = {}
-        for change in self.changes:
-            for number, piece in change.pieces.items():
-                if piece.file is file:
-                    checksum = _digest_both(piece, descriptor, partial(progress, change.table.name))
-                    entries[piece.name] = change.renew(number, checksum)
-        others = file.contents.others or {}
-        tables = {**file.contents.tables, **entries}
-        metadata = make_metadata(tables, others, shard.tensors, is_compact=True)
-        replace_metadata(descriptor, file.path, {**shard.metadata, **metadata})
+    def _finish(self, new: NewFile, shard: Shard, descriptor: int, progress: Progress) -> dict[str, TableEntry]:
+        """Write the rest of a file, with its header; returns the entries that changed."""
+        own = {
+            piece.name: (change, number)
+            for change in self.changes
+            for number, piece in change.pieces.items()
+            if piece.file is new.file
+        }
+        checksums = new.finish({name: partial(progress, change.table.name) for name, (change, _) in own.items()})
+        entries = {name: change.renew(number, checksums[name]) for name, (change, number) in own.items()}
+        tables = {**new.file.contents.tables, **entries}
+        metadata = make_metadata(tables, new.file.contents.others or {}, shard.tensors, is_compact=True)
+        replace_metadata(descriptor, new.file.path, {**shard.metadata, **metadata})
         return entries
 
 
 def _report(
-    change: Change, entries: Mapping[str, TableEntry] | None = None, most_misfits: float = MOST_MISFITS
+    change: Change, entries: Mapping[str, TableEntry] | None = None, warn_share: float = WARN_SHARE
 ) -> TableUpdate:
     """Say what a change came to; without entries, those of what was written, nothing was packed."""
-    table, warning = change.table, None
-    if change.num_misfits > most_misfits * len(change.ids):
+    table, sums = change.table, [span for own in change.sums.values() for span in own]
+    warning = find_warning(sums)
+    if change.num_misfits > warn_share * len(change.ids):
         warning = (
             f"{change.num_misfits:,} of its {len(change.ids):,} changed rows do not fit what its rows share; pack it "
             "anew: embpack quantize"
@@ -339,7 +338,7 @@ def _report(
         rows_changed=len(change.ids),
         num_misfits=change.num_misfits if is_done else None,
         loss_before=table.entry.loss,
-        loss_changed=measure_loss(span for own in change.sums.values() for span in own) if is_done else None,
+        loss_changed=measure_loss(sums) if is_done else None,
         loss_after=find_loss(renewed) if is_done else None,
         warning=warning,
     )
@@ -356,73 +355,12 @@ def refuse_shard(path: Path) -> None:
             raise ValueError(f"{path}: is one of the files of {index}, which has a checksum of it; give that index")
 
 
-def _source_of(file: PackedFile) -> SourceFile:
-    """The file that a packed file's tensors are read from."""
-    [first, *_] = next(iter(file.parts.values()))
-    assert first.source is not None  # it is a file's
-    return first.source
-
-
 def _refuse_changed(files: Sequence[PackedFile]) -> None:
     """Raise FormatError if a file was changed meanwhile: what another update made of it would be lost."""
     for file in files:
-        source = _source_of(file)
+        source = source_of(file)
         with source:
             source.check()
-
-
-def _write_rows(
-    open_new: Callable[[PackedFile], AbstractContextManager[int]], piece: TablePiece, rows: Integers, update: Update
-) -> None:
-    """Write packed rows of a piece, and what lies beside them, into the new file."""
-    with open_new(piece.file) as descriptor:
-        for part, array in zip(piece.parts, (update.packed, update.clusters), strict=False):
-            if array is None:
-                continue
-            stored = _stored(part.stored)
-            written = np.ascontiguousarray(array, stored.dtype).reshape(len(rows), -1).view(np.uint8)
-            code = _native.write_rows(descriptor, stored.offset, stored.shape[0], rows, written)
-            if code:
-                raise OSError(code, os.strerror(code), str(piece.file.path))
-
-
-def _stored(stored: StoredArray | None) -> StoredArray:
-    assert stored is not None  # as in all safetensors files
-    return stored
-
-
-def _digest_both(piece: TablePiece, descriptor: int, progress: Callable[[int], None]) -> str:
-    """Compare the old checksum of a piece, or of a table, and return the one that it has in the new file.
-
-    Both are read, so that bytes that were altered do not get a checksum that says that they are as they should be.
-
-    Raises:
-        FormatError: the old bytes were altered.
-    """
-    before, after = hashlib.sha256(), hashlib.sha256()
-    source, num_rows, done = _source_of(piece.file), piece.entry.num_embeddings, 0
-    total = sum(part.nbytes for part in piece.parts)
-    rooms = [np.empty(_PORTION_BYTES, np.uint8) for _ in range(2)]
-    with source, ThreadPoolExecutor(min(2, get_num_threads())) as pool:
-        for part in piece.parts:
-            offset = _stored(part.stored).offset
-            for some in iter_slices(offset, offset + part.nbytes, _PORTION_BYTES):
-                add = partial(_add, piece.file.path)
-                for _ in pool.map(add, (before, after), (source.descriptor, descriptor), rooms, repeat(some)):
-                    pass
-                size = some.stop - some.start
-                progress((done + size) * num_rows // total - done * num_rows // total)
-                done += size
-    check_bytes(piece.file.path, f"table {piece.name!r}", before, piece.entry.checksum)
-    return format_checksum(after)
-
-
-def _add(path: Path, digest: "hashlib._Hash", descriptor: int, room: NDArray[np.uint8], some: slice) -> None:
-    """Add bytes of a file to a digest."""
-    view = room[: some.stop - some.start].data
-    if os.preadv(descriptor, [view], some.start) != len(view):
-        raise FormatError(f"{path}: ends before byte {some.stop}; it is truncated, copy it again")
-    digest.update(view)
 
 
 @contextmanager
@@ -457,4 +395,4 @@ def _place(source: Path, target: Path, *, is_same: bool) -> None:
         else:
             return
     with source.open("rb") as opened, _create(target, source) as descriptor:
-        copy_bytes(opened.fileno(), descriptor, source.stat().st_size)
+        copy_bytes(opened.fileno(), descriptor, 0, source.stat().st_size)

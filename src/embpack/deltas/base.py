@@ -59,7 +59,7 @@ class Rows(ABC):
         """Return some of the rows.
 
         Args:
-            positions: in [start, stop), ascending.
+            positions: in [start, stop), in any order.
             embedding_dim: of the table.
 
         Returns:
