@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "bindings.h"
+#include "updating.h"
 
 namespace embpack {
 
@@ -200,6 +201,24 @@ int64_t multiply_rows(const TableView& view, const Vectors& input, const std::op
     return tell_fault(linear(rows, {input.data(), input.shape(0), bias ? bias->data() : nullptr}, out.data()));
 }
 
+using RowNumbers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using EntriesOut = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void write(const RowNumbers& rows, const nb::list& arrays) {
+    std::vector<ChangedRows> changed;
+    size_t num_rows = SIZE_MAX;
+    for (nb::handle each : arrays) {
+        const auto [array, entries] = nb::cast<std::tuple<EntriesOut, PackedArray>>(each, false);
+        require(entries.shape(0) == rows.shape(0) && entries.shape(1) == array.shape(1), "entries have the wrong shape");
+        changed.push_back({array.data(), entries.data(), array.shape(1)});
+        num_rows = std::min(num_rows, array.shape(0));
+    }
+    for (size_t i = 0; i < rows.shape(0); i++)
+        require(rows.data()[i] >= 0 && static_cast<size_t>(rows.data()[i]) < num_rows, "there are no such rows");
+    const WithoutPython without;
+    write_rows({rows.data(), rows.shape(0)}, changed);
+}
+
 // Several tables, and for each feature which one it reads and how it pools.
 class GroupView {
 public:
@@ -269,6 +288,10 @@ void bind_lookup(nb::module_& m) {
           nb::sig("def linear(rows: TableView, input: numpy.typing.NDArray[numpy.float32], "
                   "bias: numpy.typing.NDArray[numpy.float32] | None, out: numpy.typing.NDArray[numpy.float32]) -> int"),
           "Multiply the vectors of `input` by all rows into `out`, and add `bias`. Returns what a view's gather does.");
+    m.def("write_rows", &write, nb::arg("rows"), nb::arg("arrays"),
+          nb::sig("def write_rows(rows: numpy.typing.NDArray[numpy.int64], arrays: list[tuple["
+                  "numpy.typing.NDArray[numpy.uint8], numpy.typing.NDArray[numpy.uint8]]]) -> None"),
+          "Write rows of arrays, each [all rows, bytes] with the entries that it gets, while other threads look rows up.");
     m.attr("bad_offsets") = bad_offsets;
     nb::class_<GroupView>(m, "TableGroup", "Packed rows of several tables, and the features that read them.")
         .def(nb::init<const nb::list&, const std::vector<size_t>&, const std::vector<std::string>&>(),

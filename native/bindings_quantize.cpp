@@ -180,6 +180,17 @@ void fit(const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& v
     fit_codebooks(values.data(), start, groups, bits, out);
 }
 
+void assign(const CodebookValues& rows, const CodebookValues& codebooks, int bits,
+            const nb::ndarray<uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& numbers) {
+    make_grid(bits, false);
+    require(rows.shape(1) > 0, "rows have no columns");
+    require(codebooks.shape(1) == size_t{1} << bits, "codebooks must have 2^bits levels");
+    require(numbers.shape(0) == rows.shape(0), "numbers must have one for each row");
+    uint32_t* out = numbers.data();
+    const WithoutPython without;
+    assign_codebooks(rows.data(), rows.shape(0), rows.shape(1), codebooks.data(), codebooks.shape(0), bits, out);
+}
+
 std::tuple<int, size_t, float, float> bound(const RowsArray& rows) {
     const Rows view = view_rows(rows);
     require(view.num_rows > 0, "there are no rows");
@@ -283,6 +294,12 @@ void bind_quantize(nb::module_& m) {
     m.def("fit_codebooks", &fit, nb::arg("values").noconvert(), nb::arg("starts"), nb::arg("bits"),
           nb::arg("codebooks").noconvert(),
           "Fill in a codebook for each group values[starts[g] : starts[g + 1]], putting the values in order.");
+    m.def("assign_codebooks", &assign, nb::arg("rows"), nb::arg("codebooks"), nb::arg("bits"),
+          nb::arg("numbers").noconvert(),
+          nb::sig("def assign_codebooks(rows: numpy.typing.NDArray[numpy.float32], "
+                  "codebooks: numpy.typing.NDArray[numpy.float32], bits: int, "
+                  "numbers: numpy.typing.NDArray[numpy.uint32]) -> None"),
+          "Fill in which codebook has the least squared error of each row, of equal ones the first.");
     m.def("rotate", &rotate_in_place, nb::arg("rows").noconvert(), nb::kw_only(), nb::arg("back"),
           nb::sig("def rotate(rows: numpy.typing.NDArray[numpy.float32], *, back: bool) -> None"),
           "Rotate rows in place, or back.");

@@ -9,6 +9,7 @@
 #include "linear_panels.h"
 #include "linear_words.h"
 #include "threads.h"
+#include "updating.h"
 
 namespace embpack {
 
@@ -88,6 +89,7 @@ LookupFault multiply(const PackedRows& rows, const LinearInput& input, float* ou
     for_each_piece(pieces, 1, threads, [&](size_t piece, Turn& turn) {
         const size_t first = piece * at_a_time, count = std::min(at_a_time, rows.num_rows - first);
         LookupFault found;
+        const Reading reading;
         multiplier.multiply(first, count, scratches[static_cast<size_t>(turn.thread)], out, found);
         if (found.kind == LookupFault::none) return;
         const std::lock_guard lock(mutex);

@@ -8,6 +8,7 @@
 
 #include "dispatch.h"
 #include "threads.h"
+#include "updating.h"
 
 namespace embpack {
 
@@ -29,8 +30,9 @@ size_t table_bytes(const PackedRows& rows) { return rows.num_rows * rows.row_byt
 // Pieces of a lookup: few enough for prefetching to run ahead in each, enough that threads end together.
 constexpr size_t pieces_a_thread = 8;
 
-// Values that are pooled in about a tenth of a second: a loop looks for signals between pieces.
-constexpr size_t most_piece_values = size_t{1} << 26;
+// Values that are pooled in some milliseconds: between pieces rows may be written, for which others wait, and a loop looks
+// for signals.
+constexpr size_t most_piece_values = size_t{1} << 22;
 
 size_t count_values(const Lookup& lookup) {
     const Bags& bags = lookup.bags;
@@ -162,6 +164,7 @@ LookupFault gather(const PackedRows& rows, const Integers& indices, const Output
             gather_rows(rows, indices, prefetches, from, stop, to, found);
         };
         LookupFault found;
+        const Reading reading;
         if (rows.is_rotated)
             rotate_back(k, rows, first, end, out, found, look_up);
         else
@@ -191,6 +194,7 @@ LookupFault pool(std::span<Lookup> lookups, size_t& faulty_lookup) {
         const size_t first = cut.first_bag(piece), end = cut.end_bag(piece, lookups[number]);
         if (first >= end) return;
         LookupFault found;
+        const Reading reading;
         pool_bags(k, lookups[number], first, end, found);
         if (found.kind == LookupFault::none) return;
         const std::lock_guard lock(mutex);

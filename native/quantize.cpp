@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -215,6 +216,45 @@ void sort_values(float* first, size_t count, Turn& turn) {
 }
 
 }  // namespace
+
+void assign_codebooks(const float* rows, size_t num_rows, size_t embedding_dim, const float* codebooks, size_t count,
+                      int bits, uint32_t* numbers) {
+    const size_t levels = size_t{1} << bits;
+    std::vector<double> bounds(count * levels);   // above each level but the last
+    for (size_t i = 0; i < count; i++)
+        for (size_t k = 0; k + 1 < levels; k++) {
+            const float* level = codebooks + i * levels + k;
+            bounds[i * levels + k] = (double{level[0]} + double{level[1]}) * 0.5;
+        }
+    const auto find = [&](size_t row, Turn& turn) {
+        std::vector<float> values(rows + row * embedding_dim, rows + (row + 1) * embedding_dim);
+        numbers[row] = 0;
+        for (float value : values)
+            if (value != value) return;
+        sort_values(values.data(), embedding_dim, turn);
+        std::vector<double> sums(embedding_dim + 1);
+        for (size_t j = 0; j < embedding_dim; j++) sums[j + 1] = sums[j] + double{values[j]};
+        double least = std::numeric_limits<double>::infinity();
+        for (size_t i = 0; i < count; i++) {
+            double error = 0.0;   // less the row's squares, which are the same for all
+            ptrdiff_t start = 0;
+            for (size_t k = 0; k < levels; k++) {
+                ptrdiff_t end = static_cast<ptrdiff_t>(embedding_dim);
+                if (k + 1 < levels)
+                    end = std::upper_bound(values.begin(), values.end(), bounds[i * levels + k]) - values.begin();
+                const double level = codebooks[i * levels + k];
+                const double sum = sums[static_cast<size_t>(end)] - sums[static_cast<size_t>(start)];
+                if (end > start) error += level * (level * static_cast<double>(end - start) - 2.0 * sum);
+                start = end;
+            }
+            if (error < least) {
+                least = error;
+                numbers[row] = static_cast<uint32_t>(i);
+            }
+        }
+    };
+    for_each_piece(num_rows, 1, threads_for(num_rows * count * levels), find);
+}
 
 void fit_codebooks(float* values, const int64_t* starts, size_t groups, int bits, float* codebooks) {
     const size_t levels = size_t{1} << bits;

@@ -45,6 +45,11 @@ QuantizeResult quantize_by_codebooks(const Rows&, CodebookFn Kernels::*search, G
 // values[starts[g]] to values[starts[g + 1]], which are put in order. An empty group gets zeros.
 void fit_codebooks(float* values, const int64_t* starts, size_t groups, int bits, float* codebooks);
 
+// Finds for each row of float32 values which of `count` codebooks of 2^bits levels, each ascending, has the least squared
+// error, of equal ones the first. A row with NaN gets the first.
+void assign_codebooks(const float* rows, size_t num_rows, size_t embedding_dim, const float* codebooks, size_t count,
+                      int bits, uint32_t* numbers);
+
 // Encodes each row by the codebook of its cluster and writes the codes. values: 2^bits levels of each codebook,
 // ascending; clusters: a number for each row.
 QuantizeResult quantize_by_clusters(const Rows&, const float* values, const uint32_t* clusters, Grid, size_t span_rows,

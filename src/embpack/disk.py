@@ -161,6 +161,17 @@ class DiskTable(Table):
     def as_packed(self) -> "DiskTable":  # noqa: D102  (as in Table)
         return replace(self, row_format=replace(self.row_format, rotation=None))
 
+    def update(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Refuse what a PackedTable does.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            'rows that stay on the disk do not change: load the file with access="memory" to update the table, or '
+            "update the file itself: embpack update"
+        )
+
     def _cluster_of(self, row: int) -> int:
         assert self.clusters is not None
         [clusters] = read_arrays([(self.clusters, np.array([row]))])

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,12 @@ from embpack.pages import use_huge_pages
 from embpack.rows import ROW_DTYPES
 from embpack.vectors import as_vectors
 
+if TYPE_CHECKING:
+    from embpack.updating import UpdateReport
+
+# What a table has beside its fields, and is not pickled: it is made anew.
+_MADE = ("native_view", "as_packed", "_whole")
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedTable(Table):
@@ -26,7 +33,8 @@ class PackedTable(Table):
         row_format: what a row's bytes mean, rotation included (see rotation).
         dtype: what the weights were: "float32", "float16" or "bfloat16".
         method: name and parameters of the method that packed the rows; "" where unknown.
-        loss: normalized l2 loss ||X - Q(X)|| / ||X||, measured when packed; None where unknown.
+        loss: normalized l2 loss ||X - Q(X)|| / ||X||, measured when packed; None where unknown, as after an update of
+            some rows.
         clusters: the array beside the rows with an entry for each: in the clustered layout uint8 or uint16
             [num_embeddings], which codebook a row has; None in others.
         codebooks: the array beside the rows that all share: in the clustered layout [num_codebooks, 2^bits] of the
@@ -61,6 +69,8 @@ class PackedTable(Table):
                 f"bits with {self.row_format.param_dtype} parameters takes {expected}"
             )
         self.row_format.form.check_beside(self.num_embeddings, self.clusters, self.codebooks)
+        if self.clusters is not None:  # so that the core's view of them shares their memory, and sees an update
+            object.__setattr__(self, "clusters", np.ascontiguousarray(self.clusters))
 
     @classmethod
     def from_packed(
@@ -157,13 +167,65 @@ class PackedTable(Table):
     def native_view(self) -> _native.TableView:
         """The table as the core takes it."""
         codebooks = None if self.codebooks is None else np.ascontiguousarray(self.codebooks).view(np.uint8)
-        clusters = None if self.clusters is None else np.ascontiguousarray(self.clusters)
-        return _native.TableView(self.packed, str(self.row_format), clusters, codebooks)
+        return _native.TableView(self.packed, str(self.row_format), self.clusters, codebooks)
 
     @cached_property
     def as_packed(self) -> "PackedTable":
         """The table without its rotation, which shares its memory: lookups give the rotated values that were packed."""
-        return replace(self, row_format=replace(self.row_format, rotation=None))
+        table = replace(self, row_format=replace(self.row_format, rotation=None))
+        table.__dict__["_whole"] = ref(self)
+        return table
+
+    def update(self, indices: Any, rows: Any, *, method: str | None = None, warn_share: float = 0.01) -> "UpdateReport":
+        """Pack new values of some rows as the table is packed, and put them in place of those that it has.
+
+        Rows are packed by the table's method, with what all its rows share as it is (trellis levels and scales,
+        codebooks of clusters, the range of "table"), in its layout and rotation. By other methods they become the bytes
+        that packing the whole table anew would give them; error_weights that it was packed with are not known any more.
+        Whatever has the table's memory sees the change: groups, modules of PyTorch, shallow copies. Nothing is written
+        unless all rows can be packed.
+
+        Other threads may look rows up meanwhile: each row that they read is the one before or the one after, whole
+        (docs/reliability.md). Update a table in one thread at a time.
+
+        ``loss`` becomes that of the new rows if these are all the table has, and None otherwise: what the others lose
+        by themselves is not known. Tables that were made of this one by copy.copy or dataclasses.replace share the rows
+        and keep the loss that they had.
+
+        Args:
+            indices: integers of any type [n], each in [0, num_embeddings). Of rows that are named more than once the
+                last one counts.
+            rows: [n, embedding_dim] of float32, float16 or bfloat16; NumPy or PyTorch, as embpack.quantize takes them.
+            method: for a table whose method is not known (from_packed, the table of a PyTorch module): name and
+                parameters. Leave it out for others, and for layouts that one method alone makes.
+            warn_share: from which share of misfits on it warns.
+
+        Returns:
+            What was changed: num_rows, each counted once, their own loss, and num_misfits, the rows that what the
+            table's rows share does not fit (embpack.updating.find_misfits).
+
+        Warns:
+            UserWarning: more than warn_share of the rows are misfits: pack the table anew. Or rows are too small for
+                float16 parameters, as embpack.quantize warns.
+
+        Raises:
+            IndexError: an index is out of range; names its position and value.
+            TypeError: indices or rows are of another type.
+            ValueError: the table is mapped from a file, or its memory is read-only; rows have another shape; one is
+                NaN, infinite or too large, and is named; the method is not known, or is another one.
+        """
+        from embpack.updating import update_table  # packers need tables
+
+        return update_table(self, indices, rows, method, warn_share)
+
+    def set_loss(self, loss: float | None) -> None:
+        """Say what the rows lose after they have changed; of this table and of as_packed, whichever it is."""
+        table: PackedTable | None = self
+        while table is not None and (whole := table.__dict__.get("_whole", lambda: None)()) is not None:
+            table = whole
+        while table is not None:
+            object.__setattr__(table, "loss", loss)
+            table = table.__dict__.get("as_packed")
 
     def copy(self) -> "PackedTable":
         """Return the same table with bytes of its own, in memory, as copy.deepcopy does, and pickle."""
@@ -176,7 +238,7 @@ class PackedTable(Table):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: all but what is made anew, such as what the core takes."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("native_view", "as_packed")}
+        return {name: value for name, value in self.__dict__.items() if name not in _MADE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Read a pickle, whose arrays lie where pickle has put them."""

@@ -1,32 +1,53 @@
 """Rows packed as those of a table that is packed already, for tables that change."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embpack import _native
 from embpack.arithmetic import F32
+from embpack.bags import as_array, as_integers
 from embpack.chunks import iter_chunks
+from embpack.errors import naming
+from embpack.formats.mapped import is_of_file
 from embpack.layouts import RowFormat
 from embpack.layouts.clustered import cluster_dtype
 from embpack.layouts.trellis import TrellisLayout, TrellisParameters
-from embpack.methods import METHODS, KMeansCls, Method, Packer, TableRange, Trellis, parse_method
-from embpack.methods.base import Sums
+from embpack.lookups import find_outside
+from embpack.methods import METHODS, KMeansCls, Method, Packer, TableRange, Trellis, measure_loss, parse_method
+from embpack.methods.base import Sums, find_warning
 from embpack.methods.kmeans_cls import ClusterPacker
 from embpack.methods.trellis import TrellisPacker, refuse_large
 from embpack.rotation import rotate_chunks
-from embpack.rows import widen
+from embpack.rows import as_rows, widen
 from embpack.table import PackedTable
 
 Numbers = NDArray[np.int64]
 
-# By layout, of rows that share values. A table's own rows are seldom beyond them: of 4,000 rows of 8 to 64 values, normal,
-# heavy-tailed (Student's t, 3 degrees), of sizes a factor of e apart, around a mean, or with zeros among them, at most
-# 0.7 % in the trellis layout at 2 to 6 bits (none from 16 values on), and in the clustered layout at 4 bits at most 2 %.
-# Rows four times the size of a table's of normal ones were beyond the first at 4 bits by .8 and more.
-MISFIT_FACTORS = {"trellis": 2.0, "clustered": 25.0, "uniform": 25.0}
+# By layout, of rows that share values, so that few of a table's own are beyond. Of tables of 4,000 rows of 8 to 256
+# values (normal; of sizes about a factor of e apart; Student's t, 3 degrees; around a mean) at most .0015 are, in the
+# trellis layout at 2 to 6 bits. Of rows of four times the size of a normal table's own .6 to .9 are, at 4 bits, and all
+# of those of a 256th of it.
+MISFIT_FACTORS = {"trellis": 4.0, "clustered": 25.0, "uniform": 25.0}
 """A row no longer fits what the table's rows share if its squared error is more than so many times that of ASYM."""
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What an update of a table has changed.
+
+    Attributes:
+        num_rows: how many rows, each counted once.
+        loss: normalized l2 loss of these rows; 0 for none.
+        num_misfits: how many of them what the table's rows share does not fit (see find_misfits).
+    """
+
+    num_rows: int
+    loss: float
+    num_misfits: int
 
 
 @dataclass(frozen=True)
@@ -90,13 +111,92 @@ def pack_like(
         of_rows = None if clusters is None else clusters[own]
         packer = _make_packer(found, row_format, codebooks, of_rows, place)
         if isinstance(packer, TrellisPacker):
-            _refuse_large(values, packer.shared.mean, place, numbers[own])
+            _refuse_large(widen(values), packer.shared.mean, place, numbers[own])
         sums += packer.pack(values, packed[own], numbers=numbers[own])
         if of_rows is not None or isinstance(found, Trellis | TableRange):
             decoded = PackedTable(packed[own], row_format, clusters=of_rows, codebooks=codebooks).as_packed.dequantize()
             num_misfits += int(find_misfits(widen(values), decoded, row_format).sum())
         start = own.stop
     return Update(packed, clusters, sums, num_misfits)
+
+
+def update_table(table: PackedTable, indices: Any, rows: Any, method: str | None, warn_share: float) -> UpdateReport:
+    """Do what PackedTable.update does; warnings are of its caller's line."""
+    _refuse_fixed(table)
+    numbers, values = _read_rows(table, indices, rows)
+    codebooks = table.codebooks
+    if table.clusters is not None and codebooks is not None:
+        codebooks = codebooks[: np.iinfo(table.clusters.dtype).max + 1]  # those that it has numbers for
+    update = pack_like(table.row_format, _choose_method(table, method), codebooks, values, "table", numbers)
+    if len(numbers):
+        table.set_loss(None)
+    arrays = [(table.packed, update.packed)]
+    if table.clusters is not None and update.clusters is not None:
+        arrays.append((_as_bytes(table.clusters), _as_bytes(update.clusters.astype(table.clusters.dtype))))
+    _native.write_rows(numbers, arrays)
+    report = UpdateReport(len(numbers), measure_loss(update.sums), update.num_misfits)
+    if report.num_rows == table.num_embeddings and report.num_rows:
+        table.set_loss(report.loss)
+    for warning in (find_warning(update.sums), warn_of_misfits(report, warn_share)):
+        if warning is not None:
+            warnings.warn(f"table: {warning}", stacklevel=3)
+    return report
+
+
+def warn_of_misfits(report: UpdateReport, warn_share: float) -> str | None:
+    """Say that too many rows do not fit, and the way out; None if it is at most a share of those that changed."""
+    if report.num_misfits <= warn_share * report.num_rows:
+        return None
+    return (
+        f"{report.num_misfits:,} of the {report.num_rows:,} rows that changed do not fit what the table's rows share, "
+        "and lose many times what a grid of their own would cost them; pack the table anew"
+    )
+
+
+def _refuse_fixed(table: PackedTable) -> None:
+    """Raise ValueError if a table's bytes are not its own to change."""
+    arrays = [array for array in (table.packed, table.clusters) if array is not None]
+    if any(is_of_file(array) for array in arrays):
+        raise ValueError(
+            "the table's rows are mapped from a file, which other processes may read, too: load the file with "
+            'access="memory", or update table.copy(); to change the file itself: embpack update'
+        )
+    if not all(array.flags.writeable for array in arrays):
+        raise ValueError("the table's memory is read-only; update table.copy()")
+
+
+def _choose_method(table: PackedTable, method: str | None) -> str:
+    if method is None or not table.method:
+        return method or table.method
+    if parse_method(method).spec != parse_method(table.method).spec:
+        raise ValueError(f"method is {method!r}, but {table.method!r} packed the table; leave method out")
+    return table.method
+
+
+def _read_rows(table: PackedTable, indices: Any, rows: Any) -> tuple[Numbers, NDArray[Any]]:
+    """Check what is to change: int64 [n], ascending, each once, and of each its last row, as the kernels take rows."""
+    numbers = as_integers(indices, "indices")
+    if numbers.ndim != 1:
+        raise ValueError(f"indices have {numbers.ndim} dimensions; they must be 1-D, one for each row")
+    fault = find_outside(numbers, table.num_embeddings)
+    if fault != -1:
+        raise table.explain_fault(fault, as_array(indices, "indices"))
+    wanted, found = [len(numbers), table.embedding_dim], [*np.shape(rows)]
+    if found != wanted:
+        raise ValueError(f"rows have shape {found}; for these indices and this table they must be {wanted}")
+    if not len(numbers):
+        return np.empty(0, np.int64), np.empty((0, table.embedding_dim), F32)
+    with naming("rows"):
+        values, _ = as_rows(rows)
+    numbers = numbers.astype(np.int64, copy=False)
+    if (numbers[1:] > numbers[:-1]).all():
+        return numbers, values
+    each, last = np.unique(numbers[::-1], return_index=True)
+    return each, values[len(numbers) - 1 - last]
+
+
+def _as_bytes(clusters: NDArray[Any]) -> NDArray[np.uint8]:
+    return clusters.view(np.uint8).reshape(len(clusters), clusters.itemsize)
 
 
 def find_method(row_format: RowFormat, method: str, place: str) -> Method:
@@ -138,33 +238,43 @@ def _make_packer(
     return TrellisPacker(method, row_format, place, TrellisParameters.split(codebooks, form.trellis))
 
 
-def _refuse_large(rows: NDArray[Any], mean: NDArray[np.float32], place: str, numbers: Numbers) -> None:
-    with np.errstate(all="ignore"):  # of values that are not finite, of which the packer tells
-        distances = np.abs(widen(rows) - mean).max(axis=1)
-    distances[np.isnan(distances)] = 0
+def _refuse_large(rows: NDArray[np.float32], mean: NDArray[np.float32], place: str, numbers: Numbers) -> None:
+    with np.errstate(all="ignore"):
+        distances = np.abs(rows - mean).max(axis=1)
+    distances[~np.isfinite(rows).all(axis=1)] = 0  # of which the packer tells
     row = int(distances.argmax())
     refuse_large(float(distances[row]), f"{place}[{numbers[row]}]")
 
 
-def assign(rows: NDArray[np.float32], codebooks: NDArray[np.float32]) -> Numbers:
-    """Find the codebook with the least squared error of each row, of equal ones the first; int64 [n].
-
-    Sums of a row's values in order, and of their squares, give the error of all values that are nearest to one level.
+def assign(rows: NDArray[np.float32], codebooks: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """Find the codebook with the least squared error of each row, of equal ones the first; uint32 [n].
 
     Args:
         rows: [n, d].
         codebooks: [K, 2^bits], each ascending.
     """
-    bounds = (codebooks[:, :-1].astype(np.float64) + codebooks[:, 1:]) * 0.5
+    numbers = np.empty(len(rows), np.uint32)
+    bits = codebooks.shape[1].bit_length() - 1
+    _native.assign_codebooks(np.ascontiguousarray(rows), np.ascontiguousarray(codebooks), bits, numbers)
+    return numbers
+
+
+def assign_reference(rows: NDArray[np.float32], codebooks: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """Do what assign does in plain NumPy: the specification.
+
+    Of a row in order, the values nearest to a level lie one after the other, and their squared error is that of sums:
+    squares + level * (level * count - 2 * sum). Of two levels that are as near, the lower one has the value.
+    """
     levels = codebooks.astype(np.float64)
-    found = np.empty(len(rows), np.int64)
+    bounds = (levels[:, :-1] + levels[:, 1:]) * 0.5
+    found = np.empty(len(rows), np.uint32)
     for number, row in enumerate(rows):
         values = np.sort(row).astype(np.float64)
         ends = np.full(levels.shape, len(values))
         ends[:, :-1] = np.searchsorted(values, bounds, side="right")
         counts = np.diff(ends, prepend=0)
-        sums = np.diff(np.concatenate([[0], np.cumsum(values)])[ends], prepend=0)
-        errors = np.where(counts > 0, levels * (levels * counts - 2 * sums), 0).cumsum(axis=1)[:, -1]
+        sums = np.diff(np.concatenate([[0.0], np.cumsum(values)])[ends], prepend=0.0)
+        errors = np.where(counts > 0, levels * (levels * counts - 2 * sums), 0.0).cumsum(axis=1)[:, -1]
         found[number] = np.argmin(np.where(np.isnan(errors), np.inf, errors))
     return found
 
@@ -172,8 +282,8 @@ def assign(rows: NDArray[np.float32], codebooks: NDArray[np.float32]) -> Numbers
 def find_misfits(rows: NDArray[np.float32], decoded: NDArray[np.float32], row_format: RowFormat) -> NDArray[np.bool_]:
     """Find the rows that what they share with others does not fit, [n].
 
-    ASYM shares nothing: a row has a grid of its own, from its smallest value to its largest. Rows for which sharing
-    costs many times ASYM's squared error, at the same bits, are unlike those that the shared values were made for. A row
+    ASYM shares nothing: a row has a grid of its own, from its smallest value to its largest. Where sharing costs a row
+    many times ASYM's squared error, at the same bits, the row is unlike those that the shared values were made for. One
     whose values are all the same, which ASYM has exactly, is not counted.
 
     Args:

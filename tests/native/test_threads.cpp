@@ -1,5 +1,5 @@
-// Tests of the threads: every piece once, exceptions, signals, forks, and callers that get in each other's way. They say
-// most under the thread sanitizer, -DEMBPACK_SANITIZERS=thread.
+// Tests of the threads: every piece once, exceptions, signals, forks, callers that get in each other's way, and rows that
+// change while they are looked up. They say most under the thread sanitizer, -DEMBPACK_SANITIZERS=thread.
 
 #include <pthread.h>
 #include <signal.h>
@@ -12,10 +12,12 @@
 #include <stdexcept>
 #include <thread>
 
+#include "linear.h"
 #include "lookup.h"
 #include "quantize.h"
 #include "testing.h"
 #include "threads.h"
+#include "updating.h"
 
 // A child of a process with several threads starts some of its own; the thread sanitizer would end it for that.
 extern "C" [[gnu::visibility("default")]] const char* __tsan_default_options() { return "die_after_fork=0"; }
@@ -304,6 +306,95 @@ void test_core() {
     CHECK(wrong == 0);
 }
 
+// Rows that are written while others look them up: each is read whole, as it was before or as it is after, wherever it
+// is read, and in a forked child too.
+void test_updates() {
+    where = "updates";
+    constexpr size_t num_rows = 1500, d = 40;
+    const Grid grid{4, true};
+    const size_t row_bytes = packed_row_bytes(d, grid);
+    std::vector<float> values(num_rows * d), ones(d, 1.0f);
+    std::vector<uint8_t> versions[2] = {std::vector<uint8_t>(num_rows * row_bytes), std::vector<uint8_t>(num_rows * row_bytes)};
+    std::vector<float> wanted[2] = {std::vector<float>(num_rows * d), std::vector<float>(num_rows * d)};
+    std::vector<float> products[2] = {std::vector<float>(num_rows), std::vector<float>(num_rows)};
+    Random random(2);
+    set_num_threads(1);
+    for (size_t version : {0, 1}) {
+        for (float& value : values) value = random.normal();
+        quantize_rows({values.data(), ValueType::f32, num_rows, d}, &Kernels::search_asym, {}, grid, block_rows,
+                      versions[version].data(), {});
+        const PackedRows rows{versions[version].data(), num_rows, d, row_bytes, grid};
+        gather(rows, {}, {reinterpret_cast<uint8_t*>(wanted[version].data()), d * sizeof(float)});
+        linear(rows, {ones.data(), 1, nullptr}, products[version].data());
+    }
+    std::vector<uint8_t> bytes = versions[0];
+    const PackedRows packed{bytes.data(), num_rows, d, row_bytes, grid};
+    std::vector<int64_t> numbers(num_rows);
+    for (size_t i = 0; i < num_rows; i++) numbers[i] = static_cast<int64_t>(i);
+    const auto update = [&](size_t version) {
+        const ChangedRows changed{bytes.data(), versions[version].data(), row_bytes};
+        write_rows(numbers, {&changed, 1});
+    };
+    const auto is_one_of = [](const float* found, const std::vector<float>* each, size_t first, size_t count) {
+        const size_t size = count * sizeof(float);
+        return std::memcmp(found, &each[0][first], size) == 0 || std::memcmp(found, &each[1][first], size) == 0;
+    };
+    const auto are_whole = [&] {
+        std::vector<float> out(num_rows * d);
+        gather(packed, {}, {reinterpret_cast<uint8_t*>(out.data()), d * sizeof(float)});
+        Bags bags{.indices = {numbers.data(), num_rows, true}};
+        bags.num_bags = num_rows, bags.bag_size = 1;
+        std::vector<float> pooled(num_rows * d), multiplied(num_rows);
+        Lookup lookup{packed, bags, {reinterpret_cast<uint8_t*>(pooled.data()), d * sizeof(float)}};
+        size_t faulty;
+        pool({&lookup, 1}, faulty);
+        linear(packed, {ones.data(), 1, nullptr}, multiplied.data());
+        bool are = true;
+        for (size_t i = 0; i < num_rows; i++) {
+            are &= is_one_of(&out[i * d], wanted, i * d, d) && is_one_of(&pooled[i * d], wanted, i * d, d);
+            are &= is_one_of(&multiplied[i], products, i, 1);
+        }
+        return are;
+    };
+    set_num_threads(2);
+    CHECK(are_whole());
+    std::atomic<bool> is_done{false};
+    std::atomic<int> wrong{0};
+    std::thread reader([&] {
+        while (!is_done) wrong += !are_whole();
+    });
+    std::thread other([&] {
+        while (!is_done) wrong += !are_whole();
+    });
+    at_once(2, [&](int) {
+        for (size_t i = 0; i < 100; i++) update(i % 2);
+    });
+#if !defined(__SANITIZE_ADDRESS__)   // as in test_fork
+    std::thread writer([&] {
+        for (size_t i = 0; !is_done; i++) update(i % 2);
+    });
+    for (int i = 0; i < 10; i++) {
+        const pid_t child = fork();
+        if (child == 0) {
+            alarm(60);
+            const bool were_whole = are_whole();
+            update(1);
+            _exit(were_whole && bytes == versions[1] && are_whole() ? 0 : 1);
+        }
+        int status = -1;
+        CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
+    }
+    is_done = true;
+    writer.join();
+#endif
+    is_done = true;
+    reader.join();
+    other.join();
+    CHECK(wrong == 0);
+    update(1);
+    CHECK(bytes == versions[1]);
+}
+
 }  // namespace
 
 int main() {
@@ -320,6 +411,7 @@ int main() {
     for (const Kernels* isa : all_kernels()) {
         use_isa(isa->isa);
         test_core();
+        test_updates();
     }
     if (failures == 0) std::printf("threads work\n");
     return failures == 0 ? 0 : 1;
