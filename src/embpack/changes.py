@@ -18,7 +18,7 @@ from embpack.methods import measure_loss
 from embpack.methods.base import Sums, condense
 from embpack.packed_files import StoredTable, TablePiece
 from embpack.rows import widen
-from embpack.rules import suggest
+from embpack.rules import list_names, suggest
 from embpack.shard_writer import Progress
 from embpack.table import PackedTable
 from embpack.text import printable
@@ -108,7 +108,7 @@ def find_table(name: str | None, tables: Mapping[str, StoredTable], path: Path, 
         if len(tables) > 1:
             raise ValueError(
                 f"{delta.locate()}: which table its rows are of is not said, and {path} has {len(tables)}: "
-                f"{', '.join(map(printable, list(tables)[:3]))}...; put the name in front: TABLE=DELTA"
+                f"{list_names([*tables], 3)}; put the name in front: TABLE=DELTA"
             )
         return next(iter(tables.values()))
     if name in tables:
@@ -160,16 +160,19 @@ def pack_changes(
     packers = [_make_packer(change, path, method) for change in changes]
     numbers = _number(deltas)
     for delta, first_row, end_row in zip(deltas, numbers, numbers[1:], strict=False):
-        own = [(change, slice(*np.searchsorted(change.rows, [first_row, end_row]))) for change in changes]
-        wanted = np.sort(np.concatenate([change.rows[some] for change, some in own])) - first_row
-        for batch in delta.iter_rows(wanted) if len(wanted) else ():
-            for (change, some), pack in zip(own, packers, strict=True):
-                positions = change.rows[some] - first_row
-                of_batch = slice(*np.searchsorted(positions, [batch.start, batch.stop]))
-                if of_batch.start < of_batch.stop:
-                    ids, positions = change.ids[some][of_batch], positions[of_batch]
-                    _pack(delta, batch, change, positions, ids, pack, write)
-                    progress(change.table.name, len(ids))
+        own = []
+        for change, pack in zip(changes, packers, strict=True):
+            some = slice(*np.searchsorted(change.rows, [first_row, end_row]))
+            if some.start < some.stop:
+                own.append((change, pack, change.rows[some] - first_row, change.ids[some]))
+        if not own:
+            continue
+        for batch in delta.iter_rows(np.sort(np.concatenate([positions for _, _, positions, _ in own]))):
+            for change, pack, positions, ids in own:
+                some = slice(*np.searchsorted(positions, [batch.start, batch.stop]))
+                if some.start < some.stop:
+                    _pack(delta, batch, change, positions[some], ids[some], pack, write)
+                    progress(change.table.name, some.stop - some.start)
 
 
 def _make_packer(change: Change, path: Path, method: str) -> Pack:
