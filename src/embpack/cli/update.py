@@ -30,9 +30,8 @@ def update(
         typer.Argument(
             metavar="DELTA",
             show_default=False,
-            help="Rows that changed: .parquet with columns for table, id and row; .npz with TABLE.indices and "
-            "TABLE.rows; IDS.npy,ROWS.npy; or a folder of TorchEasyRec's delta_embedding_dump. TABLE=DELTA says the "
-            "table where the delta does not; a FILE of one table needs none.",
+            help="Rows that changed: .parquet, .npz with TABLE.indices and TABLE.rows, IDS.npy,ROWS.npy, or a folder of "
+            "TorchEasyRec's; TABLE=DELTA where it names no table.",
         ),
     ],
     out: Annotated[
@@ -93,8 +92,8 @@ def update(
 ) -> None:
     """Pack rows that changed, and leave all other bytes of a packed file as they are.
 
-    Rows are packed as their table was. The file is replaced by a new one, whole or not at all; processes that look rows
-    up in the old one go on with it until they load the new one.
+    Rows are packed as their table was, and may name it with or without .weight; where FILE has but one, they need not.
+    FILE is replaced whole or not at all. Processes that have the old one loaded go on with it until they load again.
 
     [dim]embpack update model-4bit.safetensors model_dir/delta_embedding_dump[/]
 
