@@ -30,8 +30,8 @@ def update(
         typer.Argument(
             metavar="DELTA",
             show_default=False,
-            help="Rows that changed: .parquet, .npz with TABLE.indices and TABLE.rows, IDS.npy,ROWS.npy, or a folder of "
-            "TorchEasyRec's; TABLE=DELTA where it names no table.",
+            help="Rows that changed: .parquet, .npz with TABLE.indices and TABLE.rows, IDS.npy,ROWS.npy, or a folder "
+            "of TorchEasyRec's; TABLE=DELTA where it names no table.",
         ),
     ],
     out: Annotated[
