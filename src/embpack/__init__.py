@@ -7,6 +7,7 @@ from embpack.comparison.tables import compare
 from embpack.convert import Report, quantize_file
 from embpack.disk import DiskTable
 from embpack.errors import FormatError, LossLimitError, MissingExtraError
+from embpack.file_updates import FileUpdateReport, TableUpdate, update_file
 from embpack.files import save
 from embpack.group import TableGroup
 from embpack.lookups import Table
@@ -28,6 +29,7 @@ __all__ = [
     "METHODS",
     "Comparison",
     "DiskTable",
+    "FileUpdateReport",
     "FormatError",
     "LossLimitError",
     "Method",
@@ -40,6 +42,7 @@ __all__ = [
     "Table",
     "TableGroup",
     "TableReport",
+    "TableUpdate",
     "Variant",
     "compare",
     "dequantize_file",
@@ -55,4 +58,5 @@ __all__ = [
     "save",
     "select_variants",
     "set_num_threads",
+    "update_file",
 ]

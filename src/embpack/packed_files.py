@@ -327,16 +327,18 @@ def _join(path: Path, name: str, pieces: Sequence[TablePiece], files: Sequence[P
         end_row = piece.end_row
     if end_row < num_embeddings:
         raise _explain_missing(where, len(pieces), end_row, num_embeddings, files)
-    entry = replace(first.entry, num_embeddings=num_embeddings, loss=_join_losses(pieces), checksum="", piece=None)
+    loss = find_loss([piece.entry for piece in pieces])
+    entry = replace(first.entry, num_embeddings=num_embeddings, loss=loss, checksum="", piece=None)
     return StoredTable(name, entry, tuple(pieces))
 
 
-def _join_losses(pieces: Sequence[TablePiece]) -> float | None:
-    """The loss of a table in pieces; None if it is unknown of any."""
-    entries = [piece.entry for piece in pieces]
+def find_loss(entries: Sequence[TableEntry]) -> float | None:
+    """Find the loss of a table from the entries of all its pieces; None if it is unknown of any."""
+    if entries[0].piece is None:
+        return entries[0].loss
     known = [(each.loss, each.piece.square_norm) for each in entries if each.piece and each.loss is not None]
     losses = [(loss, square) for loss, square in known if square is not None]
-    return join_losses(losses) if len(losses) == len(pieces) else None
+    return join_losses(losses) if len(losses) == len(entries) else None
 
 
 def _describe(piece: TablePiece) -> tuple[int, tuple[str, ...]]:
