@@ -50,6 +50,7 @@ RUN_PAGES = {
     "plans.md": [],
     "pytorch.md": ["torch"],
     "disk.md": [],
+    "changing.md": [],
     "bridges.md": ["torchrec", "onnxruntime", "onnxscript"],
     "compare.md": [],
     "recommender.md": ["torch"],

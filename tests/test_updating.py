@@ -311,11 +311,12 @@ def test_rows_of_one_value_fit(rng):
 
 
 def test_misfits_by_hand():
-    row_format = RowFormat(4, 2, "float32", "trellis")
-    x = np.array([[0, 1, 2, 3.5]] * 3, np.float32)  # whose grid is 0, 7/6, 7/3, 7/2: squared errors 1/36 + 1/9
-    limit = 4 * 5 / 36
-    decoded = x + np.sqrt([[0], [limit - 1e-3], [limit + 1e-3]]) * [1, 0, 0, 0]
-    assert find_misfits(x, decoded.astype(np.float32), row_format).tolist() == [False, False, True]
+    x = np.array([[0, 1, 2, 3]] * 3, np.float32)
+    # Of 2 bits a grid has steps of 1: 4/12 of four values. Trellis-coded rows of 5 bytes have 7 bits a value: 3/127.
+    for layout, limit in (("clustered", 25 * 4 / 12), ("trellis", 4 * 4 / 12 * (3 / 127) ** 2)):
+        row_format = RowFormat(4, 2, "float32", layout)
+        decoded = x + np.sqrt([[0], [limit * 0.999], [limit * 1.001]]) * [1, 0, 0, 0]
+        assert find_misfits(x, decoded.astype(np.float32), row_format).tolist() == [False, False, True]
 
 
 def test_rows_too_small_for_float16_are_warned_of(weight):

@@ -21,6 +21,7 @@ from embpack.shard_writer import TableReport
 from embpack.table import PackedTable
 from embpack.threads import get_num_threads, set_num_threads
 from embpack.unpacking import dequantize_file
+from embpack.updating import UpdateReport
 from embpack.variant import Variant, parse_variant
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "TableGroup",
     "TableReport",
     "TableUpdate",
+    "UpdateReport",
     "Variant",
     "compare",
     "dequantize_file",
