@@ -69,6 +69,15 @@ def test_parquet_of_several_tables_is_read(tmp_path, values, options):
         np.testing.assert_array_equal(found[name][2], rows)
 
 
+def test_lists_whose_lengths_are_right_on_average_alone_are_told_apart(tmp_path, rng):
+    tables = {name: (np.arange(4), rng.standard_normal((4, d), np.float32)) for name, d in (("a", 5), ("user", 8), ("b", 11))}
+    with open_deltas([write_dump(tmp_path / "d.parquet", tables)]) as [delta]:
+        [batch] = delta.iter_rows(np.arange(4, 8))
+        [whole] = delta.iter_rows(np.arange(12))
+        for rows in (batch, whole):
+            np.testing.assert_array_equal(rows.take(np.arange(4, 8), 8), tables["user"][1])
+
+
 @pytest.mark.parametrize("lists", [pa.list_(pa.float32(), 8), pa.large_list(pa.float32()), pa.list_(pa.float16())])
 def test_lists_of_other_types_are_read(tmp_path, rng, lists):
     ids, rows = np.arange(9), rng.standard_normal((9, 8)).astype(np.float16)

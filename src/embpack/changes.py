@@ -178,7 +178,7 @@ def pack_changes(
 def _make_packer(change: Change, path: Path, method: str) -> Pack:
     """Make what packs rows of a table, given their numbers."""
     table = change.table
-    [codebooks] = table.read_shared() or [None]
+    codebooks = next(iter(table.read_shared()), None)
     by_row = table.entry.row_format.form.by_row(table.entry.num_embeddings)
     if by_row is not None and codebooks is not None:
         # Of others there are no numbers in the file.
@@ -210,7 +210,7 @@ def _pack(
         values = PackedTable(rows, int8_rows).dequantize()
     _refuse_not_finite(delta, positions, ids, values)
     cuts = np.searchsorted(ids, change.bounds)
-    for number in np.flatnonzero(np.diff(cuts)):
+    for number in map(int, np.flatnonzero(np.diff(cuts))):
         some, piece = slice(cuts[number], cuts[number + 1]), change.table.pieces[number]
         if rows.dtype == np.uint8 and entry.row_format == int8_rows:
             # The table's bytes mean what the delta's do.

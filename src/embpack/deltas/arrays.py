@@ -56,9 +56,7 @@ class ArrayDelta(Delta):
     has_steps: bool = False
 
     @classmethod
-    def make(
-        cls, table: str | None, ids: SourceTensor, rows: SourceTensor, id_place: str, row_place: str
-    ) -> Self:
+    def make(cls, table: str | None, ids: SourceTensor, rows: SourceTensor, id_place: str, row_place: str) -> Self:
         """Make one of arrays that are checked.
 
         Raises:

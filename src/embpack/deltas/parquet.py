@@ -41,9 +41,10 @@ class _Lists(Rows):
         if len(wrong):
             place = f"{self.place} in row {positions[wrong[0]]}"
             raise explain_width(place, int(lengths[wrong[0]]), embedding_dim, is_int8=is_int8)
-        if self.offsets[-1] == width * (self.stop - self.start):
+        if self.offsets[-1] == width * (self.stop - self.start) and (np.diff(self.offsets) == width).all():
             return self.values.reshape(-1, width)[chosen]
-        return self.values[self.offsets[chosen][:, None] + np.arange(width)]
+        found: NDArray[Any] = self.values[self.offsets[chosen][:, None] + np.arange(width)]
+        return found
 
 
 @dataclass(frozen=True)
