@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from embpack.errors import MissingExtraError
 
@@ -73,7 +73,7 @@ def _make(uri: str, protocol: str, options: dict[str, Any]) -> Path:
     return made
 
 
-def is_remote(path: Any) -> TypeGuard["UPath"]:
+def is_remote(path: Path) -> bool:
     """Whether a path that as_path has made is a URI's."""
     return not isinstance(path, Path)
 

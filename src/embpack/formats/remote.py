@@ -35,6 +35,16 @@ _AT_A_TIME = 8
 _VERSION_KEYS = ("ETag", "etag", "generation", "content_md5", "created")
 
 
+def locate(path: Path) -> tuple[Any, str]:
+    """Return fsspec's file system of a URI, and what that calls the place."""
+    uri: Any = path
+    return uri.fs, str(uri.path)
+
+
+def _protocol(path: Path) -> str:
+    return str(path).partition("://")[0]
+
+
 class RemoteError(OSError):
     """Something behind a URI cannot be reached, read or written; the message says why, and what to do."""
 
@@ -77,15 +87,15 @@ def explained(path: Path, what: str = "cannot be read") -> Iterator[None]:
         raise
     except Exception as error:
         said = " ".join(str(error).split())
-        if said.startswith(f"{path.protocol}://"):  # by us, or of the file that a user names
+        if said.startswith(f"{_protocol(path)}://"):  # by us, or of the file that a user names
             raise
         raise _explain(path, what, error, said) from error
 
 
-def _explain(path: Any, what: str, error: Exception, said: str) -> OSError:
+def _explain(path: Path, what: str, error: Exception, said: str) -> OSError:
     where, name = f"{path}: {what}", type(error).__name__
     if name.startswith(_NO_CREDENTIALS):
-        return PermissionError(f"{where}: there are no credentials ({said}); {_advise_credentials(path.protocol)}")
+        return PermissionError(f"{where}: there are no credentials ({said}); {_advise_credentials(_protocol(path))}")
     if isinstance(error, PermissionError):
         return PermissionError(
             f"{where}: access is denied ({said}); check the credentials, and what they allow for this place"
@@ -144,18 +154,18 @@ def read_range(path: Path, start: int, stop: int) -> bytes:
     Raises:
         OSError: they cannot be read.
     """
-    assert is_remote(path)
     with explained(path):
-        raw: bytes = trying(path.fs.cat_file, path.path, start=start, end=stop)
+        system, name = locate(path)
+        raw: bytes = trying(system.cat_file, name, start=start, end=stop)
         return raw
 
 
 def list_objects(folder: Path) -> list[str]:
     """Name all objects in a folder and in folders of it, by their paths in it, in order; none if it is not there."""
-    assert is_remote(folder)
     with explained(folder):
-        prefix = folder.path.rstrip("/") + "/"
-        found: list[str] = trying(folder.fs.find, folder.path)
+        system, name = locate(folder)
+        prefix = name.rstrip("/") + "/"
+        found: list[str] = trying(system.find, name)
         return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix) and name != prefix)
 
 
@@ -176,13 +186,13 @@ def put(local: Path, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    assert is_remote(path)
     options: dict[str, Any] = {}
-    if path.protocol in ("s3", "s3a"):
+    system, name = locate(path)
+    if "s3" in system.protocol:
         part = max(_PART_BYTES, -(-local.stat().st_size // _MOST_PARTS))
         options = {"chunksize": part, "max_concurrency": _PARTS_AT_A_TIME}
     with explained(path, "cannot be written"):
-        trying(path.fs.put_file, os.fspath(local), path.path, **options)
+        trying(system.put_file, os.fspath(local), name, **options)
 
 
 def put_bytes(content: bytes, path: Path) -> None:
@@ -191,9 +201,9 @@ def put_bytes(content: bytes, path: Path) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    assert is_remote(path)
     with explained(path, "cannot be written"):
-        trying(path.fs.pipe_file, path.path, content)
+        system, name = locate(path)
+        trying(system.pipe_file, name, content)
 
 
 def copy(source: Path, path: Path) -> None:
@@ -202,10 +212,9 @@ def copy(source: Path, path: Path) -> None:
     Raises:
         OSError: it cannot be copied.
     """
-    assert is_remote(source)
-    assert is_remote(path)
     with explained(path, "cannot be written"):
-        trying(path.fs.cp_file, source.path, path.path)
+        system, name = locate(path)
+        trying(system.cp_file, locate(source)[1], name)
 
 
 def remove(path: Path) -> None:
@@ -214,9 +223,9 @@ def remove(path: Path) -> None:
     Raises:
         OSError: it cannot be removed.
     """
-    assert is_remote(path)
     with explained(path, "cannot be removed"), suppress(FileNotFoundError):
-        trying(path.fs.rm_file, path.path)
+        system, name = locate(path)
+        trying(system.rm_file, name)
 
 
 def for_each(do: Callable[[_T], None], items: Iterable[_T]) -> None:
@@ -236,8 +245,7 @@ def check_writable(path: Path) -> None:
     Raises:
         OSError: nothing can be written there.
     """
-    assert is_remote(path)
-    probe = (path.parent / f".{path.name}.embpack-probe").path
     with explained(path, "cannot be written"):
-        trying(path.fs.pipe_file, probe, b"")
-        trying(path.fs.rm_file, probe)
+        system, probe = locate(path.parent / f".{path.name}.embpack-probe")
+        trying(system.pipe_file, probe, b"")
+        trying(system.rm_file, probe)
