@@ -241,6 +241,10 @@ class Method(ABC):
         """How many codebooks lie beside the rows of a table: never more than it has rows."""
         return 0
 
+    def count_sampled(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """How many rows of a table fit has in memory at the same time, beside a chunk."""
+        return 0
+
     @property
     def spec(self) -> str:
         """Name and parameters, as parse_method reads them."""

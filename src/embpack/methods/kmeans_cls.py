@@ -89,10 +89,16 @@ class KMeansCls(Method):
         """K, or as many as take the bytes of scale and bias."""
         return min(num_embeddings, self.K or choose_num_codebooks(num_embeddings, row_format))
 
+    def count_sampled(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """As many as have MOST_TRAINED_VALUES, and at least one for each codebook."""
+        least = self.num_codebooks(num_embeddings, row_format)
+        return min(num_embeddings, max(least, MOST_TRAINED_VALUES // row_format.embedding_dim))
+
     def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
         """Train on a sample."""
         num_codebooks = self.num_codebooks(num_embeddings, row_format)
-        sample = _read_sample(chunks, num_embeddings, row_format.embedding_dim, num_codebooks, name)
+        wanted = self.count_sampled(num_embeddings, row_format)
+        sample = _read_sample(chunks, num_embeddings, row_format.embedding_dim, wanted, name)
         clusters = RowClusters.train(sample, num_codebooks)
         levels = fit_codebooks(sample, Groups.sort(clusters.assign(sample), num_codebooks), row_format.bits)
         return ClusterPacker(self, row_format, name, clusters, levels)
@@ -133,9 +139,8 @@ class ClusterPacker(Packer):
         return _native.quantize_with_clusters(rows, numbers, self.levels, *how, packed, on_rows)
 
 
-def _read_sample(chunks: Chunks, num_embeddings: int, embedding_dim: int, num_codebooks: int, name: str) -> Rows:
-    """Read evenly spread rows, at least one for each codebook; float32. All values are looked at."""
-    wanted = min(num_embeddings, max(num_codebooks, MOST_TRAINED_VALUES // embedding_dim))
+def _read_sample(chunks: Chunks, num_embeddings: int, embedding_dim: int, wanted: int, name: str) -> Rows:
+    """Read evenly spread rows, float32 [wanted, embedding_dim]. All values are looked at."""
     positions = np.arange(wanted) * num_embeddings // wanted
     sample, seen = np.empty((wanted, embedding_dim), F32), 0
     for rows in chunks():

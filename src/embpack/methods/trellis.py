@@ -34,6 +34,10 @@ class Trellis(Method):
         """One, of the whole table."""
         return 1
 
+    def count_sampled(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """SAMPLE_ROWS, and of very wide rows fewer."""
+        return min(num_embeddings, count_sample(SAMPLE_ROWS, row_format.embedding_dim))
+
     def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
         """Find what the rows share, in two passes: the second needs the mean, which the first finds."""
         mean, sample = _read_sample(chunks, num_embeddings, row_format.embedding_dim, name)
