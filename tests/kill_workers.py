@@ -39,8 +39,8 @@ WAYS = (
 ROWS, DIM, TABLES = 300_000, 64, ("user", "item", "shop")
 # What Ray calls its workers.
 _WORKING, _IDLE = b"ray::_run", b"ray::IDLE"
-# Seconds from one death to the next, on average; a worker takes some to start.
-BETWEEN_DEATHS = 3.0
+# How many deaths a run has, and how much later than rows each is, in seconds, on average.
+DEATHS, MOMENT = 6, 0.3
 
 
 @contextmanager
@@ -92,23 +92,36 @@ def find_workers() -> dict[int, bool]:
 class Deaths:
     """Kills workers, and removes a machine, while a block runs.
 
+    A death comes when a random share of the rows is packed, and then a random moment later: as often on a busy machine,
+    where everything takes longer.
+
     Attributes:
         cluster: whose they are.
         rng: says when, and which.
-        between: seconds from one death to the next, on average.
-        is_removing: whether the second death is that of a machine.
+        num_rows: that are packed.
+        count: of deaths.
+        is_removing: whether the first death is that of a machine.
         working, idle: how many workers were killed that ran a task, and that did not.
         removed: how many machines.
     """
 
     cluster: Cluster
     rng: np.random.Generator
-    between: float
+    num_rows: int
+    count: int
     is_removing: bool
     working: int = 0
     idle: int = 0
     removed: int = 0
-    _over: threading.Event = field(default_factory=threading.Event)
+    _done: int = 0
+    _is_over: bool = False
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def progress(self, name: str, rows: int) -> None:
+        """Take notice of rows that are packed."""
+        with self._changed:
+            self._done += rows
+            self._changed.notify()
 
     @contextmanager
     def happening(self) -> Iterator[None]:
@@ -118,14 +131,21 @@ class Deaths:
         try:
             yield
         finally:
-            self._over.set()
+            with self._changed:
+                self._is_over = True
+                self._changed.notify()
             thread.join()
             for _ in range(self.removed):
                 self.cluster.add_node(**NODE)
 
     def _run(self) -> None:
-        while not self._over.wait(self.rng.exponential(self.between)):
-            if self.is_removing and self.working and not self.removed:
+        for share in sorted(self.rng.uniform(0, 1, self.count)):
+            later = self.rng.exponential(MOMENT)
+            with self._changed:
+                self._changed.wait_for(lambda share=share: self._is_over or self._done >= share * self.num_rows)
+                if self._changed.wait_for(lambda: self._is_over, later):
+                    return
+            if self.is_removing and not self.removed:
                 self._remove()
             else:
                 self._kill()
@@ -156,7 +176,7 @@ def run_with_deaths(src: Path, folder: Path, options: dict[str, object], deaths:
         embpack.quantize_file(src, whole, **options)
     try:
         with deaths.happening():
-            embpack.quantize_file(src, packed, engine=Engine(), **options)
+            embpack.quantize_file(src, packed, engine=Engine(), progress=deaths.progress, **options)
     except Exception as error:
         return f"FAILED: {type(error).__name__}: {error}"
     is_same = read_tree(packed) == read_tree(whole)
@@ -189,7 +209,8 @@ def main() -> None:
             way = run // 3 % len(WAYS)
             folder = Path(name) / str(way)
             folder.mkdir(exist_ok=True)
-            deaths, start = Deaths(cluster, rng, BETWEEN_DEATHS, is_removing=run % 3 == 2), time.perf_counter()
+            num_rows, start = arguments.rows * len(TABLES), time.perf_counter()
+            deaths = Deaths(cluster, rng, num_rows, DEATHS, is_removing=run % 3 == 2)
             found = run_with_deaths(src, folder, WAYS[way], deaths)
             bad += found != "same bytes"
             all_deaths.append(deaths)
