@@ -81,7 +81,7 @@ def _total() -> dict[str, float]:
 
 
 def _list_processes() -> Iterator[int]:
-    """This process and all that it has started, and they."""
+    """List this process and all that it has started, and they."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -138,7 +138,9 @@ def find_difference(ours: Path, theirs: Path) -> str | None:
     return f"{[*others, *faults]}" if others or faults else None
 
 
-def make_contestant(name: str, source: Path, method: str, rows: int, workers: int, goal: float | None) -> Contestant:
+def make_contestant(
+    name: str, source: Path, method: str, rows: int, workers: int, goal: float | None
+) -> Contestant[Path]:
     """Make one that packs a file into a folder: by Ray, or by threads."""
     folder = source.parent / name
     engine = Engine() if name == "ray" else None

@@ -7,6 +7,7 @@ is in the page cache, and the part is on the disk in the end.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,7 +28,7 @@ from embpack.variant import Variant
 DIMS = (64, 160, 256)
 # Those that read all of a table before its first row is packed.
 FITTED = ("trellis", "kmeans-cls", "table")
-TABLE_BYTES, ROUNDS, LEAST_SECONDS = 1 << 28, 3, 0.5
+RANGE_BYTES, TABLE_BYTES, ROUNDS, LEAST_SECONDS = 1 << 26, 1 << 28, 3, 0.3
 
 
 def decide(source: Path, method: str) -> Decision:
@@ -37,13 +38,17 @@ def decide(source: Path, method: str) -> Decision:
     return decision
 
 
-def measure_rate(decision: Decision, packer: Packer, part: Path) -> float:
+def measure_rate(decision: Decision, packer: Packer, folder: Path) -> float:
     """Rows a second of a range, or of as many spans of one as take LEAST_SECONDS; of some rounds the fastest."""
     [(_, most), *_] = list_ranges(TableWriter(decision).whole())
+
+    def measure(rows: int) -> float:
+        return _time(lambda: pack_range((decision, packer), 0, 0, rows, folder, "part"))
+
     rows = min(most, span_rows(packer.row_format.embedding_dim))
-    while (seconds := _time(lambda: pack_range(decision, packer, 0, rows, part))) < LEAST_SECONDS and rows < most:
+    while (seconds := measure(rows)) < LEAST_SECONDS and rows < most:
         rows = min(most, 2 * rows)
-    return rows / min(seconds, *(_time(lambda: pack_range(decision, packer, 0, rows, part)) for _ in range(ROUNDS - 1)))
+    return rows / min(seconds, *(measure(rows) for _ in range(ROUNDS - 1)))
 
 
 def measure_fit(method: str, dim: int) -> tuple[float, float]:
@@ -52,16 +57,16 @@ def measure_fit(method: str, dim: int) -> tuple[float, float]:
     for table_bytes in (TABLE_BYTES, 4 * TABLE_BYTES):
         with table_file(table_bytes // (4 * dim), dim) as source:
             decision = decide(source, method)
-            seconds.append(min(_time(lambda: fit_table(decision)) for _ in range(2)))
+            seconds.append(min(_time(partial(fit_table, decision)) for _ in range(2)))
             values.append(decision.tensor.shape[0] * dim)
     rate = (values[1] - values[0]) / (seconds[1] - seconds[0])
     return seconds[0] - values[0] / rate, rate
 
 
 def _time(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def print_rates(methods: Sequence[str], dims: Sequence[int]) -> None:
@@ -69,10 +74,10 @@ def print_rates(methods: Sequence[str], dims: Sequence[int]) -> None:
     rates: dict[str, list[float]] = {method: [] for method in methods}
     with TemporaryDirectory() as folder:
         for dim in dims:
-            with table_file(TABLE_BYTES // (4 * dim), dim) as source:
+            with table_file(RANGE_BYTES // (4 * dim), dim) as source:
                 for method, own in rates.items():
                     decision = decide(source, method)
-                    own.append(measure_rate(decision, fit_table(decision), Path(folder) / "part"))
+                    own.append(measure_rate(decision, fit_table(decision), Path(folder)))
     columns = ("method", *(f"d = {dim}" for dim in dims), "values a second")
     shown = show.start_table("Rows a second a core", columns, text_columns=1)
     for method, own in rates.items():

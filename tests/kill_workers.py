@@ -34,7 +34,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": Fal
 WAYS = (
     {"method": "optimal", "max_shard_size": "2 MB"},
     {"method": "trellis", "bits": 3.5, "max_shard_size": "4 MB"},
-    {"method": "optimal", "rotate": "hadamard"},
+    {"method": "optimal", "rotate": "hadamard", "max_shard_size": "8 MB"},
 )
 ROWS, DIM, TABLES = 300_000, 64, ("user", "item", "shop")
 # What Ray calls its workers.

@@ -1,4 +1,4 @@
-"""A small part of what ``python -m tests.kill_workers`` kills, and a driver; docs/scale.md has the figures of the whole."""
+"""A small part of what ``python -m tests.kill_workers`` kills, and a driver; docs/scale.md has the figures of all."""
 
 import os
 import signal
