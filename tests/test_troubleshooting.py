@@ -161,6 +161,7 @@ MAKE: dict[str, Callable[[], object]] = {
     "A file with pieces of tensors": pack_a_piece,
     "Altered": lambda: load_damaged("flip.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
     "Not packed": load_plain,
+    "Rows behind a URI": lambda: embpack.load("s3://models/dlrm-4bit"),
     "The destination is the source": lambda: pack_file(dst=SRC),
     "The destination is there already": pack_over_floats,
     "The model has no such embedding": load_into_another,

@@ -275,8 +275,8 @@ class Unfinished:
             ValueError: it is damaged, and is to be used.
         """
         try:
-            with path.open("rb") as file:
-                value = json.loads(file.read(_MOST_RECORD_BYTES))
+            with make_source(path) as source:
+                value = json.loads(source.read(0, _MOST_RECORD_BYTES))
             if value["version"] == _RECORD_VERSION and _is_run(value["run"]) and isinstance(value["files"], dict):
                 return {"run": value["run"], "files": value["files"]}
         except FileNotFoundError:

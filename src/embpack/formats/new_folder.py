@@ -149,10 +149,10 @@ def new_remote_folder(
     try:
         with explained(path, "cannot be written"):
             refuse_others(path, list_own, force=force)
-            if keeper is None:
-                remove_others(work, set())
-            else:
-                keeper.start(work)
+        if keeper is None:
+            remove_others(work, set())
+        else:
+            keeper.start(work)
         yield work / "new"
         with explained(path, "cannot be written"):
             own = list_own(path)

@@ -14,7 +14,6 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, NoReturn, TypeVar
 
-from embpack.errors import MissingExtraError
 from embpack.formats.paths import is_remote
 
 _T = TypeVar("_T")
@@ -83,7 +82,7 @@ def explained(path: Path, what: str = "cannot be read") -> Iterator[None]:
         return
     try:
         yield
-    except (MissingExtraError, RemoteError, ValueError, TypeError, MemoryError):
+    except (ImportError, RemoteError, ValueError, TypeError, MemoryError):
         raise
     except Exception as error:
         said = " ".join(str(error).split())
