@@ -176,7 +176,7 @@ class TableWriter:
         if self.shared not in (None, own):
             raise OSError(
                 f"{self.decision.place}: cannot be resumed here, for {self.method.spec} comes to other codebooks than "
-                "in the run before, as with another version of NumPy or on another kind of CPU; go on where that was, "
+                "in the run before, as with another version of NumPy; go on with that one, "
                 "or leave out --resume (in Python resume=True) to begin anew"
             )
         self.shared = own

@@ -82,7 +82,7 @@ def find_nearest_reference(rows: Rows, centres: Rows) -> Numbers:
     scores = np.tile(squares * F32(-0.5), (len(rows), 1))
     for of_rows, of_centres in zip(rows.T, centres.T, strict=True):
         scores = scores + of_rows[:, None] * of_centres
-    return scores.argmax(axis=1)
+    return np.asarray(scores.argmax(axis=1))
 
 
 def find_centres(

@@ -82,7 +82,7 @@ def _read_sample(
     chunks: Chunks, numbers: NDArray[np.int64], num_embeddings: int, name: str
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Find the mean [embedding_dim], and read the rows that have these numbers, in ascending order."""
-    sample, seen, total = [], 0, np.float64(0)
+    sample, seen, total = [], 0, np.zeros(())
     for rows in chunks():
         bound_values(rows, name, seen)  # refuses NaN and infinity
         sums = np.empty((1, rows.shape[1]))
