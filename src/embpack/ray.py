@@ -345,7 +345,7 @@ def _run(versions: Versions, function: Callable[..., Any], *args: Any) -> Any:
 def _name_machine(error: OSError) -> OSError:
     """Say on which machine the system failed."""
     where = f"on the machine {platform.node()}"
-    if type(error).__module__ != "builtins":  # nobody knows what it is made of
+    if type(error).__module__.partition(".")[0] not in ("builtins", "embpack"):  # nobody knows what it is made of
         error.add_note(where)
         return error
     is_of_system = error.strerror is not None
