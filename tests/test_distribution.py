@@ -3,6 +3,7 @@
 import errno
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +105,17 @@ def test_shards_a_parquet_file_and_fp8_in_pieces(tmp_path):
 def test_variants_of_tables(src, tmp_path):
     variants = {"user*": embpack.Variant("trellis", 3), "item*": embpack.Variant("asym", 8)}
     pack_twice(src, tmp_path, variants=variants)
+
+
+def test_what_a_killed_worker_leaves_of_a_file_is_in_no_folder(src, tmp_path, monkeypatch):
+    def leave(file, shown, shard):
+        Path(file.name).with_name("left").write_bytes(b"half a file")
+        write(file, shown, shard)
+
+    write = embpack.ranges.write_safetensors
+    monkeypatch.setattr("embpack.ranges.write_safetensors", leave)
+    pack_twice(src, tmp_path, method="asym", max_shard_size="100 kB")
+    assert not (tmp_path / UNFINISHED).exists()
 
 
 class Dies(Here):

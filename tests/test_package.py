@@ -31,7 +31,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("package", ["torch", "pyarrow", "matplotlib", "ml_dtypes", "fbgemm_gpu"])
+@pytest.mark.parametrize("package", ["torch", "pyarrow", "matplotlib", "ml_dtypes", "fbgemm_gpu", "ray"])
 def test_importing_embpack_does_not_import(package):
     done = run_python(f"import sys, embpack; print({package!r} in sys.modules)")
     assert done.stdout == "False\n", done.stderr

@@ -84,7 +84,7 @@ def quantize_file(
         src: .safetensors, also sharded by its index, a .pt, .pth, .bin or .ckpt state dict, .npy, .npz, Parquet with
             fixed-size lists of floats, or .gguf; a model's folder with a safetensors file, an index or
             pytorch_model.bin; or a folder that several processes saved, by torch.distributed.checkpoint or its
-            HuggingFaceStorageWriter.
+            HuggingFaceStorageWriter. Or the URI of one of these: "s3://bucket/model" (docs/remote.md).
         dst: a .safetensors file, or a folder, whose name has no suffix. For a folder or an index as src always a
             folder, which gets the model's configuration, tokenizer and other small files, too. What embpack wrote there
             is replaced; dst is there only once it is whole.
@@ -134,7 +134,8 @@ def quantize_file(
             resume or an engine are given for a file; source, options or embpack are not those of the run that is to be
             resumed.
         LossLimitError: tables lose more than max_loss; a ValueError that has their names and losses.
-        OSError: dst cannot be written.
+        OSError: dst cannot be written; or src, behind a URI, cannot be read.
+        MissingExtraError: the format of src, or a URI, needs a package that is not installed.
     """
     variant, keeps = Variant(method, bits, param_dtype, rotate), keep_checksums or since is not None
     rules = Rules(include, exclude, variant, variants or {}, readable_by, keeps)
@@ -202,7 +203,7 @@ def pack_checkpoint(
         left_out=list_left_out(checkpoint, decisions),
         copied_files=checkpoint.companions,
         file_bytes_before=sum(shard.num_bytes for shard in checkpoint.shards),
-        file_bytes_after=_bytes_on_disk(dst.parent if output.folder is None else dst, output.shards),
+        file_bytes_after=sum(sizes.values()),
         seconds=time.perf_counter() - started,
     )
 
@@ -364,7 +365,3 @@ def check_destination(
         raise ValueError(f"{dst}: workers write the files of a folder; leave {dst.suffix} out")
     read_file_size(max_shard_size)
     check_place(checkpoint, dst, list_own, as_folder=as_folder, force=force)
-
-
-def _bytes_on_disk(folder: Path, shards: Sequence[OutShard]) -> int:
-    return sum((folder / shard.file_name).stat().st_size for shard in shards)

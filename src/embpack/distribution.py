@@ -14,6 +14,7 @@ from embpack.chunks import chunk_rows
 from embpack.engines import Engine, Workers
 from embpack.errors import EngineError
 from embpack.formats.atomic import create, remove_file
+from embpack.formats.paths import is_remote
 from embpack.formats.source import SourceFile
 from embpack.methods import Packer
 from embpack.ranges import (
@@ -31,8 +32,9 @@ from embpack.ranges import (
 from embpack.resuming import Unfinished
 from embpack.shard_writer import DonePiece, PieceWriter, ShardWriter, TableWriter
 
-# Of a task, beside what is in memory anyway: this many times the values of a chunk, as float32.
-_CHUNKS, _LEAST_BYTES = 8, 64 << 20
+# Of a task, beside what is in memory anyway: this many times the values of a chunk, as float32; of one that finds what
+# a table shares, also this many times what it samples; and of one that makes a file, what lies beside rows in it twice.
+_CHUNKS, _SAMPLES, _BESIDE, _LEAST_BYTES = 8, 4, 2, 64 << 20
 # Tasks that wait for each that runs, so that no worker does.
 _WAITING = 3
 
@@ -61,6 +63,8 @@ class Distribution:
         """Make files, by their numbers and where they are to lie; yields numbers as files are whole."""
         if not made:
             return
+        for folder in {path.parent for path in made.values() if not is_remote(path)}:
+            folder.mkdir(parents=True, exist_ok=True)
         with self.engine.connect() as workers:
             self._check_paths(workers)
             yield from _Run(self, workers, made).run()
@@ -146,7 +150,7 @@ class _Run:
                 self._assemble(number)
         for own in tables.values():
             table = own[0][1].table
-            self.waiting.append((fit_table, (table.decision,), _bound_memory(table), partial(self._cut, table, own)))
+            self.waiting.append((fit_table, (table.decision,), bound_fitting(table), partial(self._cut, table, own)))
 
     def _cut(self, table: TableWriter, pieces: Sequence[tuple[int, PieceWriter]], packer: Packer) -> None:
         """Have the ranges of a table packed that are not there."""
@@ -172,7 +176,7 @@ class _Run:
             self._take(number, piece, part)
 
         args = (self.tables[id(piece.table)], number, start, stop, self.distribution.keeper.parts_folder, name)
-        self.waiting.append((pack_range, args, _bound_memory(piece.table), done))
+        self.waiting.append((pack_range, args, bound_packing(piece.table), done))
 
     def _take(self, number: int, piece: PieceWriter, part: Part) -> None:
         """Take a part that is there; with the last one of a file have that made."""
@@ -192,9 +196,9 @@ class _Run:
             ]
             for piece in writer.pieces
         }
-        args = (without_progress(writer), self.made[number], self.distribution.shown[number], parts)
+        args = (without_progress(writer), self.made[number], self.distribution.shown[number], folder, parts)
         # Before what is left of other files: its parts take space.
-        self.waiting.appendleft((assemble_file, args, _LEAST_BYTES, partial(self._finish, number)))
+        self.waiting.appendleft((assemble_file, args, bound_assembling(writer), partial(self._finish, number)))
 
     def _finish(self, number: int, done: Mapping[str, DonePiece] | DamagedPartError) -> None:
         if isinstance(done, DamagedPartError):
@@ -232,7 +236,19 @@ class _Run:
         return f"{number:05}-{self._writer(number).pieces.index(piece):05}-{start}"
 
 
-def _bound_memory(table: TableWriter) -> int:
-    """Bytes that a task for a table takes at most, beside what a worker has anyway."""
+def bound_packing(table: TableWriter) -> int:
+    """Bytes that pack_range takes at most, beside what a worker has anyway."""
     values = chunk_rows(table.row_format.embedding_dim) * table.row_format.embedding_dim
     return max(_LEAST_BYTES, _CHUNKS * values * np.dtype(np.float32).itemsize)
+
+
+def bound_fitting(table: TableWriter) -> int:
+    """Bytes that fit_table takes at most, beside what a worker has anyway."""
+    num_embeddings, embedding_dim = table.decision.tensor.shape
+    sampled = table.method.sample_rows(num_embeddings, table.row_format) * embedding_dim
+    return bound_packing(table) + _SAMPLES * sampled * np.dtype(np.float32).itemsize
+
+
+def bound_assembling(writer: ShardWriter) -> int:
+    """Bytes that assemble_file takes at most, beside what a worker has anyway."""
+    return _LEAST_BYTES + _BESIDE * max((spec.nbytes for piece in writer.pieces for spec in piece.specs), default=0)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from embpack.text import printable
 
@@ -58,6 +59,11 @@ class MissingExtraError(ImportError):
     def __init__(self, what: str, package: str, extra: str | None) -> None:
         requirements = [package] if extra is None else _list_requirements(extra)
         super().__init__(f"{what} needs {package}: pip install {' '.join(map(repr, requirements))}")
+        self._made_of = what, package, extra
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it was made of, for it goes from process to process."""
+        return type(self), self._made_of, self.__dict__
 
 
 def _list_requirements(extra: str) -> list[str]:

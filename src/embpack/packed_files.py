@@ -327,16 +327,18 @@ def _join(path: Path, name: str, pieces: Sequence[TablePiece], files: Sequence[P
         end_row = piece.end_row
     if end_row < num_embeddings:
         raise _explain_missing(where, len(pieces), end_row, num_embeddings, files)
-    entry = replace(first.entry, num_embeddings=num_embeddings, loss=_join_losses(pieces), checksum="", piece=None)
+    loss = find_loss([piece.entry for piece in pieces])
+    entry = replace(first.entry, num_embeddings=num_embeddings, loss=loss, checksum="", piece=None)
     return StoredTable(name, entry, tuple(pieces))
 
 
-def _join_losses(pieces: Sequence[TablePiece]) -> float | None:
-    """The loss of a table in pieces; None if it is unknown of any."""
-    entries = [piece.entry for piece in pieces]
+def find_loss(entries: Sequence[TableEntry]) -> float | None:
+    """Find the loss of a table from the entries of all its pieces; None if it is unknown of any."""
+    if entries[0].piece is None:
+        return entries[0].loss
     known = [(each.loss, each.piece.square_norm) for each in entries if each.piece and each.loss is not None]
     losses = [(loss, square) for loss, square in known if square is not None]
-    return join_losses(losses) if len(losses) == len(pieces) else None
+    return join_losses(losses) if len(losses) == len(entries) else None
 
 
 def _describe(piece: TablePiece) -> tuple[int, tuple[str, ...]]:
@@ -376,7 +378,8 @@ def load(path: str | Path, *, verify: bool = False, access: Access = "mapped") -
     """Open the tables of a file without reading them: rows are read when they are looked up.
 
     Args:
-        path: a file written by save or quantize_file; of several files their folder or index.
+        path: a file written by save or quantize_file; of several files their folder or index. Or its URI, "s3://...",
+            for access "memory".
         verify: read the tables through once and compare their checksums. That of the header is always compared; other
             tensors are not read, embpack inspect --verify and dequantize do that.
         access: where rows are when they are looked up. "mapped": in the file, whose pages are read then, one after the
@@ -401,12 +404,10 @@ def load(path: str | Path, *, verify: bool = False, access: Access = "mapped") -
             written, lacks a piece of a table, or was changed while it was read; with verify, a table's bytes were
             altered.
         OSError: the file cannot be read, or too many files are open.
-        ValueError: there is no such access.
+        ValueError: there is no such access, or path is a URI and access not "memory".
     """
-    check_access(access)
     path = as_path(path)
-    if is_remote(path) and access != "memory":
-        refuse_access(path, access)
+    check_access(access, path)
     tables = {}
     with open_packed(path) as checkpoint:
         for name, table in checkpoint.tables.items():
@@ -416,7 +417,9 @@ def load(path: str | Path, *, verify: bool = False, access: Access = "mapped") -
     return tables
 
 
-def check_access(access: str) -> None:
-    """Raise ValueError if there is no such way to have rows."""
+def check_access(access: str, path: Path) -> None:
+    """Raise ValueError if there is no such way to have rows, or none of what is under a path."""
     if access not in get_args(Access):
         raise ValueError(f"access is {access!r}; choose one of {', '.join(get_args(Access))}")
+    if is_remote(path) and access != "memory":
+        refuse_access(path, access)

@@ -147,7 +147,7 @@ def pack_range(
     path, known = name_part(folder, name)
     digest, sums, num_bytes, reused_rows = hashlib.sha256(), list[Sums](), 0, 0
     by_row, ranges = list[NDArray[Any]](), list[NDArray[Any]]()
-    with _new_file(path) as file:
+    with _new_file(path, folder, lasting=False) as file:
 
         def write(array: NDArray[Any]) -> int:
             data = as_bytes(array)
@@ -175,13 +175,13 @@ def pack_range(
         seconds,
         reused_rows,
     )
-    with _new_file(known) as file:
+    with _new_file(known, folder, lasting=False) as file:
         file.write(json.dumps(asdict(part)).encode())
     return part
 
 
 def assemble_file(
-    writer: ShardWriter, path: Path, shown: Path, parts: Mapping[str, Sequence[tuple[Path, Part]]]
+    writer: ShardWriter, path: Path, shown: Path, room: Path, parts: Mapping[str, Sequence[tuple[Path, Part]]]
 ) -> dict[str, DonePiece] | DamagedPartError:
     """Make a file of a packed checkpoint of its parts, and copy the tensors that are no tables.
 
@@ -189,6 +189,7 @@ def assemble_file(
         writer: of the file; its tables know their packers.
         path: of the file, which appears whole or not at all.
         shown: what errors call it.
+        room: a folder where it is written until it is whole: what a worker leaves that dies is no file beside it.
         parts: of each piece, by its name, in the order of their rows.
 
     Returns:
@@ -200,7 +201,7 @@ def assemble_file(
     for piece in writer.pieces:
         piece.read_rows = _PartReader(piece, parts[piece.name])
     try:
-        with _new_file(path) as file:
+        with _new_file(path, room, lasting=True) as file:
             write_safetensors(file, shown, writer.out_shard(path.name))
     except DamagedPartError as error:
         return error
@@ -228,7 +229,7 @@ def see_paths(sources: Sequence[tuple[Path, int, int]], mark: Path, token: str) 
         if mark.read_text() != token:
             return f"{mark.parent} is another folder there"
         probe = mark.with_name(f"{mark.name}.{secrets.token_hex(8)}")
-        with _new_file(probe):
+        with _new_file(probe, probe.parent, lasting=False):
             pass
         remove_file(probe)
     except OSError as error:
@@ -309,22 +310,32 @@ def _explain_damage(path: Path, why: str) -> DamagedPartError:
 
 
 @contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that is there whole or not at all, though others may write the same one at the same time."""
+def _new_file(path: Path, room: Path, *, lasting: bool) -> Iterator[BinaryIO]:
+    """Write a file that is there whole or not at all, though others may write the same one at the same time.
+
+    Both folders are there: a worker that was given up, and works on, must not make one that all others are done with.
+
+    Args:
+        path: of the file.
+        room: a folder of the same file system, where it is written.
+        lasting: have it outlast a machine that loses its power. A part need not: who reads it sees what it lacks.
+    """
     if is_remote(path):
         with new_object(path) as file:
             yield file
         return
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
+    temporary = room / f"{path.name}.{secrets.token_hex(8)}.new"
     with explained_place(path, path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        new = temporary.open("xb")
     try:
-        with temporary.open("xb") as file:
+        with new as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
-        sync(path.parent)
+        if lasting:
+            sync(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -21,12 +21,11 @@ import numpy as np
 
 import embpack
 from embpack.errors import EngineError, MissingExtraError
-from embpack.text import printable
 from embpack.threads import get_num_threads, set_num_threads
 
 try:
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayError, RayTaskError, TaskUnschedulableError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:
     raise MissingExtraError("embpack.ray", "Ray", "ray") from error
@@ -37,9 +36,9 @@ _WORKER_BYTES = 200 << 20
 _STORE_BYTES = 100 << 20
 # How often a task is run again whose worker or machine died. One that is out of memory is always run again.
 _RETRIES = 50
-# Seconds: until something answers at an address; until a machine answers; until tasks end that are cancelled; for how
-# long it is known what machines there are.
-_CONNECT_SECONDS, _ANSWER_SECONDS, _CANCEL_SECONDS, _NODES_SECONDS = 5, 60, 5, 2
+# Seconds: until something answers at an address; until a machine answers; until one that has just joined is asked
+# again; until tasks end that are cancelled; for how long it is known what machines there are.
+_CONNECT_SECONDS, _ANSWER_SECONDS, _AGAIN_SECONDS, _CANCEL_SECONDS, _NODES_SECONDS = 5, 60, 0.5, 5, 2
 
 _ADDRESS = re.compile(r"auto|local|(?:ray://)?(\[[0-9a-fA-F:]+\]|[^\s/:]+):(\d{1,5})")
 _WAYS = "give 'host:port' of a cluster's head node, 'ray://host:port' of its Ray Client server, or 'auto'"
@@ -142,7 +141,7 @@ def _initialize(address: str, **options: Any) -> None:
         ray.init(address, log_to_driver=False, logging_level="error", **options)
     except (RayError, RuntimeError, OSError, ValueError, SystemExit) as error:
         # SystemExit is what comes of a cluster that does not answer.
-        raise EngineError(f"{address}: cannot be used: {printable(str(error))}; {_WAYS}") from error
+        raise EngineError(f"{address}: cannot be used: {' '.join(str(error).split())}; {_WAYS}") from error
 
 
 def _check_answer(address: str, host: str, port: int) -> None:
@@ -225,21 +224,25 @@ class _Workers:
 
     def _run_everywhere(self, task: Any, *args: Any) -> dict[str, Any]:
         """Run a task once on each machine; return what came of it, by names of machines."""
-        self._nodes_until = -1.0
-        running = {}
-        for name, node in _name_nodes(self._list_nodes()).items():
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            running[name] = task.options(num_cpus=0, max_retries=3, scheduling_strategy=there).remote(*args)
-        if not running:
-            return {}
-        done, _ = ray.wait(list(running.values()), num_returns=len(running), timeout=_ANSWER_SECONDS)
-        found: dict[str, Any] = {}
-        for name, each in running.items():
-            try:
-                found[name] = _get(each) if each in done else EngineError(f"no answer in {_ANSWER_SECONDS} seconds")
-            except Exception as error:
-                found[name] = error
-        return found
+        until, found = time.monotonic() + _ANSWER_SECONDS, dict[str, Any]()
+        while True:
+            self._nodes_until = -1.0
+            nodes, asked = self._list_nodes(), {}
+            for node in (node["NodeID"] for node in nodes if node["NodeID"] not in found):
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                asked[node] = task.options(num_cpus=0, max_retries=3, scheduling_strategy=there).remote(*args)
+            if not asked:
+                return {name: found[node["NodeID"]] for name, node in _name_nodes(nodes).items()}
+            done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=max(0, until - time.monotonic()))
+            for node, each in asked.items():
+                try:
+                    found[node] = _get(each) if each in done else EngineError(f"no answer in {_ANSWER_SECONDS} seconds")
+                except Exception as error:
+                    # Not all of Ray knows yet that it has joined, or has died: it is asked again if it is there.
+                    if not isinstance(error.__cause__, TaskUnschedulableError) or time.monotonic() >= until:
+                        found[node] = error
+            if asked.keys() - found.keys():
+                time.sleep(_AGAIN_SECONDS)
 
     def _list_nodes(self) -> list[Mapping[str, Any]]:
         """List the machines that run tasks, as they are or were a moment ago."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embpack.cli import show
+from embpack.cli import options, show
 from embpack.cli.json_output import describe_packed
 from embpack.packed_files import PackedCheckpoint, open_packed
 from embpack.rows import ROW_DTYPES
@@ -14,9 +14,7 @@ from embpack.rows import ROW_DTYPES
 def inspect(
     file: Annotated[
         Path,
-        typer.Argument(
-            metavar="FILE", show_default=False, help="What embpack quantize wrote: a file, or a folder of shards."
-        ),
+        options.of_place("FILE", "What embpack quantize wrote: a file, or a folder of shards, or its URI."),
     ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything through and compare all checksums.")

@@ -10,6 +10,7 @@ from embpack.comparison.array import QUANTILES, Comparison, Skipped
 from embpack.comparison.checkpoint import FileComparison
 from embpack.convert import Report
 from embpack.estimate import Expectation
+from embpack.file_updates import FileUpdateReport
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.layouts import RowFormat
 from embpack.methods import parse_method
@@ -118,6 +119,23 @@ def describe_unpacked(src: Path, dst: Path, packed: PackedCheckpoint, unpacked: 
         "tables": tables,
         "other_tensors": list(map(_describe_tensor, packed.others.values())),
         "totals": _sum(tables),
+    }
+
+
+def describe_updated(src: Path, dst: Path | None, report: FileUpdateReport, *, dry_run: bool) -> Record:
+    """Describe what update did, or what it would do."""
+    return {
+        **_start("update", src),
+        "destination": str(src if dst is None else dst),
+        "dry_run": dry_run,
+        "files": list(report.files),
+        "tables": [{**dataclasses.asdict(table), "duplicates": table.duplicates} for table in report.tables],
+        "totals": {
+            "num_tables": len(report.tables),
+            "ids_seen": sum(table.ids_seen for table in report.tables),
+            "rows_changed": sum(table.rows_changed for table in report.tables),
+            "seconds": report.seconds,
+        },
     }
 
 

@@ -69,20 +69,19 @@ def _connected(ray: str | None) -> Iterator[tuple[Engine | None, int | None]]:
 def quantize(
     src: Annotated[
         Path,
-        typer.Argument(
-            metavar="SRC",
-            show_default=False,
-            help="A checkpoint: .safetensors, an index, a folder of a model or torch.distributed.checkpoint, "
-            ".pt/.pth/.bin/.ckpt, .npy, .npz, .parquet, .gguf. Tables in pieces, FP8 or INT8 with scales are one.",
+        options.of_place(
+            "SRC",
+            "A checkpoint: .safetensors, an index, a folder of a model or torch.distributed.checkpoint, "
+            ".pt/.pth/.bin/.ckpt, .npy, .npz, .parquet, .gguf; or a URI, s3://... Tables in pieces or with scales are "
+            "one.",
         ),
     ],
     dst: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="DST",
-            help="A .safetensors file, or a folder, whose name has no suffix, as for a folder or an index as SRC. What "
-            "embpack wrote there is replaced.",
-            show_default=False,
+        options.of_place(
+            "DST",
+            "A .safetensors file, or a folder, whose name has no suffix, as for a folder or an index as SRC; or a URI. "
+            "What embpack wrote there is replaced.",
         ),
     ] = None,
     include: Annotated[

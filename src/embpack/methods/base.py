@@ -256,6 +256,14 @@ class Method(ABC):
         """How many codebooks lie beside the rows of a table: never more than it has rows."""
         return 0
 
+    def sample_rows(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """How many rows of a table it learns from, in a time that grows with their number."""
+        return 0
+
+    def for_part(self, num_embeddings: int, row_format: RowFormat) -> "Method":
+        """Make the method that takes as long for a row of a part of a table as this does for one of the table."""
+        return self
+
     @property
     def spec(self) -> str:
         """Name and parameters, as parse_method reads them."""

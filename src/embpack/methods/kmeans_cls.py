@@ -89,10 +89,21 @@ class KMeansCls(Method):
         """K, or as many as take the bytes of scale and bias."""
         return min(num_embeddings, self.K or choose_num_codebooks(num_embeddings, row_format))
 
+    def sample_rows(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """At least one for each codebook."""
+        most = max(self.num_codebooks(num_embeddings, row_format), MOST_TRAINED_VALUES // row_format.embedding_dim)
+        return min(num_embeddings, most)
+
+    def for_part(self, num_embeddings: int, row_format: RowFormat) -> Method:
+        """With as many codebooks as the table has."""
+        return KMeansCls(self.num_codebooks(num_embeddings, row_format))
+
     def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
         """Train on a sample."""
         num_codebooks = self.num_codebooks(num_embeddings, row_format)
-        sample = _read_sample(chunks, num_embeddings, row_format.embedding_dim, num_codebooks, name)
+        count = self.sample_rows(num_embeddings, row_format)
+        numbers = np.arange(count) * num_embeddings // count
+        sample = _read_sample(chunks, numbers, row_format.embedding_dim, name)
         clusters = RowClusters.train(sample, num_codebooks)
         levels = fit_codebooks(sample, Groups.sort(clusters.assign(sample), num_codebooks), row_format.bits)
         return ClusterPacker(self, row_format, name, clusters, levels)
@@ -143,14 +154,12 @@ class ClusterPacker(Packer):
         return _native.quantize_with_clusters(rows, numbers, self.levels, *how, packed, on_rows)
 
 
-def _read_sample(chunks: Chunks, num_embeddings: int, embedding_dim: int, num_codebooks: int, name: str) -> Rows:
-    """Read evenly spread rows, at least one for each codebook; float32. All values are looked at."""
-    wanted = min(num_embeddings, max(num_codebooks, MOST_TRAINED_VALUES // embedding_dim))
-    positions = np.arange(wanted) * num_embeddings // wanted
-    sample, seen = np.empty((wanted, embedding_dim), F32), 0
+def _read_sample(chunks: Chunks, numbers: Numbers, embedding_dim: int, name: str) -> Rows:
+    """Read the rows that have these numbers, in ascending order; float32. All values are looked at."""
+    sample, seen = np.empty((len(numbers), embedding_dim), F32), 0
     for rows in chunks():
         bound_values(rows, name, seen)  # refuses NaN and infinity
-        first, end = np.searchsorted(positions, [seen, seen + len(rows)])
-        sample[first:end] = widen(rows[positions[first:end] - seen])
+        first, end = np.searchsorted(numbers, [seen, seen + len(rows)])
+        sample[first:end] = widen(rows[numbers[first:end] - seen])
         seen += len(rows)
     return sample

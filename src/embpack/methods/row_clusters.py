@@ -105,8 +105,9 @@ def find_centres(
         own = Groups.sort(find_nearest(rows, factor, groups, centres, starts), len(centres))
         sums, counts = np.empty(centres.shape), own.counts
         _native.sum_groups(rows, own.order, own.starts, sums)
-        filled = counts > 0
-        centres[filled] = sums[filled] * factor / counts[filled, None]
+        sums *= factor
+        sums /= np.maximum(counts, 1)[:, None]
+        np.copyto(centres, sums, casting="same_kind", where=(counts > 0)[:, None])
     return centres
 
 
