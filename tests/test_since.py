@@ -500,6 +500,22 @@ def test_rows_that_others_have_written_are_forgotten(old, tmp_path):
     assert kept[2].any()
 
 
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "200 kB"}])
+def test_rows_that_were_updated_are_packed_again(tmp_path, options):
+    name = "user_emb.weight"
+    src, old = write_safetensors(tmp_path, make_arrays()), tmp_path / ("old" if options else "old.safetensors")
+    quantize(src, old, keep_checksums=True, **options)
+    rows = np.array([SPAN + 3, ROWS - 1])
+    np.savez(tmp_path / "delta.npz", **{f"{name}.indices": rows, f"{name}.rows": np.ones((2, DIM), np.float32)})
+    embpack.update_file(old, [tmp_path / "delta.npz"])
+    embpack.load(old, verify=True)
+    with open_packed(old) as packed:
+        packed.verify()
+    # The source is what it was: the updated rows are not.
+    report = find_table(compare(src, old, tmp_path, suffix=old.suffix, **options))
+    assert report.reused_rows == 2 * SPAN
+
+
 def test_sums_are_kept_to_the_last_bit():
     sums = [Sums(0.1, 1e300, 7, 5e-324), Sums(np.pi, 0.0, 1 << 40, 3.0)]
     ranges = np.zeros(2, RANGE)
