@@ -1,5 +1,6 @@
 """Packed files whose tables change: some rows are packed anew, all other bytes stay."""
 
+import hashlib
 import json
 import os
 import time
@@ -9,19 +10,31 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from embpack.changes import Change, WriteRows, pack_changes, read_changes
 from embpack.deltas import ColumnNames, Delta, open_deltas
-from embpack.files import METADATA_KEY, TableEntry, is_packed, make_metadata
-from embpack.formats import INDEX_SUFFIX, Checkpoint, Shard, open_checkpoint
+from embpack.files import (
+    METADATA_KEY,
+    TableEntry,
+    check_bytes,
+    digest_tensors,
+    format_checksum,
+    is_packed,
+    make_metadata,
+)
+from embpack.formats import INDEX_SUFFIX, Checkpoint, Shard, SourceTensor, open_checkpoint
 from embpack.formats.atomic import keep_owner_and_mode, new_file
-from embpack.formats.copying import copy_bytes
+from embpack.formats.copying import copy_bytes, write_all
 from embpack.formats.new_folder import iter_files, new_folder
 from embpack.formats.safetensors import replace_metadata
+from embpack.kept import forget_rows
 from embpack.methods import measure_loss
 from embpack.methods.base import find_warning
-from embpack.packed_files import PackedCheckpoint, PackedFile, check_packed, describe_files, find_loss
+from embpack.packed_files import PackedCheckpoint, PackedFile, TablePiece, check_packed, describe_files, find_loss
 from embpack.packed_folder import list_own
-from embpack.rewriting import NewFile, NewFiles, source_of
+from embpack.rewriting import NewFile, NewFiles, source_of, stored_of
 from embpack.shard_writer import Progress, no_progress
 
 WARN_SHARE = 0.01
@@ -310,10 +323,25 @@ class FileUpdate:
         }
         checksums = new.finish({name: partial(progress, change.table.name) for name, (change, _) in own.items()})
         entries = {name: change.renew(number, checksums[name]) for name, (change, number) in own.items()}
-        tables = {**new.file.contents.tables, **entries}
-        metadata = make_metadata(tables, new.file.contents.others or {}, shard.tensors, is_compact=True)
+        tables, others = {**new.file.contents.tables, **entries}, dict(new.file.contents.others or {})
+        for change, number in own.values():
+            piece = change.pieces[number]
+            if piece.kept is not None:
+                others[piece.kept.name] = _forget_rows(piece, piece.kept, change.ids, others, descriptor)
+        metadata = make_metadata(tables, others, shard.tensors, is_compact=True)
         replace_metadata(descriptor, new.file.path, {**shard.metadata, **metadata})
         return entries
+
+
+def _forget_rows(
+    piece: TablePiece, kept: SourceTensor, ids: NDArray[np.int64], checksums: Mapping[str, str], descriptor: int
+) -> str:
+    """Write that it is not known of which source's rows the new ones are; returns the checksum of what is kept."""
+    check_bytes(piece.file.path, f"tensor {kept.name!r}", digest_tensors([kept]), checksums[kept.name])
+    own = ids[(ids >= piece.first_row) & (ids < piece.end_row)] - piece.first_row
+    known = forget_rows(kept.read(), piece.entry.embedding_dim, own)
+    write_all(descriptor, known.reshape(-1).data, stored_of(kept).offset)
+    return format_checksum(hashlib.sha256(known.data))
 
 
 def _report(
