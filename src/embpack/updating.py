@@ -28,10 +28,10 @@ from embpack.table import PackedTable
 Numbers = NDArray[np.int64]
 
 # By layout, of rows that share values, so that few of a table's own are beyond. Of tables of 2,000 rows of 8 to 256
-# values (normal; of sizes about a factor of e apart; Student's t, 3 degrees; around a mean) fewer than .01 are:
-# trellis-coded rows at 2, 4 and 6 bits, whose median is .05 to 1 times that error, and clustered ones at 4 bits. Of rows
-# of four times the size of a normal table's own .76 to 1 are beyond in the trellis layout at 4 bits, of those of a 16th
-# .8 to 1.
+# values (normal; of sizes about a factor of e apart; Student's t, 3 degrees; around a mean) at most .004 are in the
+# trellis layout at 2, 4 and 6 bits, where the median row has .05 to 1 times that error, and at most .012 in the
+# clustered layout at 4 bits. Of rows of four times the size of a normal table's own .76 to 1 are beyond in the trellis
+# layout at 4 bits, of those of a 16th .8 to 1.
 MISFIT_FACTORS = {"trellis": 4.0, "clustered": 25.0, "uniform": 25.0}
 """A row no longer fits what rows share if its squared error is more than so many times that of a grid of its own."""
 
@@ -130,14 +130,14 @@ def update_table(table: PackedTable, indices: Any, rows: Any, method: str | None
         codebooks = codebooks[: np.iinfo(table.clusters.dtype).max + 1]  # those that it has numbers for
     update = pack_like(table.row_format, _choose_method(table, method), codebooks, values, "table", numbers)
     if len(numbers):
-        table.set_loss(None)
+        table._set_loss(None)
     arrays = [(table.packed, update.packed)]
     if table.clusters is not None and update.clusters is not None:
         arrays.append((_as_bytes(table.clusters), _as_bytes(update.clusters.astype(table.clusters.dtype))))
     _native.write_rows(numbers, arrays)
     report = UpdateReport(len(numbers), measure_loss(update.sums), update.num_misfits)
     if report.num_rows == table.num_embeddings and report.num_rows:
-        table.set_loss(report.loss)
+        table._set_loss(report.loss)
     for warning in (find_warning(update.sums), warn_of_misfits(report, warn_share)):
         if warning is not None:
             warnings.warn(f"table: {warning}", stacklevel=3)
