@@ -246,6 +246,10 @@ class NearestCodebooks:
         """Find the cluster of each row."""
         return assign(widen(rows), self.codebooks)
 
+    def state(self) -> list[NDArray[Any]]:
+        """All that rows are assigned by."""
+        return [self.codebooks]
+
 
 def assign(rows: NDArray[np.float32], codebooks: NDArray[np.float32]) -> NDArray[np.uint32]:
     """Find the codebook with the least squared error of each row, of equal ones the first; uint32 [n].

@@ -1,7 +1,7 @@
 """KMEANS-CLS: codebooks that similar rows share (Guan et al. 2019, section 3.2)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,6 +109,16 @@ class KMeansCls(Method):
         return ClusterPacker(self, row_format, name, clusters, levels)
 
 
+class Clusters(Protocol):
+    """What rows are like which: RowClusters, or, for rows that are added to a packed table, its codebooks."""
+
+    def assign(self, rows: Rows) -> NDArray[np.uint32]:
+        """Find the cluster of each row, as Packer.pack takes rows; [n]."""
+
+    def state(self) -> list[NDArray[Any]]:
+        """All that rows are assigned by."""
+
+
 @dataclass(frozen=True, eq=False)
 class ClusterPacker(Packer):
     """Packs rows by the codebooks of their clusters.
@@ -118,7 +128,7 @@ class ClusterPacker(Packer):
         levels: float32 [num_codebooks, 2^bits], each codebook ascending.
     """
 
-    clusters: RowClusters
+    clusters: Clusters
     levels: NDArray[np.float32]
 
     def beside(self) -> dict[str, NDArray[Any]]:
@@ -127,13 +137,7 @@ class ClusterPacker(Packer):
 
     def state(self) -> list[NDArray[Any]]:
         """What rows are assigned by, and codebooks as they are before they are stored."""
-        return [
-            np.array(self.clusters.factor),
-            self.clusters.groups,
-            self.clusters.centres,
-            self.clusters.starts,
-            self.levels,
-        ]
+        return [*self.clusters.state(), self.levels]
 
     def make_by_row(self, num_rows: int) -> NDArray[Any]:
         """Make room for cluster numbers."""

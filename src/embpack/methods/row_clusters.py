@@ -153,6 +153,10 @@ class RowClusters:
             groups = _group_rows(rows, factor, of_groups)
         return cls(factor, of_groups, find_centres(rows, factor, groups, _starts(shares), rng), _starts(shares))
 
+    def state(self) -> list[NDArray[Any]]:
+        """All that rows are assigned by."""
+        return [np.array(self.factor), self.groups, self.centres, self.starts]
+
     def assign(self, rows: NDArray[Any]) -> NDArray[np.uint32]:
         """Number of the nearest centre, within the nearest group, of each row [n, d]."""
         groups = Groups.single(len(rows))
