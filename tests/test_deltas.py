@@ -70,7 +70,9 @@ def test_parquet_of_several_tables_is_read(tmp_path, values, options):
 
 
 def test_lists_whose_lengths_are_right_on_average_alone_are_told_apart(tmp_path, rng):
-    tables = {name: (np.arange(4), rng.standard_normal((4, d), np.float32)) for name, d in (("a", 5), ("user", 8), ("b", 11))}
+    tables = {
+        name: (np.arange(4), rng.standard_normal((4, d), np.float32)) for name, d in (("a", 5), ("user", 8), ("b", 11))
+    }
     with open_deltas([write_dump(tmp_path / "d.parquet", tables)]) as [delta]:
         [batch] = delta.iter_rows(np.arange(4, 8))
         [whole] = delta.iter_rows(np.arange(12))
