@@ -10,7 +10,9 @@ import embpack
 from embpack.composites import _UnreadableError
 from embpack.errors import EngineError, FormatError, LossLimitError, MissingExtraError
 from embpack.formats.pickled import PickleError
+from embpack.formats.remote import RemoteError
 from embpack.ranges import DamagedPartError
+from embpack.ray import _LostArgumentError
 
 ERRORS = [
     DamagedPartError("part 3: is not what was written", "00003"),
@@ -19,6 +21,8 @@ ERRORS = [
     LossLimitError("2 tables lose more", 0.5, {"user_emb": 0.75, "item_emb": 0.625}),
     MissingExtraError("embpack.ray", "Ray", "ray"),
     PickleError("runs code"),
+    RemoteError("s3://bucket/model: access is denied"),
+    _LostArgumentError("a task could not be run"),
     _UnreadableError("no scales"),
 ]
 

@@ -417,7 +417,7 @@ def test_a_row_with_nan_is_named(connected, tmp_path):
 
 
 def test_the_command_uses_the_connection(connected, embpack_command, src, tmp_path):
-    options = ["--auto", "--max-bytes", "12 %", "--method", "asym,kmeans", "--save-plan", tmp_path / "plan.json"]
+    options = ["--auto", "--max-bytes", "16 %", "--method", "asym,kmeans", "--save-plan", tmp_path / "plan.json"]
     code, _, err = embpack_command("quantize", src, tmp_path / "packed", *options, "--ray")
     assert (code, err) == (0, "")
     plan = ["--plan", tmp_path / "plan.json"]

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,9 @@ _RETRIES = 50
 # Seconds: until something answers at an address; until a machine answers; until one that has just joined is asked
 # again; until tasks end that are cancelled; for how long it is known what machines there are.
 _CONNECT_SECONDS, _ANSWER_SECONDS, _AGAIN_SECONDS, _CANCEL_SECONDS, _NODES_SECONDS = 5, 60, 0.5, 5, 2
+# Of a Ray that is started here: it tells nobody, and a terminal's Ctrl-C goes to this process alone, which cancels the
+# tasks. Where it ends them as they are cancelled, Ray 2.60 may end this process with a failed check of its own.
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_process_group_cleanup_enabled": "1"}
 
 _ADDRESS = re.compile(r"auto|local|(?:ray://)?(\[[0-9a-fA-F:]+\]|[^\s/:]+):(\d{1,5})")
 _WAYS = "give 'host:port' of a cluster's head node, 'ray://host:port' of its Ray Client server, or 'auto'"
@@ -110,8 +113,8 @@ def _started() -> Iterator[None]:
     """Start Ray on this machine alone; nothing of it is left."""
     # Not in the folder for temporary files, whose name may be too long: sockets have names of 107 bytes at most.
     folder = tempfile.mkdtemp(prefix="embpack-ray-", dir="/tmp")
-    before = os.environ.get("RAY_USAGE_STATS_ENABLED")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
     try:
         _initialize(
             "local",
@@ -124,10 +127,11 @@ def _started() -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-        if before is None:
-            del os.environ["RAY_USAGE_STATS_ENABLED"]
-        else:
-            os.environ["RAY_USAGE_STATS_ENABLED"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _join(address: str) -> None:
@@ -161,11 +165,33 @@ def _check_answer(address: str, host: str, port: int) -> None:
         raise EngineError(f"{address}: what answers there is not Ray; {_WAYS}")
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A task that was submitted.
+
+    Attributes:
+        number: what its submitter calls it.
+        memory: that it is declared to take.
+        call: a function, and its arguments.
+        tries: how often it was started again.
+    """
+
+    number: int
+    memory: int
+    call: tuple[Any, ...]
+    tries: int = 0
+
+
+class _LostArgumentError(EngineError):
+    """What was shared did not get to a task, as where a machine goes that had it: Ray does not run that again."""
+
+
 @dataclass
 class _Workers:
     """The workers of the cluster that this process is connected to: embpack.engines.Workers."""
 
-    _running: set[Any] = field(default_factory=set)
+    _running: dict[Any, "_Task"] = field(default_factory=dict)
+    _started: int = 0
     _ready: list[Any] = field(default_factory=list)
     _nodes: list[Mapping[str, Any]] = field(default_factory=list)
     _nodes_until: float = -1.0
@@ -185,17 +211,27 @@ class _Workers:
             raise EngineError(
                 f"a task takes {memory:,} bytes of memory, and no machine of the cluster has more than {most:,.0f}"
             )
-        task = _run.options(num_cpus=1, memory=memory).remote(self._versions, function, *args)
-        self._running.add(task)
-        return task
+        self._started += 1
+        self._start(_Task(self._started, memory, (function, *args)))
+        return self._started
 
     def next_done(self) -> tuple[Any, Any]:
-        if not self._ready:
-            ray.wait(list(self._running), num_returns=1)
-            self._ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
-        task = self._ready.pop()
-        self._running.remove(task)
-        return task, _get(task)
+        while True:
+            if not self._ready:
+                ray.wait(list(self._running), num_returns=1)
+                self._ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+            done = self._ready.pop()
+            task = self._running.pop(done)
+            try:
+                return task.number, _get(done)
+            except _LostArgumentError:
+                if task.tries == _RETRIES:
+                    raise
+                self._start(replace(task, tries=task.tries + 1))
+
+    def _start(self, task: "_Task") -> None:
+        started = _run.options(memory=task.memory).remote(self._versions, *task.call)
+        self._running[started] = task
 
     def run_everywhere(self, function: Callable[..., Any], *args: Any) -> Mapping[str, Any]:
         return self._run_everywhere(_run, self._versions, function, *args)
@@ -220,7 +256,7 @@ class _Workers:
                     ray.cancel(task, force=force)
                 count = len(self._running)
                 _, left = ray.wait(list(self._running), num_returns=count, timeout=_CANCEL_SECONDS)
-                self._running = set(left)
+                self._running = {task: self._running[task] for task in left}
 
     def _run_everywhere(self, task: Any, *args: Any) -> dict[str, Any]:
         """Run a task once on each machine; return what came of it, by names of machines."""
@@ -266,9 +302,15 @@ def _get(task: Any) -> Any:
     try:
         return ray.get(task)
     except RayTaskError as error:
+        if isinstance(error.cause, RayError):
+            raise _LostArgumentError(_explain(error.cause)) from error
         raise error.cause from error
     except RayError as error:
-        raise EngineError(f"a task could not be run: {str(error).partition(chr(10))[0]}") from error
+        raise EngineError(_explain(error)) from error
+
+
+def _explain(error: RayError) -> str:
+    return f"a task could not be run: {str(error).partition(chr(10))[0]}"
 
 
 def _list_versions() -> Versions:
@@ -307,7 +349,7 @@ def _run(versions: Versions, function: Callable[..., Any], *args: Any) -> Any:
 def _name_machine(error: OSError) -> OSError:
     """Say on which machine the system failed."""
     where = f"on the machine {platform.node()}"
-    if type(error).__module__ != "builtins":  # nobody knows what it is made of
+    if type(error).__module__.partition(".")[0] not in ("builtins", "embpack"):  # nobody knows what it is made of
         error.add_note(where)
         return error
     is_of_system = error.strerror is not None
