@@ -2,6 +2,7 @@
 
 import argparse
 import filecmp
+import logging
 import os
 import shutil
 import threading
@@ -122,7 +123,7 @@ def _name(process: int) -> str:
 def _started(workers: int) -> Iterator[float]:
     """Start Ray; yields the seconds that it took."""
     start = time.perf_counter()
-    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield time.perf_counter() - start
     finally:
@@ -196,9 +197,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show.output.print(f"{machine['cpu']}, {machine['isa']}, Ray {machine['versions']['ray']}")
     with _started(options.workers) as seconds:
         show.output.print(f"Ray took {seconds:.1f} s to start")
-        _, busyness = watch(lambda: [measure(method, options) for method in options.methods])
+        _, busyness = watch(lambda: _measure_all(options))
     lost = ", ".join(f"CPU {cpu.cpu} {max(cpu.before, cpu.after):.0%}" for cpu in busyness.cpus)
     show.output.print(f"lost to others: {lost}")
+
+
+def _measure_all(options: argparse.Namespace) -> None:
+    for method in options.methods:
+        measure(method, options)
 
 
 if __name__ == "__main__":

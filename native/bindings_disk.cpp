@@ -13,7 +13,7 @@ namespace {
 
 using RowNumbers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using RowBytesOut = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using MappedRows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using RowBytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // A file that any number of arrays are read from.
 struct FileView {
@@ -72,13 +72,20 @@ std::optional<std::tuple<size_t, size_t, uint64_t, int>> read_arrays(const nb::l
     return std::tuple{fault->read, fault->piece, fault->offset, fault->error};
 }
 
+int write_array(int descriptor, uint64_t offset, size_t num_rows, const RowNumbers& rows, const RowBytes& bytes) {
+    check_ascending(rows, num_rows, 1);
+    require(bytes.shape(0) == rows.shape(0), "there must be as many rows as numbers");
+    const WithoutPython without;
+    return write_file_rows(descriptor, offset, bytes.shape(1), {rows.data(), rows.shape(0)}, bytes.data());
+}
+
 void prefetch(const RowsView& view, const RowNumbers& rows) {
     check_ascending(rows, view.num_rows, 0);
     const WithoutPython without;
     prefetch_rows(view.array, {rows.data(), rows.shape(0)});
 }
 
-void prefetch_mapped(const MappedRows& packed, const RowNumbers& rows) {
+void prefetch_mapped(const RowBytes& packed, const RowNumbers& rows) {
     check_ascending(rows, packed.shape(0), 0);
     const WithoutPython without;
     prefetch_mapped_rows(packed.data(), packed.shape(1), {rows.data(), rows.shape(0)});
@@ -98,6 +105,12 @@ void bind_disk(nb::module_& m) {
                   "numpy.typing.NDArray[numpy.uint8]]]) -> tuple[int, int, int, int] | None"),
           "Read rows, ascending and each once, of arrays, each into its `out`. Returns of what could not be read the "
           "number of the read, that of the piece, the offset of the row and errno, 0 where the file ends before; or None.");
+    m.def("write_file_rows", &write_array, nb::arg("descriptor"), nb::arg("offset"), nb::arg("num_rows"), nb::arg("rows"),
+          nb::arg("bytes").noconvert(),
+          nb::sig("def write_file_rows(descriptor: int, offset: int, num_rows: int, rows: numpy.typing.NDArray[numpy.int64], "
+                  "bytes: numpy.typing.NDArray[numpy.uint8]) -> int"),
+          "Write rows, ascending and each once, of an array of num_rows that lies in an open file from an offset on; "
+          "returns errno, 0 if all are written.");
     m.def("prefetch_rows", &prefetch, nb::arg("array"), nb::arg("rows"),
           nb::sig("def prefetch_rows(array: DiskRows, rows: numpy.typing.NDArray[numpy.int64]) -> None"),
           "Have rows, ascending, read into the system's cache of pages, and return at once.");

@@ -84,19 +84,18 @@ private:
         const size_t first = static_cast<size_t>(starts_[group]), end = static_cast<size_t>(starts_[group + 1]);
         num_panels_ = (end - first + panel_lanes - 1) / panel_lanes;
         panels_.assign(num_panels_ * panel_lanes * (d_ + 1), 0.0f);
-        for (size_t i = 0; i < num_panels_ * panel_lanes; i++) {
-            float* const lane = panels_.data() + i / panel_lanes * panel_lanes * (d_ + 1) + i % panel_lanes;
-            if (first + i >= end) {
-                *lane = -std::numeric_limits<float>::infinity();
-                continue;
-            }
-            const float* const centre = centres_ + (first + i) * d_;
-            float square = 0.0f;
+        for (size_t panel = 0; panel < num_panels_; panel++) {
+            const float* const centre = centres_ + (first + panel * panel_lanes) * d_;
+            const size_t count = std::min(panel_lanes, end - first - panel * panel_lanes);
+            float* const to = panels_.data() + panel * panel_lanes * (d_ + 1);
+            float squares[panel_lanes] = {};
             for (size_t j = 0; j < d_; j++) {
-                square += centre[j] * centre[j];
-                lane[panel_lanes * (j + 1)] = centre[j];
+                float* const values = to + panel_lanes * (j + 1);
+                for (size_t i = 0; i < count; i++) values[i] = centre[i * d_ + j];
+                for (size_t i = 0; i < panel_lanes; i++) squares[i] += values[i] * values[i];
             }
-            *lane = -0.5f * square;
+            for (size_t i = 0; i < panel_lanes; i++)
+                to[i] = i < count ? -0.5f * squares[i] : -std::numeric_limits<float>::infinity();
         }
         group_ = group;
     }

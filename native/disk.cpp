@@ -321,6 +321,22 @@ std::optional<DiskFault> read_rows(std::span<const DiskRead> reads) {
     return wanted.fault;
 }
 
+int write_file_rows(int descriptor, uint64_t offset, size_t row_bytes, std::span<const int64_t> rows, const uint8_t* bytes) {
+    for (size_t first = 0, end; first < rows.size(); first = end) {
+        for (end = first + 1; end < rows.size() && rows[end] == rows[end - 1] + 1; end++) {}
+        uint64_t at = offset + static_cast<uint64_t>(rows[first]) * row_bytes;
+        for (size_t left = (end - first) * row_bytes; left > 0;) {
+            const ssize_t written = pwrite(descriptor, bytes, left, static_cast<off_t>(at));
+            if (written < 0 && errno == EINTR) continue;
+            if (written < 0) return errno;
+            bytes += written;
+            at += static_cast<size_t>(written);
+            left -= static_cast<size_t>(written);
+        }
+    }
+    return 0;
+}
+
 void prefetch_rows(const DiskRows& array, std::span<const int64_t> rows) {
     const DiskRead read{array, rows, nullptr};
     std::vector<Span> spans;

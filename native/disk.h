@@ -53,6 +53,10 @@ struct DiskFault {
 // to each other are read together. Looks for signals now and then, and what that throws ends it.
 std::optional<DiskFault> read_rows(std::span<const DiskRead>);
 
+// Writes rows, ascending and each once, into an array that lies in an open file from an offset on: those that lie next to
+// each other together. Returns errno, 0 if all are written.
+int write_file_rows(int descriptor, uint64_t offset, size_t row_bytes, std::span<const int64_t> rows, const uint8_t* bytes);
+
 // Has rows, ascending, read into the system's cache of pages, and returns at once. Rows that are waited for are read
 // first; of rows that nobody waits for the oldest are forgotten when there are too many.
 void prefetch_rows(const DiskRows&, std::span<const int64_t> rows);

@@ -48,7 +48,7 @@ class Kind:
 
 
 def write_sources(folder: Path) -> None:
-    """Write what is read: a checkpoint, the same in shards beside a configuration, and both packed."""
+    """Write what is read: a checkpoint, the same in shards beside a configuration, both packed, and a delta."""
     rng = np.random.default_rng(0)
     names = [f"{name}_embedding.weight" for name in ("user", "item", "shop")]
     tables = {name: rng.standard_normal((ROWS, DIM)).astype(np.float32) for name in names}
@@ -62,6 +62,10 @@ def write_sources(folder: Path) -> None:
     (shards / "config.json").write_text("{}")
     embpack.quantize_file(source, folder / "packed.safetensors", method="asym")
     embpack.quantize_file(shards, folder / "packed", method="asym")
+    embpack.quantize_file(source, folder / "pieces", method="asym", max_shard_size="150 kB")
+    ids = rng.permutation(ROWS)[: ROWS // 10]
+    rows = rng.standard_normal((len(ids), DIM)).astype(np.float32)
+    np.savez(folder / "delta.npz", **{f"{names[0]}.indices": ids, f"{names[0]}.rows": rows})
 
 
 def list_kinds(folder: Path) -> list[Kind]:
@@ -79,6 +83,14 @@ def list_kinds(folder: Path) -> list[Kind]:
             warnings.simplefilter("ignore")  # there may be nothing to resume
             return embpack.quantize_file(source, path, method="trellis", max_shard_size="150 kB", resume=resume)
 
+    def update(old: Path, path: Path) -> object:
+        if not path.exists():
+            put(old, path)
+        return embpack.update_file(path, [folder / "delta.npz"])
+
+    def put(old: Path, path: Path) -> object:
+        return shutil.copytree(old, path) if old.is_dir() else shutil.copyfile(old, path)
+
     def write_text(path: Path) -> object:
         return path.write_bytes(b"as it was before")
 
@@ -88,6 +100,8 @@ def list_kinds(folder: Path) -> list[Kind]:
         Kind("quantize pieces", quantize_pieces, resume=partial(quantize_pieces, resume=True)),
         Kind("quantize shards again", quantize_shards, before=partial(shutil.copytree, folder / "packed")),
         Kind("dequantize", lambda path: embpack.dequantize_file(packed, path, force=True), ".safetensors", write_text),
+        Kind("update", partial(update, packed), ".safetensors", partial(put, packed)),
+        Kind("update pieces", partial(update, folder / "pieces"), before=partial(put, folder / "pieces")),
         Kind("save", lambda path: embpack.save(path, embpack.load(packed), force=True), ".safetensors", write_text),
     ]
 

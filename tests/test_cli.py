@@ -953,7 +953,7 @@ def test_dequantize_refuses_an_altered_file(embpack_command, tmp_path, altered):
 def test_help_names_the_commands(embpack_command, flag):
     code, out, _ = embpack_command(flag)
     assert code == 0
-    for command in ("quantize", "compare", "methods", "inspect", "dequantize", "demo"):
+    for command in ("quantize", "compare", "methods", "inspect", "dequantize", "update", "demo"):
         assert re.search(rf"^[│ ]+{command} ", out, re.MULTILINE)
 
 
@@ -981,6 +981,12 @@ HELP = {
     ],
     "inspect": ["FILE", "--verify", "--json", "embpack inspect model-4bit.safetensors --verify"],
     "dequantize": ["SRC", "DST", ".parquet", "--json", "embpack dequantize model-4bit.safetensors"],
+    "update": [
+        *("FILE", "DELTA", "--out", "--table-column", "--id-column", "--row-column", "--step-column", "--dry-run"),
+        *("--json", "--threads", ".parquet", ".npz", "IDS.npy,ROWS.npy", "table_fqn", "key_id", "embedding"),
+        "global_step, if there is one",
+        "embpack update model-4bit.safetensors model_dir/delta_embedding_dump",
+    ],
     "demo": ["Make a checkpoint"],
 }
 

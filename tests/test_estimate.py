@@ -23,12 +23,12 @@ def make_source(folder, **tables):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Each row takes a microsecond a column, and a table a second to learn from; lists the tables that are timed."""
+    """Each row takes a microsecond a column, and a millisecond to learn from; lists the tables that are timed."""
     seen = []
 
     def time_table(decision):
         seen.append(decision.tensor.name)
-        return estimate._Timing(1000, 1.0, 1e-6 * decision.tensor.shape[1])
+        return estimate._Timing(1e-3, 1e-6 * decision.tensor.shape[1])
 
     monkeypatch.setattr(estimate, "_time_table", time_table)
     monkeypatch.setattr(estimate, "_time_copies", lambda tensors: 0.0)
@@ -42,7 +42,10 @@ def estimate_of(src, method="optimal"):
 
 def test_rows_of_one_width_are_timed_once_and_count_all(tmp_path, timed):
     src = make_source(tmp_path, a=(5000, 16), b=(500, 16), c=(200, 64))
-    assert estimate_of(src) == pytest.approx(1e-6 * (5500 * 16 + 200 * 64) + 1 + 0.5 + 0.2)
+    by_rows = 1e-6 * (5500 * 16 + 200 * 64)
+    assert estimate_of(src) == pytest.approx(by_rows)
+    assert estimate_of(src, "trellis") == pytest.approx(by_rows + 1e-3 * (4096 + 500 + 200))
+    assert estimate_of(src, "kmeans-cls") == pytest.approx(by_rows + 1e-3 * (5000 + 500 + 200))
     assert set(timed) == {"a_emb.weight", "c_emb.weight"}
 
 

@@ -36,6 +36,7 @@ EXAMPLES = {
     "language_model.py": Example(
         (), "transformers", ('tied="untie"', 'tied="share"', "the same", "opened again, it generates the same tokens")
     ),
+    "sharded_tables.py": Example(("--rows", "20000"), "torchrec", ("bytes of its own", "greatest difference")),
     "static_encoder.py": Example((), "sentence_transformers", ("mean cosine", "asym", "optimal", "trellis", "kmeans")),
     "torchrec_model.py": Example(
         ("--steps", "20"),
@@ -181,6 +182,22 @@ def test_our_module_has_no_gaps_between_rows(collections):
     ours, greedy = collections["embpack's own module"], collections["embpack, greedy"]
     assert ours.nbytes * 48 == greedy.nbytes * 36
     assert ours.pooled_error == pytest.approx(greedy.pooled_error, rel=1e-4)
+
+
+# Sharded tables
+
+
+def test_two_processes_that_torchrun_starts():
+    if importlib.util.find_spec("torchrec") is None:
+        pytest.skip("needs torchrec")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*start, str(FOLDER / "sharded_tables.py"), "--rows", "20001"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    processes = [line.split() for line in done.stdout.splitlines() if re.match(r" [01] ", line)]
+    assert [cells[0] for cells in processes] == ["0", "1"]
+    # Two float32 sums of twenty rows of normal values, in two orders: some units of 2e-6, the last place of 16 to 32.
+    assert all(float(cells[-1]) < 1e-5 for cells in processes)
 
 
 # The static encoder

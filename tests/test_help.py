@@ -17,7 +17,7 @@ from embpack.cli import options
 from embpack.files import FORMAT_VERSION
 from embpack.methods import METHODS
 
-COMMANDS = ("quantize", "compare", "methods", "inspect", "dequantize", "demo")
+COMMANDS = ("quantize", "compare", "methods", "inspect", "dequantize", "update", "demo")
 
 
 def flat(text: str) -> str:

@@ -173,6 +173,19 @@ def test_dequantize(printed, tmp_path, packed):
     assert value["totals"]["weight_bytes"] == 300 * 128 + 40 * 32
 
 
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_update(printed, tmp_path, packed, dry_run):
+    np.savez(tmp_path / "d.npz", **{"user_emb.indices": [3, 4, 3], "user_emb.rows": np.ones((3, 32), np.float32)})
+    value = printed("update", packed, tmp_path / "d.npz", *dry_run)
+    [table] = value["tables"]
+    assert (table["name"], table["num_embeddings"], table["embedding_dim"]) == ("user_emb.weight", 300, 32)
+    assert (table["ids_seen"], table["rows_changed"], table["duplicates"]) == (3, 2, 1)
+    assert (table["num_misfits"] is None) == (table["loss_changed"] is None) == bool(dry_run)
+    assert table["loss_before"] > 0 and table["loss_after"] is None
+    assert (value["destination"], value["dry_run"], value["files"]) == (str(packed), bool(dry_run), [packed.name])
+    assert (value["totals"]["rows_changed"], value["totals"]["num_tables"]) == (2, 1)
+
+
 @pytest.mark.parametrize("excluded", [[], ["--exclude", "item*"]])
 def test_compare(printed, model, excluded):
     options = ["--methods", "asym,trellis", "--param-dtype", "float32,float16", "--rotate", "none,hadamard"]

@@ -753,6 +753,7 @@ def test_what_an_index_says_beside_is_noted(tmp_path):
         ({"a": "a.pt"}, "weight_map puts 'a' into 'a.pt', which is not the name of a safetensors file"),
         ({"a": "../m.safetensors"}, "into '../m.safetensors', which is outside the index's folder"),
         ({"a": "/m.safetensors"}, "into '/m.safetensors', which is outside the index's folder"),
+        ({"a": "s3://b/m.safetensors"}, "into 's3://b/m.safetensors', which is outside the index's folder"),
         ({"a": "x.safetensors"}, "into 'x.safetensors', but there is no such file in .*; download it too"),
         ({"x": "m-1.safetensors"}, "weight_map puts 'x' into m-1.safetensors, but it is in none"),
         (

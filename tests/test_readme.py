@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from checkpoints import Arrays, run_embpack, write_safetensors
 
@@ -50,6 +52,7 @@ RUN_PAGES = {
     "plans.md": [],
     "pytorch.md": ["torch"],
     "disk.md": [],
+    "changing.md": [],
     "bridges.md": ["torchrec", "onnxruntime", "onnxscript"],
     "compare.md": [],
     "recommender.md": ["torch"],
@@ -71,8 +74,11 @@ def test_python_of_other_pages_does_so_too(tmp_path, monkeypatch, capsys, page):
 def test_the_command_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_safetensors(tmp_path, Arrays({"user_emb.weight": np.ones((50, 64), np.float32)}))
+    rows = pa.array([[0.5] * 64, [0.25] * 64], pa.list_(pa.float32()))
+    changed = pa.table({"table_fqn": ["user_emb"] * 2, "key_id": [7, 3], "embedding": rows})
+    pq.write_table(changed, tmp_path / "deltas.parquet")
     lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("embpack ")]
-    assert {shlex.split(line)[1] for line in lines} == {"compare", "quantize", "inspect", "dequantize"}
+    assert {shlex.split(line)[1] for line in lines} == {"compare", "quantize", "inspect", "dequantize", "update"}
     for line in lines:
         done = run_embpack(*shlex.split(line, comments=True)[1:])
         assert done.returncode == 0, (line, done.stderr)

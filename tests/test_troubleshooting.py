@@ -1,5 +1,6 @@
 """docs/troubleshooting.md: the errors that it explains are those that people see."""
 
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -124,6 +125,21 @@ def pack_codes(**scales: np.ndarray) -> None:
     embpack.quantize_file(SRC, "out.safetensors")
 
 
+def pack_since(damage: Callable[[bytes], bytes] = bytes, **options: object) -> None:
+    pack_file(dst="old.safetensors", method="asym", **options)
+    Path("old.safetensors").write_bytes(damage(Path("old.safetensors").read_bytes()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pack_file(method="asym", since="old.safetensors")
+
+
+def alter_packed_rows(data: bytes) -> bytes:
+    """Alter the first byte of the first table: what is kept of it, and tensors that are copied, lie elsewhere."""
+    length = int.from_bytes(data[:8], "little")
+    at = 8 + length + json.loads(data[8 : 8 + length])["user_embedding.weight"]["data_offsets"][0]
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
 MAKE: dict[str, Callable[[], object]] = {
     "Nothing to pack": lambda: pack_file("user.weight"),
     "A glob that matches nothing": lambda: pack_file(include=["usr_*"]),
@@ -138,11 +154,14 @@ MAKE: dict[str, Callable[[], object]] = {
     "Too small for float16": pack_tiny,
     "Another type": lambda: embpack.quantize(make_weight().astype(np.float64)),
     "A budget that cannot be kept": plan_too_little,
+    "An earlier file keeps no checksums": pack_since,
+    "Rows of an earlier file were altered": lambda: pack_since(alter_packed_rows, keep_checksums=True),
     "Truncated": lambda: load_damaged("short.safetensors", lambda data: data[:-100]),
     "A file that another process saved is missing": pack_without_a_file,
     "A file with pieces of tensors": pack_a_piece,
     "Altered": lambda: load_damaged("flip.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
     "Not packed": load_plain,
+    "Rows behind a URI": lambda: embpack.load("s3://models/dlrm-4bit"),
     "The destination is the source": lambda: pack_file(dst=SRC),
     "The destination is there already": pack_over_floats,
     "The model has no such embedding": load_into_another,

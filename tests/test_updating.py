@@ -16,6 +16,7 @@ import embpack
 from embpack import PackedTable, TableGroup, reference, updating
 from embpack.layouts import RowFormat
 from embpack.methods import METHODS, measure_loss
+from embpack.torch import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, PackedLinear
 from embpack.updating import assign, assign_reference, find_misfits, pack_like
 
 N, D = 200, 20
@@ -310,11 +311,12 @@ def test_rows_of_one_value_fit(rng):
 
 
 def test_misfits_by_hand():
-    row_format = RowFormat(4, 2, "float32", "trellis")
-    x = np.array([[0, 1, 2, 3.5]] * 3, np.float32)  # whose grid is 0, 7/6, 7/3, 7/2: squared errors 1/36 + 1/9
-    limit = 4 * 5 / 36
-    decoded = x + np.sqrt([[0], [limit - 1e-3], [limit + 1e-3]]) * [1, 0, 0, 0]
-    assert find_misfits(x, decoded.astype(np.float32), row_format).tolist() == [False, False, True]
+    x = np.array([[0, 1, 2, 3]] * 3, np.float32)
+    # Of 2 bits a grid has steps of 1: 4/12 of four values. Trellis-coded rows of 5 bytes have 7 bits a value: 3/127.
+    for layout, limit in (("clustered", 25 * 4 / 12), ("trellis", 4 * 4 / 12 * (3 / 127) ** 2)):
+        row_format = RowFormat(4, 2, "float32", layout)
+        decoded = x + np.sqrt([[0], [limit * 0.999], [limit * 1.001]]) * [1, 0, 0, 0]
+        assert find_misfits(x, decoded.astype(np.float32), row_format).tolist() == [False, False, True]
 
 
 def test_rows_too_small_for_float16_are_warned_of(weight):
@@ -514,3 +516,84 @@ def test_names_of_rows(weight):
     assert message_of(ValueError, pack_like, *call).startswith("rows[3, 1] is nan")
     numbers = np.arange(N) * 10
     assert message_of(ValueError, pack_like, *call, "table 'user'", numbers).startswith("table 'user'[30, 1] is nan")
+
+
+# Modules of PyTorch.
+
+
+@pytest.mark.parametrize("method", ["optimal", "kmeans", "trellis", "kmeans-cls:K=5"])
+def test_modules_see_it(method, weight, rows):
+    table = embpack.quantize(weight, method)
+    wanted = table.copy()
+    wanted.update(INDICES, rows, warn_share=1)
+    values, indices, vectors = wanted.gather(INDICES), torch.tensor(INDICES), torch.from_numpy(rows)
+    products = wanted.linear(rows)
+    makers = {
+        "embedding": lambda own: PackedEmbedding.from_table(own),
+        "bag": lambda own: PackedEmbeddingBag.from_table(own),
+        "linear": lambda own: PackedLinear.from_table(own),
+    }
+    for name, make in makers.items():
+        module = make(table.copy())
+        collection = PackedEmbeddingBagCollection({"t": module}) if name == "bag" else None
+
+        def look_up(module=module, collection=collection, name=name):
+            if name == "linear":
+                return module(vectors)
+            if collection is None:
+                return module(indices)
+            assert collection(indices[:, None]).equal(module(indices[:, None]))
+            return module(indices[:, None])
+
+        before, other = look_up(), copy.deepcopy(module)
+        report = module.table.update(INDICES, rows, method=method, warn_share=1)
+        assert report.num_rows == 7
+        assert look_up().numpy().tobytes() == (products if name == "linear" else values).tobytes()
+        assert not before.equal(look_up())
+        assert module.state_dict()["packed"].numpy().tobytes() == wanted.packed.tobytes()
+        if wanted.clusters is not None:
+            assert module.state_dict()["clusters"].numpy().tobytes() == wanted.clusters.tobytes()
+        assert other.table.packed.tobytes() == table.packed.tobytes()
+
+
+def test_tables_of_a_collection_change_through_it(weight, rows):
+    bags = {name: PackedEmbeddingBag.from_table(embpack.quantize(weight)) for name in ("a", "b")}
+    collection = PackedEmbeddingBagCollection(bags)
+    indices = torch.tensor(2 * INDICES)[:, None]
+    before = collection(indices)
+    collection.tables["b"].update(INDICES, rows, method="optimal")
+    after = collection(indices)
+    assert after[:, :D].equal(before[:, :D])
+    assert after[:, D:].equal(bags["b"](torch.tensor(INDICES)[:, None]))
+    assert not after[:, D:].equal(before[:, D:])
+
+
+def test_tied_layers_see_it(weight, rows):
+    model = torch.nn.Module()
+    model.embedding = torch.nn.Embedding.from_pretrained(torch.from_numpy(weight))
+    model.head = torch.nn.Linear(D, N, bias=False)
+    model.head.weight = model.embedding.weight
+    embpack.torch.quantize_(model, tied="share")
+    model.embedding.table.update(INDICES, rows, method="optimal")
+    looked_up = model.embedding(torch.arange(N))
+    assert looked_up[INDICES].numpy().tobytes() == embpack.quantize(rows).dequantize().tobytes()
+    torch.testing.assert_close(model.head(torch.from_numpy(rows)), torch.from_numpy(rows) @ looked_up.T)
+
+
+def test_modules_that_return_other_types_see_it(weight, rows):
+    module = PackedEmbedding.from_table(embpack.quantize(weight)).half()
+    module.table.update(INDICES, torch.from_numpy(rows).half(), method="optimal")
+    wanted = embpack.quantize(rows.astype(np.float16)).dequantize("float16")
+    assert module(torch.tensor(INDICES)).numpy().tobytes() == wanted.tobytes()
+
+
+def test_modules_whose_rows_are_elsewhere_are_refused(weight, rows, tmp_path):
+    path = tmp_path / "t.safetensors"
+    embpack.save(path, {"t": embpack.quantize(weight)})
+    for access, message in (("mapped", "mapped from a file"), ("disk", "stay on the disk")):
+        module = PackedEmbedding.from_table(embpack.load(path, access=access)["t"])
+        assert message in message_of(ValueError, module.table.update, INDICES, rows, method="optimal")
+    moved = PackedEmbedding.from_table(embpack.quantize(weight)).to("meta")
+    assert message_of(ValueError, lambda: moved.table) == (
+        "the rows are on meta; a table has them in memory: module.cpu().table"
+    )

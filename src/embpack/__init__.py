@@ -7,6 +7,7 @@ from embpack.comparison.tables import compare
 from embpack.convert import Report, quantize_file
 from embpack.disk import DiskTable
 from embpack.errors import FormatError, LossLimitError, MissingExtraError
+from embpack.file_updates import FileUpdateReport, TableUpdate, update_file
 from embpack.files import save
 from embpack.group import TableGroup
 from embpack.lookups import Table
@@ -20,6 +21,7 @@ from embpack.shard_writer import TableReport
 from embpack.table import PackedTable
 from embpack.threads import get_num_threads, set_num_threads
 from embpack.unpacking import dequantize_file
+from embpack.updating import UpdateReport
 from embpack.variant import Variant, parse_variant
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "METHODS",
     "Comparison",
     "DiskTable",
+    "FileUpdateReport",
     "FormatError",
     "LossLimitError",
     "Method",
@@ -40,6 +43,8 @@ __all__ = [
     "Table",
     "TableGroup",
     "TableReport",
+    "TableUpdate",
+    "UpdateReport",
     "Variant",
     "compare",
     "dequantize_file",
@@ -55,4 +60,5 @@ __all__ = [
     "save",
     "select_variants",
     "set_num_threads",
+    "update_file",
 ]

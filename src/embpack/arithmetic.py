@@ -42,7 +42,7 @@ def log2(x: Any) -> NDArray[np.float64]:
     square, series = z * z, np.zeros_like(z)
     for k in range(23, 0, -2):
         series = series * square + 1 / k
-    return exponent + z * series * (2 / _LN2)
+    return np.asarray(exponent + z * series * (2 / _LN2))
 
 
 def exp2(x: Any) -> NDArray[np.float64]:

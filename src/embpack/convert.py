@@ -26,6 +26,7 @@ from embpack.resuming import Unfinished, describe_run, list_sources
 from embpack.rules import Decision, Rules, decide_all, list_left_out
 from embpack.shard_writer import Progress, ShardWriter, TableReport, no_progress
 from embpack.sizes import parse_size
+from embpack.unchanged import count_unchanged, list_old_sources, open_old
 from embpack.variant import Variant
 
 
@@ -70,6 +71,8 @@ def quantize_file(
     variants: Mapping[str, Variant] | None = None,
     readable_by: Sequence[str] = (),
     max_shard_size: int | str | None = None,
+    keep_checksums: bool = False,
+    since: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
     engine: Engine | None = None,
@@ -81,7 +84,7 @@ def quantize_file(
         src: .safetensors, also sharded by its index, a .pt, .pth, .bin or .ckpt state dict, .npy, .npz, Parquet with
             fixed-size lists of floats, or .gguf; a model's folder with a safetensors file, an index or
             pytorch_model.bin; or a folder that several processes saved, by torch.distributed.checkpoint or its
-            HuggingFaceStorageWriter.
+            HuggingFaceStorageWriter. Or the URI of one of these: "s3://bucket/model" (docs/remote.md).
         dst: a .safetensors file, or a folder, whose name has no suffix. For a folder or an index as src always a
             folder, which gets the model's configuration, tokenizer and other small files, too. What embpack wrote there
             is replaced; dst is there only once it is whole.
@@ -102,6 +105,12 @@ def quantize_file(
             that no file holds is cut into pieces, which embpack.load joins. None is 5 GB, but files of an index stay
             as they are, unless a table is made of several of them. What cannot be cut, other tensors and 4,096 rows of
             a table, may be larger.
+        keep_checksums: whether the packed files keep checksums of the source's rows, for a later run that is given them
+            as since; less than 0.2 % of the packed bytes.
+        since: what an earlier run has made of an earlier source, with keep_checksums: ranges of rows whose source has
+            not changed are copied from there, if they are to be packed in the same way, and all others are packed
+            (docs/changing.md). The bytes are those of packing all with keep_checksums, which since implies. It may be
+            dst.
         resume: go on where an earlier run into the folder dst was interrupted: its whole files, which are kept beside
             dst, are read through and used. The bytes are those of a run that nobody interrupted. Without it such files
             are removed, with a UserWarning; with it there is one if there are none.
@@ -113,8 +122,9 @@ def quantize_file(
 
     Raises:
         FileExistsError: dst has something that embpack did not write, and there is no force.
-        FileNotFoundError: there is no src.
-        FormatError: src is damaged, or was changed, replaced or deleted while it was read.
+        FileNotFoundError: there is no src, or no since.
+        FormatError: src is damaged, or was changed, replaced or deleted while it was read; so is since, or embpack did
+            not write it.
         TypeError: a glob, or max_loss, is of another type.
         EngineError: the engine has no workers that can do this; an OSError.
         ValueError: no tensor is a table; a table lacks a piece or a scale, or they do not fit; a glob or a name in
@@ -124,11 +134,13 @@ def quantize_file(
             resume or an engine are given for a file; source, options or embpack are not those of the run that is to be
             resumed.
         LossLimitError: tables lose more than max_loss; a ValueError that has their names and losses.
-        OSError: dst cannot be written.
+        OSError: dst cannot be written; or src, behind a URI, cannot be read.
+        MissingExtraError: the format of src, or a URI, needs a package that is not installed.
     """
-    rules = Rules(include, exclude, Variant(method, bits, param_dtype, rotate), variants or {}, readable_by)
-    with open_checkpoint(src) as checkpoint:
-        decisions = decide_all(checkpoint, rules)
+    variant, keeps = Variant(method, bits, param_dtype, rotate), keep_checksums or since is not None
+    rules = Rules(include, exclude, variant, variants or {}, readable_by, keeps)
+    with open_checkpoint(src) as checkpoint, open_old(since) as find_old:
+        decisions = find_old(decide_all(checkpoint, rules))
         return pack_checkpoint(
             checkpoint,
             decisions,
@@ -173,7 +185,8 @@ def pack_checkpoint(
         keeper = Unfinished(dst, run, output.writers, sizes, resume)
         if engine is not None:
             shown = [dst / shard.file_name for shard in output.shards]
-            make_files = Distribution(engine, output.writers, shown, keeper, list_sources(checkpoint)).make_files
+            sources = [*list_sources(checkpoint), *list_old_sources(decisions)]
+            make_files = Distribution(engine, output.writers, shown, keeper, sources).make_files
     write_checkpoint(
         dst,
         output.shards,
@@ -190,7 +203,7 @@ def pack_checkpoint(
         left_out=list_left_out(checkpoint, decisions),
         copied_files=checkpoint.companions,
         file_bytes_before=sum(shard.num_bytes for shard in checkpoint.shards),
-        file_bytes_after=_bytes_on_disk(dst.parent if output.folder is None else dst, output.shards),
+        file_bytes_after=sum(sizes.values()),
         seconds=time.perf_counter() - started,
     )
 
@@ -213,9 +226,7 @@ def count_file_bytes(
     Raises:
         ValueError: pack_checkpoint could not write them.
     """
-    if dst is None:
-        dst = Path("packed" if max_shard_size is not None else "packed.safetensors")
-    shards = _Output.make(checkpoint, decisions, dst, max_shard_size).shards
+    shards = _Output.make(checkpoint, decisions, _stand_in(dst, max_shard_size), max_shard_size).shards
     return sum(count_shard_bytes(checkpoint.path, shard) for shard in shards)
 
 
@@ -266,6 +277,37 @@ class _Output:
         """What packing the tables that are written came to, in order."""
         tables = {id(piece.table): piece.table for writer in self.writers for piece in writer.pieces}
         return tuple(table.report for table in tables.values() if table.report is not None)
+
+
+def count_unchanged_rows(
+    checkpoint: Checkpoint,
+    decisions: Sequence[Decision],
+    dst: Path | None = None,
+    max_shard_size: int | str | None = None,
+) -> dict[str, int]:
+    """Count the rows of each table that pack_checkpoint would copy from what an earlier run has packed.
+
+    Args:
+        checkpoint: which is open, and is read for it.
+        decisions: on all of its tensors, as open_old has completed them; the tables of others are left out.
+        dst: as count_file_bytes takes it.
+        max_shard_size: as quantize_file takes it.
+    """
+    writers = _Output.make(checkpoint, decisions, _stand_in(dst, max_shard_size), max_shard_size).writers
+    counts: dict[str, int] = {}
+    for piece in (piece for writer in writers for piece in writer.pieces):
+        decision = piece.table.decision
+        if decision.old is not None:
+            rows = piece.first_row, piece.first_row + piece.num_rows
+            counts.setdefault(decision.tensor.name, 0)
+            counts[decision.tensor.name] += count_unchanged(decision, piece.table.fit(), *rows)
+    return counts
+
+
+def _stand_in(dst: Path | None, max_shard_size: int | str | None) -> Path:
+    if dst is None:
+        return Path("packed" if max_shard_size is not None else "packed.safetensors")
+    return dst
 
 
 def makes_folder(checkpoint: Checkpoint, dst: Path) -> bool:
@@ -323,7 +365,3 @@ def check_destination(
         raise ValueError(f"{dst}: workers write the files of a folder; leave {dst.suffix} out")
     read_file_size(max_shard_size)
     check_place(checkpoint, dst, list_own, as_folder=as_folder, force=force)
-
-
-def _bytes_on_disk(folder: Path, shards: Sequence[OutShard]) -> int:
-    return sum((folder / shard.file_name).stat().st_size for shard in shards)

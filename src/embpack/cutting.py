@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+from embpack.chunks import span_rows
 from embpack.files import PIECE_ROWS
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.formats.safetensors import bound_bytes
+from embpack.kept import RANGE
 from embpack.rules import Decision, split_decisions
 from embpack.shard_writer import PieceWriter, Progress, ShardWriter, TableWriter, no_progress
 
@@ -65,7 +67,10 @@ def cut(tensor: PieceWriter | SourceTensor, room: int) -> Sequence[PieceWriter |
     # Numbers in its description are of as many digits as they can have.
     piece = PieceWriter(table, num_rows, num_rows, num_rows)
     row_bytes = piece.nbytes - PieceWriter(table, 0, num_rows - 1).nbytes
-    fitting = (room - (count_added(piece) - num_rows * row_bytes)) // row_bytes
+    # What is kept of ranges of rows takes bytes by these; the entry for the whole and that of the last range are whole.
+    span, range_bytes = span_rows(table.row_format.embedding_dim), RANGE.itemsize if piece.kept_bytes else 0
+    fixed = count_added(piece) - num_rows * row_bytes - piece.kept_bytes + 2 * range_bytes
+    fitting = (room - fixed) * span // (row_bytes * span + range_bytes)
     rows = max(1, fitting // PIECE_ROWS) * PIECE_ROWS
     return table.cut(rows) if rows < num_rows else [tensor]
 

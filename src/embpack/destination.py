@@ -17,6 +17,8 @@ def check_place(checkpoint: Checkpoint, dst: Path, list_own: ListOwn, *, as_fold
 
 
 def _check_place(checkpoint: Checkpoint, dst: Path, list_own: ListOwn, *, as_folder: bool, force: bool) -> None:
+    if is_remote(dst) and not dst.name:
+        raise ValueError(f"{dst}: names a bucket alone; give the name of a file or folder in it")
     if checkpoint.is_folder and dst.suffix.lower() in {*FORMATS, ".json"}:
         what = f"{checkpoint.path} is sharded" if checkpoint.folder is None else f"{checkpoint.folder} is a folder"
         raise ValueError(f"{dst}: {what}, so the destination is a folder; leave {dst.suffix} out")

@@ -245,7 +245,7 @@ def bound_packing(table: TableWriter) -> int:
 def bound_fitting(table: TableWriter) -> int:
     """Bytes that fit_table takes at most, beside what a worker has anyway."""
     num_embeddings, embedding_dim = table.decision.tensor.shape
-    sampled = table.method.count_sampled(num_embeddings, table.row_format) * embedding_dim
+    sampled = table.method.sample_rows(num_embeddings, table.row_format) * embedding_dim
     return bound_packing(table) + _SAMPLES * sampled * np.dtype(np.float32).itemsize
 
 

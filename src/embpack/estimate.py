@@ -88,7 +88,7 @@ def estimate_seconds(decisions: Sequence[Decision]) -> float | None:
     try:
         for own in ways.values():
             timing = _time_table(max(own, key=lambda each: each.tensor.shape[0]))
-            seconds += sum(timing.estimate(each.tensor.shape[0]) for each in own)
+            seconds += sum(timing.estimate(each) for each in own)
     except ValueError:
         return None
     return seconds + _time_copies([each.tensor for each in decisions if each.variant is None and not each.is_left_out])
@@ -99,17 +99,16 @@ class _Timing:
     """How long some rows of a table take.
 
     Attributes:
-        rows: that were looked at.
-        fixed: seconds to learn from so many rows, or any larger number.
+        by_learned_row: seconds that each row takes of those that the method learns from.
         by_row: seconds that each row takes.
     """
 
-    rows: int
-    fixed: float
+    by_learned_row: float
     by_row: float
 
-    def estimate(self, num_embeddings: int) -> float:
-        return self.fixed * min(1.0, num_embeddings / self.rows) + self.by_row * num_embeddings
+    def estimate(self, decision: Decision) -> float:
+        table, rows = TableWriter(decision), decision.tensor.shape[0]
+        return self.by_learned_row * table.method.sample_rows(rows, table.row_format) + self.by_row * rows
 
 
 def _time_table(decision: Decision) -> _Timing:
@@ -127,8 +126,10 @@ def _time_table(decision: Decision) -> _Timing:
         yield rows
         passes += reading + time.perf_counter() - started
 
-    fitting, packer = _time(lambda: table.method.fit(read, count, table.row_format, decision.place))
-    return _Timing(count, max(0.0, fitting - passes), (passes + reading) / count + _time_row(packer, rows))
+    method = table.method.for_part(num_embeddings, table.row_format)
+    fitting, packer = _time(lambda: method.fit(read, count, table.row_format, decision.place))
+    learned = max(1, method.sample_rows(count, table.row_format))
+    return _Timing(max(0.0, fitting - passes) / learned, (passes + reading) / count + _time_row(packer, rows))
 
 
 def _time_row(packer: Packer, rows: NDArray[Any]) -> float:

@@ -147,16 +147,25 @@ _KEYS = {1: {"version", "tables"}, **{version: {"version", "tables", "others", "
 
 
 def make_metadata(
-    tables: Mapping[str, TableEntry], others: Mapping[str, str], tensors: Iterable[OutTensor]
+    tables: Mapping[str, TableEntry],
+    others: Mapping[str, str],
+    tensors: Iterable[OutTensor | SourceTensor],
+    *,
+    is_compact: bool = False,
 ) -> dict[str, str]:
-    """Make a file's metadata from the entries of its tables, the checksums of its other tensors, and all tensors."""
+    """Make a file's metadata from the entries of its tables, the checksums of its other tensors, and all tensors.
+
+    Without the spaces, which is_compact leaves out, it takes less room than before, though a loss has more digits.
+    """
     has_pieces = any(entry.piece is not None for entry in tables.values())
     value = {
         "version": PIECES_VERSION if has_pieces else FORMAT_VERSION,
         "tables": {name: entry.as_json() for name, entry in tables.items()},
         "others": dict(others),
     }
-    return {METADATA_KEY: json.dumps({**value, "checksum": _checksum_header(value, tensors)})}
+    separators = (",", ":") if is_compact else None
+    checked = {**value, "checksum": _checksum_header(value, tensors)}
+    return {METADATA_KEY: json.dumps(checked, separators=separators)}
 
 
 def _checksum_header(value: Mapping[str, Any], tensors: Iterable[OutTensor | SourceTensor]) -> str:
@@ -383,7 +392,8 @@ def save(
     """Write tables to one safetensors file, all or nothing.
 
     Args:
-        path: ends in .safetensors; a file of embpack's that exists is replaced at once, when everything is on the disk.
+        path: ends in .safetensors, and may be a URI; a file of embpack's that exists is replaced at once, when
+            everything is on the disk.
         tables: name to table.
         others: arrays to write beside the tables, by name; load leaves them out.
         force: replace any other file, too, such as a checkpoint that is not packed.

@@ -25,6 +25,7 @@ from embpack.formats import INDEX_SUFFIX, Checkpoint, Shard, SourceTensor, open_
 from embpack.formats.joined import join_arrays
 from embpack.formats.paths import as_path, is_remote
 from embpack.formats.remote import explained, refuse_access
+from embpack.kept import SUFFIX, is_kept
 from embpack.lookups import Table
 from embpack.methods.base import join_losses
 from embpack.pages import use_huge_pages
@@ -42,12 +43,14 @@ class PackedFile:
         contents: what it says of itself.
         parts: the tensors of each table, or piece of one, its packed rows first.
         others: its other tensors, by name.
+        kept: what it keeps of the source's rows (embpack.kept), by the names of the tables, or pieces, that have it.
     """
 
     path: Path
     contents: Contents
     parts: dict[str, list[SourceTensor]]
     others: dict[str, SourceTensor]
+    kept: dict[str, SourceTensor]
 
     def verify(self, name: str) -> None:
         """Read a table, or a piece of one, through and compare its checksum.
@@ -60,8 +63,9 @@ class PackedFile:
 
     def verify_others(self) -> None:
         """Do the same for all tensors that are no table's, where there are checksums of them."""
+        tensors = self.others | {tensor.name: tensor for tensor in self.kept.values()}
         for name, promised in (self.contents.others or {}).items():
-            check_bytes(self.path, f"tensor {name!r}", digest_tensors([self.others[name]]), promised)
+            check_bytes(self.path, f"tensor {name!r}", digest_tensors([tensors[name]]), promised)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ class TablePiece:
         return self.file.parts[self.name]
 
     @property
+    def kept(self) -> SourceTensor | None:
+        """What its file keeps of the source's rows; None if nothing."""
+        return self.file.kept.get(self.name)
+
+    @property
     def end_row(self) -> int:
         """Row of the table that follows its last."""
         return self.first_row + self.entry.num_embeddings
@@ -106,6 +115,11 @@ class StoredTable:
     name: str
     entry: TableEntry
     pieces: tuple[TablePiece, ...]
+
+    @property
+    def keeps_checksums(self) -> bool:
+        """Whether its files keep checksums of the rows that it was made of."""
+        return all(piece.kept is not None for piece in self.pieces)
 
     @property
     def nbytes(self) -> int:
@@ -281,7 +295,13 @@ def check_file(path: Path, shard: Shard) -> PackedFile:
     """
     contents = read_contents(path, shard)
     parts, others = split_shard(shard, contents.tables)
-    return PackedFile(path, contents, parts, {tensor.name: tensor for tensor in others})
+    by_name = {tensor.name: tensor for tensor in others}
+    kept = {}
+    for name, entry in contents.tables.items() if contents.others is not None else ():
+        tensor = by_name.get(name + SUFFIX)
+        if tensor is not None and is_kept(tensor, entry.num_embeddings, entry.embedding_dim):
+            kept[name] = by_name.pop(tensor.name)
+    return PackedFile(path, contents, parts, by_name, kept)
 
 
 def _join(path: Path, name: str, pieces: Sequence[TablePiece], files: Sequence[PackedFile]) -> StoredTable:
@@ -307,16 +327,18 @@ def _join(path: Path, name: str, pieces: Sequence[TablePiece], files: Sequence[P
         end_row = piece.end_row
     if end_row < num_embeddings:
         raise _explain_missing(where, len(pieces), end_row, num_embeddings, files)
-    entry = replace(first.entry, num_embeddings=num_embeddings, loss=_join_losses(pieces), checksum="", piece=None)
+    loss = find_loss([piece.entry for piece in pieces])
+    entry = replace(first.entry, num_embeddings=num_embeddings, loss=loss, checksum="", piece=None)
     return StoredTable(name, entry, tuple(pieces))
 
 
-def _join_losses(pieces: Sequence[TablePiece]) -> float | None:
-    """The loss of a table in pieces; None if it is unknown of any."""
-    entries = [piece.entry for piece in pieces]
+def find_loss(entries: Sequence[TableEntry]) -> float | None:
+    """Find the loss of a table from the entries of all its pieces; None if it is unknown of any."""
+    if entries[0].piece is None:
+        return entries[0].loss
     known = [(each.loss, each.piece.square_norm) for each in entries if each.piece and each.loss is not None]
     losses = [(loss, square) for loss, square in known if square is not None]
-    return join_losses(losses) if len(losses) == len(pieces) else None
+    return join_losses(losses) if len(losses) == len(entries) else None
 
 
 def _describe(piece: TablePiece) -> tuple[int, tuple[str, ...]]:
@@ -356,7 +378,8 @@ def load(path: str | Path, *, verify: bool = False, access: Access = "mapped") -
     """Open the tables of a file without reading them: rows are read when they are looked up.
 
     Args:
-        path: a file written by save or quantize_file; of several files their folder or index.
+        path: a file written by save or quantize_file; of several files their folder or index. Or its URI, "s3://...",
+            for access "memory".
         verify: read the tables through once and compare their checksums. That of the header is always compared; other
             tensors are not read, embpack inspect --verify and dequantize do that.
         access: where rows are when they are looked up. "mapped": in the file, whose pages are read then, one after the
@@ -381,12 +404,10 @@ def load(path: str | Path, *, verify: bool = False, access: Access = "mapped") -
             written, lacks a piece of a table, or was changed while it was read; with verify, a table's bytes were
             altered.
         OSError: the file cannot be read, or too many files are open.
-        ValueError: there is no such access.
+        ValueError: there is no such access, or path is a URI and access not "memory".
     """
-    check_access(access)
     path = as_path(path)
-    if is_remote(path) and access != "memory":
-        refuse_access(path, access)
+    check_access(access, path)
     tables = {}
     with open_packed(path) as checkpoint:
         for name, table in checkpoint.tables.items():
@@ -396,7 +417,9 @@ def load(path: str | Path, *, verify: bool = False, access: Access = "mapped") -
     return tables
 
 
-def check_access(access: str) -> None:
-    """Raise ValueError if there is no such way to have rows."""
+def check_access(access: str, path: Path) -> None:
+    """Raise ValueError if there is no such way to have rows, or none of what is under a path."""
     if access not in get_args(Access):
         raise ValueError(f"access is {access!r}; choose one of {', '.join(get_args(Access))}")
+    if is_remote(path) and access != "memory":
+        refuse_access(path, access)

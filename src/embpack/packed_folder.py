@@ -11,6 +11,7 @@ from typing import BinaryIO
 from embpack.files import format_checksum, is_packed
 from embpack.formats import INDEX_SUFFIX, Checkpoint
 from embpack.formats.new_folder import iter_files
+from embpack.formats.paths import is_remote
 from embpack.static_encoders import MODULES_NAME, point_to_float, point_to_packed
 
 MANIFEST_NAME = "embpack.json"
@@ -124,7 +125,8 @@ def _read_list(folder: Path) -> Mapping[str, str | None]:
 
 
 def _is_as_written(path: Path, checksum: object) -> bool:
-    if path.is_symlink() or not path.is_file():
+    # What is behind a URI was listed as an object.
+    if not is_remote(path) and (path.is_symlink() or not path.is_file()):
         return False
     if checksum is None:
         return is_packed(path)

@@ -1,8 +1,8 @@
 """Ranges of rows: what is packed at a time, by whichever process, and files that are put together of them.
 
-A range is packed into a part, a file of its own: its packed rows, and after them its entries of the array that lies
-beside them by row, if there is one. A file beside it, whose name ends in .json, says what is known of it. Everything
-here may be done twice, at the same time, and comes to the same bytes.
+A range is packed into a part, a file of its own: its packed rows, after them its entries of the array that lies beside
+them by row, if there is one, and what is kept of the source's rows, if that is. A file beside it, whose name ends in
+.json, says what is known of it. Everything here may be done twice, at the same time, and comes to the same bytes.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ from embpack.formats.paths import is_remote
 from embpack.formats.remote import for_each
 from embpack.formats.safetensors import write_safetensors
 from embpack.formats.source import SourceFile, make_source
+from embpack.kept import RANGE, count_ranges
 from embpack.methods import Packer
 from embpack.methods.base import Sums, condense
 from embpack.rules import Decision
@@ -54,6 +55,7 @@ class Part:
         checksum: of them.
         packer: a checksum of what its rows were packed by.
         seconds: spent reading, packing and writing it.
+        reused_rows: that were copied from what an earlier run has packed.
     """
 
     file: int
@@ -64,6 +66,7 @@ class Part:
     checksum: str
     packer: str
     seconds: float
+    reused_rows: int = 0
 
 
 def name_part(folder: Path, name: str) -> tuple[Path, Path]:
@@ -118,11 +121,8 @@ def fit_table(decision: Decision) -> Packer:
 
 
 def checksum_packer(packer: Packer) -> str:
-    """Checksum what rows are packed by: its method, and what they share."""
-    digest = hashlib.sha256(f"{packer.spec} in {packer.row_format}".encode())
-    for array in packer.beside().values():
-        digest.update(as_bytes(array))
-    return format_checksum(digest)
+    """Checksum what rows are packed by, as metadata has checksums."""
+    return f"sha256:{packer.digest().hex()}"
 
 
 def pack_range(
@@ -145,7 +145,8 @@ def pack_range(
     started = time.perf_counter()
     decision, packer = table
     path, known = name_part(folder, name)
-    digest, sums, by_row, num_bytes = hashlib.sha256(), list[Sums](), list[NDArray[Any]](), 0
+    digest, sums, num_bytes, reused_rows = hashlib.sha256(), list[Sums](), 0, 0
+    by_row, ranges = list[NDArray[Any]](), list[NDArray[Any]]()
     with _new_file(path, folder, lasting=False) as file:
 
         def write(array: NDArray[Any]) -> int:
@@ -158,7 +159,10 @@ def pack_range(
             sums = condense([*sums, *rows.sums])
             if rows.by_row is not None:
                 by_row.append(rows.by_row)
-        num_bytes += sum(map(write, by_row))
+            if rows.ranges is not None:
+                ranges.append(rows.ranges)
+            reused_rows += rows.reused
+        num_bytes += sum(map(write, (*by_row, *ranges)))
     seconds = time.perf_counter() - started
     part = Part(
         file_number,
@@ -169,6 +173,7 @@ def pack_range(
         format_checksum(digest),
         checksum_packer(packer),
         seconds,
+        reused_rows,
     )
     with _new_file(known, folder, lasting=False) as file:
         file.write(json.dumps(asdict(part)).encode())
@@ -274,12 +279,16 @@ class _PartReader:
                     if start + count < part.stop:
                         yield PackedRows(packed, [])
                 own = None if entry is None else np.empty(part.stop - part.start, entry)
-                if own is not None:
-                    source.read_into(position, own)
-                    digest.update(as_bytes(own))
+                count = count_ranges(part.stop - part.start, row_format.embedding_dim)
+                ranges = None if self.piece.kept_name is None else np.empty(count, RANGE)
+                for beside in (own, ranges):
+                    if beside is not None:
+                        source.read_into(position, beside)
+                        digest.update(as_bytes(beside))
+                        position += beside.nbytes
             if format_checksum(digest) != part.checksum:
                 raise _explain_damage(path, "its bytes are others")
-            yield PackedRows(packed, part.sums, own)
+            yield PackedRows(packed, part.sums, own, ranges, part.reused_rows)
 
 
 @contextmanager

@@ -5,6 +5,7 @@
 Tasks are small and the object store carries no table: workers read and write files that all of them see.
 """
 
+import logging
 import os
 import platform
 import re
@@ -142,7 +143,7 @@ def _join(address: str) -> None:
 
 def _initialize(address: str, **options: Any) -> None:
     try:
-        ray.init(address, log_to_driver=False, logging_level="error", **options)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (RayError, RuntimeError, OSError, ValueError, SystemExit) as error:
         # SystemExit is what comes of a cluster that does not answer.
         raise EngineError(f"{address}: cannot be used: {' '.join(str(error).split())}; {_WAYS}") from error

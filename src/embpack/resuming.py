@@ -92,7 +92,10 @@ def find_differences(before: Record, now: Record) -> list[str]:
         if was != own:
             found.append(f"table {name!r} was {was} and is to be {own}")
     if not found and before["files"] != now["files"]:
-        found.append("the files get other tensors: max_shard_size (--max-shard-size) is another")
+        found.append(
+            "the files get other tensors: max_shard_size (--max-shard-size) is another, or keep_checksums "
+            "(--keep-checksums)"
+        )
     return found
 
 
@@ -190,7 +193,8 @@ class Unfinished:
             sums = [
                 Sums(float(error), float(square), int(lost), float(own)) for error, square, lost, own in known["sums"]
             ]
-            done[name] = DonePiece(file.contents.tables[name], sums, float(known["seconds"]))
+            reused = int(known["reused_rows"]), known["packed_anew"] and str(known["packed_anew"])
+            done[name] = DonePiece(file.contents.tables[name], sums, float(known["seconds"]), *reused)
         file.verify_others()
         for piece in pieces:
             shared = piece.table.row_format.form.shared()
@@ -202,7 +206,12 @@ class Unfinished:
     def keep(self, number: int, path: Path) -> None:
         """Write down that a file is whole."""
         known = {
-            piece.name: {"sums": piece.done.sums, "seconds": piece.done.seconds}
+            piece.name: {
+                "sums": piece.done.sums,
+                "seconds": piece.done.seconds,
+                "reused_rows": piece.done.reused_rows,
+                "packed_anew": piece.done.packed_anew,
+            }
             for piece in self.writers[number].pieces
             if piece.done is not None
         }
@@ -266,8 +275,8 @@ class Unfinished:
             ValueError: it is damaged, and is to be used.
         """
         try:
-            with path.open("rb") as file:
-                value = json.loads(file.read(_MOST_RECORD_BYTES))
+            with make_source(path) as source:
+                value = json.loads(source.read(0, _MOST_RECORD_BYTES))
             if value["version"] == _RECORD_VERSION and _is_run(value["run"]) and isinstance(value["files"], dict):
                 return {"run": value["run"], "files": value["files"]}
         except FileNotFoundError:

@@ -13,6 +13,7 @@ from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embpack.composites import Unit, list_units
 from embpack.files import METADATA_KEY
@@ -25,6 +26,9 @@ from embpack.selection import refuse_unread
 from embpack.table_names import says_embedding
 from embpack.text import printable, quote
 from embpack.variant import Variant
+
+if TYPE_CHECKING:
+    from embpack.unchanged import OldTable
 
 # The types that can be packed, by their safetensors names.
 PACKABLE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -46,6 +50,8 @@ class Decision:
         path: of the file that has it, if it is known.
         shard: which of the checkpoint's it is in, by number; the first of its parts is.
         is_chosen: whether the variant is its own, as Rules.variants say.
+        keeps_checksums: whether its file keeps checksums of the rows that it is read from.
+        old: what an earlier run has made of it, if that is to be used; None if not.
     """
 
     tensor: SourceTensor
@@ -54,6 +60,8 @@ class Decision:
     path: Path | None = None
     is_chosen: bool = False
     shard: int = 0
+    keeps_checksums: bool = False
+    old: "OldTable | None" = None
 
     @property
     def place(self) -> str:
@@ -112,6 +120,7 @@ class Rules:
         variants: by name or glob, how tables are packed that have a variant of their own; of several that match, the
             last counts. A name of a tensor is no glob, whatever its characters.
         readable_by: names in embpack.readers.READERS, all of which are to read packed rows as they are.
+        keep_checksums: whether files keep checksums of the rows that tables are read from.
 
     Raises:
         TypeError: include, exclude or readable_by is one string.
@@ -123,6 +132,7 @@ class Rules:
     variant: Variant = field(default_factory=Variant)
     variants: Mapping[str, Variant] = field(default_factory=dict)
     readable_by: Sequence[str] = ()
+    keep_checksums: bool = False
 
     def __post_init__(self) -> None:
         for name, what in (("include", "globs"), ("exclude", "globs"), ("readable_by", "readers")):
@@ -145,7 +155,8 @@ class Rules:
             return Decision(tensor, None, reason, path)
         included = _match(tensor.name, self.include)
         variant = self.variants.get(tensor.name, self.variant)
-        decision = Decision(tensor, variant, "included", path, tensor.name in self.variants)
+        is_chosen = tensor.name in self.variants
+        decision = Decision(tensor, variant, "included", path, is_chosen, keeps_checksums=self.keep_checksums)
         try:
             if fault is not None:
                 raise ValueError(fault)

@@ -17,12 +17,14 @@ from embpack.files import PIECE_ALIGNMENT, PieceEntry, TableEntry, format_checks
 from embpack.formats import OutShard, OutTensor, SourceTensor
 from embpack.formats.base import as_bytes
 from embpack.formats.dtypes import name_dtype
+from embpack.kept import SUFFIX, find_shape, join_kept
 from embpack.layouts import ArraySpec, RowFormat
 from embpack.methods import Method, Packer, measure_loss
 from embpack.methods.base import Sums, condense, find_warning
 from embpack.packing import iter_packed
 from embpack.rotation import rotate_chunks
 from embpack.rules import Decision
+from embpack.unchanged import pack_ranges
 
 # Told of rows as they are done: the table's name and how many more.
 Progress = Callable[[str, int], None]
@@ -39,11 +41,15 @@ class PackedRows(NamedTuple):
         packed: uint8 [n, row_bytes], which the next ones may overwrite.
         sums: of the spans that end with them.
         by_row: entries of the array beside the rows, [n], or those of rows before, too; None if there is none.
+        ranges: what is kept of them, an array of kept.RANGE, or of rows before, too; None if nothing is.
+        reused: rows that were copied from what an earlier run has packed.
     """
 
     packed: NDArray[np.uint8]
     sums: Sequence[Sums]
     by_row: NDArray[Any] | None = None
+    ranges: NDArray[Any] | None = None
+    reused: int = 0
 
 
 # As long as any.
@@ -61,6 +67,8 @@ class TableReport:
         square_norm: sum of the squares of its values.
         seconds: spent reading, packing and writing it.
         warning: what to know of it and to do about it, such as rows that are lost; None if there is nothing.
+        reused_rows: that were copied from what an earlier run has packed; None if nothing was to be.
+        packed_anew: why none could be, in words; None if some could, or nothing was to be.
     """
 
     name: str
@@ -74,6 +82,8 @@ class TableReport:
     square_norm: float
     seconds: float
     warning: str | None = None
+    reused_rows: int | None = None
+    packed_anew: str | None = None
 
     @property
     def rows_per_second(self) -> float:
@@ -145,6 +155,8 @@ class TableWriter:
             square_norm=math.fsum(span.square for span in sums),
             seconds=math.fsum(piece.seconds for piece in done),
             warning=find_warning(sums),
+            reused_rows=None if decision.old is None else sum(piece.reused_rows for piece in done),
+            packed_anew=done[0].packed_anew,
         )
 
     def fit(self) -> Packer:
@@ -164,7 +176,7 @@ class TableWriter:
         if self.shared not in (None, own):
             raise OSError(
                 f"{self.decision.place}: cannot be resumed here, for {self.method.spec} comes to other codebooks than "
-                "in the run before, as with another version of NumPy or on another kind of CPU; go on where that was, "
+                "in the run before, as with another version of NumPy; go on with that one, "
                 "or leave out --resume (in Python resume=True) to begin anew"
             )
         self.shared = own
@@ -172,8 +184,11 @@ class TableWriter:
     def pack_rows(self, start: int, stop: int) -> Iterator[PackedRows]:
         """Pack rows [start, stop)."""
         packer, done = self.fit(), 0
-        by_row = packer.make_by_row(stop - start)
         on_rows = partial(self.progress, self.decision.tensor.name)
+        if self.decision.keeps_checksums:
+            yield from map(PackedRows._make, pack_ranges(self.decision, packer, start, stop, on_rows))
+            return
+        by_row = packer.make_by_row(stop - start)
         for packed, own in iter_packed(packer, self.read(start, stop), start, on_rows, by_row):
             yield PackedRows(packed, own, None if by_row is None else by_row[done : done + len(packed)])
             done += len(packed)
@@ -192,11 +207,14 @@ class DonePiece:
         entry: what its file says of it.
         sums: few, which come to what those of all its spans come to.
         seconds: spent reading, packing and writing it.
+        reused_rows, packed_anew: as TableReport has them.
     """
 
     entry: TableEntry
     sums: Sequence[Sums]
     seconds: float
+    reused_rows: int = 0
+    packed_anew: str | None = None
 
 
 @dataclass
@@ -209,6 +227,7 @@ class PieceWriter:
         num_rows: how many.
         number: of the piece; None if it is the whole table.
         beside: the arrays beside the rows, by name; there once the rows are packed.
+        kept: what is kept of the source's rows, if that is to be; there by then, too.
         done: there once the rows are packed.
         read_rows: what yields its packed rows, if they are not packed while it is being written.
     """
@@ -218,6 +237,7 @@ class PieceWriter:
     num_rows: int
     number: int | None = None
     beside: dict[str, NDArray[Any]] = field(default_factory=dict)
+    kept: NDArray[np.uint8] | None = None
     done: DonePiece | None = None
     read_rows: Callable[[], Iterator[PackedRows]] | None = None
 
@@ -236,16 +256,37 @@ class PieceWriter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Bytes of its packed rows and of what lies beside them."""
         return self.num_rows * self.table.row_format.row_bytes + sum(spec.nbytes for spec in self.specs)
 
-    def out_tensors(self) -> list[OutTensor]:
-        """Make the tensors that the output has of it."""
+    @property
+    def kept_name(self) -> str | None:
+        """Of the tensor with what is kept of the source's rows; None if nothing is."""
+        return self.name + SUFFIX if self.table.decision.keeps_checksums else None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of that tensor."""
+        return math.prod(self._kept_shape) if self.kept_name else 0
+
+    @property
+    def _kept_shape(self) -> tuple[int, int]:
+        return find_shape(self.num_rows, self.table.row_format.embedding_dim)
+
+    def out_tensors(self, keep_checksum: Callable[[str, "hashlib._Hash"], None]) -> list[OutTensor]:
+        """Make the tensors that the output has of it.
+
+        Args:
+            keep_checksum: is given the name and the digest of the one that is not the table's.
+        """
         out = [OutTensor(self.name, "U8", (self.num_rows, self.table.row_format.row_bytes), self._pack)]
         for spec in self.specs:
             dtype = name_dtype(spec.dtype)
             assert dtype is not None
             out.append(OutTensor(self.name + spec.suffix, dtype, spec.known_shape, partial(self._read, spec.name)))
+        if self.kept_name is not None:
+            read = partial(self._read_kept, partial(keep_checksum, self.kept_name))
+            out.append(OutTensor(self.kept_name, "U8", self._kept_shape, read))
         return out
 
     @property
@@ -263,25 +304,39 @@ class PieceWriter:
         shared = packer.beside()
         for array in shared.values():
             self.table.check_shared(array)
-        by_row, digest, sums = list[NDArray[Any]](), hashlib.sha256(), list[Sums]()
+        by_row, ranges, reused_rows = list[NDArray[Any]](), list[NDArray[Any]](), 0
+        digest, sums = hashlib.sha256(), list[Sums]()
         read = self.read_rows or partial(self.table.pack_rows, self.first_row, self.first_row + self.num_rows)
         for rows in read():
             digest.update(rows.packed.data)
             sums = condense([*sums, *rows.sums])
             if rows.by_row is not None:
                 by_row.append(rows.by_row)
+            if rows.ranges is not None:
+                ranges.append(rows.ranges)
+            reused_rows += rows.reused
             yield rows.packed
         for spec in self.specs:
             self.beside[spec.name] = shared[spec.name] if spec.name in shared else np.concatenate(by_row)
             digest.update(as_bytes(self.beside[spec.name]))
         square_norm = math.fsum(span.square for span in sums)
         entry = self._make_entry(packer.spec, measure_loss(sums), square_norm, format_checksum(digest))
-        self.done = DonePiece(entry, sums, time.perf_counter() - started)
+        if ranges:
+            self.kept = join_kept(packer, ranges)
+        old = self.table.decision.old
+        packed_anew = None if old is None else old.explain(packer)
+        self.done = DonePiece(entry, sums, time.perf_counter() - started, reused_rows, packed_anew)
         if all(piece.done for piece in self.table.pieces):
             self.table.packer = None
 
     def _read(self, name: str) -> Iterator[NDArray[Any]]:
         yield self.beside.pop(name)
+
+    def _read_kept(self, finish: Callable[["hashlib._Hash"], None]) -> Iterator[NDArray[Any]]:
+        assert self.kept is not None  # its rows are written before
+        yield self.kept
+        finish(hashlib.sha256(self.kept.data))
+        self.kept = None
 
     def _make_entry(self, method: str, loss: float, square_norm: float, checksum: str) -> TableEntry:
         tensor, piece = self.table.decision.tensor, None
@@ -316,7 +371,9 @@ class ShardWriter:
         others: dict[str, str] = {}
         for tensor in self.tensors:
             if isinstance(tensor, PieceWriter):
-                out += tensor.out_tensors()
+                if tensor.kept_name is not None:
+                    others[tensor.kept_name] = _NO_CHECKSUM
+                out += tensor.out_tensors(partial(_keep_checksum, others))
             else:
                 others[tensor.name] = _NO_CHECKSUM
                 out.append(copy_tensor(tensor, partial(_keep_checksum, others, tensor.name)))

@@ -218,7 +218,7 @@ class PackedTable(Table):
 
         return update_table(self, indices, rows, method, warn_share)
 
-    def set_loss(self, loss: float | None) -> None:
+    def _set_loss(self, loss: float | None) -> None:
         """Say what the rows lose after they have changed; of this table and of as_packed, whichever it is."""
         table: PackedTable | None = self
         while table is not None and (whole := table.__dict__.get("_whole", lambda: None)()) is not None:

@@ -51,9 +51,9 @@ def dequantize_file(
     """Write a packed checkpoint as a plain one that the original program can load, streaming.
 
     Args:
-        src: what quantize_file or save wrote; a file, or a folder.
+        src: what quantize_file or save wrote; a file, or a folder; or its URI.
         dst: .safetensors, .pt, .pth, .bin, .ckpt, .npy, .npz or .parquet, by its suffix; for a folder as src a folder,
-            which gets the model's small files, too. Tables in pieces are whole there.
+            which gets the model's small files, too. Tables in pieces are whole there. Or a URI.
         force: write to dst though there is something, for nothing in a plain checkpoint says that embpack wrote it. A
             file is replaced; of a folder what has the name of a new file, and other files stay.
         dtype: of the tables, "float32", "float16" or "bfloat16"; None is what each was packed from, and "bfloat16" if

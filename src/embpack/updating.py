@@ -14,7 +14,7 @@ from embpack.chunks import iter_chunks
 from embpack.errors import naming
 from embpack.formats.mapped import is_of_file
 from embpack.layouts import RowFormat
-from embpack.layouts.trellis import TrellisLayout, TrellisParameters
+from embpack.layouts.trellis import MOST_BITS, TrellisLayout, TrellisParameters
 from embpack.lookups import find_outside
 from embpack.methods import METHODS, KMeansCls, Method, Packer, TableRange, Trellis, measure_loss, parse_method
 from embpack.methods.base import Sums, find_warning
@@ -26,12 +26,13 @@ from embpack.table import PackedTable
 
 Numbers = NDArray[np.int64]
 
-# By layout, of rows that share values, so that few of a table's own are beyond. Of tables of 4,000 rows of 8 to 256
-# values (normal; of sizes about a factor of e apart; Student's t, 3 degrees; around a mean) at most .0015 are, in the
-# trellis layout at 2 to 6 bits. Of rows of four times the size of a normal table's own .6 to .9 are, at 4 bits, and all
-# of those of a 256th of it.
+# By layout, of rows that share values, so that few of a table's own are beyond. Of tables of 2,000 rows of 8 to 256
+# values (normal; of sizes about a factor of e apart; Student's t, 3 degrees; around a mean) at most .004 are in the
+# trellis layout at 2, 4 and 6 bits, where the median row has .05 to 1 times that error, and at most .012 in the
+# clustered layout at 4 bits. Of rows of four times the size of a normal table's own .76 to 1 are beyond in the trellis
+# layout at 4 bits, of those of a 16th .8 to 1.
 MISFIT_FACTORS = {"trellis": 4.0, "clustered": 25.0, "uniform": 25.0}
-"""A row no longer fits what the table's rows share if its squared error is more than so many times that of ASYM."""
+"""A row no longer fits what rows share if its squared error is more than so many times that of a grid of its own."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,14 @@ def update_table(table: PackedTable, indices: Any, rows: Any, method: str | None
         codebooks = codebooks[: np.iinfo(table.clusters.dtype).max + 1]  # those that it has numbers for
     update = pack_like(table.row_format, _choose_method(table, method), codebooks, values, "table", numbers)
     if len(numbers):
-        table.set_loss(None)
+        table._set_loss(None)
     arrays = [(table.packed, update.packed)]
     if table.clusters is not None and update.clusters is not None:
         arrays.append((_as_bytes(table.clusters), _as_bytes(update.clusters.astype(table.clusters.dtype))))
     _native.write_rows(numbers, arrays)
     report = UpdateReport(len(numbers), measure_loss(update.sums), update.num_misfits)
     if report.num_rows == table.num_embeddings and report.num_rows:
-        table.set_loss(report.loss)
+        table._set_loss(report.loss)
     for warning in (find_warning(update.sums), warn_of_misfits(report, warn_share)):
         if warning is not None:
             warnings.warn(f"table: {warning}", stacklevel=3)
@@ -143,7 +144,7 @@ def warn_of_misfits(report: UpdateReport, warn_share: float) -> str | None:
         return None
     return (
         f"{report.num_misfits:,} of the {report.num_rows:,} rows that changed do not fit what the table's rows share, "
-        "and lose many times what a grid of their own would cost them; pack the table anew"
+        "and lose many times what they would by a grid of their own; pack the table anew"
     )
 
 
@@ -245,6 +246,10 @@ class NearestCodebooks:
         """Find the cluster of each row."""
         return assign(widen(rows), self.codebooks)
 
+    def state(self) -> list[NDArray[Any]]:
+        """All that rows are assigned by."""
+        return [self.codebooks]
+
 
 def assign(rows: NDArray[np.float32], codebooks: NDArray[np.float32]) -> NDArray[np.uint32]:
     """Find the codebook with the least squared error of each row, of equal ones the first; uint32 [n].
@@ -282,21 +287,21 @@ def assign_reference(rows: NDArray[np.float32], codebooks: NDArray[np.float32]) 
 def find_misfits(rows: NDArray[np.float32], decoded: NDArray[np.float32], row_format: RowFormat) -> NDArray[np.bool_]:
     """Find the rows that what they share with others does not fit, [n].
 
-    ASYM shares nothing: a row has a grid of its own, from its smallest value to its largest. Where sharing costs a row
-    many times ASYM's squared error, at the same bits, the row is unlike those that the shared values were made for. One
-    whose values are all the same, which ASYM has exactly, is not counted.
+    A row that shares nothing could have a grid of its own, evenly from its smallest value to its largest. Of the bits
+    that its codes have, that would cost it a twelfth of a squared step a value, on average. Where sharing costs many
+    times as much, the row is unlike those that the shared values were made for. One whose values are all the same,
+    which a grid has exactly, is not counted.
 
     Args:
         rows: [n, d], as they were packed.
         decoded: [n, d], what they are now.
         row_format: of the table.
     """
-    x = rows.astype(np.float64)
-    low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
-    step = (high - low) / (int(2**row_format.bits) - 1)
-    has_range = step > 0
-    codes = np.rint(np.divide(x - low, step, out=np.zeros_like(x), where=has_range))
-    of_asym = np.square(low + codes * step - x).sum(axis=1)
-    errors = np.square(decoded.astype(np.float64) - x).sum(axis=1)
-    misfits: NDArray[np.bool_] = has_range[:, 0] & (errors > MISFIT_FACTORS[row_format.layout] * of_asym)
+    form, bits = row_format.form, row_format.bits
+    if isinstance(form, TrellisLayout):  # whose codes have the bytes of scale and bias, too
+        bits = min(form.trellis.code_bits / form.embedding_dim, MOST_BITS)
+    span = rows.max(axis=1).astype(np.float64) - rows.min(axis=1)
+    of_grid = np.square(span / (2**bits - 1)) / 12 * rows.shape[1]
+    errors = np.square(decoded.astype(np.float64) - rows).sum(axis=1)
+    misfits: NDArray[np.bool_] = (span > 0) & (errors > MISFIT_FACTORS[row_format.layout] * of_grid)
     return misfits

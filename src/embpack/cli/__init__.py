@@ -10,7 +10,7 @@ import typer
 
 import embpack
 from embpack import _native
-from embpack.cli import compare, demo, dequantize, inspect, methods, quantize, show
+from embpack.cli import compare, demo, dequantize, inspect, methods, quantize, show, update
 from embpack.cli.commands import Command, Group
 from embpack.cli.streams import mend_streams
 from embpack.errors import LossLimitError
@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 for command in (
     *(quantize.quantize, compare.compare, methods.methods),
-    *(inspect.inspect, dequantize.dequantize, demo.demo),
+    *(inspect.inspect, dequantize.dequantize, update.update, demo.demo),
 ):
     app.command(cls=Command)(command)
 
@@ -83,7 +83,7 @@ def main() -> None:
     on_broken_pipe = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError) as error:
         if "--debug" in sys.argv:
             show.print_traceback(error)
         else:

@@ -21,6 +21,7 @@ from embpack.comparison.report import is_report, make_csv, make_page, make_png, 
 from embpack.comparison.tables import compare_samples
 from embpack.formats import open_checkpoint
 from embpack.formats.atomic import new_file
+from embpack.formats.paths import is_remote, is_same
 from embpack.readers import READERS
 from embpack.rules import Decision, Rules, decide_all
 from embpack.tables import find_prefix
@@ -57,7 +58,7 @@ def _check_outputs(written: Sequence[_Output], src: Path) -> None:
     names: dict[Path, str] = {}
     for output in written:
         path = output.path
-        if path.exists() and src.exists() and path.samefile(src):
+        if not is_remote(src) and src.exists() and is_same(path, src):
             raise typer.BadParameter(
                 f"{printable(path)} is the checkpoint; choose another name", param_hint=output.option
             )
@@ -71,9 +72,7 @@ def _check_outputs(written: Sequence[_Output], src: Path) -> None:
 def compare(
     src: Annotated[
         Path,
-        typer.Argument(
-            metavar="SRC", show_default=False, help="A checkpoint, of the formats that embpack quantize reads."
-        ),
+        options.of_place("SRC", "A checkpoint, of the formats that embpack quantize reads, or its URI."),
     ],
     include: Annotated[
         list[str] | None,

@@ -14,15 +14,14 @@ from embpack.unpacking import check_dtype, dequantize_file
 def dequantize(
     src: Annotated[
         Path,
-        typer.Argument(metavar="SRC", show_default=False, help="What embpack quantize wrote: a file or a folder."),
+        options.of_place("SRC", "What embpack quantize wrote: a file or a folder, or its URI."),
     ],
     dst: Annotated[
         Path,
-        typer.Argument(
-            metavar="DST",
-            show_default=False,
-            help="The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin/.ckpt, .npy, .npz or "
-            ".parquet; for a folder as SRC a folder, with the model's small files, too.",
+        options.of_place(
+            "DST",
+            "The plain checkpoint, its format by its suffix: .safetensors, .pt/.pth/.bin/.ckpt, .npy, .npz or "
+            ".parquet; for a folder as SRC a folder, with the model's small files, too. Or a URI.",
         ),
     ],
     dtype: Annotated[

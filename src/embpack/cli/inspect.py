@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embpack.cli import show
+from embpack.cli import options, show
 from embpack.cli.json_output import describe_packed
 from embpack.packed_files import PackedCheckpoint, open_packed
 from embpack.rows import ROW_DTYPES
@@ -14,9 +14,7 @@ from embpack.rows import ROW_DTYPES
 def inspect(
     file: Annotated[
         Path,
-        typer.Argument(
-            metavar="FILE", show_default=False, help="What embpack quantize wrote: a file, or a folder of shards."
-        ),
+        options.of_place("FILE", "What embpack quantize wrote: a file, or a folder of shards, or its URI."),
     ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything through and compare all checksums.")
@@ -61,6 +59,11 @@ def _print(path: str, packed: PackedCheckpoint, *, verified: bool) -> None:
     for name, table in packed.tables.items():
         if len(table.pieces) > 1:
             show.output.print(f"{name}: in {len(table.pieces):,} pieces", style="dim")
+    keeping = sum(table.keeps_checksums for table in packed.tables.values())
+    if keeping:
+        show.output.print(
+            f"{show.count(keeping, 'table')} with checksums of the source's rows, for --since", style="dim"
+        )
     if packed.others:
         show.output.print(f"{show.count(len(packed.others), 'other tensor')}, not packed", style="dim")
     if verified:

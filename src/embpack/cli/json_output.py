@@ -10,6 +10,7 @@ from embpack.comparison.array import QUANTILES, Comparison, Skipped
 from embpack.comparison.checkpoint import FileComparison
 from embpack.convert import Report
 from embpack.estimate import Expectation
+from embpack.file_updates import FileUpdateReport
 from embpack.formats import Checkpoint, SourceTensor
 from embpack.layouts import RowFormat
 from embpack.methods import parse_method
@@ -35,6 +36,7 @@ def describe_quantized(
     decisions: Sequence[Decision],
     plan: Plan | None,
     outcome: Report | Expectation,
+    reused: Mapping[str, int] | None = None,
 ) -> Record:
     """Describe what quantize did, or what it would do.
 
@@ -45,12 +47,15 @@ def describe_quantized(
         decisions: on all its tensors.
         plan: what chose among the ways to pack the tables; None if nothing did.
         outcome: what packing came to, or of a dry run what it would come to.
+        reused: of a dry run how many rows of tables would be copied from an earlier run, by name.
     """
     report = outcome if isinstance(outcome, Report) else None
     planned = {} if plan is None else {table.name: table for table in plan.tables}
     reports = {} if report is None else {table.name: table for table in report.tables}
     tables = [
-        _describe_decision(each, planned.get(each.tensor.name), reports.get(each.tensor.name))
+        _describe_decision(
+            each, planned.get(each.tensor.name), reports.get(each.tensor.name), (reused or {}).get(each.tensor.name)
+        )
         for each in decisions
         if each.variant
     ]
@@ -76,7 +81,9 @@ def describe_quantized(
     }
 
 
-def _describe_decision(decision: Decision, planned: PlannedTable | None, report: TableReport | None) -> Record:
+def _describe_decision(
+    decision: Decision, planned: PlannedTable | None, report: TableReport | None, reused: int | None
+) -> Record:
     assert decision.variant is not None and decision.row_format is not None  # it is packed
     return {
         "name": decision.tensor.name,
@@ -95,6 +102,8 @@ def _describe_decision(decision: Decision, planned: PlannedTable | None, report:
         "plan_reason": None if planned is None else planned.reason,
         "plan_change": None if planned is None or report is None else ", ".join(planned.find_changes(report)) or None,
         "warning": None if report is None else report.warning,
+        "reused_rows": reused if report is None else report.reused_rows,
+        "packed_anew": None if report is None else report.packed_anew,
         "seconds": None if report is None else report.seconds,
         "rows_per_second": None if report is None else report.rows_per_second,
     }
@@ -110,6 +119,23 @@ def describe_unpacked(src: Path, dst: Path, packed: PackedCheckpoint, unpacked: 
         "tables": tables,
         "other_tensors": list(map(_describe_tensor, packed.others.values())),
         "totals": _sum(tables),
+    }
+
+
+def describe_updated(src: Path, dst: Path | None, report: FileUpdateReport, *, dry_run: bool) -> Record:
+    """Describe what update did, or what it would do."""
+    return {
+        **_start("update", src),
+        "destination": str(src if dst is None else dst),
+        "dry_run": dry_run,
+        "files": list(report.files),
+        "tables": [{**dataclasses.asdict(table), "duplicates": table.duplicates} for table in report.tables],
+        "totals": {
+            "num_tables": len(report.tables),
+            "ids_seen": sum(table.ids_seen for table in report.tables),
+            "rows_changed": sum(table.rows_changed for table in report.tables),
+            "seconds": report.seconds,
+        },
     }
 
 
@@ -129,6 +155,7 @@ def describe_packed(
             {
                 **_describe_stored(table),
                 "row_bytes": table.entry.row_format.row_bytes,
+                "keeps_checksums": table.keeps_checksums,
                 **own,
                 "pieces": list(map(_describe_piece, table.pieces)) if others else [],
             }

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from embpack.comparison.choice import PREFERENCES
+from embpack.formats.paths import as_path
 from embpack.layouts import PARAM_BYTES, ROTATIONS
 from embpack.methods import DEFAULT_METHOD, METHODS, parse_method
 from embpack.readers import READER_TITLES, check_reader
@@ -35,6 +37,23 @@ Threads = Annotated[
 def of_names(help: str) -> Any:
     """Make an option of globs that choose tensors by their names."""
     return typer.Option(metavar="GLOB", show_default=False, help=help, rich_help_panel=WHAT)
+
+
+def of_place(name: str, help: str) -> Any:
+    """Make an argument that is a path, of this machine or a URI.
+
+    Args:
+        name: of the argument, as a help has it.
+        help: what to say of it.
+    """
+
+    def path(text: str) -> Path:  # some typer show this name
+        try:
+            return as_path(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return typer.Argument(metavar=name, show_default=False, help=help, parser=path)
 
 
 Completions = list[tuple[str, str]]

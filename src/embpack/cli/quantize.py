@@ -9,7 +9,7 @@ import typer
 
 from embpack.cli import options, plans, show
 from embpack.cli.json_output import describe_quantized
-from embpack.convert import check_destination, check_max_loss, pack_checkpoint
+from embpack.convert import check_destination, check_max_loss, count_unchanged_rows, pack_checkpoint
 from embpack.engines import Engine
 from embpack.estimate import expect
 from embpack.formats import open_checkpoint
@@ -18,6 +18,7 @@ from embpack.readers import READERS
 from embpack.rules import Rules, list_left_out
 from embpack.sizes import parse_size
 from embpack.threads import set_num_threads
+from embpack.unchanged import open_old
 from embpack.variant import Variant
 
 # How long packing takes is said before it begins if it is so long; a smaller checkpoint is not looked at for that.
@@ -68,20 +69,19 @@ def _connected(ray: str | None) -> Iterator[tuple[Engine | None, int | None]]:
 def quantize(
     src: Annotated[
         Path,
-        typer.Argument(
-            metavar="SRC",
-            show_default=False,
-            help="A checkpoint: .safetensors, an index, a folder of a model or torch.distributed.checkpoint, "
-            ".pt/.pth/.bin/.ckpt, .npy, .npz, .parquet, .gguf. Tables in pieces, FP8 or INT8 with scales are one.",
+        options.of_place(
+            "SRC",
+            "A checkpoint: .safetensors, an index, a folder of a model or torch.distributed.checkpoint, "
+            ".pt/.pth/.bin/.ckpt, .npy, .npz, .parquet, .gguf; or a URI, s3://... Tables in pieces or with scales are "
+            "one.",
         ),
     ],
     dst: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="DST",
-            help="A .safetensors file, or a folder, whose name has no suffix, as for a folder or an index as SRC. What "
-            "embpack wrote there is replaced.",
-            show_default=False,
+        options.of_place(
+            "DST",
+            "A .safetensors file, or a folder, whose name has no suffix, as for a folder or an index as SRC; or a URI. "
+            "What embpack wrote there is replaced.",
         ),
     ] = None,
     include: Annotated[
@@ -226,6 +226,23 @@ def quantize(
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
+    keep_checksums: Annotated[
+        bool,
+        typer.Option(
+            "--keep-checksums",
+            help="Keep checksums of SRC's rows, for --since.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
+    since: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OLD_DST",
+            help="Copy rows whose source is as it was when OLD_DST was written with --keep-checksums.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -278,6 +295,7 @@ def quantize(
         variant=Variant() if auto else ways.only(),
         variants=dict(chosen or ()),
         readable_by=() if auto else readers,
+        keep_checksums=keep_checksums or since is not None,
     )
     if not dry_run:
         show.go_on_unread()
@@ -285,11 +303,13 @@ def quantize(
         set_num_threads(threads)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(src))
+        find_old = stack.enter_context(open_old(since))
         if dst is not None and not dry_run:
             engine = None if ray is None else _find_engine(ray)
             check_destination(checkpoint, dst, max_shard_size, resume=resume, force=force, engine=engine)
         engine, workers = stack.enter_context(_connected(ray))
-        decisions, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
+        decided, plan = planning.decide(checkpoint, rules, None if dry_run else dst, quiet=as_json)
+        decisions = find_old(decided)
         # A plan that is used says what was measured when it was made; what is packed now is in the decisions.
         shown = plan if plan_path is None else None
         left_out = list_left_out(checkpoint, decisions)
@@ -297,18 +317,20 @@ def quantize(
         expected = expect(checkpoint, decisions, dst, max_shard_size, from_bytes=from_bytes, workers=workers)
         if dst is None or dry_run:
             planning.finish(plan, None)
+            reused = count_unchanged_rows(checkpoint, decisions, dst, max_shard_size)
             if as_json:
-                show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, expected))
+                show.print_json(describe_quantized(src, dst, checkpoint, decisions, plan, expected, reused))
             else:
                 sizes = sum(shard.num_bytes for shard in checkpoint.shards), expected.file_bytes
                 show.print_decisions(str(src), decisions, left_out, shown, sizes)
-                show.print_expected(expected, workers=workers)
+                show.print_expected(expected, workers=workers, may_reuse=since is not None)
+                show.print_reused(decisions, reused)
                 if planning.max_table_loss is not None:
                     show.output.print("--max-loss judges tables once they are packed, not in a dry run", style="dim")
             return
         if not as_json:
             show.print_decisions(str(src), decisions, left_out, shown)
-            show.print_expected(expected, _LONG_SECONDS, workers)
+            show.print_expected(expected, _LONG_SECONDS, workers, may_reuse=since is not None)
         totals = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
         limit = planning.max_table_loss
         with show.row_progress(totals, shown=not as_json) as progress, show.noted_interruption():

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -217,8 +217,7 @@ def print_decisions(
             table.add_row(decision.tensor.name, _shape(decision), _describe_type(decision), *cells, decision.reason)
     output.print(table)
     for reason, names in _group_copied(decisions).items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        output.print(f"copied: {names[0]}{more} ({reason})", style="dim")
+        output.print(f"copied: {_name_first(names)} ({reason})", style="dim")
     for note in left_out:
         output.print(f"left out: {note}", style="yellow")
     output.print(
@@ -235,12 +234,18 @@ def print_decisions(
         output.print(f"file: {before:,} -> {after:,} bytes ({share(after, before)}); nothing was written", style="bold")
 
 
-def print_expected(expected: Expectation, from_seconds: float = 0, workers: int | None = None) -> None:
-    """Print how long packing will take, if that is known and so long, by whom, and what it takes on the disk."""
+def print_expected(
+    expected: Expectation, from_seconds: float = 0, workers: int | None = None, *, may_reuse: bool = False
+) -> None:
+    """Print how long packing will take, if that is known and so long, by whom, and what it takes on the disk.
+
+    If rows may be copied from an earlier run, how many is not known, and the time is that of packing all.
+    """
     if expected.seconds is not None and expected.seconds >= from_seconds:
         who = count(get_num_threads(), "thread") if workers is None else count(workers, "worker")
+        what = "packing all rows" if may_reuse else "packing"
         output.print(
-            f"packing takes about {duration(expected.seconds)} with {who}, and {size(expected.file_bytes)} of disk",
+            f"{what} takes about {duration(expected.seconds)} with {who}, and {size(expected.file_bytes)} of disk",
             style="dim",
         )
 
@@ -266,6 +271,10 @@ def _group_copied(decisions: Sequence[Decision]) -> dict[str, list[str]]:
     return groups
 
 
+def _name_first(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
 def _describe_type(decision: Decision) -> str:
     """Say what a table's values are stored as, and in how many pieces if it lies in pieces."""
     tensor, stored_as = decision.tensor, decision.tensor.stored_as or decision.dtype
@@ -280,11 +289,15 @@ def print_report(path: str, report: Report) -> None:
     """Print what packing came to."""
     columns = ["table", "rows", "dim", "before", "after", "ratio", "l2 loss", "rows/s"]
     drop = ("dim", "before", "rows/s", "rows")
+    has_reused = any(item.reused_rows is not None for item in report.tables)
+    if has_reused:
+        columns[2:2] = ["left alone", "packed"]
     table = start_table(f"Packed into {path}", columns, things="tables", drop=drop)
     for item in report.tables:
         table.add_row(
             item.name,
             f"{item.num_embeddings:,}",
+            *_count_reused(item.reused_rows or 0, item.num_embeddings) * has_reused,
             str(item.embedding_dim),
             size(item.bytes_before),
             size(item.bytes_after),
@@ -296,6 +309,7 @@ def print_report(path: str, report: Report) -> None:
     for item in report.tables:
         if item.warning is not None:
             output.print(f"{item.name}: {item.warning}", style="yellow")
+    _print_anew({item.name: item.packed_anew for item in report.tables})
     before, after = report.file_bytes_before, report.file_bytes_after
     copied = f", {count(len(report.passed_through), 'other tensor')} copied" if report.passed_through else ""
     copied += f", {count(len(report.copied_files), 'other file')} copied" if report.copied_files else ""
@@ -303,3 +317,25 @@ def print_report(path: str, report: Report) -> None:
         f"{size(before)} -> {size(after)} ({share(after, before)}) in {report.seconds:.1f} s{copied}",
         style="bold",
     )
+
+
+def _count_reused(reused: int, rows: int) -> tuple[str, str]:
+    return f"{reused:,}", f"{rows - reused:,}"
+
+
+def _print_anew(reasons: Mapping[str, str | None]) -> None:
+    """Print of which tables no row was left alone, and why, by the reason."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason is not None:
+            groups.setdefault(reason, []).append(name)
+    for reason, names in groups.items():
+        output.print(f"all rows packed: {_name_first(names)} ({reason})", style="yellow")
+
+
+def print_reused(decisions: Sequence[Decision], reused: Mapping[str, int]) -> None:
+    """Print how many rows of tables would be left alone."""
+    rows = {each.tensor.name: each.tensor.shape[0] for each in decisions if each.variant}
+    for name, count in reused.items():
+        left, packed = _count_reused(count, rows[name])
+        output.print(f"{name}: {left} rows left alone, {packed} to pack")

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, BinaryIO
 
 from embpack.errors import FormatError, MissingExtraError
@@ -15,7 +16,7 @@ from embpack.formats.model_folder import find_checkpoint, with_folder
 from embpack.formats.new_folder import Keeper, ListOwn, nothing
 from embpack.formats.paths import as_path, is_remote
 from embpack.formats.rank_files import has_pieces, is_metadata
-from embpack.formats.remote import explained, find
+from embpack.formats.remote import explained, look
 from embpack.formats.sharded import INDEX_SUFFIX, MakeFiles, explain_other, open_sharded, write_folder
 
 __all__ = [
@@ -139,14 +140,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
 
 def _open(path: Path, stack: ExitStack) -> Checkpoint:
     """Open a checkpoint until a stack is closed."""
-    folder = path if path.is_dir() else None
+    is_folder = S_ISDIR(look(path).st_mode) if is_remote(path) else path.is_dir()
+    folder = path if is_folder else None
     if folder is not None:
         path = find_checkpoint(folder, FORMATS)
-    elif is_remote(path):
-        find(path)  # raises what is wrong, where it is not there
-    elif not path.exists():
+    elif not is_remote(path) and not path.exists():
         raise FileNotFoundError(f"{path}: no such file; {_READABLE}")
-    if folder is None and has_pieces(path):
+    elif has_pieces(path):
         raise ValueError(f"{path}: one of several files with pieces of tensors; give their folder, {path.parent}")
     read = _choose_reader(path)
     if path.stat().st_size == 0:

@@ -156,7 +156,7 @@ class _Reader:
                 case _:
                     raise self._refuse("an entry of storage_data is damaged; copy it again")
             parts = PurePosixPath(place)
-            if parts.is_absolute() or ".." in parts.parts or "\0" in place or not parts.parts:
+            if parts.is_absolute() or ".." in parts.parts or "\0" in place or "://" in place or not parts.parts:
                 raise self._refuse(
                     f"puts {name!r:.100} into {place!r:.100}, which is outside its folder; it is not read"
                 )

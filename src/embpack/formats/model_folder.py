@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Container, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -23,6 +24,7 @@ _WEIGHTS = {
     *(".onnx_data", ".tflite", ".mlmodel", ".pb"),
 }
 _WEIGHTS_INDICES = (INDEX_SUFFIX, ".bin.index.json", ".h5.index.json", ".msgpack.index.json")
+_NUMBERED = re.compile(r".*-[0-9]{5}-of-([0-9]{5})\.safetensors")
 _MOST_NAMED = 8
 
 
@@ -71,14 +73,27 @@ def _find_here(folder: Path) -> Path | None:
     for pattern, kind in ((f"*{INDEX_SUFFIX}", "indices"), ("*.safetensors", "safetensors files"), (_BIN, "")):
         found = sorted(path for path in here if fnmatchcase(path.name, pattern) and path.is_file())
         usual = _find_usual(folder)
-        if len(found) == 1 or usual in found:
-            return usual if usual in found else found[0]
+        if usual in found:
+            return usual
+        if len(found) == 1:
+            _refuse_part(found[0])
+            return found[0]
         if found and all(map(has_pieces, found)):
             return found[0]
         if found:
             names = ", ".join(file.name for file in found)
             raise ValueError(f"{folder}: {len(found)} {kind} in this folder; choose one: {names}")
     return next(iter(list_metadata(folder)), None)
+
+
+def _refuse_part(path: Path) -> None:
+    """Refuse one of several files whose index is missing: it is downloaded, or written, last."""
+    numbered = _NUMBERED.fullmatch(path.name)
+    if numbered is not None and int(numbered[1]) > 1:
+        raise FileNotFoundError(
+            f"{path.parent}: {path.name} is one of {int(numbered[1])} files, and the others and their index are not "
+            "there; copy the whole folder, or give the file itself"
+        )
 
 
 def _find_usual(folder: Path) -> Path | None:

@@ -149,14 +149,15 @@ def new_remote_folder(
     try:
         with explained(path, "cannot be written"):
             refuse_others(path, list_own, force=force)
-            if keeper is None:
-                remove_others(work, set())
-            else:
-                keeper.start(work)
+        if keeper is None:
+            remove_others(work, set())
+        else:
+            keeper.start(work)
         yield work / "new"
         with explained(path, "cannot be written"):
-            refuse_others(path, list_own, force=force)
-            _publish(path, work / "new", last, list_own(path))
+            own = list_own(path)
+            refuse_others(path, lambda folder: own, force=force)
+            _publish(path, work / "new", last, own)
     except BaseException as error:
         is_kept = keeper is not None and keeper.is_kept(error)
         if keeper is not None and is_kept and isinstance(error, OSError):
@@ -169,17 +170,17 @@ def new_remote_folder(
 
 
 def _publish(path: Path, new: Path, last: str, own: Collection[str]) -> None:
-    """Copy files into a folder, in place of its own; what was copied is removed if that cannot be done to its end."""
+    """Copy files into a folder, in place of its own; if that cannot be done to its end, neither stay there."""
     names = list_objects(new)
+    remove(path / last)
     try:
-        remove(path / last)
         for_each(lambda name: copy(new / name, path / name), [name for name in names if name != last])
         for_each(lambda name: remove(path / name), sorted(set(own) - {*names, last}))
         copy(new / last, path / last)
     except BaseException as error:
         with suppress(OSError):
-            for_each(lambda name: remove(path / name), [last, *names])
-        if own and isinstance(error, OSError):
+            for_each(lambda name: remove(path / name), sorted({*names, *own}))
+        if own:
             error.add_note(f"{path}: the files of the earlier packing were being replaced, and are gone")
         raise
 

@@ -1,10 +1,10 @@
 """Parquet files, whose columns are tensors."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -69,6 +69,83 @@ class _Kind:
     shape: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What a Parquet file has.
+
+    Attributes:
+        source: the file.
+        schema: names and types of the columns.
+        group_rows: rows of each row group.
+        chunks: of each column its part in each row group, by name.
+    """
+
+    source: SourceFile
+    schema: pa.Schema
+    group_rows: tuple[int, ...]
+    chunks: dict[str, list[ColumnChunk]]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the file."""
+        return sum(self.group_rows)
+
+    def iter_batches(
+        self, names: Sequence[str], start: int, stop: int, batch_rows: int
+    ) -> Iterator[tuple[int, list[pa.Array]]]:
+        """Yield rows [start, stop) of some columns, so many at a time at most, and the number of the first of them.
+
+        Row groups without any of them are not read. The file is opened for that, unless it is open.
+
+        Raises:
+            FormatError: the file is damaged, or was changed.
+        """
+        with self.source.unchanged(f"column {names[0]!r}"), _open_file(self.source) as file:
+            at, groups = self._find_groups(start, stop)
+            for name, group in product(names, groups):
+                refuse_large_pages(self.source, self.chunks[name][group], MOST_PAGE_BYTES)
+            for batch in file.iter_batches(batch_rows, groups, columns=[*names], use_threads=False):
+                first, last = max(start - at, 0), min(stop - at, len(batch))
+                if first < last:
+                    # A name with a dot in it may select other columns, too.
+                    found = (batch.column(batch.schema.get_field_index(name)) for name in names)
+                    yield at + first, [column.slice(first, last - first) for column in found]
+                at += len(batch)
+                if at >= stop:
+                    return
+        if at < stop:
+            raise FormatError(f"{self.source.path}: column {names[0]!r} ends {stop - at} rows early; it is damaged")
+
+    def _find_groups(self, start: int, stop: int) -> tuple[int, list[int]]:
+        """Return the row groups that hold rows [start, stop), and the row that the first of them begins with."""
+        ends = list(accumulate(self.group_rows))
+        groups = [group for group, end in enumerate(ends) if start < end and end - self.group_rows[group] < stop]
+        return ends[groups[0]] - self.group_rows[groups[0]] if groups else 0, groups
+
+
+@contextmanager
+def open_columns(path: Path) -> Iterator[Columns]:
+    """Open a Parquet file whose columns are read as Arrow has them.
+
+    Raises:
+        FormatError: it is not one, or damaged.
+    """
+    source = make_source(path)
+    with source:
+        with _open_file(source) as file:
+            schema, num_rows, chunks = file.schema_arrow, file.metadata.num_rows, read_columns(source)
+            repeated = find_repeated(schema.names)
+            if repeated is not None:
+                raise FormatError(f"{path}: column {repeated!r} is there twice; rename one")
+            lengths = _find_lengths(file.metadata)
+            if sum(lengths) != num_rows or any(length < 0 for length in lengths):
+                raise FormatError(f"{path}: it has {num_rows} rows, its row groups {sum(lengths)}; it is damaged")
+            if any(len(chunks.get(name, ())) < file.metadata.num_row_groups for name in schema.names):
+                raise FormatError(f"{path}: its row groups do not all have the columns of its schema; it is damaged")
+        # There are none of any column where there are no row groups.
+        yield Columns(source, schema, tuple(lengths), {name: chunks.get(name, []) for name in schema.names})
+
+
 @contextmanager
 def open_parquet(path: Path) -> Iterator[Checkpoint]:
     """Open a Parquet file: lists of floats that have one length are 2-D tensors, columns of numbers 1-D ones.
@@ -78,37 +155,27 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
     Raises:
         FormatError: it is not one, or damaged.
     """
-    source = make_source(path)
     tensors, left_out = [], []
-    with source:
-        with _open_file(source) as file:
-            schema, num_rows, columns = file.schema_arrow, file.metadata.num_rows, read_columns(source)
-            repeated = find_repeated(schema.names)
-            if repeated is not None:
-                raise FormatError(f"{path}: column {repeated!r} is there twice; rename one")
-            lengths = _find_lengths(file.metadata)
-            if sum(lengths) != num_rows or any(length < 0 for length in lengths):
-                raise FormatError(f"{path}: it has {num_rows} rows, its row groups {sum(lengths)}; it is damaged")
-            if any(len(columns.get(name, ())) < file.metadata.num_row_groups for name in schema.names):
-                raise FormatError(f"{path}: its row groups do not all have the columns of its schema; it is damaged")
-            for field in schema:
-                chunks = columns.get(field.name, [])  # none where there are no row groups
-                kind = _find_kind(source, field, chunks)
-                if isinstance(kind, _Kind):
-                    column = _Column(source, field.name, chunks, kind.shape)
-                    shape, is_vectors = (num_rows, *kind.shape), len(kind.shape) == 1
-                    tensors.append(
-                        SourceTensor(field.name, shape, kind.tag, column.iter_rows, source, is_vectors=is_vectors)
-                    )
-                else:
-                    left_out.append(f"column {field.name!r} ({kind})")
+    with open_columns(path) as columns:
+        source = columns.source
+        for field in columns.schema:
+            kind = _find_kind(columns, field)
+            if isinstance(kind, _Kind):
+                column = _Column(columns, field.name, kind.shape)
+                shape, is_vectors = (columns.num_rows, *kind.shape), len(kind.shape) == 1
+                tensors.append(
+                    SourceTensor(field.name, shape, kind.tag, column.iter_rows, source, is_vectors=is_vectors)
+                )
+            else:
+                left_out.append(f"column {field.name!r} ({kind})")
         yield Checkpoint(path, (Shard(path.name, source.size, tuple(tensors)),), left_out=tuple(left_out))
 
 
 @contextmanager
 def _open_file(source: SourceFile) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(source.reader(), buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        buffer = max(_BUFFER_BYTES, source.reader_bytes)
+        with pq.ParquetFile(source.reader(), buffer_size=buffer, pre_buffer=False) as file:
             yield file
     except MemoryError:  # Arrow's is one of its own exceptions, too
         raise
@@ -119,18 +186,18 @@ def _open_file(source: SourceFile) -> Iterator[pq.ParquetFile]:
         raise FormatError(f"{source.path}: not a Parquet file, or damaged: {cause}") from error
 
 
-def _find_kind(source: SourceFile, field: pa.Field, chunks: list[ColumnChunk]) -> _Kind | str:
-    """Return what a column is, or why it cannot be carried over; chunks: of the column in each row group."""
+def _find_kind(columns: Columns, field: pa.Field) -> _Kind | str:
+    """Return what a column is, or why it cannot be carried over."""
     dtype = field.type
     if dtype in _NAMES:
-        return f"{dtype}, with nulls" if _has_nulls(source, field.name, chunks) else _Kind(_NAMES[dtype])
+        return f"{dtype}, with nulls" if _has_nulls(columns, field.name) else _Kind(_NAMES[dtype])
     shape: tuple[int, ...] | None
     if isinstance(dtype, pa.FixedShapeTensorType) and list(dtype.permutation or ()) == sorted(dtype.permutation or ()):
         shape = tuple(dtype.shape)
     elif pa.types.is_fixed_size_list(dtype):
         shape = (dtype.list_size,)
     elif pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
-        shape = _find_length(chunks)
+        shape = _find_length(columns.chunks[field.name])
     else:
         return str(dtype)
     tag = _NAMES.get(dtype.value_type)
@@ -156,21 +223,20 @@ def _find_length(chunks: list[ColumnChunk]) -> tuple[int] | None:
     return None if rest or is_one else (length,)
 
 
-def _has_nulls(source: SourceFile, name: str, chunks: list[ColumnChunk]) -> bool:
+def _has_nulls(columns: Columns, name: str) -> bool:
     """Ask the statistics of a column, or read it where a row group has none."""
+    chunks = columns.chunks[name]
     if all(chunk.null_count is not None for chunk in chunks):
         return any(chunk.null_count for chunk in chunks)
-    num_rows = sum(chunk.num_rows for chunk in chunks)
-    return any(column.null_count for column in _Column(source, name, chunks).iter_arrow(0, num_rows))
+    return any(column.null_count for column in _Column(columns, name).iter_arrow(0, columns.num_rows))
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of a file; chunks: of it in each row group; shape: of an entry."""
+    """A column of a file; shape: of an entry."""
 
-    source: SourceFile
+    columns: Columns
     name: str
-    chunks: list[ColumnChunk]
     shape: tuple[int, ...] = ()
 
     def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
@@ -182,26 +248,12 @@ class _Column:
 
     def iter_arrow(self, start: int, stop: int) -> Iterator[pa.Array]:
         """Yield rows [start, stop) as Arrow arrays, some values at a time: Arrow takes several times their memory."""
-        with _open_file(self.source) as file:
-            at, groups = _find_groups(file.metadata, start, stop)
-            for group in groups:
-                refuse_large_pages(self.source, self.chunks[group], MOST_PAGE_BYTES)
-            batch_rows = max(1, _BATCH_VALUES // max(1, math.prod(self.shape)))
-            for batch in file.iter_batches(batch_rows, groups, columns=[self.name], use_threads=False):
-                # A name with a dot in it may select other columns, too.
-                column = batch.column(batch.schema.get_field_index(self.name))
-                first, last = max(start - at, 0), min(stop - at, len(column))
-                at += len(column)
-                if first < last:
-                    yield column.slice(first, last - first)
-                if at >= stop:
-                    return
-        if at < stop:
-            raise FormatError(f"{self.source.path}: column {self.name!r} ends {stop - at} rows early; it is damaged")
+        batch_rows = max(1, _BATCH_VALUES // max(1, math.prod(self.shape)))
+        return (column for _, [column] in self.columns.iter_batches([self.name], start, stop, batch_rows))
 
     def _iter_vectors(self, columns: Iterable[pa.Array], row: int) -> Iterator[NDArray[Any]]:
         """Yield vectors, row being the first one's."""
-        where, dim = f"{self.source.path}: column {self.name!r}", math.prod(self.shape)
+        where, dim = f"{self.columns.source.path}: column {self.name!r}", math.prod(self.shape)
         for each in columns:
             column = each.storage if isinstance(each, pa.ExtensionArray) else each
             if column.null_count:
@@ -230,14 +282,6 @@ class _Column:
 def _find_lengths(metadata: pq.FileMetaData) -> list[int]:
     """Return the number of rows of each row group."""
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-
-
-def _find_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[int, list[int]]:
-    """Return the row groups that hold rows [start, stop), and the row that the first of them begins with."""
-    lengths = _find_lengths(metadata)
-    ends = list(accumulate(lengths))
-    groups = [group for group, end in enumerate(ends) if start < end and end - lengths[group] < stop]
-    return ends[groups[0]] - lengths[groups[0]] if groups else 0, groups
 
 
 def write_parquet(file: BinaryIO, path: Path, shard: OutShard) -> None:

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from embpack.errors import MissingExtraError
 
@@ -64,9 +64,7 @@ def _make(uri: str, protocol: str, options: dict[str, Any]) -> Path:
             raise MissingExtraError(f"{protocol}://", package, extra) from error
         raise ImportError(f"{uri}: {error}") from error
     except ValueError:
-        raise ValueError(
-            f"{uri}: {protocol}:// is no protocol that fsspec knows; give s3://, gs:// or abfs://"
-        ) from None
+        raise ValueError(f"{uri}: fsspec knows no {protocol}://; give s3://, gs:// or abfs://") from None
     try:
         path: Any = UPath(uri, protocol=protocol, **{**_OPTIONS, **options})
     except ValueError as error:
@@ -75,7 +73,7 @@ def _make(uri: str, protocol: str, options: dict[str, Any]) -> Path:
     return made
 
 
-def is_remote(path: Any) -> TypeGuard["UPath"]:
+def is_remote(path: Path) -> bool:
     """Whether a path that as_path has made is a URI's."""
     return not isinstance(path, Path)
 

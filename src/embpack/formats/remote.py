@@ -7,13 +7,13 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, NoReturn, TypeVar
 
-from embpack.errors import MissingExtraError
 from embpack.formats.paths import is_remote
 
 _T = TypeVar("_T")
@@ -28,9 +28,20 @@ _NO_CREDENTIALS = ("NoCredentials", "PartialCredentials", "CredentialRetrieval",
 _NO_ENDPOINT = ("EndpointConnection", "ConnectTimeout", "ClientConnector", "NoRegion", "InvalidEndpoint")
 # Bytes of the parts of an upload, and how many are on their way, and so in memory, at a time; S3 allows 10,000 parts.
 _PART_BYTES, _MOST_PARTS, _PARTS_AT_A_TIME = 1 << 24, 10_000, 4
-_COPIES_AT_A_TIME = 8
+# Requests that go on at a time, where there are several to make.
+_AT_A_TIME = 8
 # Under these names protocols say in what two versions of an object differ.
 _VERSION_KEYS = ("ETag", "etag", "generation", "content_md5", "created")
+
+
+def locate(path: Path) -> tuple[Any, str]:
+    """Return fsspec's file system of a URI, and what that calls the place."""
+    uri: Any = path
+    return uri.fs, str(uri.path)
+
+
+def _protocol(path: Path) -> str:
+    return str(path).partition("://")[0]
 
 
 class RemoteError(OSError):
@@ -71,28 +82,26 @@ def explained(path: Path, what: str = "cannot be read") -> Iterator[None]:
         return
     try:
         yield
-    except (MissingExtraError, RemoteError, ValueError, TypeError, MemoryError):
+    except (ImportError, RemoteError, ValueError, TypeError, MemoryError):
         raise
     except Exception as error:
         said = " ".join(str(error).split())
-        if said.startswith(f"{path.protocol}://"):  # by us, or of the file that a user names
+        if said.startswith(f"{_protocol(path)}://"):  # by us, or of the file that a user names
             raise
         raise _explain(path, what, error, said) from error
 
 
-def _explain(path: Any, what: str, error: Exception, said: str) -> OSError:
+def _explain(path: Path, what: str, error: Exception, said: str) -> OSError:
     where, name = f"{path}: {what}", type(error).__name__
     if name.startswith(_NO_CREDENTIALS):
-        return PermissionError(f"{where}: there are no credentials ({said}); {_advise_credentials(path.protocol)}")
+        return PermissionError(f"{where}: there are no credentials ({said}); {_advise_credentials(_protocol(path))}")
     if isinstance(error, PermissionError):
         return PermissionError(
             f"{where}: access is denied ({said}); check the credentials, and what they allow for this place"
         )
     if name.startswith(_NO_ENDPOINT):
-        return RemoteError(
-            f"{where}: the endpoint cannot be reached ({said}); check the network and the endpoint's URL"
-        )
-    if isinstance(error, FileNotFoundError) and "bucket" in said:
+        return RemoteError(f"{where}: the endpoint cannot be reached ({said}); check its URL and the network")
+    if isinstance(error, FileNotFoundError) and "bucket does not exist" in said:
         return FileNotFoundError(f"{where}: there is no such bucket; check its name, or make it first")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{where}: there is nothing of that name; check it")
@@ -103,6 +112,20 @@ def _advise_credentials(protocol: str) -> str:
     if protocol.startswith("s3"):
         return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     return f"see how fsspec finds those of {protocol}://"
+
+
+def look(path: Path) -> Any:
+    """Look at what is under a URI now: a file, or a folder.
+
+    Returns:
+        What Path.stat does, as far as it is known there.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        OSError: it cannot be looked at.
+    """
+    with explained(path):
+        return trying(path.stat)
 
 
 def find(path: Path) -> tuple[int, int, str]:
@@ -116,13 +139,12 @@ def find(path: Path) -> tuple[int, int, str]:
         FileNotFoundError: there is none.
         OSError: it cannot be looked at.
     """
-    with explained(path):
-        stat: Any = trying(path.stat)
-        described = stat.as_info()
-        if described.get("type") == "directory":
-            raise FileNotFoundError(f"{path}: is a folder, not a file")
-        version = " ".join(str(described[key]) for key in _VERSION_KEYS if described.get(key))
-        return int(stat.st_size), int(stat.st_mtime_ns), version
+    found = look(path)
+    if S_ISDIR(found.st_mode):
+        raise FileNotFoundError(f"{path}: is a folder, not a file")
+    described = found.as_info()
+    version = " ".join(str(described[key]) for key in _VERSION_KEYS if described.get(key))
+    return int(found.st_size), int(found.st_mtime_ns), version
 
 
 def read_range(path: Path, start: int, stop: int) -> bytes:
@@ -131,18 +153,18 @@ def read_range(path: Path, start: int, stop: int) -> bytes:
     Raises:
         OSError: they cannot be read.
     """
-    assert is_remote(path)
     with explained(path):
-        raw: bytes = trying(path.fs.cat_file, path.path, start=start, end=stop)
+        system, name = locate(path)
+        raw: bytes = trying(system.cat_file, name, start=start, end=stop)
         return raw
 
 
 def list_objects(folder: Path) -> list[str]:
     """Name all objects in a folder and in folders of it, by their paths in it, in order; none if it is not there."""
-    assert is_remote(folder)
     with explained(folder):
-        prefix = folder.path.rstrip("/") + "/"
-        found: list[str] = trying(folder.fs.find, folder.path)
+        system, name = locate(folder)
+        prefix = name.rstrip("/") + "/"
+        found: list[str] = trying(system.find, name)
         return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix) and name != prefix)
 
 
@@ -163,13 +185,13 @@ def put(local: Path, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    assert is_remote(path)
     options: dict[str, Any] = {}
-    if path.protocol in ("s3", "s3a"):
+    system, name = locate(path)
+    if "s3" in system.protocol:
         part = max(_PART_BYTES, -(-local.stat().st_size // _MOST_PARTS))
         options = {"chunksize": part, "max_concurrency": _PARTS_AT_A_TIME}
     with explained(path, "cannot be written"):
-        trying(path.fs.put_file, os.fspath(local), path.path, **options)
+        trying(system.put_file, os.fspath(local), name, **options)
 
 
 def put_bytes(content: bytes, path: Path) -> None:
@@ -178,9 +200,9 @@ def put_bytes(content: bytes, path: Path) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    assert is_remote(path)
     with explained(path, "cannot be written"):
-        trying(path.fs.pipe_file, path.path, content)
+        system, name = locate(path)
+        trying(system.pipe_file, name, content)
 
 
 def copy(source: Path, path: Path) -> None:
@@ -189,10 +211,9 @@ def copy(source: Path, path: Path) -> None:
     Raises:
         OSError: it cannot be copied.
     """
-    assert is_remote(source)
-    assert is_remote(path)
     with explained(path, "cannot be written"):
-        trying(path.fs.cp_file, source.path, path.path)
+        system, name = locate(path)
+        trying(system.cp_file, locate(source)[1], name)
 
 
 def remove(path: Path) -> None:
@@ -201,19 +222,19 @@ def remove(path: Path) -> None:
     Raises:
         OSError: it cannot be removed.
     """
-    assert is_remote(path)
     with explained(path, "cannot be removed"), suppress(FileNotFoundError):
-        trying(path.fs.rm_file, path.path)
+        system, name = locate(path)
+        trying(system.rm_file, name)
 
 
-def for_each(do: Callable[[_T], None], names: list[_T]) -> None:
-    """Do something with several objects at a time.
+def for_each(do: Callable[[_T], None], items: Iterable[_T]) -> None:
+    """Do something with several items at a time.
 
     Raises:
         OSError: the first that it fails with.
     """
-    with ThreadPoolExecutor(_COPIES_AT_A_TIME) as pool:
-        for _ in pool.map(do, names):
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        for _ in pool.map(do, items):
             pass
 
 
@@ -222,11 +243,8 @@ def check_writable(path: Path) -> None:
 
     Raises:
         OSError: nothing can be written there.
-        ValueError: the path names a bucket alone.
     """
-    if not path.name:
-        raise ValueError(f"{path}: names a bucket alone; give the name of a file or folder in it")
-    probe = path.parent / f".{path.name}.embpack-probe"
     with explained(path, "cannot be written"):
-        put_bytes(b"", probe)
-        remove(probe)
+        system, probe = locate(path.parent / f".{path.name}.embpack-probe")
+        trying(system.pipe_file, probe, b"")
+        trying(system.rm_file, probe)

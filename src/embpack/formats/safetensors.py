@@ -1,6 +1,7 @@
 """Safetensors files: checked and read through one descriptor, written as a stream."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -202,6 +203,28 @@ def write_safetensors(file: BinaryIO, path: Path, shard: OutShard) -> None:
             file.write(as_bytes(chunk))
     file.seek(_LENGTH_BYTES)
     file.write(_make_header(path, shard, reserved))
+
+
+def replace_metadata(descriptor: int, path: Path, metadata: dict[str, str]) -> None:
+    """Give a safetensors file, which was read before, other metadata in the place of its own.
+
+    Args:
+        descriptor: of the file, open to read and to write.
+        path: what errors call it.
+        metadata: all of the new one.
+
+    Raises:
+        ValueError: it takes more room than there is.
+    """
+    reserved = int.from_bytes(os.pread(descriptor, _LENGTH_BYTES, 0), "little")
+    header = parse_object(path, os.pread(descriptor, reserved, _LENGTH_BYTES))
+    text = _encode({**header, _METADATA_KEY: metadata})
+    if len(text) > reserved:
+        raise ValueError(
+            f"{path}: its header has {reserved} bytes, but {len(text)} are needed; write the file anew: "
+            "embpack.save(path, embpack.load(path))"
+        )
+    os.pwrite(descriptor, text.ljust(reserved), _LENGTH_BYTES)
 
 
 def _place_tensors(path: Path, shard: OutShard) -> dict[str, object]:

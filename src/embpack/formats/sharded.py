@@ -85,7 +85,7 @@ def _check_file_name(path: Path, tensor_name: str, file_name: object) -> None:
     if not isinstance(file_name, str) or not file_name.endswith(".safetensors"):
         raise FormatError(f"{where}, which is not the name of a safetensors file")
     parts = PurePosixPath(file_name)
-    if parts.is_absolute() or ".." in parts.parts:
+    if parts.is_absolute() or ".." in parts.parts or "://" in file_name:
         raise FormatError(f"{where}, which is outside the index's folder; such files are not read")
     if not (path.parent / file_name).is_file():
         raise FormatError(f"{where}, but there is no such file in {path.parent}; download it too")

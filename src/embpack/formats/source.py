@@ -57,9 +57,11 @@ class SourceFile:
 
     Attributes:
         path: what errors call it.
+        is_far: whether reading takes so long that it pays to begin with it sooner.
         reader_bytes: that reader reads at a time.
     """
 
+    is_far = False
     reader_bytes = 1 << 16
 
     def __init__(self, path: Path) -> None:

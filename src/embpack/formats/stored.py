@@ -1,8 +1,10 @@
 """Arrays that lie in a file as they are in memory: read a few rows at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -31,14 +33,28 @@ class StoredArray:
     dtype: np.dtype[Any]
 
     def iter_rows(self, start: int, stop: int, n: int) -> Iterator[NDArray[Any]]:
-        """Yield rows [start, stop), n at a time, in the machine's byte order; the next ones overwrite them."""
+        """Yield rows [start, stop), n at a time, in the machine's byte order; the next ones overwrite them.
+
+        Of a source that is far away the next ones are read while these are worked on, into memory of their own.
+        """
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        is_ahead = self.source.is_far and stop - start > n
         # Memory that is new has to be cleared by the system, which takes as long as reading into it.
-        room = np.empty((min(n, stop - start), *self.shape[1:]) if self.shape else (), self.dtype)
-        for rows in iter_slices(start, stop, n):
+        rooms = cycle(
+            [
+                np.empty((min(n, stop - start), *self.shape[1:]) if self.shape else (), self.dtype)
+                for _ in range(1 + is_ahead)
+            ]
+        )
+
+        def read(rows: slice) -> NDArray[Any]:
+            room = next(rooms)
             out = room[: rows.stop - rows.start] if self.shape else room
             self.source.read_into(self.offset + rows.start * row_bytes, out)
-            yield as_native(out)
+            return as_native(out)
+
+        slices = iter_slices(start, stop, n)
+        return _map_ahead(read, slices) if is_ahead else map(read, slices)
 
     def flatten(self) -> "StoredArray":
         """Return the same values, 1-D."""
@@ -59,6 +75,16 @@ class StoredArray:
         expect_random_reads(array)
         array.flags.writeable = False
         return array
+
+
+def _map_ahead(read: Callable[[slice], NDArray[Any]], slices: Iterator[slice]) -> Iterator[NDArray[Any]]:
+    """Do what map does, but read the next one in a thread while one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read, next(slices))
+        for rows in slices:
+            ready, coming = coming.result(), pool.submit(read, rows)
+            yield ready
+        yield coming.result()
 
 
 @dataclass(frozen=True)

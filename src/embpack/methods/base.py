@@ -1,5 +1,6 @@
 """What a method is, and what it becomes once it knows a table."""
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -76,6 +77,20 @@ class Packer(ABC):
     def beside(self) -> dict[str, NDArray[Any]]:
         """The arrays that all rows share, by the names that a PackedTable has for them."""
         return {}
+
+    def state(self) -> list[NDArray[Any]]:
+        """List all arrays that the bytes of rows come from, beside the method and the row format."""
+        return list(self.beside().values())
+
+    def digest(self) -> bytes:
+        """Return a SHA-256 of all that rows are packed by: where it is the same, rows become the same bytes.
+
+        Weights of errors are not in it, which rows of files have none of.
+        """
+        digest = hashlib.sha256(f"{self.spec} in {self.row_format}".encode())
+        for array in self.state():
+            digest.update(f"{array.dtype.str} {array.shape}".encode() + array.tobytes())
+        return digest.digest()
 
     def make_by_row(self, num_rows: int) -> NDArray[Any] | None:
         """Make room for the array with an entry for each of so many rows, which pack fills; None if there is none."""
@@ -241,9 +256,13 @@ class Method(ABC):
         """How many codebooks lie beside the rows of a table: never more than it has rows."""
         return 0
 
-    def count_sampled(self, num_embeddings: int, row_format: RowFormat) -> int:
-        """How many rows of a table fit has in memory at the same time, beside a chunk."""
+    def sample_rows(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """How many rows of a table it learns from, in a time that grows with their number."""
         return 0
+
+    def for_part(self, num_embeddings: int, row_format: RowFormat) -> "Method":
+        """Make the method that takes as long for a row of a part of a table as this does for one of the table."""
+        return self
 
     @property
     def spec(self) -> str:

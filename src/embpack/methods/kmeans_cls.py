@@ -1,7 +1,7 @@
 """KMEANS-CLS: codebooks that similar rows share (Guan et al. 2019, section 3.2)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,19 +89,34 @@ class KMeansCls(Method):
         """K, or as many as take the bytes of scale and bias."""
         return min(num_embeddings, self.K or choose_num_codebooks(num_embeddings, row_format))
 
-    def count_sampled(self, num_embeddings: int, row_format: RowFormat) -> int:
-        """As many as have MOST_TRAINED_VALUES, and at least one for each codebook."""
-        least = self.num_codebooks(num_embeddings, row_format)
-        return min(num_embeddings, max(least, MOST_TRAINED_VALUES // row_format.embedding_dim))
+    def sample_rows(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """At least one for each codebook."""
+        most = max(self.num_codebooks(num_embeddings, row_format), MOST_TRAINED_VALUES // row_format.embedding_dim)
+        return min(num_embeddings, most)
+
+    def for_part(self, num_embeddings: int, row_format: RowFormat) -> Method:
+        """With as many codebooks as the table has."""
+        return KMeansCls(self.num_codebooks(num_embeddings, row_format))
 
     def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
         """Train on a sample."""
         num_codebooks = self.num_codebooks(num_embeddings, row_format)
-        wanted = self.count_sampled(num_embeddings, row_format)
-        sample = _read_sample(chunks, num_embeddings, row_format.embedding_dim, wanted, name)
+        count = self.sample_rows(num_embeddings, row_format)
+        numbers = np.arange(count) * num_embeddings // count
+        sample = _read_sample(chunks, numbers, row_format.embedding_dim, name)
         clusters = RowClusters.train(sample, num_codebooks)
         levels = fit_codebooks(sample, Groups.sort(clusters.assign(sample), num_codebooks), row_format.bits)
         return ClusterPacker(self, row_format, name, clusters, levels)
+
+
+class Clusters(Protocol):
+    """What rows are like which: RowClusters, or, for rows that are added to a packed table, its codebooks."""
+
+    def assign(self, rows: Rows) -> NDArray[np.uint32]:
+        """Find the cluster of each row, as Packer.pack takes rows; [n]."""
+
+    def state(self) -> list[NDArray[Any]]:
+        """All that rows are assigned by."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +128,16 @@ class ClusterPacker(Packer):
         levels: float32 [num_codebooks, 2^bits], each codebook ascending.
     """
 
-    clusters: RowClusters
+    clusters: Clusters
     levels: NDArray[np.float32]
 
     def beside(self) -> dict[str, NDArray[Any]]:
         """Codebooks."""
         return {"codebooks": store_levels(self.levels, self.row_format)}
+
+    def state(self) -> list[NDArray[Any]]:
+        """What rows are assigned by, and codebooks as they are before they are stored."""
+        return [*self.clusters.state(), self.levels]
 
     def make_by_row(self, num_rows: int) -> NDArray[Any]:
         """Make room for cluster numbers."""
@@ -139,13 +158,12 @@ class ClusterPacker(Packer):
         return _native.quantize_with_clusters(rows, numbers, self.levels, *how, packed, on_rows)
 
 
-def _read_sample(chunks: Chunks, num_embeddings: int, embedding_dim: int, wanted: int, name: str) -> Rows:
-    """Read evenly spread rows, float32 [wanted, embedding_dim]. All values are looked at."""
-    positions = np.arange(wanted) * num_embeddings // wanted
-    sample, seen = np.empty((wanted, embedding_dim), F32), 0
+def _read_sample(chunks: Chunks, numbers: Numbers, embedding_dim: int, name: str) -> Rows:
+    """Read the rows that have these numbers, in ascending order; float32. All values are looked at."""
+    sample, seen = np.empty((len(numbers), embedding_dim), F32), 0
     for rows in chunks():
         bound_values(rows, name, seen)  # refuses NaN and infinity
-        first, end = np.searchsorted(positions, [seen, seen + len(rows)])
-        sample[first:end] = widen(rows[positions[first:end] - seen])
+        first, end = np.searchsorted(numbers, [seen, seen + len(rows)])
+        sample[first:end] = widen(rows[numbers[first:end] - seen])
         seen += len(rows)
     return sample

@@ -82,7 +82,7 @@ def find_nearest_reference(rows: Rows, centres: Rows) -> Numbers:
     scores = np.tile(squares * F32(-0.5), (len(rows), 1))
     for of_rows, of_centres in zip(rows.T, centres.T, strict=True):
         scores = scores + of_rows[:, None] * of_centres
-    return scores.argmax(axis=1)
+    return np.asarray(scores.argmax(axis=1))
 
 
 def find_centres(
@@ -105,8 +105,9 @@ def find_centres(
         own = Groups.sort(find_nearest(rows, factor, groups, centres, starts), len(centres))
         sums, counts = np.empty(centres.shape), own.counts
         _native.sum_groups(rows, own.order, own.starts, sums)
-        filled = counts > 0
-        centres[filled] = sums[filled] * factor / counts[filled, None]
+        sums *= factor
+        sums /= np.maximum(counts, 1)[:, None]
+        np.copyto(centres, sums, casting="same_kind", where=(counts > 0)[:, None])
     return centres
 
 
@@ -151,6 +152,10 @@ class RowClusters:
             of_groups, shares = of_groups[shares > 0], shares[shares > 0]
             groups = _group_rows(rows, factor, of_groups)
         return cls(factor, of_groups, find_centres(rows, factor, groups, _starts(shares), rng), _starts(shares))
+
+    def state(self) -> list[NDArray[Any]]:
+        """All that rows are assigned by."""
+        return [np.array(self.factor), self.groups, self.centres, self.starts]
 
     def assign(self, rows: NDArray[Any]) -> NDArray[np.uint32]:
         """Number of the nearest centre, within the nearest group, of each row [n, d]."""

@@ -34,13 +34,14 @@ class Trellis(Method):
         """One, of the whole table."""
         return 1
 
-    def count_sampled(self, num_embeddings: int, row_format: RowFormat) -> int:
-        """SAMPLE_ROWS, and of very wide rows fewer."""
+    def sample_rows(self, num_embeddings: int, row_format: RowFormat) -> int:
+        """A few thousand."""
         return min(num_embeddings, count_sample(SAMPLE_ROWS, row_format.embedding_dim))
 
     def fit(self, chunks: Chunks, num_embeddings: int, row_format: RowFormat, name: str = "weight") -> Packer:
         """Find what the rows share, in two passes: the second needs the mean, which the first finds."""
-        mean, sample = _read_sample(chunks, num_embeddings, row_format.embedding_dim, name)
+        numbers = spread_rows(num_embeddings, self.sample_rows(num_embeddings, row_format))
+        mean, sample = _read_sample(chunks, numbers, num_embeddings, name)
         bounds = _bound_rows(chunks, mean)
         refuse_large(bounds[1], name)
         trellis = TrellisFormat(row_format.embedding_dim, row_format.row_bytes)
@@ -78,16 +79,15 @@ class TrellisPacker(Packer):
 
 
 def _read_sample(
-    chunks: Chunks, num_embeddings: int, embedding_dim: int, name: str
+    chunks: Chunks, numbers: NDArray[np.int64], num_embeddings: int, name: str
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Find the mean [embedding_dim], and read rows, evenly spread, [at most SAMPLE_ROWS, embedding_dim]."""
-    numbers = spread_rows(num_embeddings, min(num_embeddings, count_sample(SAMPLE_ROWS, embedding_dim)))
-    total, sample, seen = np.zeros(embedding_dim), [], 0
-    sums = np.empty((1, embedding_dim))
+    """Find the mean [embedding_dim], and read the rows that have these numbers, in ascending order."""
+    sample, seen, total = [], 0, np.zeros(())
     for rows in chunks():
         bound_values(rows, name, seen)  # refuses NaN and infinity
+        sums = np.empty((1, rows.shape[1]))
         _native.sum_groups(rows, None, np.array([0, len(rows)]), sums)
-        total += sums[0]
+        total = total + sums[0]
         begin, end = np.searchsorted(numbers, (seen, seen + len(rows)))
         sample.append(widen(rows[numbers[begin:end] - seen]))
         seen += len(rows)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from embpack.errors import kind_of
 from embpack.formats import SourceTensor
+from embpack.formats.paths import as_path
 from embpack.formats.torch import DTYPES
 from embpack.lookups import Table
 from embpack.packed_files import Access, check_access
@@ -69,7 +70,8 @@ def load_checkpoint(
             itself an embedding, or there is no such access.
     """
     check_tied(tied)
-    check_access(access)
+    path = as_path(path)
+    check_access(access, path)
     if access == "disk" and tied == "share":
         raise ValueError("an output layer needs all rows each time, so they cannot stay on the disk: access='mapped'")
     _check_model(model)

@@ -185,13 +185,19 @@ class PackedModule(CastModule, GuardedModule):
     def table(self) -> PackedTable | DiskTable:
         """The rows as a PackedTable, which shares their memory, or as the DiskTable that the module was made of.
 
+        So lookups of the module see what table.update changes, whatever dtype it returns. Which method packed the rows
+        is not kept with them: update has to be told where several make such rows.
+
         Raises:
-            ValueError: rows of another format have been written to the buffers, as torch.distributed.checkpoint does.
+            ValueError: rows of another format have been written to the buffers, as torch.distributed.checkpoint does;
+                or the module was moved off the CPU.
         """
         name = str(self.dtype).removeprefix("torch.")
         dtype = name if name in ROW_DTYPES else "float32"
         if self.on_disk is not None:
             return replace(self.on_disk, dtype=dtype)
+        if self.packed.device.type != "cpu":
+            raise ValueError(f"the rows are on {self.packed.device}; a table has them in memory: module.cpu().table")
         check_format(self.row_format_ascii, self.row_format, type(self).__name__)
         return replace(as_table(self.packed, str(self.row_format), self.clusters, self.codebooks), dtype=dtype)
 

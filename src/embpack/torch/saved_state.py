@@ -10,6 +10,7 @@ import torch
 from embpack.errors import FormatError
 from embpack.files import METADATA_KEY
 from embpack.formats import INDEX_SUFFIX, SourceTensor, open_checkpoint
+from embpack.formats.paths import as_path
 from embpack.formats.torch import DTYPES
 from embpack.lookups import Table
 from embpack.packed_files import Access, open_packed
@@ -36,7 +37,7 @@ def open_tables(path: str | Path, access: Access) -> Iterator[Found]:
         FileNotFoundError: there is nothing at path.
         FormatError: the file is damaged, truncated, not ours or of a future version.
     """
-    path = Path(path)
+    path = as_path(path)
     if _is_state(path):
         with open_checkpoint(path) as checkpoint:
             yield _split_state(path, {tensor.name: tensor for tensor in checkpoint.tensors}, access)

@@ -1,48 +1,30 @@
-"""TorchRec's quantized embedding collections, with embpack's bytes in them.
-
-A TorchRec user gets the paper's search with nothing else changed:
-
-    import embpack.torchrec
-
-    model.ebc = embpack.torchrec.quantize(model.ebc)  # in place of TorchRec's quantization by minimum and maximum
-
-TorchRec looks indices up by FBGEMM, which sets one that is out of range to 0 **in the caller's KeyedJaggedTensor**,
-pools row 0 and says so on stderr alone; embpack.TableGroup raises IndexError.
-"""
+"""TorchRec's quantized collections made of packed tables, and read."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from embpack.errors import MissingExtraError, kind_of, naming
+import torch
+from torchrec.modules.embedding_configs import (  # type: ignore[import-untyped]
+    DataType,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+)
+from torchrec.modules.embedding_modules import (  # type: ignore[import-untyped]
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+)
+from torchrec.quant import embedding_modules as quant  # type: ignore[import-untyped]
+
+from embpack.errors import kind_of, naming
+from embpack.fbgemm import check_table, fill_tbe, from_tbe
 from embpack.layouts import LAYOUTS
 from embpack.methods import DEFAULT_METHOD, Method, parse_method
 from embpack.packing import pack_and_warn
 from embpack.table import PackedTable
 from embpack.variant import Variant
 
-try:
-    import torch
-    from torchrec.modules.embedding_configs import (  # type: ignore[import-untyped]
-        DataType,
-        EmbeddingBagConfig,
-        EmbeddingConfig,
-    )
-    from torchrec.modules.embedding_modules import (  # type: ignore[import-untyped]
-        EmbeddingBagCollection,
-        EmbeddingCollection,
-    )
-    from torchrec.quant import embedding_modules as quant  # type: ignore[import-untyped]
-except ImportError as error:
-    # TorchRec's own requirements name FBGEMM for GPUs, which overwrites the one for CPUs: no extra can have it.
-    what = "TorchRec (pip install --no-deps torchrec==1.9.2) and what it runs on"
-    raise MissingExtraError("embpack.torchrec", what, "torchrec") from error
-
-from embpack.fbgemm import check_table, fill_tbe, from_tbe
-
-__all__ = ["from_tables", "quantize", "to_tables"]
-
-_DATA_TYPES = {2: DataType.INT2, 4: DataType.INT4, 8: DataType.INT8}
+DATA_TYPES = {2: DataType.INT2, 4: DataType.INT4, 8: DataType.INT8}
 # What TorchRec leaves on a float module for its quantized one, and the constructor's name for it.
 _MARKS = {
     quant.MODULE_ATTR_REGISTER_TBES_BOOL: "register_tbes",
@@ -128,8 +110,8 @@ def from_tables(
     kind = _kind_of(copies)
     _check_names(tables, [config.name for config in copies])
     for config in copies:
-        _check_config(config, tables[config.name])
-        config.data_type = _DATA_TYPES[tables[config.name].bits]
+        check_config(config, tables[config.name])
+        config.data_type = DATA_TYPES[tables[config.name].bits]
     if kind is quant.EmbeddingBagCollection:
         options = {"is_weighted": False, **options}
     collection = kind(tables=copies, device=torch.device("cpu"), output_dtype=output_dtype, **options)
@@ -219,7 +201,8 @@ def _check_names(tables: Iterable[str], names: Sequence[str]) -> None:
             raise ValueError(f"table {name!r} has no config; the configs are of {', '.join(names)}: add one")
 
 
-def _check_config(config: Any, table: PackedTable) -> None:
+def check_config(config: Any, table: PackedTable) -> None:
+    """Refuse a table that TorchRec cannot hold, or that is not what its config says; it is named."""
     check_table(table, f"table {config.name!r}", "torchrec")
     if config.use_virtual_table:
         raise ValueError(f"table {config.name!r} is virtual and has no fixed rows; set use_virtual_table=False")
