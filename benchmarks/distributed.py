@@ -123,7 +123,7 @@ def _name(process: int) -> str:
 def _started(workers: int) -> Iterator[float]:
     """Start Ray; yields the seconds that it took."""
     start = time.perf_counter()
-    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield time.perf_counter() - start
     finally:
