@@ -115,8 +115,10 @@ def _name(process: int) -> str:
     if process == os.getpid():
         return "driver"
     words = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
-    script = next((word for word in words if word.endswith(".py")), words[0] if words else "")
-    return Path(script).name
+    name = words[0] if words else ""
+    if "python" in name:
+        name = next((word for word in words if word.endswith(".py")), name)
+    return Path(name).name
 
 
 @contextmanager
