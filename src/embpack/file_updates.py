@@ -28,6 +28,7 @@ from embpack.formats import INDEX_SUFFIX, Checkpoint, Shard, SourceTensor, open_
 from embpack.formats.atomic import keep_owner_and_mode, new_file
 from embpack.formats.copying import copy_bytes, write_all
 from embpack.formats.new_folder import iter_files, new_folder
+from embpack.formats.paths import as_path, is_remote
 from embpack.formats.safetensors import replace_metadata
 from embpack.kept import forget_rows
 from embpack.methods import measure_loss
@@ -139,7 +140,8 @@ def update_file(
         FormatError: a file is damaged, its bytes were altered, or it was changed meanwhile.
         IndexError: an id is out of range; named with its file and place.
         ValueError: no table, or more than one, has the name that a delta says; a row has another number of values, or
-            NaN or infinity; the deltas are none of the above; path is one of several files that belong together.
+            NaN or infinity; the deltas are none of the above; path is one of several files that belong together, or
+            path or out is a URI.
         OSError: the new file cannot be written.
     """
     names = ColumnNames(table_column, id_column, row_column, step_column)
@@ -149,13 +151,23 @@ def update_file(
         return update.write(out, method=method, warn_share=warn_share, force=force, progress=progress)
 
 
+def _of_this_machine(path: str | os.PathLike[str]) -> Path:
+    """Make a path of what a user gives, and refuse URIs: rows are written into a clone, or a copy, of the old file."""
+    made = as_path(path)
+    if is_remote(made):
+        raise ValueError(
+            f"{made}: rows are updated in files of this machine; copy what is there here, and the new file back"
+        )
+    return made
+
+
 @contextmanager
 def open_update(
     path: str | os.PathLike[str], deltas: Sequence[str | os.PathLike[str]], names: ColumnNames
 ) -> Iterator["FileUpdate"]:
     """Do what update_file does up to where it writes: open the files, and read which rows change."""
     started = time.perf_counter()
-    with open_checkpoint(path) as checkpoint, open_deltas(deltas, names) as opened:
+    with open_checkpoint(_of_this_machine(path)) as checkpoint, open_deltas(deltas, names) as opened:
         packed = check_packed(checkpoint)
         changes = read_changes(opened, packed.tables, checkpoint.path)
         yield FileUpdate(checkpoint, packed, opened, changes, started)
@@ -221,15 +233,16 @@ class FileUpdate:
                     f"{file.path}: format version 1 has no checksums of all that it has, which an update would need; "
                     "write the file anew: embpack.save(path, embpack.load(path))"
                 )
-        if out is None and not self.changes:
+        target = None if out is None else _of_this_machine(out)
+        if target is None and not self.changes:
             return self.foresee()
         pack = partial(
             pack_changes, self.deltas, self.changes, self.checkpoint.path, method=method or "", progress=progress
         )
         if self.folder is None:
-            entries = self._write_file(out, pack, force=force, progress=progress)
+            entries = self._write_file(target, pack, force=force, progress=progress)
         else:
-            entries = self._write_folder(self.folder, out, pack, force=force, progress=progress)
+            entries = self._write_folder(self.folder, target, pack, force=force, progress=progress)
         return self._report([_report(change, entries, warn_share) for change in self.changes])
 
     def _report(self, tables: Sequence[TableUpdate]) -> FileUpdateReport:
@@ -240,11 +253,11 @@ class FileUpdate:
         )
 
     def _write_file(
-        self, out: str | os.PathLike[str] | None, pack: Callable[[WriteRows], None], *, force: bool, progress: Progress
+        self, out: Path | None, pack: Callable[[WriteRows], None], *, force: bool, progress: Progress
     ) -> dict[str, TableEntry]:
         """Write the new file, and return the entries of its tables that changed."""
         source = self.checkpoint.path
-        target = source if out is None else Path(out)
+        target = out or source
         if target.suffix != ".safetensors":
             raise ValueError(f"{target}: {source} is a file of packed tables, so the new one ends in .safetensors")
         is_same = target.exists() and target.samefile(source)
@@ -263,14 +276,14 @@ class FileUpdate:
     def _write_folder(
         self,
         folder: Path,
-        out: str | os.PathLike[str] | None,
+        out: Path | None,
         pack: Callable[[WriteRows], None],
         *,
         force: bool,
         progress: Progress,
     ) -> dict[str, TableEntry]:
         """Write the new folder, and return the entries of its tables that changed."""
-        target = folder if out is None else Path(out)
+        target = out or folder
         if target.suffix == ".safetensors":
             raise ValueError(f"{target}: {folder} is a folder, so the new one is, too; leave {target.suffix} out")
         is_same = target.exists() and target.samefile(folder)

@@ -46,14 +46,15 @@ def of_place(name: str, help: str) -> Any:
         name: of the argument, as a help has it.
         help: what to say of it.
     """
-
-    def path(text: str) -> Path:  # some typer show this name
-        try:
-            return as_path(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
     return typer.Argument(metavar=name, show_default=False, help=help, parser=path)
+
+
+def path(text: str) -> Path:  # some typer show this name
+    """Read a path, of this machine or a URI, of which Path would make "s3:/..."."""
+    try:
+        return as_path(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 Completions = list[tuple[str, str]]
