@@ -13,7 +13,7 @@ from conftest import plain
 from rich.cells import cell_len
 
 import embpack
-from benchmarks import disk, large_tables, opening, peers, pieces, planning, small_tables
+from benchmarks import disk, large_tables, opening, peers, pieces, planning, small_tables, update
 from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
 from benchmarks.cores import Busyness, CpuLoss
 from benchmarks.harness import AnswersDifferError, Contestant, Spread, Standing, Timing, Workload, measure_spread, race
@@ -206,6 +206,18 @@ def test_opening_says_what_it_took(capsys):
     assert re.search(
         r"^opened, and two rows looked up, in \d\.\d{4} s, with \d+\.\d MiB more in memory$", printed, re.M
     )
+
+
+def test_updates_are_compared_and_measured(capsys, tmp_path):
+    update.main(["--rows", "5000", "--dim", "16", "--rounds", "2", "--json", str(tmp_path / "u.json")])
+    printed = capsys.readouterr().out
+    assert (
+        "5,000 x 16 by optimal" in printed and "50 rows change, and have the bytes of a table that is packed" in printed
+    )
+    assert re.search(
+        r"^ratio    \d\.\d{3}, and \d\.\d{3} of CPUs; the goal, 0\.05 at most, is (met|missed)$", printed, re.M
+    )
+    assert len(json.loads((tmp_path / "u.json").read_text())["updates"]) == 2
 
 
 def test_rows_from_a_disk_are_measured(capsys, monkeypatch, tmp_path):
