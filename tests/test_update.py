@@ -505,6 +505,23 @@ def test_a_file_that_is_replaced_meanwhile_is_left_alone(old, delta, monkeypatch
     assert embpack.load(packed)[USER].loss is not None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_two_updates_at_the_same_time_one_is_refused(tmp_path, old, delta, monkeypatch, kind):
+    packed, second = old(kind), tmp_path / "second.npz"
+    np.savez(second, **{"user_emb.indices": np.arange(9), "user_emb.rows": np.ones((9, DIM), np.float32)})
+    refuse_changed = file_updates._refuse_changed
+
+    def update_now(files):
+        refuse_changed(files)  # from here on nothing of the file is looked at
+        with pytest.raises(FileExistsError, match="is being updated by another process; run again when it is done"):
+            update_file(packed, [second])
+
+    monkeypatch.setattr(file_updates, "_refuse_changed", update_now)
+    before = updated(packed, *delta[:2])
+    update_file(packed, [delta[2]])
+    assert bytes_of(packed) == before
+
+
 def test_a_file_that_is_put_into_the_folder_meanwhile_is_not_lost(old, delta, monkeypatch):
     packed = old("")
     pack = file_updates.pack_changes

@@ -1,11 +1,12 @@
 """Packed files whose tables change: some rows are packed anew, all other bytes stay."""
 
+import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -135,7 +136,8 @@ def update_file(
         progress: called with a table's name and a number of rows: as they are packed, and as the table's are checked.
 
     Raises:
-        FileExistsError: there is something at out that embpack did not write, and no force.
+        FileExistsError: there is something at out that embpack did not write, and no force; or another process is
+            updating path.
         FileNotFoundError: there is no such file, or a rank's is missing.
         FormatError: a file is damaged, its bytes were altered, or it was changed meanwhile.
         IndexError: an id is out of range; named with its file and place.
@@ -264,7 +266,10 @@ class FileUpdate:
         if is_same:
             refuse_shard(source)
         [(shard, file)] = self.files or [(self.checkpoint.shards[0], self.packed.files[0])]
-        with new_file(target, lambda existing: force or is_same or is_packed(existing)) as opened:
+        with ExitStack() as stack:
+            if is_same:
+                stack.enter_context(_alone(source))
+            opened = stack.enter_context(new_file(target, lambda existing: force or is_same or is_packed(existing)))
             descriptor = opened.fileno()
             new = self._make_new(file, lambda: nullcontext(descriptor))
             pack(NewFiles([new]).add)
@@ -293,7 +298,10 @@ class FileUpdate:
         # What is put into the folder meanwhile is not ours to remove.
         may_replace = (lambda _: names) if is_same else list_own
         changed = {(place / shard.file_name).as_posix(): (shard, file) for shard, file in self.files}
-        with new_folder(target, last.as_posix(), may_replace, force=force) as new:
+        with ExitStack() as stack:
+            if is_same:
+                stack.enter_context(_alone(self.checkpoint.path))
+            new = stack.enter_context(new_folder(target, last.as_posix(), may_replace, force=force))
             for name in names - set(changed):
                 _place(folder / name, new / name, is_same=is_same)
             made = {}
@@ -394,6 +402,25 @@ def refuse_shard(path: Path) -> None:
             continue
         if path.name in headers:
             raise ValueError(f"{path}: is one of the files of {index}, which has a checksum of it; give that index")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other updates of a file or folder out until the new one has its name, where the file system has locks.
+
+    One that has opened the old file before, and comes after, hears of it by _refuse_changed.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(f"{path} is being updated by another process; run again when it is done") from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_changed(files: Sequence[PackedFile]) -> None:

@@ -61,13 +61,13 @@ def open_deltas(given: Sequence[str | os.PathLike[str]], names: ColumnNames = TO
     """
     if isinstance(given, str | os.PathLike):
         raise TypeError(f"deltas is {given!r}; give a list of them: [{given!r}]")
+    if not given:
+        raise ValueError(f"there are no deltas; {_HOW}")
     with ExitStack() as stack:
         deltas: list[Delta] = []
         for text in given:
             table, paths = parse_delta(text)
             deltas += _open(stack, table, paths, names)
-        if not deltas:
-            raise ValueError(f"there are no deltas; {_HOW}")
         _refuse_mixed(deltas)
         yield deltas
 
