@@ -29,6 +29,7 @@ from embpack.formats import INDEX_SUFFIX, Checkpoint, Shard, SourceTensor, open_
 from embpack.formats.atomic import keep_owner_and_mode, new_file
 from embpack.formats.copying import copy_bytes, write_all
 from embpack.formats.new_folder import iter_files, new_folder
+from embpack.formats.paths import as_path, is_remote
 from embpack.formats.safetensors import replace_metadata
 from embpack.kept import forget_rows
 from embpack.methods import measure_loss
@@ -141,7 +142,8 @@ def update_file(
         FormatError: a file is damaged, its bytes were altered, or it was changed meanwhile.
         IndexError: an id is out of range; named with its file and place.
         ValueError: no table, or more than one, has the name that a delta says; a row has another number of values, or
-            NaN or infinity; the deltas are none of the above; path is one of several files that belong together.
+            NaN or infinity; the deltas are none of the above; path is one of several files that belong together; a
+            path is a URI.
         OSError: the new file cannot be written.
     """
     names = ColumnNames(table_column, id_column, row_column, step_column)
@@ -157,7 +159,7 @@ def open_update(
 ) -> Iterator["FileUpdate"]:
     """Do what update_file does up to where it writes: open the files, and read which rows change."""
     started = time.perf_counter()
-    with open_checkpoint(path) as checkpoint, open_deltas(deltas, names) as opened:
+    with open_checkpoint(as_local(path)) as checkpoint, open_deltas(deltas, names) as opened:
         packed = check_packed(checkpoint)
         changes = read_changes(opened, packed.tables, checkpoint.path)
         yield FileUpdate(checkpoint, packed, opened, changes, started)
@@ -246,7 +248,7 @@ class FileUpdate:
     ) -> dict[str, TableEntry]:
         """Write the new file, and return the entries of its tables that changed."""
         source = self.checkpoint.path
-        target = source if out is None else Path(out)
+        target = source if out is None else as_local(out)
         if target.suffix != ".safetensors":
             raise ValueError(f"{target}: {source} is a file of packed tables, so the new one ends in .safetensors")
         is_same = target.exists() and target.samefile(source)
@@ -275,7 +277,7 @@ class FileUpdate:
         progress: Progress,
     ) -> dict[str, TableEntry]:
         """Write the new folder, and return the entries of its tables that changed."""
-        target = folder if out is None else Path(out)
+        target = folder if out is None else as_local(out)
         if target.suffix == ".safetensors":
             raise ValueError(f"{target}: {folder} is a folder, so the new one is, too; leave {target.suffix} out")
         is_same = target.exists() and target.samefile(folder)
@@ -378,6 +380,18 @@ def _report(
         loss_after=find_loss(renewed) if is_done else None,
         warning=warning,
     )
+
+
+def as_local(path: str | os.PathLike[str]) -> Path:
+    """Make a path of this machine of what a user gives.
+
+    Raises:
+        ValueError: it is a URI.
+    """
+    found = as_path(path)
+    if is_remote(found):
+        raise ValueError(f"{path}: only files of this machine are updated; copy it here, and the new one back")
+    return found
 
 
 def refuse_shard(path: Path) -> None:

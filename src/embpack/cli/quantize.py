@@ -238,6 +238,7 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="OLD_DST",
+            parser=options.path,
             help="Copy rows whose source is as it was when OLD_DST was written with --keep-checksums.",
             show_default=False,
             rich_help_panel=options.OUTPUT,

@@ -21,9 +21,7 @@ def _column(help: str, default: str) -> object:
 def update(
     file: Annotated[
         Path,
-        typer.Argument(
-            metavar="FILE", show_default=False, help="What embpack quantize wrote: a file, a folder or an index."
-        ),
+        options.of_place("FILE", "What embpack quantize wrote: a file, a folder or an index."),
     ],
     deltas: Annotated[
         list[str],
@@ -38,6 +36,7 @@ def update(
         Path | None,
         typer.Option(
             metavar="NEW",
+            parser=options.path,
             help="Write this file or folder, and leave FILE as it is.",
             show_default="FILE is replaced, at once and whole",
         ),
