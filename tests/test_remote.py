@@ -216,6 +216,13 @@ def test_an_object_that_changes_while_it_is_read_is_refused(model, place, how, c
             list(chunks)
 
 
+def test_since_what_lies_behind_a_uri(model, place, embpack_command):
+    for options in (["--keep-checksums"], ["--since", f"{place}/old.safetensors"]):
+        code, out, _ = embpack_command("quantize", model, f"{place}/old.safetensors", *options)
+        assert code == 0
+    assert "left alone" in out
+
+
 def test_load_and_inspect(model, bucket, embpack_command):
     uri = f"{bucket}/packed.safetensors"
     embpack.quantize_file(model, uri)

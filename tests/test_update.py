@@ -597,6 +597,16 @@ def test_what_is_not_packed_is_refused(source, delta):
         update_file(source, [delta[2]])
 
 
+def test_uris_are_refused(embpack_command, old, delta):
+    remote = "memory://models/model.safetensors"
+    packed = old("")
+    for arguments in ([remote, delta[2]], [packed, delta[2], "--out", remote]):
+        code, _, err = embpack_command("update", *arguments)
+        assert code == 1 and f"{remote}: only files of this machine are updated; copy it here" in err
+    with pytest.raises(ValueError, match=r"^s3://models/d\.npz: deltas are files of this machine; copy it here"):
+        update_file(packed, ["s3://models/d.npz"])
+
+
 def test_a_file_of_version_1_is_refused(tmp_path):
     path = tmp_path / "v1.safetensors"
     shutil.copyfile(next(path for path in sorted(PACKED.iterdir()) if is_version_1(path)), path)

@@ -142,8 +142,8 @@ def update_file(
         FormatError: a file is damaged, its bytes were altered, or it was changed meanwhile.
         IndexError: an id is out of range; named with its file and place.
         ValueError: no table, or more than one, has the name that a delta says; a row has another number of values, or
-            NaN or infinity; the deltas are none of the above; path is one of several files that belong together, or
-            path or out is a URI.
+            NaN or infinity; the deltas are none of the above; path is one of several files that belong together; a
+            path is a URI.
         OSError: the new file cannot be written.
     """
     names = ColumnNames(table_column, id_column, row_column, step_column)
@@ -153,23 +153,13 @@ def update_file(
         return update.write(out, method=method, warn_share=warn_share, force=force, progress=progress)
 
 
-def _of_this_machine(path: str | os.PathLike[str]) -> Path:
-    """Make a path of what a user gives, and refuse URIs: rows are written into a clone, or a copy, of the old file."""
-    made = as_path(path)
-    if is_remote(made):
-        raise ValueError(
-            f"{made}: rows are updated in files of this machine; copy what is there here, and the new file back"
-        )
-    return made
-
-
 @contextmanager
 def open_update(
     path: str | os.PathLike[str], deltas: Sequence[str | os.PathLike[str]], names: ColumnNames
 ) -> Iterator["FileUpdate"]:
     """Do what update_file does up to where it writes: open the files, and read which rows change."""
     started = time.perf_counter()
-    with open_checkpoint(_of_this_machine(path)) as checkpoint, open_deltas(deltas, names) as opened:
+    with open_checkpoint(as_local(path)) as checkpoint, open_deltas(deltas, names) as opened:
         packed = check_packed(checkpoint)
         changes = read_changes(opened, packed.tables, checkpoint.path)
         yield FileUpdate(checkpoint, packed, opened, changes, started)
@@ -235,7 +225,7 @@ class FileUpdate:
                     f"{file.path}: format version 1 has no checksums of all that it has, which an update would need; "
                     "write the file anew: embpack.save(path, embpack.load(path))"
                 )
-        target = None if out is None else _of_this_machine(out)
+        target = None if out is None else as_local(out)
         if target is None and not self.changes:
             return self.foresee()
         pack = partial(
@@ -391,6 +381,18 @@ def _report(
         loss_after=find_loss(renewed) if is_done else None,
         warning=warning,
     )
+
+
+def as_local(path: str | os.PathLike[str]) -> Path:
+    """Make a path of this machine of what a user gives.
+
+    Raises:
+        ValueError: it is a URI.
+    """
+    found = as_path(path)
+    if is_remote(found):
+        raise ValueError(f"{path}: only files of this machine are updated; copy it here, and the new one back")
+    return found
 
 
 def refuse_shard(path: Path) -> None:
