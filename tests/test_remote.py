@@ -662,3 +662,11 @@ def test_errors_of_the_command_are_one_line(endpoint, embpack_command):
         err
         == "error: s3://none/a.safetensors: cannot be read: there is no such bucket; check its name, or make it first\n"
     )
+
+
+def test_the_command_copies_rows_from_an_earlier_run_behind_a_uri(embpack_command, model, place, tmp_path):
+    since = f"{place}/monday.safetensors"
+    embpack.quantize_file(model, since, keep_checksums=True)
+    code, out, err = embpack_command("quantize", model, tmp_path / "tuesday.safetensors", "--since", since, "--json")
+    assert (code, err) == (0, "")
+    assert [table["reused_rows"] for table in json.loads(out)["tables"]] == [3000] * 3

@@ -28,6 +28,7 @@ from embpack.formats import INDEX_SUFFIX, Checkpoint, Shard, SourceTensor, open_
 from embpack.formats.atomic import keep_owner_and_mode, new_file
 from embpack.formats.copying import copy_bytes, write_all
 from embpack.formats.new_folder import iter_files, new_folder
+from embpack.formats.paths import as_path, is_remote
 from embpack.formats.safetensors import replace_metadata
 from embpack.kept import forget_rows
 from embpack.methods import measure_loss
@@ -47,7 +48,8 @@ class TableUpdate:
 
     Attributes:
         name: of the table.
-        num_embeddings, embedding_dim: rows, and values of a row.
+        num_embeddings: rows.
+        embedding_dim: values of a row.
         method: that packed it.
         ids_seen: rows that the deltas have of it.
         rows_changed: rows of it that they change.
@@ -139,7 +141,8 @@ def update_file(
         FormatError: a file is damaged, its bytes were altered, or it was changed meanwhile.
         IndexError: an id is out of range; named with its file and place.
         ValueError: no table, or more than one, has the name that a delta says; a row has another number of values, or
-            NaN or infinity; the deltas are none of the above; path is one of several files that belong together.
+            NaN or infinity; the deltas are none of the above; path is one of several files that belong together, or it
+            or out is a URI.
         OSError: the new file cannot be written.
     """
     names = ColumnNames(table_column, id_column, row_column, step_column)
@@ -155,6 +158,7 @@ def open_update(
 ) -> Iterator["FileUpdate"]:
     """Do what update_file does up to where it writes: open the files, and read which rows change."""
     started = time.perf_counter()
+    _refuse_remote(path)
     with open_checkpoint(path) as checkpoint, open_deltas(deltas, names) as opened:
         packed = check_packed(checkpoint)
         changes = read_changes(opened, packed.tables, checkpoint.path)
@@ -215,6 +219,8 @@ class FileUpdate:
         progress: Progress = no_progress,
     ) -> FileUpdateReport:
         """Pack the rows, and write the new files; as update_file says."""
+        if out is not None:
+            _refuse_remote(out)
         for _, file in self.files:
             if file.contents.others is None:
                 raise ValueError(
@@ -381,6 +387,15 @@ def refuse_shard(path: Path) -> None:
             continue
         if path.name in headers:
             raise ValueError(f"{path}: is one of the files of {index}, which has a checksum of it; give that index")
+
+
+def _refuse_remote(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a path is a URI's: the files of a store can only be put anew, as a whole."""
+    if is_remote(as_path(path)):
+        raise ValueError(
+            f"{path}: rows are updated in files of this machine; copy the packed files here, update them, and put them "
+            "back, or pack what has changed by embpack quantize --since"
+        )
 
 
 def _refuse_changed(files: Sequence[PackedFile]) -> None:

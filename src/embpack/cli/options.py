@@ -39,6 +39,14 @@ def of_names(help: str) -> Any:
     return typer.Option(metavar="GLOB", show_default=False, help=help, rich_help_panel=WHAT)
 
 
+def path(text: str) -> Path:  # some typer show this name
+    """Read a path, of this machine or a URI, which Typer's own would take for one of this machine."""
+    try:
+        return as_path(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def of_place(name: str, help: str) -> Any:
     """Make an argument that is a path, of this machine or a URI.
 
@@ -46,13 +54,6 @@ def of_place(name: str, help: str) -> Any:
         name: of the argument, as a help has it.
         help: what to say of it.
     """
-
-    def path(text: str) -> Path:  # some typer show this name
-        try:
-            return as_path(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
     return typer.Argument(metavar=name, show_default=False, help=help, parser=path)
 
 

@@ -239,6 +239,7 @@ def quantize(
         typer.Option(
             metavar="OLD_DST",
             help="Copy rows whose source is as it was when OLD_DST was written with --keep-checksums.",
+            parser=options.path,
             show_default=False,
             rich_help_panel=options.OUTPUT,
         ),

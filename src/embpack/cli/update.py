@@ -21,9 +21,7 @@ def _column(help: str, default: str) -> object:
 def update(
     file: Annotated[
         Path,
-        typer.Argument(
-            metavar="FILE", show_default=False, help="What embpack quantize wrote: a file, a folder or an index."
-        ),
+        options.of_place("FILE", "What embpack quantize wrote: a file, a folder or an index."),
     ],
     deltas: Annotated[
         list[str],
@@ -40,6 +38,7 @@ def update(
             metavar="NEW",
             help="Write this file or folder, and leave FILE as it is.",
             show_default="FILE is replaced, at once and whole",
+            parser=options.path,
         ),
     ] = None,
     table_column: Annotated[
