@@ -306,7 +306,8 @@ def test_rows_that_do_not_fit_are_counted_and_warned_of(tmp_path, old, rng):
     [table] = update_file(packed, [tmp_path / "d.npz"], tmp_path / "a.safetensors").tables
     assert table.num_misfits > 20
     assert table.warning == (
-        f"{table.num_misfits} of its 40 changed rows do not fit what its rows share; pack it anew: embpack quantize"
+        f"{table.num_misfits} of the 40 rows that changed do not fit what the table's rows share, and lose many times "
+        "what they would by a grid of their own; pack the table anew"
     )
     [table] = update_file(packed, [tmp_path / "d.npz"], tmp_path / "a.safetensors", warn_share=1).tables
     assert table.warning is None
@@ -644,7 +645,7 @@ def test_the_command_warns(embpack_command, tmp_path, old, rng):
     packed = old(".safetensors", "trellis")
     path = write_rows(tmp_path / "d.npz", [1, 2], 1e-4 * rng.standard_normal((2, DIM), np.float32))
     _, out, _ = embpack_command("update", packed, path)
-    assert "changed rows do not fit what its rows share; pack it anew" in out
+    assert "rows that changed do not fit what the table's rows share" in out
 
 
 def test_the_command_fails_with_one_line(embpack_command, tmp_path, old):
