@@ -271,7 +271,7 @@ def test_files_that_are_updated_are_of_this_machine(model, tmp_path, embpack_com
         embpack.quantize_file(model, file, method="asym")
     delta = {"user_embedding.weight.indices": np.array([0]), "user_embedding.weight.rows": np.ones((1, 32), np.float32)}
     np.savez(tmp_path / "delta.npz", **delta)
-    message = "rows are updated in files of this machine; copy what is there here, and the new file back"
+    message = "only files of this machine are updated; copy it here, and the new one back"
     with pytest.raises(ValueError, match=message):
         embpack.update_file(file, [tmp_path / "delta.npz"], out=out)
     code, _, err = embpack_command("update", file, str(tmp_path / "delta.npz"), *(("--out", out) if out else ()))
@@ -705,3 +705,11 @@ def test_errors_of_the_command_are_one_line(endpoint, embpack_command):
         err
         == "error: s3://none/a.safetensors: cannot be read: there is no such bucket; check its name, or make it first\n"
     )
+
+
+def test_the_command_copies_rows_from_an_earlier_run_behind_a_uri(embpack_command, model, place, tmp_path):
+    since = f"{place}/monday.safetensors"
+    embpack.quantize_file(model, since, keep_checksums=True)
+    code, out, err = embpack_command("quantize", model, tmp_path / "tuesday.safetensors", "--since", since, "--json")
+    assert (code, err) == (0, "")
+    assert [table["reused_rows"] for table in json.loads(out)["tables"]] == [3000] * 3

@@ -306,7 +306,8 @@ def test_rows_that_do_not_fit_are_counted_and_warned_of(tmp_path, old, rng):
     [table] = update_file(packed, [tmp_path / "d.npz"], tmp_path / "a.safetensors").tables
     assert table.num_misfits > 20
     assert table.warning == (
-        f"{table.num_misfits} of its 40 changed rows do not fit what its rows share; pack it anew: embpack quantize"
+        f"{table.num_misfits} of the 40 rows that changed do not fit what the table's rows share, and lose many times "
+        "what they would by a grid of their own; pack the table anew"
     )
     [table] = update_file(packed, [tmp_path / "d.npz"], tmp_path / "a.safetensors", warn_share=1).tables
     assert table.warning is None
@@ -592,6 +593,19 @@ def test_one_of_several_files_is_refused(tmp_path, old, delta):
     verify(packed)
 
 
+def test_uris_are_refused_with_the_way_out(tmp_path, old, delta):
+    with pytest.raises(ValueError, match="s3://bucket/packed: rows are updated in files of this machine; copy"):
+        update_file("s3://bucket/packed", [delta[2]])
+    refused(old(".safetensors"), [delta[2]], "updated in files of this machine", out="s3://bucket/packed.safetensors")
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_the_command_refuses_uris(embpack_command, old, delta):
+    for args in (["s3://bucket/packed", delta[2]], [old(""), delta[2], "--out", "s3://bucket/packed"]):
+        code, _, err = embpack_command("update", *args)
+        assert (code, err.count("s3://bucket/packed: rows are updated in files of this machine")) == (1, 1)
+
+
 def test_what_is_not_packed_is_refused(source, delta):
     with pytest.raises(FormatError, match="holds no packed tables"):
         update_file(source, [delta[2]])
@@ -658,7 +672,7 @@ def test_the_command_warns(embpack_command, tmp_path, old, rng):
     packed = old(".safetensors", "trellis")
     path = write_rows(tmp_path / "d.npz", [1, 2], 1e-4 * rng.standard_normal((2, DIM), np.float32))
     _, out, _ = embpack_command("update", packed, path)
-    assert "changed rows do not fit what its rows share; pack it anew" in out
+    assert "rows that changed do not fit what the table's rows share" in out
 
 
 def test_the_command_fails_with_one_line(embpack_command, tmp_path, old):

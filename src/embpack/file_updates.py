@@ -38,6 +38,7 @@ from embpack.packed_files import PackedCheckpoint, PackedFile, TablePiece, check
 from embpack.packed_folder import list_own
 from embpack.rewriting import NewFile, NewFiles, source_of, stored_of
 from embpack.shard_writer import Progress, no_progress
+from embpack.updating import warn_of_misfits
 
 WARN_SHARE = 0.01
 """The share of the changed rows of a table that may not fit what its rows share, before there is a warning."""
@@ -49,7 +50,8 @@ class TableUpdate:
 
     Attributes:
         name: of the table.
-        num_embeddings, embedding_dim: rows, and values of a row.
+        num_embeddings: rows.
+        embedding_dim: values of a row.
         method: that packed it.
         ids_seen: rows that the deltas have of it.
         rows_changed: rows of it that they change.
@@ -360,12 +362,6 @@ def _report(
 ) -> TableUpdate:
     """Say what a change came to; without entries, those of what was written, nothing was packed."""
     table, sums = change.table, [span for own in change.sums.values() for span in own]
-    warning = find_warning(sums)
-    if change.num_misfits > warn_share * len(change.ids):
-        warning = (
-            f"{change.num_misfits:,} of its {len(change.ids):,} changed rows do not fit what its rows share; pack it "
-            "anew: embpack quantize"
-        )
     is_done = entries is not None
     renewed = [entries.get(piece.name, piece.entry) for piece in table.pieces] if entries is not None else []
     return TableUpdate(
@@ -379,7 +375,7 @@ def _report(
         loss_before=table.entry.loss,
         loss_changed=measure_loss(sums) if is_done else None,
         loss_after=find_loss(renewed) if is_done else None,
-        warning=warning,
+        warning=warn_of_misfits(change.num_misfits, len(change.ids), warn_share) or find_warning(sums),
     )
 
 

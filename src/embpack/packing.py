@@ -1,8 +1,8 @@
 """Array in, packed table out; and ranges of rows of a table that is packed piece by piece."""
 
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,24 @@ def pack(weight: Any, variant: Variant, error_weights: Any = None) -> tuple[Pack
     if table.nbytes >= LEAST_MOVED_BYTES:
         use_huge_pages(table.packed, *table.beside)
     return table, find_warning(sums)
+
+
+class PackedRows(NamedTuple):
+    """Packed rows that follow others.
+
+    Attributes:
+        packed: uint8 [n, row_bytes], which the next ones may overwrite.
+        sums: of the spans that end with them.
+        by_row: entries of the array beside the rows, [n], or those of rows before, too; None if there is none.
+        ranges: what is kept of them, an array of kept.RANGE, or of rows before, too; None if nothing is.
+        reused: rows that were copied from what an earlier run has packed.
+    """
+
+    packed: NDArray[np.uint8]
+    sums: Sequence[Sums]
+    by_row: NDArray[Any] | None = None
+    ranges: NDArray[Any] | None = None
+    reused: int = 0
 
 
 def iter_packed(

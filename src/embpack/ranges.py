@@ -32,8 +32,9 @@ from embpack.formats.source import SourceFile, make_source
 from embpack.kept import RANGE, count_ranges
 from embpack.methods import Packer
 from embpack.methods.base import Sums, condense
+from embpack.packing import PackedRows
 from embpack.rules import Decision
-from embpack.shard_writer import DonePiece, PackedRows, PieceWriter, ShardWriter, TableWriter, no_progress
+from embpack.shard_writer import DonePiece, PieceWriter, ShardWriter, TableWriter, no_progress
 
 # Some seconds of work, most of the time, of which little is lost where a worker dies.
 _RANGE_VALUES = 1 << 24

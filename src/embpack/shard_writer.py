@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from embpack.kept import SUFFIX, find_shape, join_kept
 from embpack.layouts import ArraySpec, RowFormat
 from embpack.methods import Method, Packer, measure_loss
 from embpack.methods.base import Sums, condense, find_warning
-from embpack.packing import iter_packed
+from embpack.packing import PackedRows, iter_packed
 from embpack.rotation import rotate_chunks
 from embpack.rules import Decision
 from embpack.unchanged import pack_ranges
@@ -32,24 +32,6 @@ Progress = Callable[[str, int], None]
 
 def no_progress(name: str, rows: int) -> None:
     """Tell nobody."""
-
-
-class PackedRows(NamedTuple):
-    """Packed rows that follow others.
-
-    Attributes:
-        packed: uint8 [n, row_bytes], which the next ones may overwrite.
-        sums: of the spans that end with them.
-        by_row: entries of the array beside the rows, [n], or those of rows before, too; None if there is none.
-        ranges: what is kept of them, an array of kept.RANGE, or of rows before, too; None if nothing is.
-        reused: rows that were copied from what an earlier run has packed.
-    """
-
-    packed: NDArray[np.uint8]
-    sums: Sequence[Sums]
-    by_row: NDArray[Any] | None = None
-    ranges: NDArray[Any] | None = None
-    reused: int = 0
 
 
 # As long as any.
@@ -186,7 +168,7 @@ class TableWriter:
         packer, done = self.fit(), 0
         on_rows = partial(self.progress, self.decision.tensor.name)
         if self.decision.keeps_checksums:
-            yield from map(PackedRows._make, pack_ranges(self.decision, packer, start, stop, on_rows))
+            yield from pack_ranges(self.decision, packer, start, stop, on_rows)
             return
         by_row = packer.make_by_row(stop - start)
         for packed, own in iter_packed(packer, self.read(start, stop), start, on_rows, by_row):

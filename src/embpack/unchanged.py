@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,9 @@ from embpack.formats import SourceTensor
 from embpack.formats.source import SourceFile
 from embpack.kept import RANGE, as_ranges, as_sums, checksum, describe_packer, read_version, set_sums
 from embpack.methods import Packer
-from embpack.methods.base import OnRows, Sums
+from embpack.methods.base import OnRows
 from embpack.packed_files import PackedCheckpoint, StoredTable, TablePiece, open_packed
+from embpack.packing import PackedRows
 from embpack.rotation import rotate_chunks
 from embpack.rules import Decision
 from embpack.threads import get_num_threads
@@ -180,23 +181,7 @@ def _open_piece(piece: TablePiece) -> OldPiece:
     return OldPiece(piece.first_row, piece.end_row, packed, beside[0] if has_by_row else None, kept)
 
 
-class RangedRows(NamedTuple):
-    """Packed rows that follow others, by ranges.
-
-    Attributes:
-        packed, sums, by_row: as PackedRows has them.
-        ranges: what is to be kept of them, an array of kept.RANGE.
-        reused: rows of them that were copied.
-    """
-
-    packed: NDArray[np.uint8]
-    sums: Sequence[Sums]
-    by_row: NDArray[Any] | None
-    ranges: NDArray[Any]
-    reused: int
-
-
-def pack_ranges(decision: Decision, packer: Packer, start: int, stop: int, on_rows: OnRows) -> Iterator[RangedRows]:
+def pack_ranges(decision: Decision, packer: Packer, start: int, stop: int, on_rows: OnRows) -> Iterator[PackedRows]:
     """Pack rows [start, stop) of a table but for those that can be copied, and find what is to be kept of them.
 
     Args:
@@ -250,7 +235,7 @@ class _Chunk:
     old: OldTable | None
     pool: ThreadPoolExecutor
 
-    def pack(self, packer: Packer, name: str, on_rows: OnRows) -> RangedRows:
+    def pack(self, packer: Packer, name: str, on_rows: OnRows) -> PackedRows:
         """Pack them, but for those that are copied."""
         packed = np.empty((len(self.rows), packer.row_format.row_bytes), np.uint8)
         by_row = packer.make_by_row(len(self.rows))
@@ -271,7 +256,7 @@ class _Chunk:
                 set_sums(ranges[own[0] : own[-1] + 1], sums)
         ranges["packed"] = self._checksum(packed, by_row)
         self._check_copied(ranges, before, is_known)
-        return RangedRows(packed, as_sums(ranges), by_row, ranges, self._count(is_known))
+        return PackedRows(packed, as_sums(ranges), by_row, ranges, self._count(is_known))
 
     def count_known(self) -> int:
         """Count the rows of them that can be copied."""

@@ -132,18 +132,18 @@ def update_table(table: PackedTable, indices: Any, rows: Any, method: str | None
     report = UpdateReport(len(numbers), measure_loss(update.sums), update.num_misfits)
     if report.num_rows == table.num_embeddings and report.num_rows:
         table._set_loss(report.loss)
-    for warning in (find_warning(update.sums), warn_of_misfits(report, warn_share)):
+    for warning in (find_warning(update.sums), warn_of_misfits(update.num_misfits, len(numbers), warn_share)):
         if warning is not None:
             warnings.warn(f"table: {warning}", stacklevel=3)
     return report
 
 
-def warn_of_misfits(report: UpdateReport, warn_share: float) -> str | None:
+def warn_of_misfits(num_misfits: int, num_rows: int, warn_share: float) -> str | None:
     """Say that too many rows do not fit, and the way out; None if it is at most a share of those that changed."""
-    if report.num_misfits <= warn_share * report.num_rows:
+    if num_misfits <= warn_share * num_rows:
         return None
     return (
-        f"{report.num_misfits:,} of the {report.num_rows:,} rows that changed do not fit what the table's rows share, "
+        f"{num_misfits:,} of the {num_rows:,} rows that changed do not fit what the table's rows share, "
         "and lose many times what they would by a grid of their own; pack the table anew"
     )
 
