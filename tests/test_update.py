@@ -593,19 +593,6 @@ def test_one_of_several_files_is_refused(tmp_path, old, delta):
     verify(packed)
 
 
-def test_uris_are_refused_with_the_way_out(tmp_path, old, delta):
-    with pytest.raises(ValueError, match="s3://bucket/packed: rows are updated in files of this machine; copy"):
-        update_file("s3://bucket/packed", [delta[2]])
-    refused(old(".safetensors"), [delta[2]], "updated in files of this machine", out="s3://bucket/packed.safetensors")
-    assert not (tmp_path / "s3:").exists()
-
-
-def test_the_command_refuses_uris(embpack_command, old, delta):
-    for args in (["s3://bucket/packed", delta[2]], [old(""), delta[2], "--out", "s3://bucket/packed"]):
-        code, _, err = embpack_command("update", *args)
-        assert (code, err.count("s3://bucket/packed: rows are updated in files of this machine")) == (1, 1)
-
-
 def test_what_is_not_packed_is_refused(source, delta):
     with pytest.raises(FormatError, match="holds no packed tables"):
         update_file(source, [delta[2]])

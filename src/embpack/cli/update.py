@@ -39,7 +39,6 @@ def update(
             help="Write this file or folder, and leave FILE as it is.",
             parser=options.path,
             show_default="FILE is replaced, at once and whole",
-            parser=options.path,
         ),
     ] = None,
     table_column: Annotated[
