@@ -505,7 +505,7 @@ def test_ctrl_c_leaves_what_resume_needs(cluster, tmp_path):
     """The terminal sends it to all processes, Ray's among them."""
     before = set(Path("/tmp").glob("embpack-ray-*"))
     rng = np.random.default_rng(0)
-    tables = {f"emb.{i}.weight": rng.standard_normal((4096, 32), np.float32) for i in range(40)}
+    tables = {f"emb.{i}.weight": rng.standard_normal((4096, 32), np.float32) for i in range(10)}
     src = write_safetensors(tmp_path, Arrays(tables))
     options = ["--method", "trellis", "--max-shard-size", "200 kB"]
     process = start_command(src, tmp_path / "packed", *options, "--ray", "--threads", 1)
