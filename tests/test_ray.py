@@ -106,6 +106,18 @@ def test_many_small_tables(connected, tmp_path):
     pack_twice(src, tmp_path, Engine(), max_shard_size="4 kB")
 
 
+def test_a_cluster_that_asks_for_a_token(monkeypatch):
+    def refuse(*args, **options):
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr("embpack.ray._check_answer", lambda *args: None)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(EngineError, match=r"Failed to connect .*; where the cluster asks for a token .*, set RAY_AUTH"):
+        Engine("head:6379").connect().__enter__()
+
+
 # Workers
 
 

@@ -342,6 +342,17 @@ def test_a_folder_is_that_of_this_machine(tmp_path, shards, endpoint, store, siz
     assert read_back(f"{place}/plain") == read_folder(tmp_path / "plain")
 
 
+def test_a_folder_of_files_in_folders_becomes_that_of_this_machine(tmp_path, shards, place):
+    src = tmp_path / "model"
+    shutil.copytree(shards, src)
+    for name in ("a/b/c.json", "a/b.json", "a.json", "a-b/c.json"):
+        (src / name).parent.mkdir(parents=True, exist_ok=True)
+        (src / name).write_text("{}")
+    embpack.quantize_file(src, tmp_path / "packed", method="asym")
+    embpack.quantize_file(upload(src, f"{place}/model"), f"{place}/packed", method="asym")
+    assert read_back(f"{place}/packed") == read_folder(tmp_path / "packed")
+
+
 @pytest.mark.parametrize("alias", ["s3a://bucket{}", "s3://bucket{}/"])
 def test_no_other_uri_of_the_source_is_written(model, bucket, alias):
     uri = f"{bucket}/source"

@@ -48,6 +48,10 @@ _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_process_group_cleanup_enabl
 _ADDRESS = re.compile(r"auto|local|(?:ray://)?(\[[0-9a-fA-F:]+\]|[^\s/:]+):(\d{1,5})")
 _WAYS = "give 'host:port' of a cluster's head node, 'ray://host:port' of its Ray Client server, or 'auto'"
 
+# Ray sets it where it starts a cluster, or finds one by itself; not where it is given an address.
+_AUTHENTICATION = "RAY_AUTH_MODE"
+_TOKEN = f"where the cluster asks for a token (~/.ray/auth_token), set {_AUTHENTICATION}=token"
+
 Versions = Mapping[str, str]
 
 
@@ -115,7 +119,7 @@ def _started() -> Iterator[None]:
     """Start Ray on this machine alone; nothing of it is left."""
     # Not in the folder for temporary files, whose name may be too long: sockets have names of 107 bytes at most.
     folder = tempfile.mkdtemp(prefix="embpack-ray-", dir="/tmp")
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    before = {name: os.environ.get(name) for name in (*_ENVIRONMENT, _AUTHENTICATION)}
     os.environ.update(_ENVIRONMENT)
     try:
         _initialize(
@@ -131,7 +135,7 @@ def _started() -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
@@ -147,7 +151,8 @@ def _initialize(address: str, **options: Any) -> None:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (RayError, RuntimeError, OSError, ValueError, SystemExit) as error:
         # SystemExit is what comes of a cluster that does not answer.
-        raise EngineError(f"{address}: cannot be used: {' '.join(str(error).split())}; {_WAYS}") from error
+        ways = _WAYS if address in ("auto", "local") or _AUTHENTICATION in os.environ else f"{_WAYS}; {_TOKEN}"
+        raise EngineError(f"{address}: cannot be used: {' '.join(str(error).split())}; {ways}") from error
 
 
 def _check_answer(address: str, host: str, port: int) -> None:

@@ -160,7 +160,7 @@ def _why_left_out(folder: Path, name: str, modules: list[str], place: str) -> st
 def _iter_visible(folder: Path) -> Iterator[str]:
     """Name the files of a folder that are not hidden, in order, by paths in it, and links to folders."""
     if is_remote(folder):
-        names = list_objects(folder)
+        names = sorted(list_objects(folder), key=_order)
         yield from (name for name in names if not any(part.startswith(".") for part in name.split("/")))
         return
     for inside, folders, files in os.walk(folder):
@@ -169,6 +169,12 @@ def _iter_visible(folder: Path) -> Iterator[str]:
         links = [name for name in folders if (here / name).is_symlink()]
         names = sorted(name for name in (*files, *links) if not name.startswith("."))
         yield from ((here / name).relative_to(folder).as_posix() for name in names)
+
+
+def _order(name: str) -> list[tuple[bool, str]]:
+    """Order names as os.walk does, whose order a list of what is written has: of a folder its files come first."""
+    *folders, own = name.split("/")
+    return [*((True, each) for each in folders), (False, own)]
 
 
 def _is_weights(name: str) -> bool:
