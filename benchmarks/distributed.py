@@ -115,15 +115,17 @@ def _name(process: int) -> str:
     if process == os.getpid():
         return "driver"
     words = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
-    script = next((word for word in words if word.endswith(".py")), words[0] if words else "")
-    return Path(script).name
+    name = words[0] if words else ""
+    if "python" in name:
+        name = next((word for word in words if word.endswith(".py")), name)
+    return Path(name).name
 
 
 @contextmanager
 def _started(workers: int) -> Iterator[float]:
     """Start Ray; yields the seconds that it took."""
     start = time.perf_counter()
-    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield time.perf_counter() - start
     finally:

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import ray
-from kill_runs import read_tree
 from ray.cluster_utils import Cluster
 from safetensors.numpy import save_file
 
 import embpack
 from embpack.ray import Engine
+from tests.kill_runs import read_tree
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
 WAYS = (

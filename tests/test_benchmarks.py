@@ -13,7 +13,7 @@ from conftest import plain
 from rich.cells import cell_len
 
 import embpack
-from benchmarks import disk, large_tables, opening, peers, pieces, planning, small_tables, update
+from benchmarks import disk, large_tables, opening, peers, pieces, planning, rates_per_core, small_tables, update
 from benchmarks.bags import Expected, draw_power, make_table, make_uneven_bags, split_rows, widen_codes
 from benchmarks.cores import Busyness, CpuLoss
 from benchmarks.harness import AnswersDifferError, Contestant, Spread, Standing, Timing, Workload, measure_spread, race
@@ -360,3 +360,19 @@ def test_the_benchmark_of_pieces_runs(capsys, restore_threads):
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.partition(":")[0] for line in lines] == ["gather", "bags of 20"]
     assert all(re.search(r"2 pieces by one, 8,192 x 16, 98,304 bytes: \d+\.\d\d ", line) for line in lines)
+
+
+def test_the_rates_of_a_core(monkeypatch, capsys, restore_threads):
+    monkeypatch.setattr(rates_per_core, "RANGE_BYTES", 1 << 20)
+    monkeypatch.setattr(rates_per_core, "LEAST_SECONDS", 0.0)
+    rates_per_core.main(["--methods", "asym", "trellis", "--dims", "16", "64", "--no-fits"])
+    out = capsys.readouterr().out
+    for method in ("asym", "trellis"):
+        assert re.search(rf"^{method} +[\d,]+ +[\d,]+ +[\d.,]+ M or more$", out, re.MULTILINE)
+
+
+def test_workers_race_with_threads():
+    command = [sys.executable, "-m", "benchmarks.distributed", "--gb", "0.01", "--rounds", "1", "--methods", "asym"]
+    out = subprocess.run(command, cwd=ROOT, check=True, timeout=240, capture_output=True, text=True).stdout
+    assert re.search(r"^asym: 41,943 x 64: Ray [\d,]+ rows a second, threads [\d,]+; ratio \d\.\d+ ", out, re.MULTILINE)
+    assert re.search(r"^  driver: \d+ MB, [\d.]+ s of CPU time$", out, re.MULTILINE)

@@ -116,6 +116,16 @@ def test_an_empty_file_is_a_delta(tmp_path):
         assert delta.num_rows == 0 and not list(delta.iter_keys())
 
 
+def test_files_of_hours_without_changes_are_deltas(tmp_path):
+    pq.write_table(
+        pa.table({name: pa.nulls(0) for name in ("table_fqn", "key_id", "embedding")}), tmp_path / "d.parquet"
+    )
+    np.savez(tmp_path / "none.npz")
+    np.savez(tmp_path / "empty.npz", indices=np.array([]), rows=np.empty((0, 8), np.float32))
+    with open_deltas([tmp_path / name for name in ("d.parquet", "none.npz", "empty.npz")]) as deltas:
+        assert not any(len(keys.ids) for delta in deltas for keys in delta.iter_keys())
+
+
 def test_arrays_are_read(tmp_path, values):
     arrays = {
         f"{name}.{part}": array
@@ -264,6 +274,8 @@ def test_a_column_of_another_type_is_refused(tmp_path):
     refused(
         [tmp_path / "d.parquet"], "column 'key_id' is double; tables are strings, ids and steps integers", FormatError
     )
+    pq.write_table(pa.table({"key_id": [1], "embedding": [[1.0]]}), tmp_path / "d.parquet")
+    refused([tmp_path / "d.parquet"], "convert its values before they are written", FormatError)
 
 
 @pytest.mark.parametrize("column", ["table_fqn", "key_id", "embedding", "global_step"])

@@ -2,13 +2,15 @@
 
 import errno
 import json
+import pickle
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import Arrays, names_in, write_parquet, write_safetensors, write_shards
-from here import Here
+from here import Here, Shared
 from large_tables import make_qwen_fp8, make_torchrec, write_tensors
 
 import embpack
@@ -118,6 +120,18 @@ def test_what_a_killed_worker_leaves_of_a_file_is_in_no_folder(src, tmp_path, mo
     assert not (tmp_path / UNFINISHED).exists()
 
 
+class Kept(dict):
+    """Tasks by their numbers, of which those that were submitted are remembered."""
+
+    def __init__(self, texts):
+        super().__init__()
+        self.texts = texts
+
+    def __setitem__(self, task, text):
+        self.texts.append(text)
+        super().__setitem__(task, text)
+
+
 class Dies(Here):
     """Raises an error once so many tasks are done."""
 
@@ -148,7 +162,7 @@ def test_parts_that_are_done_are_not_made_again(src, tmp_path, options, tasks):
     [work] = [path for path in tmp_path.iterdir() if path.name == UNFINISHED]
     record = json.loads((work / RECORD_NAME).read_text())
     whole = {number for number, name in enumerate(record["run"]["files"]) if name in record["files"]}
-    known = [json.loads(path.read_text()) for path in (work / "parts").iterdir() if path.suffix == ".json"]
+    known = [json.loads(path.read_text()) for path in work.glob("parts-*/*") if path.suffix == ".json"]
     left = [part for part in known if part["file"] not in whole]
     files = len(whole)
     assert f"{files} of " in error.__notes__[0] and "--resume" in error.__notes__[0]
@@ -180,6 +194,46 @@ def test_parts_of_an_earlier_run_are_removed_with_a_warning(src, tmp_path):
     assert names_in(tmp_path) == {"packed"}
 
 
+def write_other(tmp_path):
+    arrays = make_arrays()
+    for table in arrays.tables.values():
+        table *= 2
+    (tmp_path / "other").mkdir()
+    return write_safetensors(tmp_path / "other", arrays)
+
+
+@pytest.mark.parametrize("store", ["", "memory:/"])
+def test_a_worker_that_was_given_up_puts_nothing_among_parts_of_a_later_run(tmp_path, store):
+    src = write_safetensors(tmp_path, make_arrays())
+    dst, dead = f"{store}{tmp_path}/packed", Dies(6, KeyboardInterrupt())
+    left = []
+    dead.tasks = Kept(left)
+    with pytest.raises(KeyboardInterrupt):
+        embpack.quantize_file(src, dst, method="asym", engine=dead)
+    other = write_other(tmp_path)
+    embpack.quantize_file(other, tmp_path / "whole", method="asym")
+    with pytest.warns(UserWarning, match="which are removed"):
+        die(other, dst, 6, method="asym")
+    for text in left:
+        function, args = pickle.loads(text)
+        with suppress(OSError):
+            function(*(pickle.loads(each.text) if isinstance(each, Shared) else each for each in args))
+    embpack.quantize_file(other, dst, method="asym", engine=Here(), resume=True)
+    assert (
+        as_path(f"{dst}/model.embpack.safetensors").read_bytes()
+        == (tmp_path / "whole" / "model.embpack.safetensors").read_bytes()
+    )
+
+
+def test_many_tables_of_a_file_take_no_time_of_each_other(tmp_path, monkeypatch):
+    def compare(self, other):
+        raise AssertionError("pieces are told apart by what they are of")
+
+    monkeypatch.setattr("embpack.shard_writer.PieceWriter.__eq__", compare)
+    tables = {f"emb.{i}.weight": np.ones((20, 8), np.float32) * i for i in range(1, 30)}
+    pack_twice(write_safetensors(tmp_path, Arrays(tables, {})), tmp_path, method="asym")
+
+
 def test_other_options_are_refused(src, tmp_path):
     die(src, tmp_path / "packed", 5, method="asym")
     with pytest.raises(ValueError, match="cannot be resumed, for table"):
@@ -190,7 +244,7 @@ def test_other_options_are_refused(src, tmp_path):
 def test_a_part_of_which_nothing_is_known_is_made_again(src, tmp_path, text):
     embpack.quantize_file(src, tmp_path / "whole", method="asym")
     die(src, tmp_path / "packed", 7, method="asym")
-    known = [path for path in (tmp_path / UNFINISHED / "parts").iterdir() if path.suffix == ".json"]
+    known = [path for path in tmp_path.glob(f"{UNFINISHED}/parts-*/*") if path.suffix == ".json"]
     known[0].write_text(text)
     engine = Here()
     embpack.quantize_file(src, tmp_path / "packed", method="asym", engine=engine, resume=True)
@@ -208,7 +262,7 @@ class Damages(Here):
     def submit(self, function, *args, memory):
         if function.__name__ == "assemble_file" and self.times:
             self.times -= 1
-            self.how(sorted((self.folder / UNFINISHED / "parts").glob("*[0-9]"))[1])
+            self.how(sorted(self.folder.glob(f"{UNFINISHED}/parts-*/*[0-9]"))[1])
         return super().submit(function, *args, memory=memory)
 
 
@@ -237,8 +291,8 @@ def test_a_part_that_stays_damaged_ends_the_run(src, tmp_path):
     [
         (lambda sources, mark, token: ([(sources[0][0].with_name("gone"), 1, 1)], mark, token), "gone: No such file"),
         (lambda sources, mark, token: ([(sources[0][0], 1, 1)], mark, token), "is another file there"),
-        (lambda sources, mark, token: (sources, mark, "other"), "parts is another folder there"),
-        (lambda sources, mark, token: (sources, mark.with_name("gone"), token), "parts: No such file"),
+        (lambda sources, mark, token: (sources, mark, "other"), "parts-[0-9a-f]{16} is another folder there"),
+        (lambda sources, mark, token: (sources, mark.with_name("gone"), token), "parts-[0-9a-f]{16}: No such file"),
     ],
 )
 def test_a_machine_that_does_not_see_the_paths_is_named_before_work_begins(src, tmp_path, find, message):

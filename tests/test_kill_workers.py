@@ -12,13 +12,12 @@ import pytest
 
 pytest.importorskip("ray")
 
-from kill_runs import read_tree
-from kill_workers import TABLES, Deaths, run_with_deaths, start_cluster, write_source
-
 import embpack
 from embpack.ranges import list_ranges
 from embpack.ray import Engine
 from embpack.resuming import Unfinished
+from tests.kill_runs import read_tree
+from tests.kill_workers import TABLES, Deaths, run_with_deaths, start_cluster, write_source
 
 ROWS = 60_000
 # Ranges of some thousand rows, as many as there are files.

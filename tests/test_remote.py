@@ -216,6 +216,13 @@ def test_an_object_that_changes_while_it_is_read_is_refused(model, place, how, c
             list(chunks)
 
 
+def test_since_what_lies_behind_a_uri(model, place, embpack_command):
+    for options in (["--keep-checksums"], ["--since", f"{place}/old.safetensors"]):
+        code, out, _ = embpack_command("quantize", model, f"{place}/old.safetensors", *options)
+        assert code == 0
+    assert "left alone" in out
+
+
 def test_load_and_inspect(model, bucket, embpack_command):
     uri = f"{bucket}/packed.safetensors"
     embpack.quantize_file(model, uri)
@@ -254,6 +261,21 @@ def test_one_of_several_files_is_not_taken_for_all(shards, tmp_path):
         pass
     with open_checkpoint(tmp_path / name) as checkpoint:
         assert len(checkpoint.tensors) == 2
+
+
+@pytest.mark.parametrize("out", [None, "newer.safetensors", "s3://bucket/newer.safetensors"])
+def test_files_that_are_updated_are_of_this_machine(model, tmp_path, embpack_command, out):
+    file = "s3://bucket/packed.safetensors"
+    if out is not None and out.startswith("s3://"):
+        file = str(tmp_path / "packed.safetensors")
+        embpack.quantize_file(model, file, method="asym")
+    delta = {"user_embedding.weight.indices": np.array([0]), "user_embedding.weight.rows": np.ones((1, 32), np.float32)}
+    np.savez(tmp_path / "delta.npz", **delta)
+    message = "only files of this machine are updated; copy it here, and the new one back"
+    with pytest.raises(ValueError, match=message):
+        embpack.update_file(file, [tmp_path / "delta.npz"], out=out)
+    code, _, err = embpack_command("update", file, str(tmp_path / "delta.npz"), *(("--out", out) if out else ()))
+    assert code == 1 and "error: s3://bucket/" in err and message in " ".join(err.split())
 
 
 def test_plan_and_compare(model, place, embpack_command):
@@ -318,6 +340,27 @@ def test_a_folder_is_that_of_this_machine(tmp_path, shards, endpoint, store, siz
     embpack.dequantize_file(tmp_path / "packed", tmp_path / "plain")
     embpack.dequantize_file(f"{place}/packed", f"{place}/plain")
     assert read_back(f"{place}/plain") == read_folder(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("alias", ["s3a://bucket{}", "s3://bucket{}/"])
+def test_no_other_uri_of_the_source_is_written(model, bucket, alias):
+    uri = f"{bucket}/source"
+    upload(model, f"{uri}/model.safetensors")
+    before = read_back(uri)
+    name = "/source" if alias.endswith("/") else "/source/model.safetensors"
+    dst = alias.format(bucket.removeprefix("s3://bucket") + name)
+    src = uri if alias.endswith("/") else f"{uri}/model.safetensors"
+    with pytest.raises(ValueError, match="the destination is the source"):
+        embpack.quantize_file(src, dst, force=True)
+    assert read_back(uri) == before
+
+
+def test_an_older_packing_behind_a_uri_is_used(model, bucket, embpack_command):
+    options = ("--method", "asym", "--max-shard-size", CUT)
+    embpack.quantize_file(model, f"{bucket}/whole", method="asym", max_shard_size=CUT, keep_checksums=True)
+    code, out, err = embpack_command("quantize", str(model), f"{bucket}/again", "--since", f"{bucket}/whole", *options)
+    assert code == 0 and "left alone" in out, err
+    assert read_back(f"{bucket}/again") == read_back(f"{bucket}/whole")
 
 
 def test_an_older_packing_is_replaced_and_its_other_files_removed(tmp_path, model, bucket):

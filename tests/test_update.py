@@ -506,6 +506,23 @@ def test_a_file_that_is_replaced_meanwhile_is_left_alone(old, delta, monkeypatch
     assert embpack.load(packed)[USER].loss is not None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_two_updates_at_the_same_time_one_is_refused(tmp_path, old, delta, monkeypatch, kind):
+    packed, second = old(kind), tmp_path / "second.npz"
+    np.savez(second, **{"user_emb.indices": np.arange(9), "user_emb.rows": np.ones((9, DIM), np.float32)})
+    refuse_changed = file_updates._refuse_changed
+
+    def update_now(files):
+        refuse_changed(files)  # from here on nothing of the file is looked at
+        with pytest.raises(FileExistsError, match="is being updated by another process; run again when it is done"):
+            update_file(packed, [second])
+
+    monkeypatch.setattr(file_updates, "_refuse_changed", update_now)
+    before = updated(packed, *delta[:2])
+    update_file(packed, [delta[2]])
+    assert bytes_of(packed) == before
+
+
 def test_a_file_that_is_put_into_the_folder_meanwhile_is_not_lost(old, delta, monkeypatch):
     packed = old("")
     pack = file_updates.pack_changes
@@ -576,22 +593,19 @@ def test_one_of_several_files_is_refused(tmp_path, old, delta):
     verify(packed)
 
 
-def test_uris_are_refused_with_the_way_out(tmp_path, old, delta):
-    with pytest.raises(ValueError, match="s3://bucket/packed: rows are updated in files of this machine; copy"):
-        update_file("s3://bucket/packed", [delta[2]])
-    refused(old(".safetensors"), [delta[2]], "updated in files of this machine", out="s3://bucket/packed.safetensors")
-    assert not (tmp_path / "s3:").exists()
-
-
-def test_the_command_refuses_uris(embpack_command, old, delta):
-    for args in (["s3://bucket/packed", delta[2]], [old(""), delta[2], "--out", "s3://bucket/packed"]):
-        code, _, err = embpack_command("update", *args)
-        assert (code, err.count("s3://bucket/packed: rows are updated in files of this machine")) == (1, 1)
-
-
 def test_what_is_not_packed_is_refused(source, delta):
     with pytest.raises(FormatError, match="holds no packed tables"):
         update_file(source, [delta[2]])
+
+
+def test_uris_are_refused(embpack_command, old, delta):
+    remote = "memory://models/model.safetensors"
+    packed = old("")
+    for arguments in ([remote, delta[2]], [packed, delta[2], "--out", remote]):
+        code, _, err = embpack_command("update", *arguments)
+        assert code == 1 and f"{remote}: only files of this machine are updated; copy it here" in err
+    with pytest.raises(ValueError, match=r"^s3://models/d\.npz: deltas are files of this machine; copy it here"):
+        update_file(packed, ["s3://models/d.npz"])
 
 
 def test_a_file_of_version_1_is_refused(tmp_path):

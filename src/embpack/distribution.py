@@ -101,6 +101,7 @@ class _Run:
         running: what is told of the results of tasks that were submitted, by the task.
         parts: of each piece, by id: parts that are there, by their first rows.
         missing: of each file, by its number, how many parts are not there.
+        places: of each piece, by id: the numbers of its file and of its place in that.
         tables: of each table, by id, how it and its packer were sent to the workers.
         repaired: names of parts that were packed again.
         finished: numbers of files that are whole, and not yielded yet.
@@ -113,6 +114,7 @@ class _Run:
     running: dict[Any, Done] = field(default_factory=dict)
     parts: dict[int, dict[int, Part]] = field(default_factory=dict)
     missing: dict[int, int] = field(default_factory=dict)
+    places: dict[int, tuple[int, int]] = field(default_factory=dict)
     tables: dict[int, Any] = field(default_factory=dict)
     repaired: set[str] = field(default_factory=set)
     finished: deque[int] = field(default_factory=deque)
@@ -131,7 +133,7 @@ class _Run:
                 yield number
                 # By now it is written down that the file is whole.
                 names = [
-                    self._name(number, piece, start)
+                    self._name(piece, start)
                     for piece in self._writer(number).pieces
                     for start in self.parts.pop(id(piece))
                 ]
@@ -142,9 +144,10 @@ class _Run:
         tables: dict[int, list[tuple[int, PieceWriter]]] = {}
         for number in self.made:
             pieces = self._writer(number).pieces
-            for piece in pieces:
+            for place, piece in enumerate(pieces):
                 tables.setdefault(id(piece.table), []).append((number, piece))
                 self.parts[id(piece)] = {}
+                self.places[id(piece)] = number, place
             self.missing[number] = sum(len(list_ranges(piece)) for piece in pieces)
             if not pieces:
                 self._assemble(number)
@@ -161,7 +164,7 @@ class _Run:
         of_packer = checksum_packer(packer)
         for number, piece in pieces:
             for start, stop in list_ranges(piece):
-                name = self._name(number, piece, start)
+                name = self._name(piece, start)
                 known = self.distribution.keeper.find_part(name, of_packer)
                 if known is not None and (known.start, known.stop) == (start, stop):
                     self._take(number, piece, known)
@@ -169,7 +172,7 @@ class _Run:
                     self._pack(number, piece, start, stop)
 
     def _pack(self, number: int, piece: PieceWriter, start: int, stop: int) -> None:
-        name = self._name(number, piece, start)
+        name = self._name(piece, start)
 
         def done(part: Part) -> None:
             self.distribution.keeper.keep_part(name, part)
@@ -182,7 +185,7 @@ class _Run:
         """Take a part that is there; with the last one of a file have that made."""
         self.parts[id(piece)][part.start] = part
         self.missing[number] -= 1
-        if self._name(number, piece, part.start) not in self.repaired:
+        if self._name(piece, part.start) not in self.repaired:
             piece.table.progress(piece.table.decision.tensor.name, part.stop - part.start)
         if not self.missing[number]:
             self._assemble(number)
@@ -191,8 +194,7 @@ class _Run:
         writer, folder = self._writer(number), self.distribution.keeper.parts_folder
         parts = {
             piece.name: [
-                (folder / self._name(number, piece, start), part)
-                for start, part in sorted(self.parts[id(piece)].items())
+                (folder / self._name(piece, start), part) for start, part in sorted(self.parts[id(piece)].items())
             ]
             for piece in writer.pieces
         }
@@ -216,7 +218,7 @@ class _Run:
         self.distribution.keeper.drop_parts([error.name])
         for piece in self._writer(number).pieces:
             for start, part in self.parts[id(piece)].items():
-                if self._name(number, piece, start) == error.name:
+                if self._name(piece, start) == error.name:
                     del self.parts[id(piece)][start]
                     self.missing[number] += 1
                     self._pack(number, piece, start, part.stop)
@@ -231,9 +233,10 @@ class _Run:
     def _writer(self, number: int) -> ShardWriter:
         return self.distribution.writers[number]
 
-    def _name(self, number: int, piece: PieceWriter, start: int) -> str:
+    def _name(self, piece: PieceWriter, start: int) -> str:
         """Name the file of a part."""
-        return f"{number:05}-{self._writer(number).pieces.index(piece):05}-{start}"
+        number, place = self.places[id(piece)]
+        return f"{number:05}-{place:05}-{start}"
 
 
 def bound_packing(table: TableWriter) -> int:

@@ -1,11 +1,12 @@
 """Packed files whose tables change: some rows are packed anew, all other bytes stay."""
 
+import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,13 +138,14 @@ def update_file(
         progress: called with a table's name and a number of rows: as they are packed, and as the table's are checked.
 
     Raises:
-        FileExistsError: there is something at out that embpack did not write, and no force.
+        FileExistsError: there is something at out that embpack did not write, and no force; or another process is
+            updating path.
         FileNotFoundError: there is no such file, or a rank's is missing.
         FormatError: a file is damaged, its bytes were altered, or it was changed meanwhile.
         IndexError: an id is out of range; named with its file and place.
         ValueError: no table, or more than one, has the name that a delta says; a row has another number of values, or
-            NaN or infinity; the deltas are none of the above; path is one of several files that belong together, or it
-            or out is a URI.
+            NaN or infinity; the deltas are none of the above; path is one of several files that belong together; a
+            path is a URI.
         OSError: the new file cannot be written.
     """
     names = ColumnNames(table_column, id_column, row_column, step_column)
@@ -159,8 +161,7 @@ def open_update(
 ) -> Iterator["FileUpdate"]:
     """Do what update_file does up to where it writes: open the files, and read which rows change."""
     started = time.perf_counter()
-    _refuse_remote(path)
-    with open_checkpoint(path) as checkpoint, open_deltas(deltas, names) as opened:
+    with open_checkpoint(as_local(path)) as checkpoint, open_deltas(deltas, names) as opened:
         packed = check_packed(checkpoint)
         changes = read_changes(opened, packed.tables, checkpoint.path)
         yield FileUpdate(checkpoint, packed, opened, changes, started)
@@ -220,23 +221,22 @@ class FileUpdate:
         progress: Progress = no_progress,
     ) -> FileUpdateReport:
         """Pack the rows, and write the new files; as update_file says."""
-        if out is not None:
-            _refuse_remote(out)
         for _, file in self.files:
             if file.contents.others is None:
                 raise ValueError(
                     f"{file.path}: format version 1 has no checksums of all that it has, which an update would need; "
                     "write the file anew: embpack.save(path, embpack.load(path))"
                 )
-        if out is None and not self.changes:
+        target = None if out is None else as_local(out)
+        if target is None and not self.changes:
             return self.foresee()
         pack = partial(
             pack_changes, self.deltas, self.changes, self.checkpoint.path, method=method or "", progress=progress
         )
         if self.folder is None:
-            entries = self._write_file(out, pack, force=force, progress=progress)
+            entries = self._write_file(target, pack, force=force, progress=progress)
         else:
-            entries = self._write_folder(self.folder, out, pack, force=force, progress=progress)
+            entries = self._write_folder(self.folder, target, pack, force=force, progress=progress)
         return self._report([_report(change, entries, warn_share) for change in self.changes])
 
     def _report(self, tables: Sequence[TableUpdate]) -> FileUpdateReport:
@@ -247,18 +247,21 @@ class FileUpdate:
         )
 
     def _write_file(
-        self, out: str | os.PathLike[str] | None, pack: Callable[[WriteRows], None], *, force: bool, progress: Progress
+        self, out: Path | None, pack: Callable[[WriteRows], None], *, force: bool, progress: Progress
     ) -> dict[str, TableEntry]:
         """Write the new file, and return the entries of its tables that changed."""
         source = self.checkpoint.path
-        target = source if out is None else Path(out)
+        target = out or source
         if target.suffix != ".safetensors":
             raise ValueError(f"{target}: {source} is a file of packed tables, so the new one ends in .safetensors")
         is_same = target.exists() and target.samefile(source)
         if is_same:
             refuse_shard(source)
         [(shard, file)] = self.files or [(self.checkpoint.shards[0], self.packed.files[0])]
-        with new_file(target, lambda existing: force or is_same or is_packed(existing)) as opened:
+        with ExitStack() as stack:
+            if is_same:
+                stack.enter_context(_alone(source))
+            opened = stack.enter_context(new_file(target, lambda existing: force or is_same or is_packed(existing)))
             descriptor = opened.fileno()
             new = self._make_new(file, lambda: nullcontext(descriptor))
             pack(NewFiles([new]).add)
@@ -270,14 +273,14 @@ class FileUpdate:
     def _write_folder(
         self,
         folder: Path,
-        out: str | os.PathLike[str] | None,
+        out: Path | None,
         pack: Callable[[WriteRows], None],
         *,
         force: bool,
         progress: Progress,
     ) -> dict[str, TableEntry]:
         """Write the new folder, and return the entries of its tables that changed."""
-        target = folder if out is None else Path(out)
+        target = out or folder
         if target.suffix == ".safetensors":
             raise ValueError(f"{target}: {folder} is a folder, so the new one is, too; leave {target.suffix} out")
         is_same = target.exists() and target.samefile(folder)
@@ -287,7 +290,10 @@ class FileUpdate:
         # What is put into the folder meanwhile is not ours to remove.
         may_replace = (lambda _: names) if is_same else list_own
         changed = {(place / shard.file_name).as_posix(): (shard, file) for shard, file in self.files}
-        with new_folder(target, last.as_posix(), may_replace, force=force) as new:
+        with ExitStack() as stack:
+            if is_same:
+                stack.enter_context(_alone(self.checkpoint.path))
+            new = stack.enter_context(new_folder(target, last.as_posix(), may_replace, force=force))
             for name in names - set(changed):
                 _place(folder / name, new / name, is_same=is_same)
             made = {}
@@ -373,6 +379,18 @@ def _report(
     )
 
 
+def as_local(path: str | os.PathLike[str]) -> Path:
+    """Make a path of this machine of what a user gives.
+
+    Raises:
+        ValueError: it is a URI.
+    """
+    found = as_path(path)
+    if is_remote(found):
+        raise ValueError(f"{path}: only files of this machine are updated; copy it here, and the new one back")
+    return found
+
+
 def refuse_shard(path: Path) -> None:
     """Raise ValueError if an index beside a file has the checksum of its header: by itself it must not change."""
     for index in path.parent.glob(f"*{INDEX_SUFFIX}"):
@@ -384,13 +402,23 @@ def refuse_shard(path: Path) -> None:
             raise ValueError(f"{path}: is one of the files of {index}, which has a checksum of it; give that index")
 
 
-def _refuse_remote(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError if a path is a URI's: the files of a store can only be put anew, as a whole."""
-    if is_remote(as_path(path)):
-        raise ValueError(
-            f"{path}: rows are updated in files of this machine; copy the packed files here, update them, and put them "
-            "back, or pack what has changed by embpack quantize --since"
-        )
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other updates of a file or folder out until the new one has its name, where the file system has locks.
+
+    One that has opened the old file before, and comes after, hears of it by _refuse_changed.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(f"{path} is being updated by another process; run again when it is done") from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_changed(files: Sequence[PackedFile]) -> None:

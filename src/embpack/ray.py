@@ -13,6 +13,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -38,8 +39,8 @@ _STORE_BYTES = 100 << 20
 # How often a task is run again whose worker or machine died. One that is out of memory is always run again.
 _RETRIES = 50
 # Seconds: until something answers at an address; until a machine answers; until one that has just joined is asked
-# again; until tasks end that are cancelled; for how long it is known what machines there are.
-_CONNECT_SECONDS, _ANSWER_SECONDS, _AGAIN_SECONDS, _CANCEL_SECONDS, _NODES_SECONDS = 5, 60, 0.5, 5, 2
+# again; until tasks end by themselves, and then that are cancelled; for how long it is known what machines there are.
+_CONNECT_SECONDS, _ANSWER_SECONDS, _AGAIN_SECONDS, _CANCEL_SECONDS, _NODES_SECONDS = 5, 60, 0.5, 3, 2
 # Of a Ray that is started here: it tells nobody, and a terminal's Ctrl-C goes to this process alone, which cancels the
 # tasks. Where it ends them as they are cancelled, Ray 2.60 may end this process with a failed check of its own.
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_process_group_cleanup_enabled": "1"}
@@ -192,6 +193,7 @@ class _Workers:
     """The workers of the cluster that this process is connected to: embpack.engines.Workers."""
 
     _running: dict[Any, "_Task"] = field(default_factory=dict)
+    _waiting: deque["_Task"] = field(default_factory=deque)
     _started: int = 0
     _ready: list[Any] = field(default_factory=list)
     _nodes: list[Mapping[str, Any]] = field(default_factory=list)
@@ -213,11 +215,13 @@ class _Workers:
                 f"a task takes {memory:,} bytes of memory, and no machine of the cluster has more than {most:,.0f}"
             )
         self._started += 1
-        self._start(_Task(self._started, memory, (function, *args)))
+        self._waiting.append(_Task(self._started, memory, (function, *args)))
+        self._fill()
         return self._started
 
     def next_done(self) -> tuple[Any, Any]:
         while True:
+            self._fill()
             if not self._ready:
                 ray.wait(list(self._running), num_returns=1)
                 self._ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
@@ -228,11 +232,14 @@ class _Workers:
             except _LostArgumentError:
                 if task.tries == _RETRIES:
                     raise
-                self._start(replace(task, tries=task.tries + 1))
+                self._waiting.appendleft(replace(task, tries=task.tries + 1))
 
-    def _start(self, task: "_Task") -> None:
-        started = _run.options(memory=task.memory).remote(self._versions, *task.call)
-        self._running[started] = task
+    def _fill(self) -> None:
+        """Give Ray as many tasks as can run; those that it queues it cannot cancel safely."""
+        while self._waiting and len(self._running) - len(self._ready) < self.count:
+            task = self._waiting.popleft()
+            started = _run.options(memory=task.memory).remote(self._versions, *task.call)
+            self._running[started] = task
 
     def run_everywhere(self, function: Callable[..., Any], *args: Any) -> Mapping[str, Any]:
         return self._run_everywhere(_run, self._versions, function, *args)
@@ -249,15 +256,24 @@ class _Workers:
             raise EngineError("the cluster has no machine with a CPU for tasks")
 
     def cancel(self) -> None:
-        """End all tasks: by an exception, and what then still runs by killing its process."""
-        self._ready = []
+        """End all tasks: by an exception, and what then still runs by killing its process.
+
+        Ray 2.60 ends this process by a failed check of its own (task_manager.cc, "Tried to complete task that was not
+        pending") where a task is cancelled that it has just sent to a worker. A moment later that is past.
+        """
+        self._waiting.clear()
+        self._ready.clear()
+        self._wait_for_end()
         for force in (False, True):
-            if self._running:
-                for task in self._running:
-                    ray.cancel(task, force=force)
-                count = len(self._running)
-                _, left = ray.wait(list(self._running), num_returns=count, timeout=_CANCEL_SECONDS)
-                self._running = {task: self._running[task] for task in left}
+            for task in self._running:
+                ray.cancel(task, force=force)
+            self._wait_for_end()
+
+    def _wait_for_end(self) -> None:
+        if self._running:
+            count = len(self._running)
+            _, left = ray.wait(list(self._running), num_returns=count, timeout=_CANCEL_SECONDS)
+            self._running = {task: self._running[task] for task in left}
 
     def _run_everywhere(self, task: Any, *args: Any) -> dict[str, Any]:
         """Run a task once on each machine; return what came of it, by names of machines."""

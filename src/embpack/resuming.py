@@ -2,7 +2,9 @@
 
 ".NAME.embpack-unfinished" has these files in "new", and unfinished.json, which says what they were made of, and what
 is known of each and not in it. The checksums of a file are its own: it is read through before it is used. Ranges of
-rows that workers have packed, of files that are not whole, are in "parts", each with what is known of it (ranges.py).
+rows that workers have packed, of files that are not whole, are in "parts-DIGEST", each with what is known of it
+(ranges.py). The digest is of what the run's bytes come from: a worker that was given up, and works on, must not put a
+part among those of a run of another source.
 """
 
 import hashlib
@@ -10,6 +12,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from embpack.rules import Decision, list_names
 from embpack.shard_writer import DonePiece, PieceWriter, ShardWriter
 
 RECORD_NAME = "unfinished.json"
-_PARTS = "parts"
+_PARTS, _DIGEST_DIGITS = "parts", 16
 _RECORD_VERSION = 1
 _MOST_RECORD_BYTES = 1 << 30
 # Of a source's beginning and of its end, where formats have what they say of themselves.
@@ -67,7 +70,8 @@ def _describe_source(source: SourceFile) -> Record:
     with source.unchanged("its header"):
         ends = source.read(0, _HEADER_BYTES), source.read(max(0, source.size - _HEADER_BYTES), _HEADER_BYTES)
         header = format_checksum(hashlib.sha256(b"".join(ends)))
-        return {"bytes": source.size, "modified_ns": source.modified_ns, "header": header}
+        seen = {"bytes": source.size, "modified_ns": source.modified_ns, "header": header}
+        return {**seen, "version": source.version} if source.version else seen
 
 
 def _checksum(value: Any) -> str:
@@ -144,20 +148,23 @@ class Unfinished:
                 )
             self.files = before["files"]
             whole = {number for number, name in enumerate(self.sizes) if name in self.files}
-            parts = read_parts(work / _PARTS)
+            parts = read_parts(work / _name_parts(self.run))
             self.parts = {name: part for name, part in parts.items() if part.file not in whole}
         elif self.resume:
             warnings.warn(f"{self.dst}: there is nothing to resume, so packing begins", stacklevel=2)
-        elif before is not None and (before["files"] or read_parts(work / _PARTS)):
-            done = _say_done(len(before["files"]), len(before["run"]["files"]), len(read_parts(work / _PARTS)))
-            warnings.warn(
-                f"{self.dst}: an earlier run was interrupted with {done} done, which are removed; --resume (in Python "
-                "resume=True) goes on with them",
-                stacklevel=2,
-            )
+        elif before is not None:
+            files, parts = before["files"], read_parts(work / _name_parts(before["run"]))
+            if files or parts:
+                done = _say_done(len(files), len(before["run"]["files"]), len(parts))
+                warnings.warn(
+                    f"{self.dst}: an earlier run was interrupted with {done} done, which are removed; --resume (in "
+                    "Python resume=True) goes on with them",
+                    stacklevel=2,
+                )
         self._record = record
         kept = {f"new/{name}" for name in self.files}
-        kept |= {f"{_PARTS}/{path.name}" for name in self.parts for path in name_part(work / _PARTS, name)}
+        folder = self.parts_folder
+        kept |= {f"{folder.name}/{path.name}" for name in self.parts for path in name_part(folder, name)}
         remove_others(work, kept | {RECORD_NAME} if kept else kept)
         check_space(self.dst, [size for name, size in self.sizes.items() if name not in self.files], work)
 
@@ -218,10 +225,10 @@ class Unfinished:
         self.files[self._name(number)] = {"header": _checksum_header(path), "pieces": known}
         self._write()
 
-    @property
+    @cached_property
     def parts_folder(self) -> Path:
         """Where parts lie."""
-        return self._work / _PARTS
+        return self._work / _name_parts(self.run)
 
     def find_part(self, name: str, packer: str) -> Part | None:
         """Return what is known of a part that is there, if it is of the same packer, by its checksum."""
@@ -286,6 +293,11 @@ class Unfinished:
         if self.resume:
             raise ValueError(f"{path}: is damaged, so nothing can be resumed; leave out --resume to begin anew")
         return None
+
+
+def _name_parts(run: Record) -> str:
+    """Name the folder for the parts of a run."""
+    return f"{_PARTS}-{hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:_DIGEST_DIGITS]}"
 
 
 def _say_done(files: int, of_files: int, parts: int) -> str:

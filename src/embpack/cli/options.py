@@ -40,7 +40,7 @@ def of_names(help: str) -> Any:
 
 
 def path(text: str) -> Path:  # some typer show this name
-    """Read a path, of this machine or a URI, which Typer's own would take for one of this machine."""
+    """Read a path, of this machine or a URI, of which Path would make "s3:/..."."""
     try:
         return as_path(text)
     except ValueError as error:

@@ -37,8 +37,8 @@ def update(
         typer.Option(
             metavar="NEW",
             help="Write this file or folder, and leave FILE as it is.",
-            show_default="FILE is replaced, at once and whole",
             parser=options.path,
+            show_default="FILE is replaced, at once and whole",
         ),
     ] = None,
     table_column: Annotated[

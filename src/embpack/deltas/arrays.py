@@ -62,12 +62,13 @@ class ArrayDelta(Delta):
         Raises:
             ValueError: they are not as above, or there are not as many ids as rows.
         """
-        if len(ids.shape) != 1 or ids.dtype not in _INTEGERS:
+        # np.array([]) is of float64.
+        if len(ids.shape) != 1 or (ids.dtype not in _INTEGERS and ids.shape[0]):
             raise ValueError(f"{id_place} is {ids.dtype} {list(ids.shape)}; ids are integers, in one dimension")
         if len(rows.shape) != 2 or rows.dtype not in _VALUES:
             raise ValueError(
                 f"{row_place} is {rows.dtype} {list(rows.shape)}; rows are [n, d] of float32, float16 or bfloat16, or "
-                "of uint8 as FBGEMM quantizes them"
+                "of uint8 as FBGEMM quantizes them; convert them with rows.astype(numpy.float32)"
             )
         if ids.shape[0] != rows.shape[0]:
             raise ValueError(f"{id_place} has {ids.shape[0]} ids, but {row_place} has {rows.shape[0]} rows")

@@ -29,6 +29,7 @@ def parse_delta(text: str | os.PathLike[str]) -> tuple[str | None, tuple[Path, .
 
     Raises:
         FileNotFoundError: no part of it is the name of files.
+        ValueError: it is a URI.
     """
     name = os.fspath(text)
     # Names of tables and of files may have equals signs and commas, too.
@@ -39,6 +40,8 @@ def parse_delta(text: str | os.PathLike[str]) -> tuple[str | None, tuple[Path, .
         for paths in ((rest,), *((rest[:at], rest[at + 1 :]) for at in commas)):
             if all(path and Path(path).exists() for path in paths):
                 return name[: start - 1] if start else None, tuple(map(Path, paths))
+    if "://" in name:
+        raise ValueError(f"{name}: deltas are files of this machine; copy it here")
     raise FileNotFoundError(f"{name}: no such file; {_HOW}")
 
 
@@ -61,13 +64,13 @@ def open_deltas(given: Sequence[str | os.PathLike[str]], names: ColumnNames = TO
     """
     if isinstance(given, str | os.PathLike):
         raise TypeError(f"deltas is {given!r}; give a list of them: [{given!r}]")
+    if not given:
+        raise ValueError(f"there are no deltas; {_HOW}")
     with ExitStack() as stack:
         deltas: list[Delta] = []
         for text in given:
             table, paths = parse_delta(text)
             deltas += _open(stack, table, paths, names)
-        if not deltas:
-            raise ValueError(f"there are no deltas; {_HOW}")
         _refuse_mixed(deltas)
         yield deltas
 

@@ -85,10 +85,12 @@ class ParquetDelta(Delta):
                     f"{path}: has no column {name!r}; {suggest(name, there)}; say what its columns are called with "
                     "--table-column, --id-column, --row-column and --step-column"
                 )
-            if name is not None and not fits(columns.schema.field(name).type):
+            # Of a column without rows pandas does not know the type.
+            if name is not None and columns.num_rows and not fits(columns.schema.field(name).type):
                 raise FormatError(
                     f"{path}: column {name!r} is {columns.schema.field(name).type}; tables are strings, ids and steps "
-                    "integers, rows lists of float32 or float16, or of uint8 as FBGEMM quantizes them"
+                    "integers, rows lists of float32 or float16, or of uint8 as FBGEMM quantizes them; convert its "
+                    "values before they are written, such as by numpy.float32(row)"
                 )
         if table is not None:
             refuse_names(path, table, [f"column {found.table}"] if found.table else [])

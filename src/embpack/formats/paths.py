@@ -85,6 +85,11 @@ def path_in(path: Path, folder: Path) -> PurePosixPath:
 
 def is_same(path: Path, other: Path) -> bool:
     """Whether two paths, of which the second one leads to something, lead to the same."""
-    if is_remote(path) or is_remote(other):
-        return str(path) == str(other)
-    return path.exists() and path.samefile(other)
+    if is_remote(path) != is_remote(other):
+        return False
+    return _place(path) == _place(other) if is_remote(path) else path.exists() and path.samefile(other)
+
+
+def _place(uri: Any) -> tuple[Any, str]:
+    """What s3:// and s3a:// have alike, say, of one place."""
+    return uri.fs.protocol, uri.path.rstrip("/")

@@ -134,6 +134,12 @@ class SourceFile:
         return self._seen.modified_ns
 
     @property
+    def version(self) -> str:
+        """What an object store told versions of it apart by, then; "" for a file."""
+        assert self._seen is not None  # it was opened
+        return self._seen.version
+
+    @property
     def descriptor(self) -> int:
         """The open file's number, for libraries that take one; it belongs to the ``with`` block."""
         assert self._descriptor is not None  # it is open
