@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 import embpack
 from benchmarks.cores import watch
 from benchmarks.harness import describe_machine
+from benchmarks.streaming import table_file
 from embpack.cli import show
-from embpack.formats import OutShard, OutTensor, write_checkpoint
 
 GOAL = 0.05
 """Time of an update of one row in a hundred, by the time of packing all."""
@@ -53,20 +53,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def write_source(path: Path, rows: int, dim: int) -> None:
-    """Write a table of normal values, some rows at a time."""
-    rng = np.random.default_rng(0)
-    step = 1 << 16
-    sizes = [min(step, rows - start) for start in range(0, rows, step)]
-    chunks = (rng.standard_normal((size, dim), np.float32) for size in sizes)
-    write_checkpoint(path, [OutShard(path.name, (OutTensor("emb.weight", "F32", (rows, dim), lambda: chunks),))])
-
-
 def write_delta(path: Path, ids: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
     """Write a delta as TorchEasyRec does."""
     offsets = pa.array(np.arange(len(ids) + 1, dtype=np.int32) * rows.shape[1])
     lists = pa.ListArray.from_arrays(offsets, pa.array(rows.reshape(-1)))
-    names = pa.array(["emb"] * len(ids))
+    names = pa.array(["embedding"] * len(ids))
     pq.write_table(pa.table({"table_fqn": names, "key_id": ids, "embedding": lists}), path)
 
 
@@ -76,7 +67,7 @@ def check(packed: Path, updated: Path, ids: NDArray[np.int64], rows: NDArray[np.
     Raises:
         SystemExit: they differ.
     """
-    before, after = (embpack.load(path, verify=True)["emb.weight"] for path in (packed, updated))
+    before, after = (embpack.load(path, verify=True)["embedding.weight"] for path in (packed, updated))
     wanted = np.array(before.packed)
     wanted[ids] = embpack.quantize(rows, method).packed
     if not np.array_equal(wanted, after.packed):
@@ -115,16 +106,13 @@ class Figures:
 
 def measure(folder: Path, rows: int, dim: int, share: float, method: str, rounds: int) -> Figures:
     """Pack, update, compare, and time updates."""
-    source, packed, updated, delta = (
-        folder / name for name in ("source.safetensors", "packed.safetensors", "updated.safetensors", "delta.parquet")
-    )
+    packed, updated, delta = (folder / name for name in ("packed.safetensors", "updated.safetensors", "delta.parquet"))
     rng = np.random.default_rng(1)
     ids = rng.permutation(rows)[: max(1, round(share * rows))]
     changed = rng.standard_normal((len(ids), dim), np.float32)
-    write_source(source, rows, dim)
     write_delta(delta, ids, changed)
-    packing = time_call(lambda: embpack.quantize_file(source, packed, method=method))
-    source.unlink()
+    with table_file(rows, dim) as source:
+        packing = time_call(lambda: embpack.quantize_file(source, packed, method=method))
     embpack.update_file(packed, [delta], updated)
     check(packed, updated, ids, changed, method)
     updates = [time_call(lambda: embpack.update_file(packed, [delta], updated)) for _ in range(rounds)]

@@ -22,7 +22,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read arguments; an option whose value is left out, at the end or before another option, has "" as one."""
-        after = [*args[1:], "--"]
+        after = [*args, "--"][1:]
         filled = [
             f"{arg}=" if arg in _WITHOUT_VALUE and following.startswith("-") else arg
             for arg, following in zip(args, after, strict=True)

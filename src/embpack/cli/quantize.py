@@ -170,7 +170,7 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="With --auto: write down what is chosen, plan.json.",
+            help="With --auto: write the choice there.",
             show_default=False,
             rich_help_panel=options.HOW,
         ),
@@ -180,7 +180,7 @@ def quantize(
         typer.Option(
             "--plan",
             metavar="FILE",
-            help="Pack as --save-plan wrote down, and say which tables have changed too much since.",
+            help="Pack as --save-plan wrote; say which tables have changed too much since.",
             show_default=False,
             rich_help_panel=options.HOW,
         ),
@@ -230,7 +230,7 @@ def quantize(
         bool,
         typer.Option(
             "--keep-checksums",
-            help="Keep checksums of SRC's rows, for --since.",
+            help="Keep what a later --since needs.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = False,
@@ -238,7 +238,7 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="OLD_DST",
-            help="Copy rows whose source is as it was when OLD_DST was written with --keep-checksums.",
+            help="Copy rows whose source is as it was for OLD_DST.",
             parser=options.path,
             show_default=False,
             rich_help_panel=options.OUTPUT,
@@ -248,27 +248,24 @@ def quantize(
         bool,
         typer.Option(
             "--resume",
-            help="Use the whole files that an interrupted run into a folder left.",
+            help="Go on with an interrupted run.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Show what would be packed, and to how many bytes.", rich_help_panel=options.OUTPUT
-        ),
+        typer.Option("--dry-run", help="Write nothing; show what would be.", rich_help_panel=options.OUTPUT),
     ] = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Write to DST though embpack did not write it.", rich_help_panel=options.OUTPUT),
+        typer.Option("--force", help="Also replace what is not embpack's.", rich_help_panel=options.OUTPUT),
     ] = False,
     ray: Annotated[
         str | None,
         typer.Option(
             "--ray",
             metavar="[ADDRESS]",
-            help="Pack by the workers of a Ray cluster, host:port, ray://host:port or auto, which see SRC and DST, a "
-            "folder; without an address by as many on this machine as there are threads.",
+            help="Pack by a Ray cluster's workers: auto, host:port or ray://host:port; alone by this machine's.",
             show_default=False,
             callback=_check_address,
             rich_help_panel=options.OUTPUT,
