@@ -350,6 +350,17 @@ def test_parquet_needs_pyarrow(tmp_path, values, hide_package):
         open_all([path])
 
 
+def test_a_long_name_of_many_rows_is_in_memory_once(tmp_path):
+    names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(3000, np.int32)), pa.array(["x" * 1_000_000]))
+    columns = {"table_fqn": names, "key_id": range(3000), "embedding": pa.array([[0.0]] * 3000, pa.list_(pa.float32()))}
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet", store_schema=False, dictionary_pagesize_limit=1 << 24)
+    before = pa.total_allocated_bytes()
+    with open_deltas([tmp_path / "d.parquet"]) as [delta]:
+        [keys] = delta.iter_keys()
+        assert pa.default_memory_pool().max_memory() - before < 1 << 30
+    assert len(keys.table) == 1_000_000 and len(keys.ids) == 3000
+
+
 def test_more_values_than_rows_can_have_are_refused_before_they_are_read(tmp_path):
     # All zeros, of a kilobyte, and gigabytes in memory if there were a few more.
     lists = pa.ListArray.from_arrays(pa.array([0, *[5_000_000] * 9], pa.int32()), np.zeros(5_000_000, np.float32))
