@@ -38,7 +38,7 @@ def read_all(delta, dims):
         own = [each for each in keys if each.table == name]
         positions, ids, steps = (np.concatenate([getattr(each, part) for each in own]) for part in PARTS)
         rows = []
-        for batch in delta.iter_rows(positions):
+        for batch in delta.iter_rows(positions, 12):
             some = positions[(positions >= batch.start) & (positions < batch.stop)]
             if len(some):
                 rows.append(np.array(batch.take(some, dims[name])))
@@ -74,8 +74,8 @@ def test_lists_whose_lengths_are_right_on_average_alone_are_told_apart(tmp_path,
         name: (np.arange(4), rng.standard_normal((4, d), np.float32)) for name, d in (("a", 5), ("user", 8), ("b", 11))
     }
     with open_deltas([write_dump(tmp_path / "d.parquet", tables)]) as [delta]:
-        [batch] = delta.iter_rows(np.arange(4, 8))
-        [whole] = delta.iter_rows(np.arange(12))
+        [batch] = delta.iter_rows(np.arange(4, 8), 12)
+        [whole] = delta.iter_rows(np.arange(12), 12)
         for rows in (batch, whole):
             np.testing.assert_array_equal(rows.take(np.arange(4, 8), 8), tables["user"][1])
 
@@ -106,7 +106,7 @@ def test_columns_have_other_names(tmp_path, rng):
 def test_row_groups_without_wanted_rows_are_not_read(tmp_path, values):
     path = write_dump(tmp_path / "d.parquet", values, row_group_size=5)
     with open_deltas([path]) as [delta]:
-        spans = [(batch.start, batch.stop) for batch in delta.iter_rows(np.array([6, 8, 31]))]
+        spans = [(batch.start, batch.stop) for batch in delta.iter_rows(np.array([6, 8, 31]), 12)]
     assert spans == [(6, 9), (31, 32)]
 
 
@@ -195,7 +195,7 @@ def open_all(given, names=None):
     with open_deltas(given, names or ColumnNames()) as deltas:
         for delta in deltas:
             for keys in delta.iter_keys():
-                for batch in delta.iter_rows(keys.positions):
+                for batch in delta.iter_rows(keys.positions, 12):
                     some = keys.positions[(keys.positions >= batch.start) & (keys.positions < batch.stop)]
                     batch.take(some, 8)
 
@@ -340,7 +340,7 @@ def test_a_file_that_changes_between_readings_is_refused(tmp_path, values):
         list(delta.iter_keys())
         write_dump(path, values, 3)
         with pytest.raises(FormatError, match="run again when nobody writes to it"):
-            list(delta.iter_rows(np.arange(50)))
+            list(delta.iter_rows(np.arange(50), 12))
 
 
 def test_parquet_needs_pyarrow(tmp_path, values, hide_package):
@@ -350,6 +350,19 @@ def test_parquet_needs_pyarrow(tmp_path, values, hide_package):
         open_all([path])
 
 
-def test_lists_that_are_too_long_are_refused(tmp_path, values, monkeypatch):
-    monkeypatch.setattr("embpack.deltas.parquet.MOST_LIST_VALUES", 4)
-    refused([write_dump(tmp_path / "d.parquet", values)], "has lists of 6 values; at most 4 are read", FormatError)
+def test_a_long_name_of_many_rows_is_in_memory_once(tmp_path):
+    names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(3000, np.int32)), pa.array(["x" * 1_000_000]))
+    columns = {"table_fqn": names, "key_id": range(3000), "embedding": pa.array([[0.0]] * 3000, pa.list_(pa.float32()))}
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet", store_schema=False, dictionary_pagesize_limit=1 << 24)
+    before = pa.total_allocated_bytes()
+    with open_deltas([tmp_path / "d.parquet"]) as [delta]:
+        [keys] = delta.iter_keys()
+        assert pa.default_memory_pool().max_memory() - before < 1 << 30
+    assert len(keys.table) == 1_000_000 and len(keys.ids) == 3000
+
+
+def test_more_values_than_rows_can_have_are_refused_before_they_are_read(tmp_path):
+    # All zeros, of a kilobyte, and gigabytes in memory if there were a few more.
+    lists = pa.ListArray.from_arrays(pa.array([0, *[5_000_000] * 9], pa.int32()), np.zeros(5_000_000, np.float32))
+    pq.write_table(pa.table({"key_id": range(9), "embedding": lists}), tmp_path / "d.parquet")
+    refused([tmp_path / "d.parquet"], "values in 9 rows, but rows of its tables have at most 12", FormatError)

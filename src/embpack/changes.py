@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embpack.deltas import Delta, Keys, LastWrites, Rows
+from embpack.deltas import INT8_PARAM_BYTES, Delta, Keys, LastWrites, Rows
 from embpack.files import TableEntry
 from embpack.formats.dtypes import NUMPY_DTYPES
 from embpack.layouts import RowFormat
@@ -159,6 +159,7 @@ def pack_changes(
     """
     packers = [_make_packer(change, path, method) for change in changes]
     numbers = _number(deltas)
+    most_values = max((change.table.entry.embedding_dim for change in changes), default=0) + INT8_PARAM_BYTES
     for delta, first_row, end_row in zip(deltas, numbers, numbers[1:], strict=False):
         own = []
         for change, pack in zip(changes, packers, strict=True):
@@ -167,7 +168,8 @@ def pack_changes(
                 own.append((change, pack, change.rows[some] - first_row, change.ids[some]))
         if not own:
             continue
-        for batch in delta.iter_rows(np.sort(np.concatenate([positions for _, _, positions, _ in own]))):
+        wanted = np.sort(np.concatenate([positions for _, _, positions, _ in own]))
+        for batch in delta.iter_rows(wanted, most_values):
             for change, pack, positions, ids in own:
                 some = slice(*np.searchsorted(positions, [batch.start, batch.stop]))
                 if some.start < some.stop:

@@ -1,5 +1,6 @@
 """What all commands have in common: help in which flags look like flags."""
 
+from itertools import pairwise
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -22,10 +23,9 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read arguments; an option whose value is left out, at the end or before another option, has "" as one."""
-        after = [*args, "--"][1:]
         filled = [
             f"{arg}=" if arg in _WITHOUT_VALUE and following.startswith("-") else arg
-            for arg, following in zip(args, after, strict=True)
+            for arg, following in pairwise([*args, "--"])
         ]
         return super().parse_args(ctx, filled)
 

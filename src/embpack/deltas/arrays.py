@@ -81,7 +81,7 @@ class ArrayDelta(Delta):
             yield Keys(self.table, positions, ids.copy(), np.zeros(len(ids), np.int64))
             start += len(ids)
 
-    def iter_rows(self, positions: Positions) -> Iterator[Rows]:  # noqa: D102  (as in Delta)
+    def iter_rows(self, positions: Positions, most_values: int) -> Iterator[Rows]:  # noqa: D102  (as in Delta)
         start, stop = int(positions[0]), int(positions[-1]) + 1
         for rows in self.rows.chunks(max(1, _CHUNK_VALUES // max(1, self.rows.shape[1])), start, stop):
             yield _Taken(start, start + len(rows), rows, self.row_place)

@@ -91,11 +91,15 @@ class Delta(ABC):
         """
 
     @abstractmethod
-    def iter_rows(self, positions: Positions) -> Iterator[Rows]:
+    def iter_rows(self, positions: Positions, most_values: int) -> Iterator[Rows]:
         """Read values, in order: at least of the rows at some positions, which ascend.
 
+        Args:
+            positions: of the rows.
+            most_values: of a row, by what tables have; as a small file may claim to have more than memory holds.
+
         Raises:
-            FormatError: a file is damaged, or was changed.
+            FormatError: a file is damaged, or was changed, or has many more values than that.
             ValueError: a value is missing.
         """
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from embpack.deltas.arrays import refuse_names
 from embpack.deltas.base import INT8_PARAM_BYTES, ColumnNames, Delta, Keys, Positions, Rows, explain_width
 from embpack.errors import FormatError
-from embpack.formats.parquet import MOST_LIST_VALUES, Columns
+from embpack.formats.parquet import Columns
 from embpack.rules import suggest
 
 TABLE, STEP = "table_fqn", "global_step"
@@ -115,7 +115,7 @@ class ParquetDelta(Delta):
             for table, chosen in _group(found[self.names.table]):
                 yield Keys(table, positions[chosen], ids[chosen], steps[chosen])
 
-    def iter_rows(self, positions: Positions) -> Iterator[Rows]:  # noqa: D102  (as in Delta)
+    def iter_rows(self, positions: Positions, most_values: int) -> Iterator[Rows]:  # noqa: D102  (as in Delta)
         name = self.names.rows
         ends = np.cumsum(self.columns.group_rows)
         groups = np.searchsorted(ends, positions, side="right")
@@ -123,9 +123,13 @@ class ParquetDelta(Delta):
         bounds = [0, *(np.flatnonzero(np.diff(groups) > 1) + 1), len(positions)]
         for first, last in pairwise(bounds):
             chunks = self.columns.chunks[name][groups[first] : groups[last - 1] + 1]
+            for chunk in chunks:
+                if chunk.num_values > max(_BATCH_VALUES, chunk.num_rows * most_values):
+                    raise FormatError(
+                        f"{self.locate()} has {chunk.num_values} values in {chunk.num_rows} rows, but rows of its "
+                        f"tables have at most {most_values}"
+                    )
             width = sum(chunk.num_values for chunk in chunks) // max(1, sum(chunk.num_rows for chunk in chunks))
-            if width > MOST_LIST_VALUES:
-                raise FormatError(f"{self.locate()} has lists of {width} values; at most {MOST_LIST_VALUES} are read")
             batch_rows = max(1, _BATCH_VALUES // max(1, width))
             start, stop = int(positions[first]), int(positions[last - 1]) + 1
             for at, [column] in self.columns.iter_batches([name], start, stop, batch_rows):

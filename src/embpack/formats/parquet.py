@@ -95,12 +95,15 @@ class Columns:
     ) -> Iterator[tuple[int, list[pa.Array]]]:
         """Yield rows [start, stop) of some columns, so many at a time at most, and the number of the first of them.
 
+        Texts come with a dictionary: a page of some bytes may say that many rows have one that is long.
+
         Row groups without any of them are not read. The file is opened for that, unless it is open.
 
         Raises:
             FormatError: the file is damaged, or was changed.
         """
-        with self.source.unchanged(f"column {names[0]!r}"), _open_file(self.source) as file:
+        texts = [name for name in names if pa.types.is_string(self.schema.field(name).type)]
+        with self.source.unchanged(f"column {names[0]!r}"), _open_file(self.source, texts) as file:
             at, groups = self._find_groups(start, stop)
             for name, group in product(names, groups):
                 refuse_large_pages(self.source, self.chunks[name][group], MOST_PAGE_BYTES)
@@ -172,10 +175,10 @@ def open_parquet(path: Path) -> Iterator[Checkpoint]:
 
 
 @contextmanager
-def _open_file(source: SourceFile) -> Iterator[pq.ParquetFile]:
+def _open_file(source: SourceFile, texts: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
     try:
         buffer = max(_BUFFER_BYTES, source.reader_bytes)
-        with pq.ParquetFile(source.reader(), buffer_size=buffer, pre_buffer=False) as file:
+        with pq.ParquetFile(source.reader(), buffer_size=buffer, pre_buffer=False, read_dictionary=[*texts]) as file:
             yield file
     except MemoryError:  # Arrow's is one of its own exceptions, too
         raise
