@@ -102,7 +102,7 @@ class Columns:
         Raises:
             FormatError: the file is damaged, or was changed.
         """
-        texts = [name for name in names if pa.types.is_string(self.schema.field(name).type)]
+        texts = [name for name in names if self.schema.field(name).type in (pa.string(), pa.large_string())]
         with self.source.unchanged(f"column {names[0]!r}"), _open_file(self.source, texts) as file:
             at, groups = self._find_groups(start, stop)
             for name, group in product(names, groups):
