@@ -1,6 +1,7 @@
 #include "clusters.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
 
 #include "bindings.h"
 
@@ -55,6 +56,16 @@ void sum(const RowsArray& rows, const std::optional<Integers64>& order, const In
     sum_groups(view, groups, out);
 }
 
+std::tuple<float, float> bound_from(const RowsArray& rows,
+                                    const nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& mean) {
+    const Rows view = view_rows(rows);
+    require(mean.shape(0) == view.embedding_dim, "the mean must have the columns of rows");
+    const float* const of_columns = mean.data();
+    const WithoutPython without;
+    const Distances found = bound_distances(view, of_columns);
+    return {found.smallest, found.largest};
+}
+
 void fit(const RowsArray& rows, const std::optional<Integers64>& order, const Integers64& starts, int bits,
          const CodebooksOut& codebooks) {
     make_grid(bits, false);
@@ -94,6 +105,10 @@ void bind_clusters(nb::module_& m) {
                   "order: numpy.typing.NDArray[numpy.int64] | None, starts: numpy.typing.NDArray[numpy.int64], "
                   "sums: numpy.typing.NDArray[numpy.float64]) -> None"),
           "Fill in the sum of each group's rows, one row added after the other.");
+    m.def("bound_distances", &bound_from, nb::arg("rows"), nb::arg("mean"),
+          nb::sig("def bound_distances(rows: numpy.typing.NDArray[typing.Any], mean: numpy.typing.NDArray[numpy.float32]) "
+                  "-> tuple[float, float]"),
+          "Of the rows' largest distances from a mean: (the least that is not 0, the largest).");
     m.def("fit_codebooks", &fit, nb::arg("rows"), nb::arg("order").none(), nb::arg("starts"), nb::arg("bits"),
           nb::arg("codebooks").noconvert(),
           nb::sig("def fit_codebooks(rows: numpy.typing.NDArray[typing.Any], "

@@ -1,6 +1,7 @@
 #include "clusters.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -148,6 +149,27 @@ void sum_groups(const Rows& rows, const RowGroups& groups, double* sums) {
         }
         std::copy_n(sum, count, sums + group * d + column);
     });
+}
+
+Distances bound_distances(const Rows& rows, const float* mean) {
+    constexpr size_t rows_of_a_piece = 1024;
+    const size_t d = rows.embedding_dim, pieces = (rows.num_rows + rows_of_a_piece - 1) / rows_of_a_piece;
+    const RowReader reader(rows, {nullptr, nullptr, 0});
+    std::vector<Distances> found(pieces, {std::numeric_limits<float>::infinity(), 0.0f});
+    for_each_piece(pieces, 1, threads_for(rows.num_rows * d), [&](size_t piece, Turn&) {
+        std::vector<float> values(d);
+        const size_t end = std::min((piece + 1) * rows_of_a_piece, rows.num_rows);
+        for (size_t row = piece * rows_of_a_piece; row < end; row++) {
+            reader.read(row, 0, d, values.data());
+            float distance = 0.0f;
+            for (size_t j = 0; j < d; j++) distance = std::max(distance, std::fabs(values[j] - mean[j]));
+            found[piece].largest = std::max(found[piece].largest, distance);
+            if (distance > 0.0f) found[piece].smallest = std::min(found[piece].smallest, distance);
+        }
+    });
+    Distances all = {std::numeric_limits<float>::infinity(), 0.0f};
+    for (const Distances& own : found) all = {std::min(all.smallest, own.smallest), std::max(all.largest, own.largest)};
+    return all;
 }
 
 namespace {

@@ -22,6 +22,12 @@ void find_nearest(const Rows&, float factor, const RowGroups&, const float* cent
 // The sum of the rows of each group, one after the other.
 void sum_groups(const Rows&, const RowGroups&, double* sums);
 
+// Of the rows' largest distances from a mean, by columns: the least that is not 0, infinite if all are, and the largest.
+struct Distances {
+    float smallest, largest;
+};
+Distances bound_distances(const Rows&, const float* mean);
+
 // Finds a codebook of 2^bits levels for the values of each group by Lloyd's iteration. An empty group gets zeros.
 void fit_codebooks(const Rows&, const RowGroups&, int bits, float* codebooks);
 

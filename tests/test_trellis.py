@@ -7,9 +7,11 @@ import pytest
 from test_trellis_kernels import encode_quickly
 
 import embpack
+from embpack import _native
 from embpack.layouts import trellis
 from embpack.layouts.trellis import TrellisFormat, TrellisParameters
 from embpack.methods import trellis_search
+from embpack.rows import widen
 
 
 def fit(rows, row_bytes, sample=None, encode=trellis_search.encode):
@@ -210,3 +212,14 @@ def test_parameters_of_each_step():
     narrow, wide = np.zeros(form.num_levels[0], np.float32), np.ones(form.num_levels[1], np.float32)
     parameters = TrellisParameters(narrow, wide, np.zeros(256, np.float32), np.zeros(5, np.float32))
     assert [parameters.levels_of(form, t)[0] for t in range(5)] == form.is_wide.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2_500, 64)])
+def test_the_distances_from_the_mean_are_those_of_numpy(rng, dtype, shape):
+    rows = rng.standard_normal(shape).astype(np.float32)
+    rows = (rows.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else rows.astype(dtype)
+    mean = widen(rows).mean(axis=0, dtype=np.float64).astype(np.float32)
+    rows[-1] = (mean.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else mean
+    distances = np.abs(widen(rows) - mean).max(axis=1)
+    assert _native.bound_distances(rows, mean) == (distances[distances > 0].min(initial=np.inf), distances.max())

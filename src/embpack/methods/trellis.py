@@ -98,9 +98,8 @@ def _bound_rows(chunks: Chunks, mean: NDArray[np.float32]) -> tuple[float, float
     """Find the least of the rows' largest distances from the mean that is not 0, and the largest."""
     smallest, largest = np.inf, 0.0
     for rows in chunks():
-        of_rows = np.abs(widen(rows) - mean).max(axis=1)
-        smallest = float(of_rows[of_rows > 0].min(initial=smallest))
-        largest = max(largest, float(of_rows.max()))
+        least, most = _native.bound_distances(rows, mean)
+        smallest, largest = min(smallest, least), max(largest, most)
     return smallest, largest
 
 
