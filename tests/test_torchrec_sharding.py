@@ -203,7 +203,7 @@ def test_torchrecs_quantized_sharding_divides_means_in_each_shard(propagated, ta
 
 
 def test_torchrecs_quantized_sharding_wants_cuda(tables):
-    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         shard_in_one_process(tables, "sum", "tables")
 
 
