@@ -21,8 +21,11 @@ struct alignas(64) Place {
     std::atomic<uint32_t> readers{0};
 };
 Place places[num_places];
-std::atomic<uint32_t> next_place{0};
-thread_local Place* own_place = nullptr;
+
+// Found from what the thread is, for which no memory has to be there: a thread_local of a module is allocated when a
+// thread first comes to it, and where that cannot be the process ends.
+Place& own_place() { return places[(uint64_t{pthread_self()} >> 12) * 0x9E3779B97F4A7C15u >> 58]; }
+static_assert(num_places == 64, "own_place takes the six highest bits");
 
 std::atomic<uint32_t> is_writing{0}, num_waiting{0};
 std::mutex one_writer;
@@ -65,8 +68,7 @@ public:
     });
 
 std::atomic<uint32_t>& count_reader() {
-    if (!own_place) own_place = &places[next_place.fetch_add(1, std::memory_order_relaxed) % num_places];
-    std::atomic<uint32_t>& readers = own_place->readers;
+    std::atomic<uint32_t>& readers = own_place().readers;
     // Of a thread that counts itself and then looks for writers, and one that says that it writes and then counts
     // readers, one sees the other: all four are sequentially consistent.
     readers.fetch_add(1);
